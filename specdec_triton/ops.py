@@ -1,0 +1,248 @@
+"""The ops: one contract each, checked here, computed by a Triton kernel or by its PyTorch reference.
+
+`impl=None` takes the Triton kernel where the tensors are on a CUDA GPU and the reference elsewhere. An explicit
+`impl="triton"` or `impl="reference"` is obeyed or refused, never replaced. Kernels are imported when first used.
+
+Letters: B sequences, T tree nodes, N query rows, W = ceil(T/64) mask words, Hq/Hkv query/key-value heads, S cache
+slots, D head dim of keys, Dv of values, V vocabulary, P cache planes.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import reference
+from .reference import TREE_FIELDS, WORD_BITS, Acceptance
+
+OPS = ("tree_attention", "accept_greedy", "compact_kv")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
+    """Which implementation `impl=None` takes for tensors on `device`, and why: ("triton" | "reference", reason)."""
+    if op not in OPS:
+        raise ValueError(f"implementation: op must be one of {', '.join(OPS)}, got {op!r}")
+    device = torch.device(device)
+    if device.type != "cuda":
+        return "reference", f"tensors on {device.type}: Triton kernels run on CUDA GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "reference", "triton is not installed"
+    return "triton", f"tensors on {device.type}"
+
+
+def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
+    """The function that computes `op`: the kernel's launcher or the reference.
+
+    Raises:
+        ValueError: `impl` is unknown, or "triton" was asked for where it cannot run.
+    """
+    if impl is None:
+        impl = implementation(op, device)[0]
+    elif impl not in ("triton", "reference"):
+        raise ValueError(f'{op}: impl must be None, "triton" or "reference", got {impl!r}')
+    if impl == "reference":
+        return getattr(reference, op)
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f'{op}: impl="triton" needs tensors on a CUDA GPU (or TRITON_INTERPRET=1 set before triton is first '
+            f"imported), got tensors on {device.type}"
+        )
+    return getattr(importlib.import_module(f"{__package__}.kernels.{op}"), op)
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed_tree: torch.Tensor,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Attention of draft-tree nodes over a ragged prefix and their own ancestors.
+
+    Row i of the query is tree node T - N + i. It attends to the prefix slots [start, length) of its sequence and to
+    slot length + j for every node j whose bit is set in its ancestor words (itself included). Slots outside
+    [start, length + T) are never used, whatever they hold. Softmax and sums are in fp32.
+
+    Args:
+        query: [B, Hq, N, D] fp32, bf16 or fp16; any strides with a contiguous last dimension.
+        key: [B, Hkv, S, D], same dtype; query heads h * Hq/Hkv ... share key head h.
+        value: [B, Hkv, S, Dv], same dtype.
+        packed_tree: [B, T, W + 3] int64, T >= N: per node its ancestor words (bit j % 64 of word j // 64 is node j),
+            depth, then the sequence's start and length in slots (`tree.DraftTree.pack` makes it).
+            length + T <= S is the caller's promise: lengths are read on the device only.
+        scale: multiplies query @ key; default D ** -0.5.
+        sliding_window: a row sees keys whose position is less than this many before its own.
+        chunk_size: a row sees keys of its own chunk of positions only (Llama 4).
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        sinks: [Hq] float. One more logit a head in the softmax's denominator (gpt-oss).
+        impl: None, "triton" or "reference".
+
+    Returns:
+        [B, N, Hq, Dv], query's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not the one above.
+    """
+    op = "tree_attention"
+    _check(query.dim() == 4, op, "query", "[B, Hq, N, D]", query)
+    batch, query_heads, rows, head_dim = query.shape
+    _check(query.dtype in FLOAT_DTYPES, op, "query", "fp32, bf16 or fp16", query)
+    _check(
+        key.dim() == 4 and key.shape[0] == batch and key.shape[3] == head_dim,
+        op,
+        "key",
+        f"[{batch}, Hkv, S, {head_dim}]",
+        key,
+    )
+    kv_heads, slots = key.shape[1], key.shape[2]
+    _check(
+        kv_heads > 0 and query_heads % kv_heads == 0, op, "key", f"a number of heads that divides {query_heads}", key
+    )
+    _check(
+        value.dim() == 4 and value.shape[:3] == key.shape[:3], op, "value", f"[{batch}, {kv_heads}, {slots}, Dv]", value
+    )
+    for name, tensor in (("key", key), ("value", value)):
+        _check(tensor.dtype == query.dtype, op, name, f"{query.dtype}", tensor)
+    _check(
+        packed_tree.dtype == torch.int64 and packed_tree.dim() == 3 and packed_tree.shape[0] == batch,
+        op, "packed_tree", f"torch.int64 [{batch}, T, W + {TREE_FIELDS}]", packed_tree,
+    )  # fmt: skip
+    nodes, fields = packed_tree.shape[1:]
+    _check(
+        rows <= nodes <= slots and fields == -(-nodes // WORD_BITS) + TREE_FIELDS,
+        op, "packed_tree", f"{rows} to {slots} nodes of ceil(T/{WORD_BITS}) + {TREE_FIELDS} fields", packed_tree,
+    )  # fmt: skip
+    _check_device(op, query, key=key, value=value, packed_tree=packed_tree)
+    for name, option in (("sliding_window", sliding_window), ("chunk_size", chunk_size), ("softcap", softcap)):
+        if option is not None and not option > 0:
+            raise ValueError(f"{op}: {name} must be None or positive, got {option}")
+    if sinks is not None:
+        _check(
+            sinks.shape == (query_heads,) and sinks.is_floating_point(), op, "sinks", f"float [{query_heads}]", sinks
+        )
+        _check_device(op, query, sinks=sinks)
+    compute = resolve(op, impl, query.device)
+    scale = head_dim**-0.5 if scale is None else scale
+    return compute(query, key, value, packed_tree, scale, sliding_window, chunk_size, softcap, sinks)
+
+
+def accept_greedy(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    *,
+    max_depth: int,
+    budget: torch.Tensor | None = None,
+    eos_ids: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> Acceptance:
+    """Follow the target's argmax from the root until no child carries it.
+
+    Where the target's own token ends the text (an id of `eos_ids`), the walk stops and that token is `next_ids`: a
+    drafted EOS is emitted as the target's token and never counted as accepted.
+
+    Args:
+        logits: [B, N, V] fp32, bf16 or fp16. The target's logits after the path that ends at each node. Of equal
+            maxima the lowest id counts.
+        tokens: [B, N] int64. Draft token of each node; node 0 is the root, the last emitted token.
+        parents: [B, N] int32. -1 at the root and at padding nodes (never reached), parents[:, i] < i elsewhere. Of
+            siblings with the same token the first is followed.
+        max_depth: D, edges on the longest path.
+        budget: [B] int64. Tokens a row may still emit: at most budget - 1 draft tokens are accepted, and 0 freezes
+            the row. Default: no limit.
+        eos_ids: [E] int64, or None.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        `Acceptance`: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool. A row with a budget
+        emits length + 1 tokens.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not the one above.
+    """
+    op = "accept_greedy"
+    _check(logits.dim() == 3 and logits.dtype in FLOAT_DTYPES, op, "logits", "fp32, bf16 or fp16 [B, N, V]", logits)
+    batch, nodes, _ = logits.shape
+    _check(nodes > 0, op, "logits", "at least one node", logits)
+    _check(
+        tokens.shape == (batch, nodes) and tokens.dtype == torch.int64,
+        op,
+        "tokens",
+        f"torch.int64 [{batch}, {nodes}]",
+        tokens,
+    )
+    _check(
+        parents.shape == (batch, nodes) and parents.dtype == torch.int32,
+        op,
+        "parents",
+        f"torch.int32 [{batch}, {nodes}]",
+        parents,
+    )
+    if not 0 <= max_depth < nodes:
+        raise ValueError(f"{op}: max_depth must be 0 to {nodes - 1} for {nodes} nodes, got {max_depth}")
+    if budget is None:
+        budget = torch.full((batch,), max_depth + 1, dtype=torch.int64, device=logits.device)
+    _check(budget.shape == (batch,) and budget.dtype == torch.int64, op, "budget", f"torch.int64 [{batch}]", budget)
+    _check_device(op, logits, tokens=tokens, parents=parents, budget=budget)
+    if eos_ids is not None:
+        _check(eos_ids.dim() == 1 and eos_ids.dtype == torch.int64, op, "eos_ids", "torch.int64 [E]", eos_ids)
+        _check_device(op, logits, eos_ids=eos_ids)
+    return Acceptance(*resolve(op, impl, logits.device)(logits, tokens, parents, max_depth, budget, eos_ids))
+
+
+def compact_kv(
+    storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor, path: torch.Tensor, *, impl: str | None = None
+) -> None:
+    """Move the accepted nodes' keys and values to the slots that follow the root's, in place, for all layers at once.
+
+    The cache is one flat buffer of P planes (keys or values of one layer), plane p of shape [B, S, widths[p]]: a
+    token's row is contiguous. In every plane, slot base + path[k] is copied to slot base + 1 + k.
+
+    Args:
+        storage: [B * S * sum(widths)], any dtype, contiguous.
+        widths: P numbers, elements a slot in each plane (heads * head dim).
+        base: [B] int64. The root's slot.
+        path: [B, D] int32. Strictly increasing nodes, then -1 (nothing to move). base + D < S is the caller's promise.
+        impl: None, "triton" or "reference".
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not the one above.
+    """
+    op = "compact_kv"
+    _check(storage.dim() == 1 and storage.is_contiguous(), op, "storage", "contiguous [B * S * sum(widths)]", storage)
+    _check(base.dim() == 1 and base.dtype == torch.int64, op, "base", "torch.int64 [B]", base)
+    batch = base.shape[0]
+    _check(
+        path.dim() == 2 and path.shape[0] == batch and path.dtype == torch.int32,
+        op,
+        "path",
+        f"torch.int32 [{batch}, D]",
+        path,
+    )
+    slot_elements = sum(widths)
+    if batch == 0 or slot_elements == 0 or min(widths) <= 0 or storage.numel() % (batch * slot_elements):
+        raise ValueError(
+            f"{op}: widths must be positive and B * sum(widths) = {batch * slot_elements} must divide the storage's "
+            f"{storage.numel()} elements, got {len(widths)} widths from {min(widths, default=0)}"
+        )
+    _check_device(op, storage, base=base, path=path)
+    if path.shape[1]:
+        resolve(op, impl, storage.device)(storage, widths, base, path)
+
+
+def _check(holds: bool, op: str, argument: str, wanted: str, got: torch.Tensor) -> None:
+    if not holds:
+        raise ValueError(f"{op}: {argument} must be {wanted}, got {got.dtype} {list(got.shape)} on {got.device}")
+
+
+def _check_device(op: str, like: torch.Tensor, **tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        _check(tensor.device == like.device, op, name, f"on {like.device}", tensor)

@@ -1,0 +1,171 @@
+"""PyTorch references of the ops: the meaning of each kernel, and what runs where there is no GPU.
+
+Letters: B sequences, T tree nodes, N query rows (the last N of the T nodes), W = ceil(T/64) mask words,
+Hq/Hkv query/key-value heads, S cache slots, D head dim of keys, Dv of values, V vocabulary, P cache planes.
+
+The arguments are checked in `ops`; here they are taken as described. Nothing here reads a value on the host.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+WORD_BITS = 64
+TREE_FIELDS = 3  # columns of a packed tree after its W ancestor words: depth, start, length
+
+
+class Acceptance(NamedTuple):
+    """What verification made of a draft tree.
+
+    Attributes:
+        path: [B, D] int32. Accepted nodes from shallow to deep (the root left out), padded with -1.
+        length: [B] int64. Accepted draft tokens, 0 to D.
+        next_ids: [B] int64. The target's own token after the last accepted node: the recovered token where a draft
+            was rejected, the bonus token where the whole path was accepted; -1 in a row that may emit nothing.
+        has_nan: [B] bool. The row may emit tokens and its logits hold a NaN; its other results mean nothing.
+    """
+
+    path: torch.Tensor
+    length: torch.Tensor
+    next_ids: torch.Tensor
+    has_nan: torch.Tensor
+
+
+def visible_slots(
+    packed_tree: torch.Tensor,
+    num_rows: int,
+    num_slots: int,
+    sliding_window: int | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """Which cache slots each of the last `num_rows` tree nodes may attend to: [B, num_rows, num_slots] bool.
+
+    A row sees the prefix slots [start, length) and, among the tree's slots [length, length + T), its ancestors and
+    itself. Window and chunk compare positions: slot - start in the prefix, length - start + depth in the tree.
+    """
+    batch, num_nodes, fields = packed_tree.shape
+    words, depth = packed_tree[..., : fields - TREE_FIELDS], packed_tree[..., -TREE_FIELDS]
+    start, length = packed_tree[:, :1, -2], packed_tree[:, :1, -1]
+    slots = torch.arange(num_slots, device=packed_tree.device)
+    nodes = torch.arange(num_nodes, device=packed_tree.device)
+
+    prefix = (slots >= start) & (slots < length)
+    ancestor_bits = (words[:, -num_rows:, nodes // WORD_BITS] >> (nodes % WORD_BITS)) & 1
+    tree_slots = (length + nodes)[:, None, :].expand(-1, num_rows, -1)
+    visible = prefix[:, None, :].expand(-1, num_rows, -1).scatter(2, tree_slots, ancestor_bits.bool())
+    if sliding_window is None and chunk_size is None:
+        return visible
+
+    key_position = (slots - start).scatter(1, length + nodes, length - start + depth)[:, None, :]
+    row_position = (length - start + depth)[:, -num_rows:, None]
+    if sliding_window is not None:
+        visible = visible & (row_position - key_position < sliding_window)
+    if chunk_size is not None:
+        visible = visible & (row_position // chunk_size == key_position // chunk_size)
+    return visible
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed_tree: torch.Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `ops.tree_attention`."""
+    batch, query_heads, rows, _ = query.shape
+    kv_heads, num_slots = key.shape[1], key.shape[2]
+    num_nodes = packed_tree.shape[1]
+    start, length = packed_tree[:, :1, -2], packed_tree[:, :1, -1]
+    slots = torch.arange(num_slots, device=query.device)
+    # a slot outside [start, length + T) may hold anything, NaN too, and 0 * NaN is NaN
+    in_use = ((slots >= start) & (slots < length + num_nodes))[:, None, :, None]
+    value = torch.where(in_use, value.float(), 0.0)
+
+    grouped = (query.float() * scale).reshape(batch, kv_heads, -1, query.shape[-1])
+    scores = (grouped @ key.float().transpose(2, 3)).view(batch, kv_heads, -1, rows, num_slots)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    visible = visible_slots(packed_tree, rows, num_slots, sliding_window, chunk_size)
+    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sink = sinks.float().view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, rows, 1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+    mixed = weights.reshape(batch, kv_heads, -1, num_slots) @ value
+    mixed = mixed.view(batch, query_heads, rows, -1).transpose(1, 2)
+    return mixed.to(query.dtype).contiguous()
+
+
+def accept_greedy(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    max_depth: int,
+    budget: torch.Tensor,
+    eos_ids: torch.Tensor | None = None,
+) -> Acceptance:
+    """See `ops.accept_greedy`."""
+    batch, num_nodes, _ = logits.shape
+    best, target_ids = logits.max(-1)
+    nodes = torch.arange(num_nodes, device=logits.device)
+    parents = parents.long()
+
+    # followed[b, i]: the first child of node i that carries the target's token
+    carries = (parents[:, None, :] == nodes[:, None]) & (tokens[:, None, :] == target_ids[:, :, None])
+    followed = carries.int().argmax(-1)
+    goes_on = carries.any(-1)
+    if eos_ids is not None:
+        goes_on = goes_on & ~torch.isin(target_ids, eos_ids)
+
+    # a node is reached if every step from the root to it was followed: pointer jumping, log2(N) steps
+    jump = parents.clamp(min=0)
+    reached = goes_on.gather(1, jump) & (followed.gather(1, jump) == nodes) & (parents >= 0)
+    reached[:, 0] = True
+    for _ in range((num_nodes - 1).bit_length()):
+        reached = reached & reached.gather(1, jump)
+        jump = jump.gather(1, jump)
+
+    rank = reached.cumsum(1) - 1  # depth along the one reached path, since parents come before children
+    kept = reached & (rank < budget[:, None]) & (rank <= max_depth)
+    length = (kept.sum(1) - 1).clamp(min=0)
+    last = torch.where(kept, nodes, 0).amax(1)
+    next_ids = target_ids.gather(1, last[:, None]).squeeze(1)
+
+    path = torch.full((batch, max_depth + 1), -1, dtype=torch.int32, device=logits.device)
+    place = torch.where(kept & (rank > 0), rank - 1, max_depth)  # the last column takes what is not on the path
+    path.scatter_(1, place, nodes.int().expand(batch, -1))
+    live = budget > 0
+    return Acceptance(
+        path=path[:, :max_depth].contiguous(),
+        length=length,
+        next_ids=torch.where(live, next_ids, -1),
+        has_nan=live & best.isnan().any(1),
+    )
+
+
+def compact_kv(storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor, path: torch.Tensor) -> None:
+    """See `ops.compact_kv`."""
+    batch, max_depth = path.shape
+    slots = storage.numel() // (batch * sum(widths))
+    target = base[:, None] + 1 + torch.arange(max_depth, device=storage.device)
+    # an entry of -1 copies its target slot onto itself
+    source = torch.where(path >= 0, base[:, None] + path, target)
+    rows = torch.arange(batch, device=storage.device)[:, None]
+    offset = plane = 0
+    while plane < len(widths):
+        width = widths[plane]
+        count = 1
+        while plane + count < len(widths) and widths[plane + count] == width:
+            count += 1
+        size = count * batch * slots * width
+        planes = storage[offset : offset + size].view(count, batch, slots, width)
+        # the gather is complete before anything is written, so sources and targets may overlap
+        planes[:, rows, target] = planes[:, rows, source]
+        offset, plane = offset + size, plane + count

@@ -1,0 +1,316 @@
+"""Draft trees: their shape (`Topology`), their tokens (`DraftTree`) and the packed form that attention reads.
+
+A tree has N nodes. Node 0 is the root: the last emitted token, not yet in the cache. Every other node is a draft
+token that continues its parent; parents come before children. Node i occupies cache slot length + i during
+verification.
+
+Letters: B sequences, N nodes, D edges on the longest path, W = ceil(N/64) words of ancestor bits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .reference import WORD_BITS
+
+# How often a drafter's candidate of each rank is the target's choice, for trees made from a node budget alone.
+RANK_ACCEPTANCE = (0.65, 0.12, 0.05, 0.03, 0.02, 0.01)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The shape of a tree, fixed before its tokens are known.
+
+    Attributes:
+        parents: N parents; -1 for the root, and parents[i] < i elsewhere.
+        ranks: N ranks: node i carries its parent's candidate number ranks[i] (0 is the likeliest); 0 for the root.
+
+    Raises:
+        ValueError: the parents are not a tree with its root first, or two siblings have the same rank.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self):
+        if not self.parents or len(self.parents) != len(self.ranks):
+            raise ValueError(
+                f"Topology: parents and ranks must be of one length of at least 1, got {len(self.parents)} and "
+                f"{len(self.ranks)}"
+            )
+        if self.parents[0] != -1 or any(not 0 <= parent < node for node, parent in enumerate(self.parents) if node):
+            raise ValueError(f"Topology: parents must be -1, then 0 <= parents[i] < i, got {self.parents}")
+        children = list(zip(self.parents, self.ranks, strict=True))
+        if min(self.ranks) < 0 or len(set(children)) < len(children):
+            raise ValueError(f"Topology: ranks must be >= 0 and differ between siblings, got {self.ranks}")
+
+    @classmethod
+    def chain(cls, num_tokens: int) -> "Topology":
+        """One path of `num_tokens` draft tokens."""
+        return cls(tuple(range(-1, num_tokens)), (0,) * (num_tokens + 1))
+
+    @classmethod
+    def from_widths(cls, widths: Sequence[int]) -> "Topology":
+        """Every node at depth d has `widths[d]` children."""
+        parents, ranks, level = [-1], [0], [0]
+        for width in widths:
+            children = [(node, rank) for node in level for rank in range(width)]
+            level = list(range(len(parents), len(parents) + len(children)))
+            parents += [node for node, _ in children]
+            ranks += [rank for _, rank in children]
+        return cls(tuple(parents), tuple(ranks))
+
+    @classmethod
+    def from_paths(cls, paths: Sequence[Sequence[int]]) -> "Topology":
+        """From paths of candidate ranks, Medusa's notation: `[(0,), (0, 0), (1,)]`. Prefixes are added."""
+        prefixes = {tuple(path[:end]) for path in paths for end in range(1, len(path) + 1)}
+        ordered = [(), *sorted(prefixes, key=lambda path: (len(path), path))]
+        index = {path: node for node, path in enumerate(ordered)}
+        return cls(
+            tuple(index[path[:-1]] if path else -1 for path in ordered),
+            tuple(path[-1] if path else 0 for path in ordered),
+        )
+
+    @classmethod
+    def from_budget(cls, num_nodes: int, rank_acceptance: Sequence[float] = RANK_ACCEPTANCE) -> "Topology":
+        """The `num_nodes` nodes (root included) likeliest to be accepted, best first.
+
+        Args:
+            num_nodes: N >= 1.
+            rank_acceptance: probability that the candidate of each rank is the target's choice, the same at every
+                depth; decreasing.
+        """
+        if num_nodes < 1:
+            raise ValueError(f"Topology.from_budget: num_nodes must be at least 1, got {num_nodes}")
+        paths, frontier = [], {(): 1.0}
+        while len(paths) < num_nodes:
+            best = max(frontier, key=frontier.get)
+            mass = frontier.pop(best)
+            paths.append(best)
+            frontier |= {(*best, rank): mass * chance for rank, chance in enumerate(rank_acceptance)}
+        return cls.from_paths(paths)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.parents)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        return tuple(depths)
+
+    @property
+    def max_depth(self) -> int:
+        return max(self.depths)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == tuple(range(-1, self.num_nodes - 1))
+
+    def limited(self, max_depth: int) -> "Topology":
+        """The same tree without its nodes deeper than `max_depth`."""
+        if self.max_depth <= max_depth:
+            return self
+        kept = [node for node, depth in enumerate(self.depths) if depth <= max_depth]
+        index = {node: place for place, node in enumerate(kept)} | {-1: -1}
+        return Topology(tuple(index[self.parents[node]] for node in kept), tuple(self.ranks[node] for node in kept))
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Draft tokens in a tree, one tree a sequence, all on one device.
+
+    Attributes:
+        tokens: [B, N] int64. Token of each node; node 0 is the last emitted token.
+        parents: [B, N] int32. -1 at the root and at padding nodes, parents[:, i] < i elsewhere.
+        depth: [B, N] int64. Edges from the root; 0 at padding nodes.
+        ancestors: [B, N, W] int64. Bit j % 64 of word j // 64: node j is node i or an ancestor of it.
+        max_depth: D, known on the host.
+        is_chain: every node continues the one before, in every sequence: accepted slots are already in place.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depth: torch.Tensor
+    ancestors: torch.Tensor
+    max_depth: int
+    is_chain: bool = False
+
+    @classmethod
+    def from_topology(cls, topology: Topology, tokens: torch.Tensor) -> "DraftTree":
+        """Tokens [B, N] int64 in a fixed shape; the shape's tensors are made once a device."""
+        batch, num_nodes = tokens.shape
+        if num_nodes != topology.num_nodes or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"DraftTree: tokens must be torch.int64 [B, {topology.num_nodes}], got {tokens.dtype} "
+                f"{list(tokens.shape)}"
+            )
+        parents, depth, ancestors = topology_tensors(topology, tokens.device)
+        return cls(
+            tokens=tokens,
+            parents=parents.expand(batch, -1).contiguous(),
+            depth=depth.expand(batch, -1),
+            ancestors=ancestors.expand(batch, -1, -1),
+            max_depth=topology.max_depth,
+            is_chain=topology.is_chain,
+        )
+
+    @classmethod
+    def from_parents(cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int | None = None) -> "DraftTree":
+        """A tree of its own shape for each sequence.
+
+        Args:
+            tokens: [B, N] int64.
+            parents: [B, N] int32; a node other than 0 with parent -1 is padding: it is never reached.
+            max_depth: a bound on the depth, where the caller knows it; default N - 1.
+
+        Raises:
+            ValueError: a shape, dtype or device is not the one above. `check` looks at the contents.
+        """
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.shape[1]:
+            raise ValueError(f"DraftTree: tokens must be torch.int64 [B, N], got {tokens.dtype} {list(tokens.shape)}")
+        if parents.shape != tokens.shape or parents.dtype != torch.int32 or parents.device != tokens.device:
+            raise ValueError(
+                f"DraftTree: parents must be torch.int32 {list(tokens.shape)} on {tokens.device}, "
+                f"got {parents.dtype} {list(parents.shape)} on {parents.device}"
+            )
+        member = _ancestor_matrix(parents)
+        return cls(
+            tokens=tokens,
+            parents=parents,
+            depth=member.sum(-1) - 1,
+            ancestors=_pack_bits(member),
+            max_depth=tokens.shape[1] - 1 if max_depth is None else max_depth,
+        )
+
+    @classmethod
+    def root_only(cls, tokens: torch.Tensor) -> "DraftTree":
+        """No draft: only the last emitted tokens [B, 1]. Verifying it is a plain decoding step."""
+        return cls.from_topology(_ROOT, tokens)
+
+    @classmethod
+    def best_first(
+        cls, root: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor, num_nodes: int
+    ) -> "DraftTree":
+        """The likeliest tree of `num_nodes` nodes when candidates are independent from position to position.
+
+        A node's probability is the product of its candidates' along its path (Medusa's heads: Cai et al. 2024), so
+        the best nodes of all are closed under parents. Nothing is read on the host.
+
+        Args:
+            root: [B] int64. The last emitted tokens.
+            candidates: [B, D, K] int64. K candidate tokens for each of the next D positions.
+            probs: [B, D, K] float. Their probabilities, in [0, 1].
+            num_nodes: N, root included; at most the number of nodes of the full tree.
+        """
+        batch, max_depth, width = candidates.shape
+        full = sum(width**depth for depth in range(max_depth + 1))
+        if probs.shape != candidates.shape or root.shape != (batch,) or not 1 <= num_nodes <= full:
+            raise ValueError(
+                f"DraftTree.best_first: wanted root [B], candidates and probs [B, D, K] and 1 to {full} nodes, got "
+                f"{list(root.shape)}, {list(candidates.shape)}, {list(probs.shape)} and {num_nodes}"
+            )
+        tokens, mass = [root[:, None]], [torch.ones(batch, 1, dtype=probs.dtype, device=probs.device)]
+        parents = [torch.full((batch, 1), -1, dtype=torch.int64, device=root.device)]
+        first = 0  # of the last level among all nodes so far
+        for position in range(max_depth):
+            level = (mass[-1][:, :, None] * probs[:, position, None, :]).flatten(1)
+            best, place = level.topk(min(num_nodes, level.shape[1]), dim=1)
+            parents.append(first + place // width)
+            tokens.append(candidates[:, position].gather(1, place % width))
+            first += mass[-1].shape[1]
+            mass.append(best)
+        # a stable sort keeps a parent before a child of the same mass
+        order = torch.cat(mass, 1).argsort(dim=1, descending=True, stable=True)[:, :num_nodes]
+        order = order.sort(1).values
+        place = torch.full((batch, first + mass[-1].shape[1]), -1, dtype=torch.int64, device=root.device)
+        place.scatter_(1, order, torch.arange(num_nodes, device=root.device).expand(batch, -1))
+        kept_parents = place.gather(1, torch.cat(parents, 1).gather(1, order).clamp(min=0))
+        kept_parents[:, 0] = -1
+        return cls.from_parents(
+            torch.cat(tokens, 1).gather(1, order), kept_parents.int(), min(max_depth, num_nodes - 1)
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        return self.tokens.shape[1]
+
+    def pack(self, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """`pack_tree` of this tree: what `ops.tree_attention` reads."""
+        return pack_tree(self.depth, self.ancestors, start, length)
+
+    def check(self, root: torch.Tensor, vocab_size: int, source: str) -> None:
+        """Refuse a malformed tree. Reads the tree on the host: for drafters that are not ours.
+
+        Args:
+            root: [B] int64. The tokens that node 0 must carry.
+            vocab_size: draft tokens must be below it.
+            source: who made the tree, for the message.
+
+        Raises:
+            ValueError: names `source` and what is wrong.
+        """
+        nodes = torch.arange(self.num_nodes, device=self.tokens.device)
+        parents = self.parents
+        faults = {
+            "parents[:, 0] must be -1": parents[:, 0] != -1,
+            "parents[:, i] must be -1 (padding) or a real node before i": (
+                (parents < -1)
+                | (parents >= nodes.clamp(min=1))
+                | ((parents > 0) & (parents.gather(1, parents.clamp(min=0).long()) < 0))
+            ).any(1),
+            f"tokens must be 0 to {vocab_size - 1}": ((self.tokens < 0) | (self.tokens >= vocab_size)).any(1),
+            "tokens[:, 0] must be the last emitted token": self.tokens[:, 0] != root,
+            f"depth must be at most max_depth, {self.max_depth}": (self.depth > self.max_depth).any(1),
+        }
+        for (fault, _), rows in zip(faults.items(), torch.stack(list(faults.values())).tolist(), strict=True):
+            if any(rows):
+                raise ValueError(f"{source}: malformed draft tree in row {rows.index(True)}: {fault}")
+
+
+def pack_tree(depth: torch.Tensor, ancestors: torch.Tensor, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """What `ops.tree_attention` reads: [B, N, W + 3] int64, ancestor words, depth, start, length.
+
+    Args:
+        depth: [B, N] int64. Edges from the root.
+        ancestors: [B, N, W] int64. Ancestor words, see `DraftTree`.
+        start: [B] int64. First slot that holds a real token (the left padding).
+        length: [B] int64. Slots in use: the root's slot.
+    """
+    row = torch.stack([start, length], dim=-1)[:, None, :].expand(-1, depth.shape[1], -1)
+    return torch.cat([ancestors, depth[..., None], row], dim=-1)
+
+
+_ROOT = Topology((-1,), (0,))
+
+
+def _ancestor_matrix(parents: torch.Tensor) -> torch.Tensor:
+    """[..., N] parents -> [..., N, N] bool: column j is row i's node or an ancestor of it. log2(N) squarings."""
+    num_nodes = parents.shape[-1]
+    nodes = torch.arange(num_nodes, device=parents.device)
+    member = (nodes == nodes[:, None]) | (parents[..., None] == nodes)
+    for _ in range((num_nodes - 1).bit_length()):
+        member = (member.float() @ member.float()) > 0
+    return member
+
+
+def _pack_bits(member: torch.Tensor) -> torch.Tensor:
+    """[..., N, N] bool -> [..., N, W] int64, column j in bit j % 64 of word j // 64."""
+    num_nodes = member.shape[-1]
+    words = -(-num_nodes // WORD_BITS)
+    padded = torch.nn.functional.pad(member.long(), (0, words * WORD_BITS - num_nodes))
+    bits = torch.arange(WORD_BITS, device=member.device)
+    # distinct bits add without a carry, so a sum is an or; bit 63 is the sign
+    return (padded.unflatten(-1, (words, WORD_BITS)) << bits).sum(-1)
+
+
+@lru_cache(maxsize=256)
+def topology_tensors(topology: Topology, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """parents [1, N] int32, depth [1, N] int64, ancestors [1, N, W] int64; made once, not to be written to."""
+    parents = torch.tensor([topology.parents], dtype=torch.int32)
+    member = _ancestor_matrix(parents)
+    return parents.to(device), (member.sum(-1) - 1).to(device), _pack_bits(member).to(device)

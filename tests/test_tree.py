@@ -1,0 +1,110 @@
+"""Topologies, packed trees, the best-first builder."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec_triton import DraftTree, Topology
+
+
+@st.composite
+def topologies(draw, most=70):
+    nodes = draw(st.integers(1, most))
+    parents = [-1, *(draw(st.integers(0, node - 1)) for node in range(1, nodes))]
+    ranks = [parents[:node].count(parent) for node, parent in enumerate(parents)]
+    return Topology(tuple(parents), tuple(ranks))
+
+
+def ancestors_of(parents, node):
+    path = {node}
+    while parents[node] >= 0:
+        node = parents[node]
+        path.add(node)
+    return path
+
+
+@settings(max_examples=60, deadline=None)
+@given(topologies())
+def test_words_hold_exactly_the_ancestors(topology):
+    tokens = torch.zeros(2, topology.num_nodes, dtype=torch.int64)
+    fixed = DraftTree.from_topology(topology, tokens)
+    free = DraftTree.from_parents(tokens, fixed.parents)
+    assert torch.equal(fixed.ancestors, free.ancestors) and torch.equal(fixed.depth, free.depth)
+    assert fixed.depth[0].tolist() == list(topology.depths)
+    for node, words in enumerate(fixed.ancestors[1].tolist()):
+        bits = {64 * w + bit for w, word in enumerate(words) for bit in range(64) if word >> bit & 1}
+        assert bits == ancestors_of(topology.parents, node)
+
+
+@settings(max_examples=60, deadline=None)
+@given(topologies(), st.integers(0, 6))
+def test_limited_keeps_what_is_not_too_deep(topology, depth):
+    limited = topology.limited(depth)
+    assert limited.max_depth == min(depth, topology.max_depth)
+    assert limited.num_nodes == sum(d <= depth for d in topology.depths)
+
+
+def test_topologies_by_hand():
+    assert Topology.chain(3).parents == (-1, 0, 1, 2) and Topology.chain(3).is_chain
+    assert Topology.chain(0).max_depth == 0
+    wide = Topology.from_widths([2, 2])
+    assert (wide.parents, wide.ranks) == ((-1, 0, 0, 1, 1, 2, 2), (0, 0, 1, 0, 1, 0, 1))
+    assert Topology.from_paths([(0, 1), (2,)]) == Topology((-1, 0, 0, 1), (0, 0, 2, 1))
+    # of a chance of 0.6 for the first candidate and 0.3 for the second, the four best beside the root
+    assert Topology.from_budget(5, (0.6, 0.3)) == Topology.from_paths([(0, 0, 0), (1,)])
+    assert Topology.from_budget(1).num_nodes == 1
+
+
+@pytest.mark.parametrize(
+    ("parents", "ranks"),
+    [((), ()), ((-1, 0), (0,)), ((0, 0), (0, 0)), ((-1, 1), (0, 0)), ((-1, 0, 0), (0, 1, 1)), ((-1, 0), (0, -1))],
+)
+def test_bad_topologies_are_refused(parents, ranks):
+    with pytest.raises(ValueError, match="^Topology: "):
+        Topology(parents, ranks)
+
+
+def test_bad_trees_are_refused():
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="DraftTree: tokens must be torch.int64"):
+        DraftTree.from_topology(Topology.chain(3), tokens)
+    with pytest.raises(ValueError, match="DraftTree: tokens must be torch.int64"):
+        DraftTree.from_parents(tokens.int(), tokens.int())
+    with pytest.raises(ValueError, match="DraftTree: parents must be torch.int32"):
+        DraftTree.from_parents(tokens, tokens)
+    with pytest.raises(ValueError, match="DraftTree.best_first: wanted root"):
+        DraftTree.best_first(tokens[:, 0], tokens[:, None], torch.zeros(2, 1, 3), 9)
+    with pytest.raises(ValueError, match="Topology.from_budget: num_nodes must be at least 1"):
+        Topology.from_budget(0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**31), st.booleans())
+def test_best_first_takes_the_likeliest_nodes(depth, width, nodes, seed, ties):
+    generator = torch.Generator().manual_seed(seed)
+    nodes = min(nodes, sum(width**d for d in range(depth + 1)))
+    candidates = torch.stack([torch.randperm(50, generator=generator)[:width] for _ in range(depth)])[None]
+    probs = torch.rand(1, depth, width, generator=generator)
+    if ties:
+        probs = (probs * 2).round() / 2  # ties, zeros and ones
+    root = torch.tensor([7])
+    tree = DraftTree.best_first(root, candidates, probs, nodes)
+    tree.check(root, 50, "best_first")
+    parents, tokens = tree.parents[0].tolist(), tree.tokens[0].tolist()
+    mass = {}
+    for node in range(nodes):
+        path = sorted(ancestors_of(parents, node))[1:]
+        mass[tuple(tokens[n] for n in path)] = torch.tensor(
+            [probs[0, d, candidates[0, d].tolist().index(tokens[n])] for d, n in enumerate(path)]
+        ).prod()
+    assert len(mass) == nodes  # no node twice
+    every = [
+        torch.tensor([probs[0, d, k] for d, k in enumerate(path)]).prod()
+        for length in range(depth + 1)
+        for path in itertools.product(range(width), repeat=length)
+    ]
+    wanted = torch.stack(every).sort(descending=True).values[:nodes]
+    torch.testing.assert_close(torch.stack(list(mass.values())).sort(descending=True).values, wanted)

@@ -1,0 +1,133 @@
+"""The seam into transformers: an attention implementation that reads a packed tree from the `attention_mask` slot.
+
+transformers hands a 4-D tensor in that slot to the attention function untouched, in every family that uses its
+attention interface. The packed tree of `DraftTree.pack` travels there as [B, 1, N, W + 3] int64. The implementation
+is switched on around verify forwards only, since models built from one config share the setting.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import sdpa_mask
+
+from . import ops
+
+# one registered name an implementation, so that an explicit choice needs no global state
+NAMES = {None: "specdec_tree", "triton": "specdec_tree_triton", "reference": "specdec_tree_reference"}
+RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm", "hybrid")
+
+
+def tree_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    impl: str | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature around `ops.tree_attention`.
+
+    Args:
+        query, key, value: [B, Hq, N, D], [B, Hkv, S, D], [B, Hkv, S, Dv]; key and value as the cache returned them.
+        attention_mask: [B, 1, T, W + 3] int64, the packed tree.
+
+    Returns:
+        [B, N, Hq, Dv] and None (no attention weights).
+
+    Raises:
+        ValueError: the mask is not a packed tree, which happens only outside a verify forward.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        got = "None" if attention_mask is None else f"{attention_mask.dtype} {list(attention_mask.shape)}"
+        raise ValueError(
+            f"{NAMES[impl]}: attention_mask must be a packed tree, torch.int64 [B, 1, N, W + 3], got {got}"
+        )
+    chunk_size = getattr(module.config, "attention_chunk_size", None) if getattr(module, "use_rope", False) else None
+    output = ops.tree_attention(
+        query,
+        key,
+        value,
+        attention_mask[:, 0],
+        scale=scaling,
+        sliding_window=sliding_window,
+        chunk_size=chunk_size,
+        softcap=softcap,
+        sinks=s_aux,
+        impl=impl,
+    )
+    return output, None
+
+
+for _impl, _name in NAMES.items():
+    AttentionInterface.register(_name, partial(tree_attention_forward, impl=_impl))
+    AttentionMaskInterface.register(_name, sdpa_mask)
+
+
+def own_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The distinct config objects that the model's modules read their attention implementation from."""
+    configs = {id(model.config): model.config}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            configs.setdefault(id(config), config)
+    return list(configs.values())
+
+
+@contextmanager
+def tree_attention_enabled(configs: list[PreTrainedConfig], impl: str | None = None) -> Iterator[None]:
+    """Attention through `ops.tree_attention` inside, exactly what was there before afterwards, whatever happens.
+
+    Args:
+        configs: from `own_configs`.
+        impl: the implementation that the op is told to use.
+    """
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = NAMES[impl]
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
+    """Refuse, by name, what tree verification cannot serve.
+
+    Raises:
+        ValueError: an encoder-decoder, a model with recurrent state, or one outside transformers' attention interface.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"patch: {role} must be decoder-only, got the encoder-decoder {name}: use transformers' own assisted "
+            "decoding"
+        )
+    layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    recurrent = sorted({kind for kind in layer_types if any(word in kind for word in RECURRENT_LAYERS)})
+    if getattr(model, "_is_stateful", False) or recurrent:
+        what = f" (layers {', '.join(recurrent)})" if recurrent else ""
+        raise ValueError(
+            f"patch: {role} must keep all its state in keys and values, got {name} with recurrent state{what}, which "
+            "cannot be rolled back: decode it without speculation"
+        )
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f"patch: {role} must take its attention from transformers' AttentionInterface, got {name}, which does not: "
+            "decode it without speculation or port its attention to the interface"
+        )
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"patch: {role} must be on one device, got {name} on {sorted(map(str, devices))}")

@@ -1,0 +1,155 @@
+"""A key-value cache for tree verification: one buffer for all layers, written in place at slots named by a tensor.
+
+Letters: B sequences, S slots, H key-value heads, D head dim, N tree nodes, P planes (keys or values of one layer).
+
+A plane is [B, S, H, D]: a token's row is contiguous, so accepting a path moves whole rows. The model sees [B, H, S, D]
+views. A sequence's tokens keep their columns of the prompt: slot 0 is the first column, padding included, so sequences
+of one batch differ in their lengths only. Sliding layers keep the whole history; attention applies the window.
+"""
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from . import ops
+
+BUCKET = 128  # slots; what is allocated and what is shown grows in multiples of it
+
+
+class TreeLayer(CacheLayerMixin):
+    """One layer's views of the buffer; `TreeCache` does the writing."""
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states, value_states):
+        raise RuntimeError("TreeLayer: its buffer is made by TreeCache.from_prefill")
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise RuntimeError("TreeLayer: write through TreeCache.update, which knows the slots")
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+
+class TreeCache(Cache):
+    """See the module. Made by `from_prefill`; `place` says where the next forward writes.
+
+    Attributes:
+        storage: [B * S * sum(widths)], planes one after another: all keys, then all values.
+        widths: P numbers, H * D of each plane.
+        capacity: S.
+        slots: how many of them the model sees; a multiple of `BUCKET`, at least what `reserve` was asked for.
+    """
+
+    def __init__(self, prefilled: Cache, capacity: int):
+        layers = prefilled.layers
+        # layers that share another's keys and values are never written and stay as they are
+        self._own = [index for index, layer in enumerate(layers) if layer.is_initialized]
+        shapes = [layers[index].keys.shape for index in self._own] + [layers[index].values.shape for index in self._own]
+        first = layers[self._own[0]].keys
+        self._shapes = [(shape[1], shape[3]) for shape in shapes]
+        self.widths = [heads * dim for heads, dim in self._shapes]
+        self._batch = first.shape[0]
+        self._rows = torch.arange(self._batch, device=first.device)[:, None]
+        self._written: torch.Tensor | None = None
+        super().__init__(layers=list(layers))
+        self._allocate(-(-capacity // BUCKET) * BUCKET, first)
+        self._show(-(-first.shape[2] // BUCKET) * BUCKET)
+
+    @classmethod
+    def from_prefill(cls, prefilled: Cache, capacity: int) -> "TreeCache":
+        """Take over what a prefill wrote.
+
+        Args:
+            prefilled: cache whose layers hold keys [B, H, T, D] and values [B, H, T, Dv] of all T columns.
+            capacity: slots wanted, at least T; rounded up to a multiple of `BUCKET`.
+
+        Raises:
+            ValueError: the layers differ in dtype, device, batch or length (a layer that dropped its history).
+        """
+        layers = [layer for layer in prefilled.layers if layer.is_initialized]
+        kinds = {
+            (tensor.dtype, tensor.device, tensor.shape[0], tensor.shape[2])
+            for layer in layers
+            for tensor in (layer.keys, layer.values)
+        }
+        if len(kinds) != 1:
+            raise ValueError(
+                "TreeCache: every layer must have keys and values of one dtype, device, batch size and length, got "
+                f"{sorted(map(str, kinds))}"
+            )
+        cache = cls(prefilled, capacity)
+        for plane, filled in zip(
+            cache._planes, [layer.keys for layer in layers] + [layer.values for layer in layers], strict=True
+        ):
+            plane[:, :, : filled.shape[2]] = filled
+        return cache
+
+    def _allocate(self, capacity: int, like: torch.Tensor) -> None:
+        """A new buffer of zeros, nothing shown yet."""
+        self.capacity = capacity
+        slots = self._batch * capacity
+        self.storage = torch.zeros(slots * sum(self.widths), dtype=like.dtype, device=like.device)
+        self._planes = [
+            plane.view(self._batch, capacity, *shape).transpose(1, 2)
+            for plane, shape in zip(
+                self.storage.split([slots * width for width in self.widths]), self._shapes, strict=True
+            )
+        ]
+
+    def _show(self, slots: int) -> None:
+        """Views of the first `slots` slots for the model."""
+        self.slots = slots
+        for place, index in enumerate(self._own):
+            keys, values = self._planes[place], self._planes[len(self._own) + place]
+            self.layers[index] = TreeLayer(keys[:, :, :slots], values[:, :, :slots])
+
+    def reserve(self, slots: int) -> None:
+        """Hold and show at least `slots` slots; views grow by buckets, an outgrown buffer is copied to a larger one."""
+        slots = -(-slots // BUCKET) * BUCKET
+        if slots > self.capacity:
+            old = self._planes
+            self._allocate(max(slots, -(-self.capacity * 3 // 2 // BUCKET) * BUCKET), self.storage)
+            for new, plane in zip(self._planes, old, strict=True):
+                new[:, :, : plane.shape[2]] = plane
+        if slots > self.slots:
+            self._show(slots)
+
+    def place(self, base: torch.Tensor, num_rows: int) -> None:
+        """The next forward's `num_rows` tokens go to slots base, base + 1, ... of each sequence.
+
+        Args:
+            base: [B] int64.
+        """
+        self._written = base[:, None] + torch.arange(num_rows, device=base.device)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Write keys [B, H, N, D] and values [B, H, N, Dv] at the placed slots; returns views of the slots shown."""
+        layer = self.layers[layer_idx]
+        where = (self._rows, self._written)
+        layer.keys.transpose(1, 2).index_put_(where, key_states.transpose(1, 2))
+        layer.values.transpose(1, 2).index_put_(where, value_states.transpose(1, 2))
+        return layer.keys, layer.values
+
+    def compact(self, base: torch.Tensor, path: torch.Tensor, impl: str | None = None) -> None:
+        """Close the gaps between the accepted nodes: see `ops.compact_kv`."""
+        ops.compact_kv(self.storage, self.widths, base, path, impl=impl)
+
+    def to_dynamic(self, length: int) -> DynamicCache:
+        """The first `length` slots as an ordinary cache (views, not copies)."""
+        dynamic = DynamicCache()
+        for index in self._own:
+            layer = self.layers[index]
+            dynamic.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)
+        return dynamic

@@ -1,0 +1,105 @@
+"""What a drafter is: something that proposes a tree of tokens for every sequence, once a round.
+
+A `Drafter` holds options and may serve many calls and models. `start` opens a `DraftSession`, which lives for one
+`generate` call.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..reference import Acceptance
+from ..tree import DraftTree, Topology
+
+
+@dataclass
+class DraftContext:
+    """The sequences of one call between two rounds. Drafters read it and never write to it.
+
+    Attributes:
+        tokens: [B, max_length + 1] int64 on the device. Prompt (left padding included) and emitted tokens by column;
+            what lies beyond `length` means nothing.
+        start: [B] int64. First column that holds a real token.
+        length: [B] int64. Column of the last emitted token, the tree's root.
+        host_tokens: [B, max_length] int64. The same tokens on the host; what was read with the last round.
+        host_length: [B] int64. The same lengths.
+        host_budget: [B] int64. Tokens each row may still emit; 0 when it is done.
+        max_length: columns that may ever be filled.
+        vocab_size: draft tokens must be below it.
+        impl: implementation of the ops that was asked for.
+    """
+
+    tokens: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+    host_tokens: np.ndarray
+    host_length: np.ndarray
+    host_budget: np.ndarray
+    max_length: int
+    vocab_size: int
+    impl: str | None = None
+
+    @property
+    def root(self) -> torch.Tensor:
+        """[B] int64. The last emitted tokens."""
+        return self.tokens.gather(1, self.length[:, None]).squeeze(1)
+
+    @property
+    def useful_depth(self) -> int:
+        """Deepest draft token that any row could still emit."""
+        return max(int(self.host_budget.max()) - 1, 0)
+
+
+class DraftSession(ABC):
+    """One drafter during one `generate` call.
+
+    Attributes:
+        max_nodes: largest N, root included, that `draft` returns.
+        max_depth: largest depth.
+        trusted: the trees need not be checked on the host. Ours are; a drafter from outside is checked every round.
+    """
+
+    max_nodes: int
+    max_depth: int
+    trusted = False
+
+    @abstractmethod
+    def draft(self) -> DraftTree:
+        """A tree for each sequence, its root the context's last emitted token."""
+
+    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:  # noqa: B027, most have no use for it
+        """Told after each round what was accepted, before the context moves on."""
+
+
+class Drafter(ABC):
+    @abstractmethod
+    def start(self, context: DraftContext, tree: Topology | int | None = None) -> DraftSession:
+        """Open a session.
+
+        Args:
+            context: the call's sequences after the prompt; updated in place from round to round.
+            tree: the shape asked for in `patch`: a topology, a number of nodes (root included), or None for the
+                drafter's own.
+
+        Raises:
+            ValueError: this drafter cannot make such a tree.
+        """
+
+
+class NoDrafter(Drafter):
+    """No draft: every round is a plain decoding step of the same engine. The honest baseline."""
+
+    def start(self, context, tree=None):
+        return _NoSession(context)
+
+
+class _NoSession(DraftSession):
+    max_nodes, max_depth, trusted = 1, 0, True
+
+    def __init__(self, context: DraftContext):
+        self.context = context
+
+    def draft(self) -> DraftTree:
+        return DraftTree.root_only(self.context.root[:, None])

@@ -1,0 +1,192 @@
+"""Drafts from a smaller model: a chain, or a tree whose children are expanded level by level."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..attention import check_supported
+from ..reference import Acceptance
+from ..runner import TreeRunner
+from ..tree import DraftTree, Topology, topology_tensors
+from .base import DraftContext, Drafter, DraftSession
+
+# The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
+CATCH_UP = 2
+DEFAULT_TOKENS = 20  # as in transformers, where a generation config says nothing
+
+
+class ModelDrafter(Drafter):
+    """A draft model with the target's tokenizer.
+
+    Each node's children are the draft's likeliest tokens, by rank. The draft keeps its own tree cache through the
+    call: a token's keys and values are computed once (the last one twice, to keep shapes fixed).
+
+    Args:
+        model: decoder-only, in transformers' attention interface, on the target's device.
+        num_tokens: length of a chain; default the model's own `generation_config.num_assistant_tokens`,
+            else 20.
+        tree: a topology, or a number of nodes (root included); instead of a chain.
+
+    Raises:
+        ValueError: the model cannot draft, both shapes are given, or a number is below 1.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_tokens: int | None = None, tree: Topology | int | None = None):
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"ModelDrafter: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        check_supported(model, "the draft model")
+        if num_tokens is not None and tree is not None:
+            raise ValueError("ModelDrafter: give num_tokens (a chain) or tree, got both")
+        if num_tokens is not None and (not isinstance(num_tokens, int) or num_tokens < 1):
+            raise ValueError(f"ModelDrafter: num_tokens must be an integer of at least 1, got {num_tokens!r}")
+        self.model, self.num_tokens, self.tree = model, num_tokens, tree
+
+    def start(self, context, tree=None):
+        if self.model.device != context.tokens.device:
+            raise ValueError(
+                f"ModelDrafter: the draft model must be on {context.tokens.device}, got {self.model.device}"
+            )
+        shape = self.tree if tree is None else tree
+        if shape is None:
+            shape = Topology.chain(
+                self.num_tokens or self.model.generation_config.num_assistant_tokens or DEFAULT_TOKENS
+            )
+        elif isinstance(shape, int):
+            shape = Topology.from_budget(shape)
+        if max(shape.ranks) >= context.vocab_size:
+            raise ValueError(
+                f"ModelDrafter: tree must not have more children a node than the vocabulary's {context.vocab_size} "
+                f"tokens, got a rank of {max(shape.ranks)}"
+            )
+        return _ModelSession(self.model, context, shape)
+
+
+class _ModelSession(DraftSession):
+    trusted = True
+
+    def __init__(self, model: PreTrainedModel, context: DraftContext, topology: Topology):
+        self.context, self.topology = context, topology
+        self.max_nodes, self.max_depth = topology.num_nodes, topology.max_depth
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
+        self._last_token = model.get_input_embeddings().num_embeddings - 1
+        self._runner = TreeRunner(model, context.start, min(limit, context.max_length) - 1, context.impl)
+        self._prefill()
+
+    def _prefill(self) -> None:
+        """The prompt, left padding and all, through the draft: its cache has the target's columns."""
+        context, model = self.context, self._runner.model
+        prompt = context.tokens[:, : int(context.host_length[0])]
+        columns = torch.arange(prompt.shape[1], device=prompt.device)
+        real = columns >= context.start[:, None]
+        kwargs = {
+            "attention_mask": real.long(),
+            "position_ids": (columns - context.start[:, None]).clamp(min=0),
+        }
+        if model._supports_logits_to_keep():
+            kwargs["logits_to_keep"] = 1
+        self._runner.prefill(
+            prompt.clamp(max=self._last_token), GenerationConfig(), kwargs, prompt.shape[1] + self._room
+        )
+
+    @property
+    def _room(self) -> int:
+        """Slots that a round needs beyond the root's column."""
+        return CATCH_UP + self.max_nodes + self.max_depth
+
+    def draft(self) -> DraftTree:
+        context, topology = self.context, self.topology.limited(self.context.useful_depth)
+        self._runner.cache.reserve(int(context.host_length.max()) + self._room)
+        first = context.length - (CATCH_UP - 1)
+        columns = first[:, None] + torch.arange(CATCH_UP, device=first.device)
+        fed = context.tokens.gather(1, columns)
+        tokens = [fed[:, -1:]]
+        plan = _plan(topology, first.device)
+        for level in plan.levels:
+            depth, ancestors = (part.expand(len(first), *part.shape[1:]) for part in (level.depth, level.ancestors))
+            logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
+            ranked = logits[:, -level.num_parents :, : context.vocab_size].topk(level.num_ranks, dim=-1).indices
+            children = ranked[:, level.parent_rows, level.ranks]
+            tokens.append(children)
+            fed = children[:, level.expanded]
+        return DraftTree.from_topology(topology, torch.cat(tokens, 1)[:, plan.order])
+
+    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
+        if tree.is_chain or tree.max_depth == 0:
+            return
+        slots = _plan(self.topology.limited(tree.max_depth), accepted.path.device).slots
+        path = torch.where(accepted.path >= 0, slots[accepted.path.clamp(min=0).long()], -1).int()
+        self._runner.cache.compact(self.context.length, path, self.context.impl)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One forward of the draft: the nodes of one depth that have children.
+
+    Attributes:
+        num_parents: nodes expanded; the last rows of the forward.
+        num_ranks: candidates wanted of each.
+        parent_rows, ranks: [children] int64. Which expanded node, and which of its candidates, each child is.
+        expanded: [next level's parents] int64. Which children are expanded in their turn.
+        depth, ancestors: [1, T], [1, T, W] int64. The draft cache's tree so far: catch-up tokens and expanded nodes.
+    """
+
+    num_parents: int
+    num_ranks: int
+    parent_rows: torch.Tensor
+    ranks: torch.Tensor
+    expanded: torch.Tensor
+    depth: torch.Tensor
+    ancestors: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How to draft a topology.
+
+    Attributes:
+        levels: forwards in order.
+        order: [N] int64. Where each node's token stands when root and levels are put one after another.
+        slots: [N] int64. Slot of each expanded node in the draft's cache, from the root's; -1: never forwarded.
+    """
+
+    levels: tuple[_Level, ...]
+    order: torch.Tensor
+    slots: torch.Tensor
+
+
+@lru_cache(maxsize=64)
+def _plan(topology: Topology, device: torch.device) -> _Plan:
+    depths, parents = topology.depths, topology.parents
+    by_depth = [[node for node, depth in enumerate(depths) if depth == at] for at in range(topology.max_depth + 1)]
+    inner = set(parents)
+    slots, levels = {0: 0}, []
+    cache_parents, cache_ranks = list(range(-1, CATCH_UP - 1)), [0] * CATCH_UP
+    for level, children in zip(by_depth, by_depth[1:], strict=False):
+        expanded = [node for node in level if node in inner]
+        for node in expanded:
+            if node:
+                slots[node] = len(slots)
+                cache_parents.append(slots[parents[node]] + CATCH_UP - 1)
+                cache_ranks.append(topology.ranks[node])
+        _, depth, ancestors = topology_tensors(Topology(tuple(cache_parents), tuple(cache_ranks)), device)
+        levels.append(
+            _Level(
+                num_parents=len(expanded),
+                num_ranks=1 + max(topology.ranks[node] for node in children),
+                parent_rows=torch.tensor([expanded.index(parents[node]) for node in children], device=device),
+                ranks=torch.tensor([topology.ranks[node] for node in children], device=device),
+                expanded=torch.tensor(
+                    [place for place, node in enumerate(children) if node in inner], dtype=torch.int64, device=device
+                ),
+                depth=depth,
+                ancestors=ancestors,
+            )
+        )
+    listed = [node for level in by_depth for node in level]
+    return _Plan(
+        levels=tuple(levels),
+        order=torch.tensor([listed.index(node) for node in range(topology.num_nodes)], device=device),
+        slots=torch.tensor([slots.get(node, -1) for node in range(topology.num_nodes)], device=device),
+    )

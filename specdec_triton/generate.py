@@ -1,0 +1,318 @@
+"""One speculative `generate` call, from prompt to output. `Speculation.step` is the whole algorithm.
+
+In a round the drafter proposes a tree of tokens for every sequence; the target model verifies all of them in one
+forward; the longest path that the target agrees with is accepted, and the target's own next token follows it. So a
+round emits at least one token, and every token is the target's.
+
+Everything a round needs is on the device; the host reads one small tensor a round: what was emitted.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from . import ops
+from .drafters import DraftContext, Drafter, DraftSession
+from .processors import process_nodes
+from .reference import Acceptance
+from .runner import TreeRunner
+from .transcript import Transcript
+from .tree import DraftTree, Topology
+
+FIRST_RESERVE = 512  # new tokens that the first cache buffer has room for
+
+
+@dataclass
+class Stats:
+    """What a generation did.
+
+    Attributes:
+        rule: acceptance rule.
+        lossless: the rule leaves the target's output distribution unchanged.
+        rounds: target forwards after the prompt's.
+        drafted: draft tokens verified, in rows that were unfinished.
+        accepted: of those, accepted.
+        emitted: tokens emitted, all rows; the prompt's forward emits the first of each row.
+        row_rounds: (row, round) pairs in which the row was unfinished.
+        seconds: host time by stage: prefill, draft, verify, accept, compact, emit. On a GPU, stages run behind the
+            host: only their sum means something.
+    """
+
+    rule: str
+    lossless: bool = True
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    row_rounds: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens that an unfinished row emitted in a round, on average; 0.0 without rounds."""
+        return (self.accepted + self.row_rounds) / self.row_rounds if self.row_rounds else 0.0
+
+
+def timed(stage: str) -> Callable:
+    """Add a method's host time to `stats.seconds[stage]`."""
+
+    def decorate(method: Callable) -> Callable:
+        @wraps(method)
+        def run(self, *args):
+            begin = time.perf_counter()
+            try:
+                return method(self, *args)
+            finally:
+                self.stats.seconds[stage] += time.perf_counter() - begin
+
+        return run
+
+    return decorate
+
+
+class Speculation:
+    """One `generate` call.
+
+    Args:
+        model: the target.
+        drafter: proposes.
+        tree: shape asked of the drafter, or None for its own.
+        impl: implementation of the ops, see `ops`.
+        input_ids: [B, T] int64, left-padded.
+        logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as `generate` prepared them.
+
+    Raises:
+        ValueError: a batch that is padded elsewhere than on the left, or an argument that speculation cannot honour.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        drafter: Drafter,
+        tree: Topology | int | None,
+        impl: str | None,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        model_kwargs: dict,
+    ):
+        self.model, self.drafter, self.tree, self.impl = model, drafter, tree, impl
+        self.input_ids = input_ids.to(model.device)
+        self.config, self.processors, self.streamer = generation_config, logits_processor, streamer
+        self.model_kwargs = {key: value for key, value in model_kwargs.items() if value is not None}
+        self.stats = Stats(rule="greedy")
+        self.max_length = generation_config.max_length
+        batch, prompt_length = self.input_ids.shape
+        self.start = left_padding(self.input_ids, self.model_kwargs)
+
+        eos = generation_config._eos_token_tensor
+        self.eos_ids = None if eos is None else eos.to(model.device).long().view(-1)
+        keep = []
+        if generation_config.return_dict_in_generate:
+            keep = [name for name in ("scores", "logits") if getattr(generation_config, f"output_{name}")]
+        pad = generation_config._pad_token_tensor
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self.transcript = Transcript(
+            self.input_ids,
+            self.max_length,
+            eos_ids=[] if eos is None else eos.view(-1).tolist(),
+            pad_id=int(pad) if ends and pad is not None else None,
+            criteria=StoppingCriteriaList(c for c in stopping_criteria if not self._known(c)),
+            streamer=streamer,
+            keep=tuple(keep),
+        )
+        self.budget = torch.full((batch,), self.max_length - prompt_length, device=model.device)
+        self.context = DraftContext(
+            tokens=torch.nn.functional.pad(self.input_ids, (0, self.max_length + 1 - prompt_length)),
+            start=self.start,
+            length=torch.full((batch,), prompt_length - 1, device=model.device),
+            host_tokens=self.transcript.tokens,
+            host_length=self.transcript.length,
+            host_budget=np.full(batch, self.max_length - prompt_length),
+            max_length=self.max_length,
+            vocab_size=model.config.get_text_config().vocab_size,
+            impl=impl,
+        )
+        self.runner = TreeRunner(model, self.start, self.max_length - 1, impl)
+
+    def _known(self, criterion) -> bool:
+        """Whether the device stops where this criterion would."""
+        if type(criterion) is MaxLengthCriteria:
+            return criterion.max_length >= self.max_length
+        if type(criterion) is EosTokenCriteria and self.eos_ids is not None:
+            return torch.isin(criterion.eos_token_id.to(self.eos_ids.device), self.eos_ids).all().item()
+        return False
+
+    def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """The whole call: what `generate` returns."""
+        try:
+            # the prompt is verified as a tree of one node, its last token, whose logits give the first token
+            tree = DraftTree.root_only(self.input_ids[:, -1:])
+            self.emit(tree, *self.accept(tree, self.prefill()))
+            if not self.transcript.done:
+                self.session = self.start_drafter()
+            while not self.transcript.done:
+                self.step()
+        except BaseException:
+            if self.input_ids.device.type == "cuda":
+                torch.cuda.synchronize(self.input_ids.device)  # nothing may be restored under a running kernel
+            raise
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.output()
+
+    @timed("prefill")
+    def prefill(self) -> torch.Tensor:
+        """transformers' own forward over the prompt: logits [B, 1, V]."""
+        room = min(self.max_length, self.input_ids.shape[1] + FIRST_RESERVE)
+        return self.runner.prefill(self.input_ids, self.config, self.model_kwargs, room)
+
+    @timed("draft")
+    def start_drafter(self) -> DraftSession:
+        return self.drafter.start(self.context, self.tree)
+
+    def step(self) -> None:
+        """One round."""
+        tree = self.draft()
+        logits = self.verify(tree)
+        accepted, kept = self.accept(tree, logits)
+        self.compact(tree, accepted)
+        self.emit(tree, accepted, kept)
+
+    @timed("draft")
+    def draft(self) -> DraftTree:
+        tree = self.session.draft()
+        if not self.session.trusted:
+            tree.check(self.context.root, self.context.vocab_size, type(self.drafter).__name__)
+        return tree
+
+    @timed("verify")
+    def verify(self, tree: DraftTree) -> torch.Tensor:
+        """The target's logits [B, N, V] at every node."""
+        self.runner.cache.reserve(int(self.context.host_length.max()) + tree.num_nodes + tree.max_depth)
+        self.stats.rounds += 1
+        return self.runner.forward(tree.tokens, tree.depth, tree.ancestors, self.context.length)
+
+    @timed("accept")
+    def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, dict[str, torch.Tensor]]:
+        """The accepted path, and the scores to keep: [B, D + 1, V] at the root and along the path."""
+        scores = logits
+        context = self.context
+        if self.processors:
+            scores = process_nodes(
+                self.processors, tree, logits, context.host_tokens, context.host_length, context.host_budget
+            )
+        accepted = ops.accept_greedy(
+            scores,
+            tree.tokens,
+            tree.parents,
+            max_depth=tree.max_depth,
+            budget=self.budget,
+            eos_ids=self.eos_ids,
+            impl=self.impl,
+        )
+        kept = {}
+        for name in self.transcript.columns_kept:
+            source = scores if name == "scores" else logits
+            nodes = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
+            kept[name] = source.gather(1, nodes[:, :, None].expand(-1, -1, source.shape[-1])).float()
+        return accepted, kept
+
+    @timed("compact")
+    def compact(self, tree: DraftTree, accepted: Acceptance) -> None:
+        """Accepted keys and values move next to the root's, in the target's cache and the drafter's."""
+        if not tree.is_chain:
+            self.runner.cache.compact(self.context.length, accepted.path, self.impl)
+        self.session.observe(tree, accepted)
+
+    @timed("emit")
+    def emit(self, tree: DraftTree, accepted: Acceptance, kept: dict[str, torch.Tensor]) -> None:
+        """Append the accepted tokens and the target's own; then the host's one look at the round."""
+        context, batch = self.context, tree.tokens.shape[0]
+        drafts = tree.tokens.gather(1, accepted.path.clamp(min=0).long())
+        emitted = torch.cat([drafts, torch.zeros_like(accepted.next_ids)[:, None]], dim=1)
+        emitted.scatter_(1, accepted.length[:, None], accepted.next_ids[:, None])
+        live = self.budget > 0
+        count = torch.where(live, accepted.length + 1, 0)
+
+        place = torch.arange(emitted.shape[1], device=emitted.device)
+        # a spare last column takes what is not emitted
+        columns = torch.where(place < count[:, None], context.length[:, None] + 1 + place, self.max_length)
+        context.tokens.scatter_(1, columns, emitted)
+        context.length = context.length + count
+        ends = torch.isin(accepted.next_ids, self.eos_ids) if self.eos_ids is not None else torch.zeros_like(live)
+        self.budget = torch.where(ends, 0, self.budget - count)
+
+        drafted = torch.where(live, (tree.parents >= 0).sum(1), 0)
+        report = torch.cat([emitted, torch.stack([count, drafted, self.budget, accepted.has_nan], dim=1)], dim=1)
+        report = report.tolist()  # the one host read
+        counts, drafted, budget, has_nan = ([row[field] for row in report] for field in range(-4, 0))
+        if any(has_nan):
+            raise RuntimeError(
+                f"accept_greedy: logits of {type(self.model).__name__} must be numbers, got NaN in row "
+                f"{has_nan.index(True)} of {batch} in round {self.stats.rounds}"
+            )
+        self.stats.emitted += sum(counts)
+        if self.stats.rounds:
+            self.stats.row_rounds += sum(count > 0 for count in counts)
+            self.stats.drafted += sum(drafted)
+            self.stats.accepted += sum(count - 1 for count in counts if count)
+        context.host_budget[:] = budget
+        stopped = self.transcript.append(report, counts, kept)
+        if stopped:
+            context.host_budget[stopped] = 0
+            self.budget[stopped] = 0
+
+    def output(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        sequences = self.transcript.sequences
+        if not self.config.return_dict_in_generate:
+            return sequences
+        kept = self.transcript.columns_kept
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=kept.get("scores"),
+            logits=kept.get("logits"),
+            past_key_values=self.runner.cache.to_dynamic(sequences.shape[1] - 1),
+        )
+
+
+def left_padding(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
+    """First real column of each sequence: [B] int64, from `attention_mask` [B, T] or, without one, 0.
+
+    Raises:
+        ValueError: the mask has holes or padding on the right, a row is all padding, or `position_ids` do not count
+            the real tokens.
+    """
+    batch, length = input_ids.shape
+    columns = torch.arange(length, device=input_ids.device)
+    mask = model_kwargs.get("attention_mask")
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device).bool()
+    if real.shape != input_ids.shape:
+        raise ValueError(f"generate: attention_mask must be [{batch}, {length}], got {list(real.shape)}")
+    start = length - real.sum(1)
+    if not torch.equal(real, columns >= start[:, None]) or not real[:, -1].all():
+        raise ValueError(
+            "generate: attention_mask must be zeros, then ones (padding on the left only) when speculation is on, got "
+            "holes, padding on the right, or a row without tokens: set tokenizer.padding_side = 'left'"
+        )
+    positions = model_kwargs.get("position_ids")
+    if positions is not None:
+        wanted = columns - start[:, None]
+        positions = positions.to(input_ids.device)
+        if positions.dim() != 2 or not torch.equal(torch.where(real, positions, wanted), wanted):
+            raise ValueError(
+                f"generate: position_ids must count the real tokens from 0, [{batch}, {length}], when speculation is "
+                f"on, got other positions of shape {list(positions.shape)}"
+            )
+    return start

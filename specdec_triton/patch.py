@@ -1,0 +1,371 @@
+"""Swapping speculative decoding into a model's own `generate`, one instance at a time, and out again.
+
+`generate` looks `_assisted_decoding` and `_sample` up on the model's class. A patched instance gets a subclass of its
+class with the same name; the subclass is made once per class, and each instance's options are kept outside of it.
+"""
+
+import copyreg
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from weakref import WeakKeyDictionary
+
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from .attention import check_supported
+from .drafters import Drafter, ModelDrafter, NoDrafter, PromptLookupDrafter
+from .generate import Speculation, Stats
+from .tree import Topology
+
+RULES = ("greedy",)
+MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+VOCABULARY_PADDING = 0.01  # vocabularies whose sizes differ by no more share a tokenizer, padded differently
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `patch`, `patched` and `SpeculativeGenerate` take by keyword.
+
+    Attributes:
+        drafter: drafts for every `generate`; None: as the call's own assistance arguments say.
+        rule: "greedy", or None for the rule that fits the call.
+        tree: a `Topology`, a number of nodes (root included), or None for the drafter's own shape.
+        seed: accepted for sampling rules; greedy decoding has no use for it.
+        cuda_graphs: "auto" or False.
+        compile: False.
+        impl: implementation of the ops: None, "triton" or "reference".
+    """
+
+    drafter: Drafter | None = None
+    rule: str | None = None
+    tree: Topology | int | None = None
+    seed: int | list[int] | None = None
+    cuda_graphs: str | bool = "auto"
+    compile: bool = False
+    impl: str | None = None
+
+    def __post_init__(self):
+        if self.drafter is not None and not isinstance(self.drafter, Drafter):
+            raise ValueError(f"patch: drafter must be a Drafter or None, got {type(self.drafter).__name__}")
+        if self.rule is not None and self.rule not in RULES:
+            raise ValueError(f"patch: rule must be None or one of {RULES}, got {self.rule!r}")
+        if self.tree is not None and not isinstance(self.tree, Topology):
+            if isinstance(self.tree, bool) or not isinstance(self.tree, int) or self.tree < 1:
+                raise ValueError(
+                    f"patch: tree must be None, a Topology or a number of nodes of at least 1, got {self.tree!r}"
+                )
+        seeds = self.seed if isinstance(self.seed, (list, tuple)) else [] if self.seed is None else [self.seed]
+        if any(isinstance(seed, bool) or not isinstance(seed, int) for seed in seeds):
+            raise ValueError(f"patch: seed must be None, an integer or a list of integers, got {self.seed!r}")
+        if self.cuda_graphs not in ("auto", False):
+            raise ValueError(
+                f'patch: cuda_graphs must be "auto" or False (rounds are not captured yet), got {self.cuda_graphs!r}'
+            )
+        if self.compile is not False:
+            raise ValueError(f"patch: compile must be False (compile the model yourself), got {self.compile!r}")
+        if self.impl not in (None, "triton", "reference"):
+            raise ValueError(f'patch: impl must be None, "triton" or "reference", got {self.impl!r}')
+
+
+_options: WeakKeyDictionary[PreTrainedModel, Options] = WeakKeyDictionary()
+_stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
+
+
+def patch(model: PreTrainedModel, **options) -> None:
+    """Make this model's `generate` speculative, until `unpatch`.
+
+    Without a `drafter`, calls that ask for assistance (`assistant_model`, `prompt_lookup_num_tokens`) are served and
+    all others are untouched; with one, every greedy call is. On a patched model the options are replaced.
+
+    Args:
+        model: a decoder-only transformers model (PEFT and `torch.compile` wrappers are looked through).
+        **options: see `Options`.
+
+    Raises:
+        ValueError: an option or the model's family is not supported; names which, and what to do instead.
+    """
+    target = unwrap(model)
+    chosen = _make_options(options)
+    check_supported(target)
+    if not isinstance(target, SpeculativeModel):
+        target.__class__ = _speculative_class(type(target))
+    _options[target] = chosen
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Make `generate` what it was before `patch`.
+
+    Raises:
+        ValueError: the model is not patched, or its class was changed since.
+    """
+    target = unwrap(model)
+    if target not in _options:
+        raise ValueError(f"unpatch: model must be patched, got an unpatched {type(target).__name__}")
+    if not _is_ours(type(target)):
+        raise ValueError(
+            f"unpatch: the model's class must be the one that patch gave it, got {type(target).__name__}: undo what "
+            "changed it first"
+        )
+    target.__class__ = type(target).__bases__[1]
+    del _options[target]
+
+
+@contextmanager
+def patched(model: PreTrainedModel, **options) -> Iterator[PreTrainedModel]:
+    """`patch` for a `with` block; afterwards the model is as it was on entry, patched or not.
+
+    Args:
+        model, **options: see `patch`.
+    """
+    target = unwrap(model)
+    before = _options.get(target)
+    patch(target, **options)
+    try:
+        yield model
+    finally:
+        if before is None:
+            unpatch(target)
+        else:
+            _options[target] = before
+
+
+def stats(model: PreTrainedModel) -> Stats:
+    """What the last speculative `generate` of this model did, patched still or not.
+
+    Raises:
+        RuntimeError: there was none.
+    """
+    target = unwrap(model)
+    if target not in _stats:
+        raise RuntimeError(
+            f"stats: no speculative generate() has run on this {type(target).__name__}: patch it and ask for "
+            "assistance, or pass a drafter"
+        )
+    return _stats[target]
+
+
+class SpeculativeGenerate:
+    """Speculation without a patch: `model.generate(..., custom_generate=SpeculativeGenerate(drafter=...))`.
+
+    `drafter=None` decodes without speculation through the same engine. transformers does not hand `streamer`,
+    `stop_strings` or `synced_gpus` through this door: use `patched` where those are needed.
+
+    Args:
+        **options: see `Options`.
+
+    Raises:
+        ValueError: an option is not supported.
+    """
+
+    def __init__(self, **options):
+        self.options = _make_options(options)
+
+    def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        asked = _asked(generation_config, model_kwargs)
+        if asked:
+            raise ValueError(f"SpeculativeGenerate: assistance must be given as its drafter, got {', '.join(asked)}")
+        _check_call(model, generation_config, {})
+        check_supported(model)
+        options = self.options if self.options.drafter else replace(self.options, drafter=NoDrafter())
+        return _speculate(
+            model, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+        )
+
+
+class SpeculativeModel(GenerationMixin):
+    """Mixed into the class of a patched model, before the class itself."""
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        asked = _asked(generation_config, generation_mode_kwargs)
+        drafter = _options[self].drafter
+        if not asked and drafter is None:
+            return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        if asked and drafter is not None:
+            raise ValueError(
+                f"generate: assistance must come from one place, got a drafter in patch() and {', '.join(asked)} in "
+                "the call"
+            )
+        wanted = GenerationMode.ASSISTED_GENERATION if asked else None
+        if generation_mode not in (wanted, GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ValueError(
+                f"generate: speculative decoding must run greedy search or sampling, got {generation_mode.value} "
+                f"(num_beams={generation_config.num_beams}): call it without assistance, or with num_beams=1"
+            )
+        _check_call(self, generation_config, generation_mode_kwargs)
+
+    def _assisted_decoding(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        inputs_tensor=None,
+        assistant_model=None,
+        assistant_tokenizer=None,
+        tokenizer=None,
+        **model_kwargs,
+    ):
+        if assistant_model is not None:
+            drafter = ModelDrafter(unwrap(assistant_model))
+        else:
+            drafter = PromptLookupDrafter(
+                num_tokens=generation_config.prompt_lookup_num_tokens,
+                max_ngram=generation_config.max_matching_ngram_size or 2,
+            )
+        options = replace(_options[self], drafter=drafter)
+        return _speculate(
+            self, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer
+        )
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        options = _options[self]
+        if options.drafter is None:
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        return _speculate(
+            self, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer
+        )
+
+    def __reduce_ex__(self, protocol):
+        """Pickles and copies are of the model's own class: what is loaded elsewhere is not patched."""
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        # pickle insists that copyreg.__newobj__ makes the object's present class
+        return copyreg._reconstructor, (type(self).__bases__[1], object, None), *state
+
+
+def unwrap(model) -> PreTrainedModel:
+    """The transformers model inside PEFT and `torch.compile` wrappers.
+
+    Raises:
+        ValueError: it is none, or is wrapped in something else.
+    """
+    inner = model
+    if hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod
+    if not isinstance(inner, PreTrainedModel) and callable(getattr(inner, "get_base_model", None)):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
+        raise ValueError(
+            f"patch: model must be a transformers model with generate(), got {type(model).__module__}."
+            f"{type(model).__qualname__}: pass the model inside it"
+        )
+    return inner
+
+
+@cache
+def _speculative_class(base: type) -> type:
+    # one class a base: a fresh one each time would make torch.compile compile again
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (SpeculativeModel, base), body)
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__bases__[0] is SpeculativeModel
+
+
+def _make_options(options: dict) -> Options:
+    known = [field.name for field in fields(Options)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"patch: options must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return Options(**options)
+
+
+def _asked(generation_config: GenerationConfig, arguments: dict) -> list[str]:
+    """The assistance that a call asks for, by argument name."""
+    asked = [name for name in ("assistant_model", "assistant_tokenizer") if arguments.get(name) is not None]
+    for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"):
+        if getattr(generation_config, name, None) not in (None, False):
+            asked.append(name)
+    if getattr(generation_config, "speculation_type", None) not in (None, "assistant"):
+        asked.append("speculation_type")
+    return asked
+
+
+def _check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict) -> None:
+    """Refuse, by name, what a speculative call cannot honour."""
+    asked = _asked(config, arguments)
+    unsupported = sorted(set(asked) - {"assistant_model", "prompt_lookup_num_tokens"})
+    if unsupported:
+        raise ValueError(
+            f"generate: assistance must be assistant_model or prompt_lookup_num_tokens on a patched model, got "
+            f"{', '.join(unsupported)}: unpatch the model to use transformers' own"
+        )
+    if len(asked) > 1:
+        raise ValueError(f"generate: one kind of assistance must be asked for, got {', '.join(asked)}")
+    if config.do_sample:
+        raise ValueError(
+            "generate: do_sample must be False with speculative decoding (sampling rules are not available yet), got "
+            "True: unpatch the model, or sample without assistance"
+        )
+    if config.use_cache is False:
+        raise ValueError("generate: use_cache must be True with speculative decoding, got False")
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        raise ValueError(
+            f"generate: cache_implementation must be None or 'dynamic' with speculative decoding, got "
+            f"{config.cache_implementation!r}: the cache is made here"
+        )
+    for name in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, name):
+            raise ValueError(f"generate: {name} must be False with speculative decoding, got True")
+    if arguments.get("synced_gpus"):
+        raise ValueError("generate: synced_gpus must be False with speculative decoding, got True")
+    if (assistant := arguments.get("assistant_model")) is not None:
+        assistant = unwrap(assistant)
+        sizes = [m.config.get_text_config().vocab_size for m in (model, assistant)]
+        if abs(sizes[0] - sizes[1]) > VOCABULARY_PADDING * max(sizes):
+            raise ValueError(
+                f"generate: assistant_model must have the model's vocabulary of {sizes[0]} tokens, up to "
+                f"{VOCABULARY_PADDING:.0%} of padding, got {sizes[1]}"
+            )
+
+
+def _speculate(
+    model, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer=None
+):
+    if not input_ids.shape[1]:
+        raise ValueError("generate: input_ids must hold a prompt with speculative decoding, got inputs_embeds alone")
+    model_kwargs.pop("tokenizer", None)  # the stopping criteria have it
+    unknown = sorted(key for key, value in model_kwargs.items() if value is not None and key not in MODEL_ARGUMENTS)
+    if unknown:
+        raise ValueError(
+            f"generate: model arguments must be among {', '.join(sorted(MODEL_ARGUMENTS))} with speculative decoding, "
+            f"got {', '.join(unknown)}"
+        )
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
+        raise ValueError("generate: past_key_values must be None with speculative decoding, got the caller's cache")
+    speculation = Speculation(
+        model,
+        options.drafter,
+        options.tree,
+        options.impl,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        streamer,
+        model_kwargs,
+    )
+    _stats[model] = speculation.stats
+    return speculation.run()

@@ -1,0 +1,68 @@
+"""A model with its tree cache: prefilled by transformers, then run over tree nodes. Serves target and draft alike."""
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from .attention import own_configs, tree_attention_enabled
+from .cache import TreeCache
+from .tree import pack_tree
+
+
+class TreeRunner:
+    """One model during one generation.
+
+    Args:
+        model: the model, left as it is outside `forward`.
+        start: [B] int64. First column that holds a real token.
+        last_position: largest position that may be fed; deeper nodes are clamped to it (they can never be emitted).
+        impl: implementation of the ops, see `ops`.
+    """
+
+    def __init__(self, model: PreTrainedModel, start: torch.Tensor, last_position: int, impl: str | None = None):
+        self.model, self.start, self.impl = model, start, impl
+        self.last_position = last_position
+        self.cache: TreeCache | None = None
+        self._configs = own_configs(model)
+
+    def prefill(
+        self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict, capacity: int
+    ) -> torch.Tensor:
+        """Run the prompt [B, T] as transformers does, under the model's own attention.
+
+        Args:
+            model_kwargs: `attention_mask`, `position_ids` and the like, as `generate` prepared them.
+            capacity: slots to hold.
+
+        Returns:
+            logits [B, 1, V] after the last column.
+        """
+        # a cache without layer types keeps the whole history in sliding layers too
+        model_kwargs = {**model_kwargs, "past_key_values": DynamicCache(), "use_cache": True}
+        outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
+        self.cache = TreeCache.from_prefill(outputs.past_key_values, capacity)
+        return outputs.logits[:, -1:]
+
+    def forward(
+        self, tokens: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor, base: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [B, N, V] of the last N nodes of a tree of T, whose first T - N are in the cache already.
+
+        Args:
+            tokens: [B, N] int64.
+            depth: [B, T] int64. Edges from node 0.
+            ancestors: [B, T, W] int64. See `DraftTree`.
+            base: [B] int64. Slot of node 0; node i goes to slot base + i.
+        """
+        num_rows, first = tokens.shape[1], depth.shape[1] - tokens.shape[1]
+        position = (base - self.start)[:, None] + depth[:, first:]
+        self.cache.place(base + first, num_rows)
+        with tree_attention_enabled(self._configs, self.impl):
+            outputs = self.model(
+                input_ids=tokens,
+                attention_mask=pack_tree(depth, ancestors, self.start, base)[:, None],
+                position_ids=position.clamp(max=self.last_position),
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+            )
+        return outputs.logits

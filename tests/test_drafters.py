@@ -1,0 +1,162 @@
+"""Drafters alone: what they propose."""
+
+import numpy as np
+import pytest
+import torch
+
+import specdec_triton as sdt
+from families import NEVER, build, prompt
+from specdec_triton.drafters import DraftContext
+from specdec_triton.drafters.prompt_lookup import _matches
+
+
+def context(rows, start=0, budget=20, vocab=100, max_length=64):
+    """Texts of one batch, left-aligned from `start`."""
+    host = np.zeros((len(rows), max_length), dtype=np.int64)
+    for row, text in enumerate(rows):
+        host[row, start : start + len(text)] = text
+    length = np.array([start + len(text) - 1 for text in rows])
+    return DraftContext(
+        tokens=torch.from_numpy(np.pad(host, ((0, 0), (0, 1)))),
+        start=torch.full((len(rows),), start),
+        length=torch.from_numpy(length),
+        host_tokens=host,
+        host_length=length,
+        host_budget=np.full(len(rows), budget),
+        max_length=max_length,
+        vocab_size=vocab,
+    )
+
+
+def test_matches_are_the_longest_first_then_the_earliest():
+    text = np.array([1, 2, 3, 9, 2, 3, 8, 1, 2, 3, 7, 1, 2, 3])
+    assert _matches(text, 3, 9) == [2, 9, 5]
+    assert _matches(text, 2, 9) == [2, 5, 9]
+    assert _matches(text, 1, 2) == [2, 5]
+    assert _matches(np.array([4]), 3, 1) == [] and _matches(np.array([4, 5]), 3, 1) == []
+    assert _matches(np.array([4, 4]), 3, 1) == [0]
+
+
+def test_lookup_copies_what_followed():
+    session = sdt.PromptLookupDrafter(num_tokens=3).start(context([[5, 6, 7, 8, 9, 5, 6]]))
+    tree = session.draft()
+    assert tree.tokens.tolist() == [[6, 7, 8, 9]] and tree.is_chain
+    assert session.max_nodes == 4
+
+
+def test_lookup_branches_share_what_they_have_in_common():
+    rows = [[5, 1, 2, 3, 5, 1, 4, 3, 5], [7, 8, 9]]
+    tree = sdt.PromptLookupDrafter(num_tokens=3, branches=2).start(context(rows)).draft()
+    assert tree.tokens[0].tolist() == [5, 1, 4, 3, 2, 3]
+    assert tree.parents.tolist() == [[-1, 0, 1, 2, 1, 4], [-1] * 6]  # no match in the second row: padding
+    tree.check(torch.tensor([5, 9]), 100, "lookup")
+
+
+def test_no_match_is_no_draft():
+    tree = sdt.PromptLookupDrafter().start(context([[1, 2, 3]])).draft()
+    assert tree.num_nodes == 1
+
+
+def test_lookup_does_not_match_padding_and_stops_at_the_budget():
+    assert sdt.PromptLookupDrafter().start(context([[0]], start=5)).draft().num_nodes == 1
+    assert sdt.PromptLookupDrafter().start(context([[1, 2, 3, 4, 1]], budget=3)).draft().tokens.tolist() == [[1, 2, 3]]
+    assert sdt.PromptLookupDrafter().start(context([[1, 2, 1]], budget=1)).draft().num_nodes == 1
+
+
+def test_lookup_drafts_less_where_it_fails_and_more_where_it_holds():
+    now = context([list(range(1, 31)) + [1]], budget=100)
+    session = sdt.PromptLookupDrafter(num_tokens=8).start(now)
+    widths = [session.draft().num_nodes]
+    for token in (90, 1, 91, 1, 92, 1):  # the target says something else each time
+        now.host_length = now.host_length + 1
+        now.host_tokens[0, now.host_length[0]] = token
+        widths.append(session.draft().num_nodes)
+    assert widths == [9, 1, 5, 1, 3, 1, 2]
+    accepted = session.draft()
+    now.host_length = now.host_length + accepted.num_nodes
+    now.host_tokens[0, : now.host_length[0] + 1][-1] = 1
+    assert session.draft().num_nodes == 5
+    steady = sdt.PromptLookupDrafter(num_tokens=8, adaptive=False).start(now)
+    assert steady.draft().num_nodes == steady.draft().num_nodes == 9
+
+
+def test_a_tree_asked_of_the_lookup():
+    lookup = sdt.PromptLookupDrafter(num_tokens=9)
+    assert lookup.start(context([[1, 2, 3, 4, 1]]), tree=3).draft().num_nodes == 3
+    assert lookup.start(context([[1, 2, 3, 4, 1]]), tree=sdt.Topology.chain(2)).draft().num_nodes == 3
+    with pytest.raises(ValueError, match="PromptLookupDrafter: tree must be None, a number of nodes or a chain"):
+        lookup.start(context([[1]]), tree=sdt.Topology.from_widths([2]))
+
+
+def test_the_oracle_errs_at_its_rate():
+    text = torch.randint(0, 100, (1, 1000), generator=torch.Generator().manual_seed(0))
+    for rate in (0.0, 0.3, 1.0):
+        now = context([text[0, :400].tolist()], max_length=1000)
+        session = sdt.OracleDrafter(text, rate, tree=sdt.Topology.from_widths([3])).start(now)
+        hits = 0
+        for column in range(400, 900):
+            now.host_tokens[0, column], now.host_length[0] = text[0, column], column
+            tree = session.draft()
+            assert tree.tokens[0, 0] == text[0, column]
+            hits += int((tree.tokens[0, 1:] == text[0, column + 1]).sum())
+        assert hits / 500 == pytest.approx(1 - rate, abs=0.07)
+
+
+@pytest.mark.parametrize(
+    "tree", [sdt.Topology.from_widths([3, 2, 2]), sdt.Topology((-1, 0, 0, 0, 3, 3, 5), (0, 0, 1, 2, 0, 1, 0))]
+)
+def test_a_draft_model_ranks_each_nodes_children(tree):
+    """Against a plain forward of the draft over each node's path."""
+    target, draft, inputs = build("llama"), build("llama", seed=3), prompt()
+    seen = []
+
+    class Spy(sdt.ModelDrafter):
+        def start(self, context, tree=None):
+            session = super().start(context, tree)
+            draft_tree = session.draft
+            session.draft = lambda: (
+                seen.append((context.host_tokens.copy(), context.host_length.copy(), draft_tree())) or seen[-1][2]
+            )
+            return session
+
+    with sdt.patched(target, drafter=Spy(draft, tree=tree)):
+        target.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=NEVER)
+    for tokens, length, proposed in seen[:6]:
+        proposed.check(torch.from_numpy(tokens[np.arange(2), length]), 61, "ModelDrafter")
+        for row, start in ((0, 3), (1, 0)):
+            for node, parent in enumerate(tree.limited(proposed.max_depth).parents):
+                if not node:
+                    continue
+                path, at = [], parent
+                while at > 0:
+                    path.insert(0, int(proposed.tokens[row, at]))
+                    at = tree.parents[at]
+                text = torch.tensor([[*tokens[row, start : length[row] + 1], *path]])
+                ranked = draft(text).logits[0, -1].argsort(descending=True)
+                assert proposed.tokens[row, node] == ranked[tree.ranks[node]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sdt.PromptLookupDrafter(num_tokens=0), "PromptLookupDrafter: num_tokens must be an integer"),
+        (lambda: sdt.PromptLookupDrafter(max_ngram=1.5), "PromptLookupDrafter: max_ngram must be an integer"),
+        (lambda: sdt.PromptLookupDrafter(branches=0), "PromptLookupDrafter: branches must be an integer"),
+        (lambda: sdt.OracleDrafter(torch.zeros(3)), r"OracleDrafter: text must be \[B, L\]"),
+        (lambda: sdt.OracleDrafter(torch.zeros(1, 3), 2.0), "OracleDrafter: error_rate must be 0 to 1"),
+        (
+            lambda: sdt.OracleDrafter(torch.zeros(2, 3)).start(context([[1]])),
+            "OracleDrafter: text must have a row for each of the 1",
+        ),
+        (lambda: sdt.ModelDrafter("model"), "ModelDrafter: model must be a transformers PreTrainedModel, got str"),
+        (lambda: sdt.ModelDrafter(build("llama"), 3, 4), "ModelDrafter: give num_tokens"),
+        (lambda: sdt.ModelDrafter(build("llama"), 0), "ModelDrafter: num_tokens must be an integer"),
+        (
+            lambda: sdt.ModelDrafter(build("llama"), tree=70).start(context([[1]], vocab=2)),
+            "ModelDrafter: tree must not have more children",
+        ),
+    ],
+)
+def test_bad_options_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,333 @@
+"""Claim 1: in fp32, greedy, every token equals `model.generate(do_sample=False)`; and what `generate` accepts keeps
+its meaning."""
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import specdec_triton as sdt
+from families import EOS, FAMILIES, NEVER, PAD, VOCAB, build, prompt
+
+TREES = {
+    "chain": sdt.Topology.chain(4),
+    "wide": sdt.Topology.from_widths([3, 2, 1]),
+    "budget": 12,
+    # a topology whose first children are leaves: an accepted path skips slots
+    "skipping": sdt.Topology((-1, 0, 0, 0, 3, 3, 5), (0, 0, 1, 2, 0, 1, 0)),
+}
+
+
+def oracle(text, error_rate=0.3, tree=None, room=40, seed=0):
+    """A drafter that knows `text` (padded, so that it never runs out)."""
+    return sdt.OracleDrafter(torch.nn.functional.pad(text, (0, room)), error_rate, tree=tree, seed=seed)
+
+
+def eos_in_mid_row(model, inputs, **options):
+    """An EOS list that ends the first row in mid-text and the others later or not at all."""
+    text = model.generate(**inputs, **{**options, "do_sample": False, "eos_token_id": NEVER})[
+        :, inputs["input_ids"].shape[1] :
+    ]
+    return [int(text[0, text.shape[1] // 2]), EOS]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_token_is_plain_generates(family, penalty):
+    model, inputs = build(family), prompt()
+    options = {"do_sample": False, "max_new_tokens": 24, "repetition_penalty": penalty}
+    options["eos_token_id"] = eos_in_mid_row(model, inputs, **options)
+    plain = model.generate(**inputs, **options)
+    for name, tree in TREES.items():
+        with sdt.patched(model, drafter=oracle(plain, tree=tree)):
+            assert torch.equal(model.generate(**inputs, **options), plain), name
+        assert sdt.stats(model).accepted > 0 and sdt.stats(model).lossless
+    with sdt.patched(model):
+        assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=4), plain)
+        assert torch.equal(model.generate(**inputs, **options, assistant_model=build(family, seed=1)), plain)
+        assert torch.equal(model.generate(**inputs, **options, assistant_model=build(family)), plain)
+    for tree in (sdt.Topology.from_widths([2, 2, 1]), 16):
+        with sdt.patched(model, drafter=sdt.ModelDrafter(build(family), tree=tree)):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_batch_of_many_lengths(family):
+    model, inputs = build(family), prompt(batch=5, length=12, padding=0)
+    for row in range(5):
+        inputs["attention_mask"][row, : 2 * row] = 0
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=30, eos_token_id=[EOS, 7, 9, 23])
+    with sdt.patched(model, drafter=oracle(plain, tree=TREES["skipping"])):
+        assert torch.equal(
+            model.generate(**inputs, do_sample=False, max_new_tokens=30, eos_token_id=[EOS, 7, 9, 23]), plain
+        )
+
+
+def test_a_perfect_draft_takes_the_fewest_rounds():
+    model, inputs = build("llama"), prompt()
+    options = {"do_sample": False, "max_new_tokens": 25, "eos_token_id": NEVER}
+    plain = model.generate(**inputs, **options)
+    for tree, rounds in ((sdt.Topology.chain(5), 4), (TREES["wide"], 6)):
+        with sdt.patched(model, drafter=oracle(plain, error_rate=0.0, tree=tree)):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+        stats = sdt.stats(model)
+        assert stats.rounds == rounds and stats.emitted == 50
+        assert stats.acceptance_length == pytest.approx(24 / rounds)
+
+
+def test_a_draft_model_equal_to_the_target_is_always_accepted():
+    """Its cache is right after every round: trees, compaction, catching up."""
+    model, inputs = build("llama"), prompt()
+    options = {"do_sample": False, "max_new_tokens": 31, "eos_token_id": NEVER}
+    plain = model.generate(**inputs, **options)
+    for tree, depth in ((sdt.Topology.chain(4), 4), (TREES["wide"], 3), (TREES["skipping"], None)):
+        with sdt.patched(model, drafter=sdt.ModelDrafter(build("llama"), tree=tree)):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+        stats = sdt.stats(model)
+        if depth:
+            assert stats.rounds == -(-30 // (depth + 1))
+        else:
+            assert stats.accepted == stats.row_rounds  # its likeliest child is a leaf at depth 1
+
+
+def test_a_finished_row_adds_no_rounds_and_keeps_its_text():
+    model, inputs = build("llama"), prompt()
+    free = model.generate(**inputs, do_sample=False, max_new_tokens=30, eos_token_id=NEVER)
+    first_row = free[0, 9:].tolist()
+    eos = next(token for token in first_row[2:10] if token not in free[1].tolist())
+    options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": eos}
+    plain = model.generate(**inputs, **options)
+    with sdt.patched(model, drafter=oracle(plain, 0.0, tree=sdt.Topology.chain(1))):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+    alone = {name: tensor[1:] for name, tensor in inputs.items()}
+    both = sdt.stats(model)
+    with sdt.patched(model, drafter=oracle(plain[1:], 0.0, tree=sdt.Topology.chain(1))):
+        model.generate(**alone, **options)
+    assert both.rounds == sdt.stats(model).rounds
+    assert both.row_rounds < 2 * both.rounds
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3])
+def test_short_outputs(max_new_tokens):
+    model, inputs = build("llama"), prompt(batch=3, length=4, padding=3)
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    plain = model.generate(**inputs, **options)
+    for drafter in (oracle(plain, 0.0), sdt.PromptLookupDrafter(), sdt.ModelDrafter(build("llama"))):
+        with sdt.patched(model, drafter=drafter):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+def test_a_long_output_grows_the_cache():
+    model = build("llama", max_position_embeddings=2048)
+    inputs = prompt(batch=2, length=5, padding=2)
+    options = {"do_sample": False, "max_new_tokens": 700, "eos_token_id": NEVER}
+    plain = model.generate(**inputs, **options)
+    with sdt.patched(model, drafter=oracle(plain, 0.02, tree=sdt.Topology.chain(20))):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+    with sdt.patched(model, drafter=sdt.ModelDrafter(build("llama", max_position_embeddings=2048), num_tokens=30)):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+def test_min_new_tokens_and_bad_words():
+    model, inputs = build("llama"), prompt()
+    free = model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=NEVER)
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 20,
+        "min_new_tokens": 6,
+        "eos_token_id": int(free[0, 11]),
+        "bad_words_ids": [[int(free[1, 12])], [int(free[0, 10]), int(free[0, 11])]],
+        "no_repeat_ngram_size": 2,
+    }
+    plain = model.generate(**inputs, **options)
+    for drafter in (oracle(plain, tree=TREES["wide"]), sdt.PromptLookupDrafter()):
+        with sdt.patched(model, drafter=drafter):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+def test_a_processor_sees_each_nodes_own_path_at_its_own_row():
+    """It forbids a token that depends on the row and on all that came before: any foreign text would show."""
+
+    def forbid(input_ids, scores):
+        rows = torch.arange(len(input_ids))
+        banned = (input_ids * torch.arange(1, input_ids.shape[1] + 1)).sum(1) + 7 * rows
+        return scores.scatter(1, (banned % VOCAB)[:, None], float("-inf"))
+
+    model, inputs = build("llama"), prompt(batch=3)
+    options = {"do_sample": False, "max_new_tokens": 20, "logits_processor": [forbid]}
+    plain = model.generate(**inputs, **options)
+    assert not torch.equal(plain, model.generate(**inputs, do_sample=False, max_new_tokens=20))
+    with sdt.patched(model, drafter=oracle(plain, tree=TREES["wide"])):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+    assert sdt.stats(model).acceptance_length > 1.5
+
+
+class Recorder(StoppingCriteria):
+    """Stops each row at its own column; remembers every call."""
+
+    def __init__(self, stops):
+        self.stops, self.calls = torch.tensor(stops), []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls.append((input_ids.tolist(), None if scores is None else len(scores)))
+        return input_ids.shape[1] >= self.stops
+
+
+@pytest.mark.parametrize("eos", [EOS, None])
+@pytest.mark.parametrize("stops", [(12, 20, 17), (10, 99, 11), (16, 16, 16)])
+def test_criteria_are_asked_as_plain_generate_asks_them(stops, eos):
+    model, inputs = build("llama", eos_token_id=eos), prompt(batch=3)
+    options = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": PAD}
+    plain_calls, our_calls = Recorder(stops), Recorder(stops)
+    plain = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([plain_calls]))
+    text = model.generate(**inputs, **options)
+    with sdt.patched(model, drafter=oracle(text, tree=sdt.Topology.chain(3))):
+        ours = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([our_calls]))
+    assert torch.equal(ours, plain)
+    assert our_calls.calls == plain_calls.calls
+
+
+class Collector(BaseStreamer):
+    def __init__(self):
+        self.puts, self.ended = [], False
+
+    def put(self, value):
+        assert not self.ended
+        self.puts.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_streamer_gets_what_plain_generate_gives_it(batch):
+    model, inputs = build("llama"), prompt(batch=batch)
+    options = {"do_sample": False, "max_new_tokens": 15, "eos_token_id": EOS}
+    theirs, ours = Collector(), Collector()
+    plain = model.generate(**inputs, **options, streamer=theirs)
+    with sdt.patched(model, drafter=oracle(plain)):
+        model.generate(**inputs, **options, streamer=ours)
+    assert ours.puts == theirs.puts and ours.ended
+
+
+def test_tokens_are_streamed_as_they_are_accepted():
+    model, inputs = build("llama"), prompt(batch=1)
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=20)
+    rounds = []
+
+    class Clock(BaseStreamer):
+        def put(self, value):
+            rounds.append(sdt.stats(model).rounds if sdt.stats(model) is not before else -1)
+
+        def end(self):
+            pass
+
+    with sdt.patched(model, drafter=oracle(plain, 0.0, tree=sdt.Topology.chain(4))):
+        model.generate(**inputs, do_sample=False, max_new_tokens=20)
+        before = sdt.stats(model)
+        model.generate(**inputs, do_sample=False, max_new_tokens=20, streamer=Clock())
+    assert rounds[:7] == [-1, 0, 1, 1, 1, 1, 1]  # the prompt, its first token, then five tokens of one round
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_scores_and_logits(penalty):
+    model, inputs = build("llama"), prompt()
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 20,
+        "repetition_penalty": penalty,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+    }
+    options["eos_token_id"] = eos_in_mid_row(model, inputs, max_new_tokens=20, repetition_penalty=penalty)
+    plain = model.generate(**inputs, **options)
+    with sdt.patched(model, drafter=oracle(plain.sequences, tree=TREES["wide"])):
+        ours = model.generate(**inputs, **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+    ended = [
+        9 + next((i + 1 for i, t in enumerate(row[9:].tolist()) if t in options["eos_token_id"]), 99)
+        for row in plain.sequences
+    ]
+    assert min(ended) < plain.sequences.shape[1]
+    for name in ("scores", "logits"):
+        assert len(ours[name]) == len(plain[name])
+        for step, (got, wanted) in enumerate(zip(ours[name], plain[name], strict=True)):
+            for row in range(2):
+                if 9 + step < ended[row]:
+                    torch.testing.assert_close(got[row], wanted[row], rtol=1e-3, atol=1e-4)
+                else:
+                    assert got[row].isneginf().all()
+
+
+def test_the_returned_cache_continues_the_text():
+    model, inputs = build("llama"), prompt(batch=1)
+    options = {"do_sample": False, "return_dict_in_generate": True, "eos_token_id": NEVER}
+    plain = model.generate(**inputs, **options, max_new_tokens=30)
+    with sdt.patched(model, drafter=oracle(plain.sequences)):
+        part = model.generate(**inputs, **options, max_new_tokens=12)
+    assert part.past_key_values.get_seq_length() == part.sequences.shape[1] - 1
+    rest = model.generate(part.sequences, **options, max_new_tokens=18, past_key_values=part.past_key_values)
+    assert torch.equal(rest.sequences, plain.sequences)
+
+
+def test_custom_generate():
+    model, inputs = build("llama"), prompt()
+    options = {"do_sample": False, "max_new_tokens": 20}
+    plain = model.generate(**inputs, **options)
+    ours = model.generate(**inputs, **options, custom_generate=sdt.SpeculativeGenerate(drafter=oracle(plain)))
+    assert torch.equal(ours, plain) and sdt.stats(model).acceptance_length > 1
+    ours = model.generate(**inputs, **options, custom_generate=sdt.SpeculativeGenerate())
+    assert torch.equal(ours, plain) and sdt.stats(model).acceptance_length == 1 and sdt.stats(model).drafted == 0
+
+
+def test_stop_strings(tmp_path):
+    import tiny
+
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    inputs = tokenizer("abc", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=40)
+    pieces = [tokenizer.decode(plain[0, at : at + 1]) for at in range(plain.shape[1])]
+    stop = next(piece for at, piece in enumerate(pieces) if at > 12 and piece.isascii() and piece.isalpha())
+    options = {"do_sample": False, "max_new_tokens": 40, "stop_strings": [stop], "tokenizer": tokenizer}
+    stopped = model.generate(**inputs, **options)
+    assert stopped.shape[1] < plain.shape[1]
+    with sdt.patched(model, drafter=oracle(plain, 0.0, tree=sdt.Topology.chain(7))):
+        assert torch.equal(model.generate(**inputs, **options), stopped)
+
+
+def test_a_nan_is_an_error_that_names_the_row():
+    model, inputs = build("llama"), prompt()
+
+    def poison(input_ids, scores):
+        if input_ids.shape[1] > 12:
+            scores[1, 3] = float("nan")
+        return scores
+
+    with (
+        sdt.patched(model),
+        pytest.raises(RuntimeError, match=r"accept_greedy: logits of LlamaForCausalLM.*NaN in row 1"),
+    ):
+        model.generate(**inputs, do_sample=False, prompt_lookup_num_tokens=3, logits_processor=[poison])
+
+
+def test_the_models_last_position_is_never_passed():
+    model = build("llama", max_position_embeddings=32)
+    fed = []
+    model.model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(int(kwargs["position_ids"].max())), with_kwargs=True
+    )
+    inputs = prompt(batch=1)
+    plain = model.generate(**inputs, do_sample=False, max_length=32, eos_token_id=NEVER)
+    with sdt.patched(model, drafter=oracle(plain, tree=sdt.Topology.chain(8))):
+        ours = model.generate(**inputs, do_sample=False, max_length=32, eos_token_id=NEVER)
+    assert torch.equal(ours, plain) and max(fed) < 32
+
+
+def test_chunked_prefill():
+    model, inputs = build("gemma3"), prompt(length=11)
+    options = {"do_sample": False, "max_new_tokens": 12, "prefill_chunk_size": 4}
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=12)
+    with sdt.patched(model, drafter=oracle(plain)):
+        assert torch.equal(model.generate(**inputs, **options), plain)

@@ -1,0 +1,313 @@
+"""Patching: per instance, reversible, and refusing by name what it cannot serve."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+import transformers
+
+import specdec_triton as sdt
+from families import NEVER, VOCAB, build, prompt
+
+OPTIONS = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": NEVER}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama")
+
+
+@pytest.fixture(autouse=True)
+def unchanged(request):
+    """Whatever a test does, the shared model is afterwards exactly as before."""
+    if "model" not in request.fixturenames:
+        yield
+        return
+    model = request.getfixturevalue("model")
+    before = snapshot(model)
+    yield
+    assert snapshot(model) == before
+
+
+def snapshot(model):
+    """Class, attention, hooks, attributes, configs: what a swap could have left behind."""
+    modules = dict(model.named_modules())
+    return {
+        "class": type(model),
+        "attention": [config._attn_implementation for config in sdt.attention.own_configs(model)],
+        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
+        "attributes": {name: sorted(m.__dict__) for name, m in modules.items()},
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+        "training": model.training,
+    }
+
+
+def test_patch_and_unpatch_leave_nothing(model):
+    before, options = snapshot(model), prompt()
+    plain = model.generate(**options, **OPTIONS)
+    sdt.patch(model)
+    assert type(model).__name__ == "LlamaForCausalLM" and isinstance(model, transformers.LlamaForCausalLM)
+    assert type(model).__module__ == before["class"].__module__
+    assert torch.equal(model.generate(**options, **OPTIONS), plain)
+    assert torch.equal(model.generate(**options, **OPTIONS, prompt_lookup_num_tokens=3), plain)
+    sdt.unpatch(model)
+    assert snapshot(model) == before
+    assert sdt.stats(model).rounds > 0  # survives
+
+
+def test_a_patched_model_without_assistance_is_untouched(model):
+    fresh = build("llama")
+    with sdt.patched(fresh):
+        for options in ({"num_beams": 3}, {"do_sample": True}, {}):
+            torch.manual_seed(1)
+            plain = model.generate(**prompt(), max_new_tokens=8, **options)
+            torch.manual_seed(1)
+            assert torch.equal(fresh.generate(**prompt(), max_new_tokens=8, **options), plain)
+        with pytest.raises(RuntimeError, match="stats: no speculative"):
+            sdt.stats(fresh)
+
+
+def test_patching_again_replaces_the_options_and_one_unpatch_restores(model):
+    sdt.patch(model)
+    sdt.patch(model, drafter=sdt.PromptLookupDrafter())
+    model.generate(**prompt(), **OPTIONS)
+    first = sdt.stats(model)
+    sdt.patch(model)
+    model.generate(**prompt(), **OPTIONS)
+    assert sdt.stats(model) is first
+    sdt.unpatch(model)
+    with pytest.raises(ValueError, match="unpatch: model must be patched"):
+        sdt.unpatch(model)
+
+
+def test_patched_restores_what_was_there(model):
+    with sdt.patched(model, drafter=sdt.PromptLookupDrafter()):
+        ours = type(model)
+        with sdt.patched(model):
+            assert type(model) is ours
+        model.generate(**prompt(), **OPTIONS)
+        assert sdt.stats(model).rounds
+    assert type(model) is transformers.LlamaForCausalLM
+    with pytest.raises(KeyboardInterrupt), sdt.patched(model):
+        raise KeyboardInterrupt
+
+
+def test_the_class_is_made_once_and_instances_are_apart():
+    first, second, third = build("llama"), build("llama"), build("llama")
+    sdt.patch(first)
+    sdt.patch(second, drafter=sdt.PromptLookupDrafter())
+    assert type(first) is type(second) and type(third) is transformers.LlamaForCausalLM
+    first.generate(**prompt(), **OPTIONS)
+    second.generate(**prompt(), **OPTIONS)
+    assert sdt.stats(second).rounds
+    with pytest.raises(RuntimeError):
+        sdt.stats(first)
+    sdt.unpatch(first)
+    assert type(second) is not transformers.LlamaForCausalLM
+
+
+def test_a_model_may_draft_for_another_that_shares_its_config():
+    target = build("llama")
+    draft = transformers.LlamaForCausalLM(target.config).eval()
+    assert draft.config is target.config
+    plain = target.generate(**prompt(), **OPTIONS)
+    with sdt.patched(target):
+        assert torch.equal(target.generate(**prompt(), **OPTIONS, assistant_model=draft), plain)
+    assert target.config._attn_implementation == "sdpa"
+
+
+def test_unpatch_refuses_a_class_that_is_no_longer_ours(model):
+    sdt.patch(model)
+    ours = type(model)
+    model.__class__ = type("Wrapped", (ours,), {})
+    with pytest.raises(ValueError, match="unpatch: the model's class must be the one that patch gave it, got Wrapped"):
+        sdt.unpatch(model)
+    model.__class__ = ours
+    sdt.unpatch(model)
+
+
+def test_copies_and_pickles_are_of_the_models_own_class(tmp_path):
+    model = build("llama")
+    with sdt.patched(model):
+        copied = copy.deepcopy(model)
+        pickled = pickle.load(io.BytesIO(pickle.dumps(model)))
+        model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for other in (copied, pickled, loaded):
+        assert type(other) is transformers.LlamaForCausalLM
+        assert torch.equal(other.generate(**prompt(), **OPTIONS), model.generate(**prompt(), **OPTIONS))
+
+
+def test_nothing_keeps_a_model_alive():
+    model = build("llama")
+    sdt.patch(model)
+    model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_compiled_wrapper_is_looked_through():
+    model = build("llama")
+    with sdt.patched(torch.compile(model)):
+        assert type(model) is not transformers.LlamaForCausalLM
+
+
+def test_vocabularies_may_differ_by_padding_only():
+    target, plain = build("llama", vocab_size=400), None
+    plain = target.generate(**prompt(), **OPTIONS)
+    with sdt.patched(target):
+        padded = build("llama", seed=1, vocab_size=403)
+        assert torch.equal(target.generate(**prompt(), **OPTIONS, assistant_model=padded), plain)
+        smaller = build("llama", seed=1, vocab_size=397)
+        assert torch.equal(target.generate(**prompt(), **OPTIONS, assistant_model=smaller), plain)
+        with pytest.raises(ValueError, match="assistant_model must have the model's vocabulary of 400 tokens.*got 390"):
+            target.generate(**prompt(), **OPTIONS, assistant_model=build("llama", vocab_size=390))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drafter": "lookup"}, "drafter must be a Drafter or None, got str"),
+        ({"rule": "greedily"}, "rule must be None or one of"),
+        ({"rule": "coupled"}, "rule must be None or one of"),
+        ({"tree": 0}, "tree must be None, a Topology or a number"),
+        ({"tree": "auto"}, "tree must be None, a Topology or a number"),
+        ({"tree": True}, "tree must be None, a Topology or a number"),
+        ({"seed": "x"}, "seed must be None, an integer or a list"),
+        ({"cuda_graphs": True}, 'cuda_graphs must be "auto" or False'),
+        ({"compile": True}, "compile must be False"),
+        ({"impl": "cuda"}, "impl must be None"),
+        ({"drafters": None}, "options must be among .* got drafters"),
+    ],
+)
+def test_bad_options_are_refused_in_patch(model, options, message):
+    for call in (lambda: sdt.patch(model, **options), lambda: sdt.SpeculativeGenerate(**options)):
+        with pytest.raises(ValueError, match=f"patch: {message}"):
+            call()
+    with pytest.raises(ValueError), sdt.patched(model, **options):
+        pass
+
+
+def recurrent():
+    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1)
+    return transformers.MambaForCausalLM(config)
+
+
+def encoder_decoder():
+    config = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def outside_the_interface():
+    config = transformers.GPTJConfig(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    return transformers.GPTJForCausalLM(config)
+
+
+def bloom():
+    return transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (recurrent, "MambaForCausalLM with recurrent state"),
+        (encoder_decoder, "encoder-decoder T5ForConditionalGeneration"),
+        (outside_the_interface, "GPTJForCausalLM, which does not"),
+        (bloom, "BloomForCausalLM, which does not"),
+        (lambda: torch.nn.Linear(2, 2), "got torch.nn.modules.linear.Linear"),
+        (lambda: None, "got builtins.NoneType"),
+    ],
+)
+def test_unsupported_models_are_refused_by_name(make, message):
+    other = make()
+    before = type(other)
+    with pytest.raises(ValueError, match=message):
+        sdt.patch(other)
+    assert type(other) is before
+    if isinstance(other, transformers.PreTrainedModel):
+        with pytest.raises(ValueError, match=message):
+            sdt.ModelDrafter(other)
+
+
+def lookup(**more):
+    return {"prompt_lookup_num_tokens": 3, **more}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lookup(num_beams=2), "must run greedy search or sampling, got beam_search"),
+        (lookup(do_sample=True), "do_sample must be False"),
+        (lookup(use_cache=False), "use_cache must be True"),
+        (lookup(cache_implementation="static"), "cache_implementation must be None or 'dynamic'"),
+        (lookup(synced_gpus=True), "synced_gpus must be False"),
+        (lookup(return_dict_in_generate=True, output_attentions=True), "output_attentions must be False"),
+        (lookup(return_dict_in_generate=True, output_hidden_states=True), "output_hidden_states must be False"),
+        (lookup(past_key_values=transformers.DynamicCache()), "past_key_values must be None"),
+        ({"assistant_early_exit": 1}, "assistance must be assistant_model or prompt_lookup_num_tokens"),
+        (lookup(assistant_early_exit=1), "assistance must be assistant_model or prompt_lookup_num_tokens"),
+        (lookup(assistant_ensemble_weight=0.5), "got .*assistant_ensemble_weight"),
+        ({"use_mtp": True}, "got use_mtp"),
+    ],
+)
+def test_calls_that_cannot_be_honoured_are_refused(model, options, message):
+    with sdt.patched(model), pytest.raises(ValueError, match=f"generate: .*{message}"):
+        model.generate(**prompt(), max_new_tokens=4, **options)
+
+
+def test_assistance_comes_from_one_place(model):
+    draft = build("llama")
+    with sdt.patched(model, drafter=sdt.PromptLookupDrafter()):
+        with pytest.raises(ValueError, match="a drafter in patch\\(\\) and prompt_lookup_num_tokens"):
+            model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)
+        with pytest.raises(ValueError, match="must run greedy search or sampling, got beam_search"):
+            model.generate(**prompt(), max_new_tokens=4, num_beams=2)
+        with pytest.raises(ValueError, match="do_sample must be False"):
+            model.generate(**prompt(), max_new_tokens=4, do_sample=True)
+    with sdt.patched(model), pytest.raises(ValueError, match="one kind of assistance"):
+        model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3, assistant_model=draft)
+    generate = sdt.SpeculativeGenerate(drafter=sdt.PromptLookupDrafter())
+    with pytest.raises(ValueError, match="SpeculativeGenerate: assistance must be given as its drafter"):
+        model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3, custom_generate=generate)
+    with pytest.raises(ValueError, match="do_sample must be False"):
+        model.generate(**prompt(), do_sample=True, max_new_tokens=4, custom_generate=generate)
+
+
+@pytest.mark.parametrize(
+    "mask", [[[1, 1, 1, 1], [1, 1, 1, 0]], [[1, 0, 1, 1], [1, 1, 1, 1]], [[0, 0, 0, 0], [1, 1, 1, 1]]]
+)
+def test_only_left_padding_is_accepted(model, mask):
+    with sdt.patched(model), pytest.raises(ValueError, match="generate: attention_mask must be zeros, then ones"):
+        model.generate(
+            torch.full((2, 4), 5), attention_mask=torch.tensor(mask), prompt_lookup_num_tokens=3, max_new_tokens=4
+        )
+
+
+def test_other_positions_and_embeddings_are_refused(model):
+    inputs = prompt(padding=0)
+    with sdt.patched(model):
+        with pytest.raises(ValueError, match="position_ids must count the real tokens from 0"):
+            model.generate(**inputs, position_ids=torch.arange(9)[None] + 5, prompt_lookup_num_tokens=3)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        with pytest.raises(ValueError, match="input_ids must hold a prompt"):
+            model.generate(inputs_embeds=embeds, prompt_lookup_num_tokens=3)
+
+
+def test_triton_on_cpu_outside_the_interpreter_is_refused(model, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if torch.cuda.is_available():
+        pytest.skip("the model is on a CPU here, the kernels would be compiled")
+    with (
+        sdt.patched(model, impl="triton"),
+        pytest.raises(ValueError, match='impl="triton" needs tensors on a CUDA GPU'),
+    ):
+        model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)

@@ -1,0 +1,168 @@
+"""The command `specdec-triton`: demo, generate, doctor."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+from transformers import TextStreamer
+
+import specdec_triton as sdt
+
+from . import models, ops
+
+PACKAGES = ("torch", "triton", "transformers", "numpy", "gguf", "platformdirs", "rich")
+PROMPT_LOOKUP = 10
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 (the demo's texts differ), 2 (an error), 130 (interrupted)."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"specdec-triton {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"specdec-triton {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="specdec-triton", description="Speculative decoding for Hugging Face models: the same text, sooner."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    model_help = "hub name, local folder or .gguf file"
+
+    demo = commands.add_parser("demo", help="a real model with and without speculation, side by side")
+    demo.add_argument("--model", help=f"{model_help} (default: SmolLM2-135M-Instruct, wherever it can be had)")
+    demo.add_argument(
+        "--max-new-tokens", type=positive_int, default=192, metavar="N", help="of the code edit (%(default)s)"
+    )
+    demo.add_argument("--dtype", choices=models.DTYPES, default="float32", help="of the weights (%(default)s)")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="answer one prompt, streamed")
+    generate.add_argument("--model", required=True, help=model_help)
+    generate.add_argument("--prompt", required=True, help="the text, or - to read it from standard input")
+    how = generate.add_mutually_exclusive_group()
+    how.add_argument("--draft", metavar="MODEL", help=f"a smaller model that drafts: {model_help}")
+    how.add_argument(
+        "--prompt-lookup",
+        type=positive_int,
+        metavar="N",
+        help=f"draft up to N tokens from the text so far (the default, with N = {PROMPT_LOOKUP})",
+    )
+    how.add_argument("--plain", action="store_true", help="no speculation")
+    generate.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="(%(default)s)")
+    generate.add_argument(
+        "--dtype", choices=["auto", *models.DTYPES], default="auto", help="auto: bfloat16 on a GPU, float32 without one"
+    )
+    generate.set_defaults(run=_generate)
+
+    doctor = commands.add_parser("doctor", help="what is installed, and which implementation each op will use")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("rich") is None:
+        raise ImportError("needs the package rich: pip install 'specdec-triton[demo]'")
+    from . import demo
+
+    return demo.run(args.model, args.dtype, args.max_new_tokens)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    device = models.default_device()
+    dtype = args.dtype if args.dtype != "auto" else {"cuda": "bfloat16"}.get(device.type, "float32")
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+
+    model, tokenizer, description = models.load(args.model, dtype, _say)
+    _say(f"model: {description}, {dtype}, {device}")
+    model.to(device)
+    options = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
+    speculation = nullcontext()
+    if args.draft:
+        draft, _, description = models.load(args.draft, dtype, _say)
+        _say(f"draft: {description}")
+        speculation = sdt.patched(model, drafter=sdt.ModelDrafter(draft.to(device)))
+    elif not args.plain:
+        speculation = sdt.patched(model)
+        options["prompt_lookup_num_tokens"] = args.prompt_lookup or PROMPT_LOOKUP
+
+    inputs = models.encode_chat(tokenizer, prompt, device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    with speculation:
+        output = model.generate(**inputs, **options, streamer=streamer)
+    seconds = time.perf_counter() - start
+
+    emitted = output.shape[1] - inputs["input_ids"].shape[1]
+    _say(f"\n{emitted} tokens in {seconds:.2f} s: {emitted / seconds:.1f} tokens/s")
+    if not args.plain:
+        _say(_stats_lines(sdt.stats(model)))
+    return 0
+
+
+def _stats_lines(stats) -> str:
+    lossless = "lossless" if stats.lossless else "lossy"
+    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in stats.seconds.items())
+    return (
+        f"{stats.rounds} rounds, acceptance length {stats.acceptance_length:.2f}, "
+        f"{stats.accepted} of {stats.drafted} draft tokens accepted\n"
+        f"rule {stats.rule} ({lossless}); {stages}"
+    )
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    device = models.default_device()
+    rows = [("python", platform.python_version()), ("specdec-triton", _version("specdec-triton"))]
+    rows += [(name, _version(name)) for name in PACKAGES]
+    rows.append(("device", _describe(device)))
+    rows.append(("demo's model", models.find_default_model()))
+    for op in ops.OPS:
+        name, reason = ops.implementation(op, device)
+        rows.append((op, f"{name} ({reason})"))
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        print(f"{label:{width}}  {text}")
+    return 0
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"no GPU; CPU with {torch.get_num_threads()} threads"
+    found = torch.cuda.get_device_properties(device)
+    return (
+        f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _say(line: str) -> None:
+    # standard output carries the generated text and nothing else
+    print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

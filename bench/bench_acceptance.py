@@ -7,14 +7,11 @@ file has a line of JSON each: id, task, prompt. Finished prompts in `--out` are 
 """
 
 import argparse
-import datetime
 import json
-import platform
-import subprocess
 from pathlib import Path
 
 import torch
-import transformers
+from _common import provenance
 from rich.progress import track
 
 import specdec_triton as sdt
@@ -27,18 +24,6 @@ DRAFTS = {
         [(0, 0, 0, 0, 0), (1, 0, 0), (2, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0, 1), (0, 2)]
     ),
 }
-
-
-def provenance() -> dict:
-    """Where and with what a row was measured."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-    }
 
 
 def one_per_task(prompts: list[dict], count: int) -> list[dict]:
@@ -115,7 +100,7 @@ def main() -> None:
             "draft": names[1],
             "dtype": arguments.dtype,
             "max_new_tokens": arguments.max_new_tokens,
-            **provenance(),
+            **provenance(models.default_device()),
             "summary": summary(rows),
             "rows": rows,
         }

@@ -138,7 +138,7 @@ class Speculation:
             start=self.start,
             length=torch.full((batch,), prompt_length - 1, device=model.device),
             host_tokens=self.transcript.tokens,
-            host_length=self.transcript.length,
+            host_length=np.full(batch, prompt_length - 1),
             host_budget=np.full(batch, self.max_length - prompt_length),
             max_length=self.max_length,
             vocab_size=model.config.get_text_config().vocab_size,
@@ -200,7 +200,7 @@ class Speculation:
     @timed("verify")
     def verify(self, tree: DraftTree) -> torch.Tensor:
         """The target's logits [B, N, V] at every node."""
-        self.runner.cache.reserve(int(self.context.host_length.max()) + tree.num_nodes + tree.max_depth)
+        self.runner.cache.reserve(int(self.context.host_length.max()) + tree.num_nodes)
         self.stats.rounds += 1
         return self.runner.forward(tree.tokens, tree.depth, tree.ancestors, self.context.length)
 
@@ -268,6 +268,7 @@ class Speculation:
             self.stats.row_rounds += sum(count > 0 for count in counts)
             self.stats.drafted += sum(drafted)
             self.stats.accepted += sum(count - 1 for count in counts if count)
+        context.host_length = context.host_length + counts
         context.host_budget[:] = budget
         stopped = self.transcript.append(report, counts, kept)
         if stopped:

@@ -175,7 +175,8 @@ class Recorder(StoppingCriteria):
 
 @pytest.mark.parametrize("eos", [EOS, None])
 @pytest.mark.parametrize("stops", [(12, 20, 17), (10, 99, 11), (16, 16, 16)])
-def test_criteria_are_asked_as_plain_generate_asks_them(stops, eos):
+def test_criteria_are_asked_as_plain_generate_asks_them(stops, eos, monkeypatch):
+    monkeypatch.setattr(sdt.cache, "BUCKET", 1)  # no slot to spare: a row that ran past its stop needs its own
     model, inputs = build("llama", eos_token_id=eos), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": PAD}
     plain_calls, our_calls = Recorder(stops), Recorder(stops)
@@ -185,6 +186,19 @@ def test_criteria_are_asked_as_plain_generate_asks_them(stops, eos):
         ours = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([our_calls]))
     assert torch.equal(ours, plain)
     assert our_calls.calls == plain_calls.calls
+
+
+def test_criteria_get_the_scores_and_a_stopped_row_has_none():
+    model, inputs, stops = build("llama"), prompt(), (12, 20)
+    options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": NEVER, "pad_token_id": PAD}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    plain_calls, our_calls = Recorder(stops), Recorder(stops)
+    plain = model.generate(**inputs, **options, stopping_criteria=[plain_calls])
+    with sdt.patched(model, drafter=oracle(plain.sequences, 0.0, tree=sdt.Topology.chain(5))):
+        ours = model.generate(**inputs, **options, stopping_criteria=[our_calls])
+    assert torch.equal(ours.sequences, plain.sequences) and our_calls.calls == plain_calls.calls
+    assert [scores[0].isneginf().all().item() for scores in ours.scores] == [False] * 3 + [True] * 8
+    assert not any(scores[1].isneginf().any() for scores in ours.scores)
 
 
 class Collector(BaseStreamer):
@@ -323,6 +337,19 @@ def test_the_models_last_position_is_never_passed():
     with sdt.patched(model, drafter=oracle(plain, tree=sdt.Topology.chain(8))):
         ours = model.generate(**inputs, do_sample=False, max_length=32, eos_token_id=NEVER)
     assert torch.equal(ours, plain) and max(fed) < 32
+
+
+def test_bf16_emits_the_targets_choice_up_to_a_near_tie():
+    """Claim 2: every token, teacher-forced in fp32, is the argmax or within a small gap of it."""
+    model, inputs = build("llama").bfloat16(), prompt()
+    options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": NEVER}
+    with sdt.patched(model, drafter=oracle(model.generate(**inputs, **options), tree=TREES["wide"])):
+        text = model.generate(**inputs, **options)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 30, dtype=torch.int64)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model.float()(text, attention_mask=mask, position_ids=positions).logits[:, 8:-1]
+    gaps = logits.amax(-1) - logits.gather(2, text[:, 9:, None]).squeeze(2)
+    assert gaps.max() < 0.05 * logits.std() and (gaps > 0).float().mean() < 0.1
 
 
 def test_chunked_prefill():

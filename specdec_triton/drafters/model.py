@@ -93,7 +93,7 @@ class _ModelSession(DraftSession):
     @property
     def _room(self) -> int:
         """Slots that a round needs beyond the root's column."""
-        return CATCH_UP + self.max_nodes + self.max_depth
+        return CATCH_UP + self.max_nodes
 
     def draft(self) -> DraftTree:
         context, topology = self.context, self.topology.limited(self.context.useful_depth)

@@ -37,10 +37,10 @@ lint: $(READY) ## ruff: rules and format
 	@$(PY) -m ruff format --check .
 
 bench: $(BENCH_READY) ## every benchmark that this machine can run; rows go to bench/results
-	@for script in bench/[a-z]*.py; do \
-		[ -f "$$script" ] || continue; \
-		echo "== $$script"; \
-		$(PY) "$$script" || exit 1; \
+	@gpu=$$($(PY) -c "import torch; print('' if torch.cuda.is_available() else '--rehearse')"); \
+	for op in tree_attention accept compact; do \
+		echo "== bench_$$op $$gpu"; \
+		$(PY) bench/bench_$$op.py $$gpu || exit 1; \
 	done
 
 clean: ## remove .venv and everything built

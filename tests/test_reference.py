@@ -184,11 +184,14 @@ def valid_arguments():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query": torch.zeros(2, 4, 8)}, r"query must be \[B, Hq, N, D\], got torch.float32 \[2, 4, 8\] on cpu"),
+        (
+            {"query": torch.zeros(2, 4, 8)},
+            r"query must be fp32, bf16 or fp16 \[B, Hq, N, D\], got torch.float32 \[2, 4, 8\] on cpu",
+        ),
         ({"query": torch.zeros(2, 4, 10, 8, dtype=torch.float64)}, "query must be fp32, bf16 or fp16"),
-        ({"key": torch.zeros(2, 2, 40, 9)}, r"key must be \[2, Hkv, S, 8\]"),
-        ({"key": torch.zeros(2, 3, 40, 8)}, "key must be a number of heads that divides 4"),
-        ({"value": torch.zeros(2, 2, 39, 8)}, r"value must be \[2, 2, 40, Dv\]"),
+        ({"key": torch.zeros(2, 2, 40, 9)}, r"key must be torch.float32 \[2, Hkv, S, 8\]"),
+        ({"key": torch.zeros(2, 3, 40, 8)}, "key must be of a number of heads that divides 4"),
+        ({"value": torch.zeros(2, 2, 39, 8)}, r"value must be torch.float32 \[2, 2, 40, Dv\]"),
         ({"value": torch.zeros(2, 2, 40, 8, dtype=torch.float16)}, "value must be torch.float32"),
         ({"packed_tree": torch.zeros(2, 10, 4)}, r"packed_tree must be torch.int64 \[2, T, W \+ 3\]"),
         ({"packed_tree": torch.zeros(2, 10, 5, dtype=torch.int64)}, "packed_tree must be 10 to 40 nodes"),
@@ -211,7 +214,7 @@ def test_tree_attention_refuses_bad_arguments(changes, message):
     [
         ({"logits": torch.zeros(1, 3)}, r"logits must be fp32, bf16 or fp16 \[B, N, V\]"),
         ({"logits": torch.zeros(1, 3, 4, dtype=torch.int64)}, "logits must be fp32"),
-        ({"logits": torch.zeros(1, 0, 4)}, "logits must be at least one node"),
+        ({"logits": torch.zeros(1, 0, 4)}, r"logits must be fp32, bf16 or fp16 \[B, N, V\] with N > 0"),
         ({"tokens": torch.zeros(1, 2, dtype=torch.int64)}, r"tokens must be torch.int64 \[1, 3\]"),
         ({"parents": torch.zeros(1, 3, dtype=torch.int64)}, r"parents must be torch.int32 \[1, 3\]"),
         ({"max_depth": 3}, "max_depth must be 0 to 2 for 3 nodes, got 3"),

@@ -1,0 +1,90 @@
+"""KV compaction: the accepted slots of all layers moved to their place, keys and values.
+
+    python bench/bench_compact.py [--rehearse]
+
+Providers: the Triton kernel; the reference as it stands; and eager PyTorch a layer at a time, index_select and
+index_copy_ on each layer's keys and values (the paths on the host beforehand, which a decoding loop would wait for).
+The floor is the bytes that must move, read and written once: nodes already in place are not counted. Sequences hold
+enough slots that the rounds in rotation never touch the same ones.
+"""
+
+import sys
+
+import torch
+from _common import COLD_BYTES, Bench, Provider
+
+from specdec_triton import ops
+
+# layers, elements a slot: Llama 3.1 8B (8 KV heads of 128), a 1B, and a model of mixed layers
+MODELS = {"8B": [1024] * 64, "1B": [512] * 32, "mixed": ([1024] * 2 + [512, 640]) * 12}
+REHEARSED = {"tiny": [64] * 4, "odd": [6, 10, 15]}
+PATHS = {"spread": (3, 9, 17, 30), "first child, then spread": (1, 2, 11, 29), "long": tuple(range(2, 34, 2))}
+NODES = 34  # slots a round uses
+
+
+def make_sets(widths: list[int], batch: int, nodes: tuple[int, ...], rounds: int, device: torch.device) -> list[dict]:
+    slots = rounds * NODES
+    storage = torch.randn(batch * slots * sum(widths), device=device, dtype=torch.bfloat16)
+    path = torch.tensor([[*nodes, -1]], dtype=torch.int32, device=device).expand(batch, -1).contiguous()
+    layers, first = [], 0
+    for width in widths:
+        layers.append(storage[first : first + batch * slots * width].view(batch, slots, width))
+        first += layers[-1].numel()
+    return [
+        {
+            "storage": storage,
+            "widths": widths,
+            "base": torch.full((batch,), NODES * number, device=device),
+            "path": path,
+            "layers": layers,
+            "source": torch.tensor(nodes, device=device) + NODES * number,
+            "target": torch.arange(1, 1 + len(nodes), device=device) + NODES * number,
+        }
+        for number in range(rounds)
+    ]
+
+
+def compact(inputs: dict, impl: str) -> None:
+    ops.compact_kv(inputs["storage"], inputs["widths"], inputs["base"], inputs["path"], impl=impl)
+
+
+def compact_eager(inputs: dict) -> None:
+    for layer in inputs["layers"]:
+        layer.index_copy_(1, inputs["target"], layer.index_select(1, inputs["source"]))
+
+
+def main() -> int:
+    bench = Bench("compact", __doc__)
+    torch.manual_seed(0)
+    for model, widths in (REHEARSED if bench.rehearse else MODELS).items():
+        for batch in (1, 2) if bench.rehearse else (1, 16):
+            for kind, nodes in PATHS.items():
+                moved = sum(node != place for place, node in enumerate(nodes, start=1))
+                nbytes = 2 * moved * batch * sum(widths) * torch.bfloat16.itemsize
+                # as few rounds as keep the caches cold, and no more than a few GB of storage
+                slot_bytes = batch * sum(widths) * torch.bfloat16.itemsize
+                rounds = max(2, min(bench.num_sets(nbytes), int(20 * COLD_BYTES / (NODES * slot_bytes))))
+                sets = make_sets(widths, batch, nodes, rounds, bench.device)
+
+                def verify(call, sets=sets):
+                    storage, before = sets[0]["storage"], sets[0]["storage"].clone()
+                    call(sets[1])
+                    got = storage.clone()
+                    storage.copy_(before)
+                    compact(sets[1], "reference")
+                    assert torch.equal(got.view(torch.int16), storage.view(torch.int16)), (
+                        "storage differs from the reference's"
+                    )
+
+                shapes = {"model": model, "B": batch, "P": len(widths), "D": len(nodes) + 1, "path": kind}
+                for provider in (
+                    Provider("triton", lambda inputs: compact(inputs, "triton")),
+                    Provider("reference", lambda inputs: compact(inputs, "reference")),
+                    Provider("eager, a layer at a time", compact_eager),
+                ):
+                    bench.measure(provider, shapes, "bf16", sets, verify, nbytes=nbytes)
+    return bench.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Tree attention of one layer: N draft nodes over a prefix and their own ancestors.
+
+    python bench/bench_tree_attention.py [--rehearse]
+
+Providers: the Triton kernel; the reference as it stands; eager attention, as transformers writes it; SDPA with the
+dense mask; FlexAttention with the mask as a block mask; FlashInfer's batch prefill with a custom mask, where it is
+installed. Masks and plans are made outside the timed calls: a peer is timed at its best. The floor is one read of the keys
+and values of [start, length + N), or the tensor cores' time for both products, whichever is longer.
+"""
+
+import sys
+
+import torch
+from _common import Bench, Provider, absent_unless_importable
+
+from specdec_triton import ops
+from specdec_triton.reference import visible_slots
+from specdec_triton.tree import DraftTree, Topology
+
+# B, Hq, Hkv, D, context, N: Llama 3.1 8B's heads; then Gemma 2's head dim, plain multi-head attention, batches
+LLAMA = (32, 8, 128)
+CASES = [(1, *LLAMA, context, nodes) for context in (512, 1024, 2048, 8192, 32768) for nodes in (1, 16, 32, 64, 128)]
+CASES += [(1, 16, 8, 256, 8192, 32), (1, 32, 32, 128, 8192, 32), (1, 28, 4, 128, 8192, 32)]
+CASES += [(16, *LLAMA, 2048, 8), (64, *LLAMA, 2048, 4)]
+REHEARSED = [(1, 4, 2, 64, 100, 5), (2, 4, 2, 64, 1100, 3)]
+TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float32: 1e-4}
+
+
+def make_inputs(batch, query_heads, kv_heads, head_dim, context, nodes, dtype, device) -> dict:
+    slots = context + nodes
+    query, key, value = (
+        torch.randn(batch, size, heads, head_dim, device=device, dtype=dtype).transpose(1, 2)
+        for size, heads in ((nodes, query_heads), (slots, kv_heads), (slots, kv_heads))
+    )
+    tree = DraftTree.from_topology(
+        Topology.from_budget(nodes), torch.zeros(batch, nodes, dtype=torch.int64, device=device)
+    )
+    length = torch.full((batch,), context, device=device)
+    return {"query": query, "key": key, "value": value, "packed_tree": tree.pack(torch.zeros_like(length), length)}
+
+
+def with_dense_mask(inputs: dict) -> dict:
+    mask = visible_slots(inputs["packed_tree"], inputs["query"].shape[2], inputs["key"].shape[2])[:, None]
+    bias = torch.zeros(mask.shape, dtype=inputs["query"].dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    return inputs | {"mask": mask, "bias": bias}
+
+
+def ours(inputs: dict, impl: str) -> torch.Tensor:
+    return ops.tree_attention(**{name: inputs[name] for name in ("query", "key", "value", "packed_tree")}, impl=impl)
+
+
+def eager(inputs: dict) -> torch.Tensor:
+    query, key, value = (inputs[name] for name in ("query", "key", "value"))
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5 + inputs["bias"]
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def sdpa(inputs: dict) -> torch.Tensor:
+    query, key, value = (inputs[name] for name in ("query", "key", "value"))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, inputs["bias"], enable_gqa=True)
+    return out.transpose(1, 2).contiguous()
+
+
+def flex_provider(device: torch.device, sets: list) -> Provider:
+    if device.type != "cuda":
+        return Provider("flex_attention", None, absent="compiled FlexAttention is timed on a GPU only")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    for inputs in sets:
+        mask = inputs["mask"]
+        batch, _, nodes, slots = mask.shape
+        inputs["block_mask"] = create_block_mask(
+            lambda b, h, q, k, mask=mask: mask[b, 0, q, k], batch, None, nodes, slots, device=device
+        )
+
+    def call(inputs: dict) -> torch.Tensor:
+        query, key, value = (inputs[name] for name in ("query", "key", "value"))
+        out = compiled(query, key, value, block_mask=inputs["block_mask"], enable_gqa=True)
+        return out.transpose(1, 2).contiguous()
+
+    return Provider("flex_attention", call)
+
+
+def flashinfer_provider(device: torch.device, sets: list) -> Provider:
+    absent = absent_unless_importable("flashinfer-python")
+    if absent is None and device.type != "cuda":
+        absent = "needs a GPU"
+    if absent is not None:
+        return Provider("flashinfer", None, absent=absent)
+    import flashinfer
+
+    for inputs in sets:
+        batch, query_heads, nodes, head_dim = inputs["query"].shape
+        kv_heads, slots = inputs["key"].shape[1:3]
+        wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
+            torch.empty(128 * 2**20, dtype=torch.uint8, device=device), "NHD"
+        )
+        ends = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        wrapper.plan(
+            ends * nodes, ends * slots, query_heads, kv_heads, head_dim, custom_mask=inputs["mask"].flatten(),
+            q_data_type=inputs["query"].dtype,
+        )  # fmt: skip
+        inputs["flashinfer"] = wrapper
+
+    def call(inputs: dict) -> torch.Tensor:
+        query, key, value = (inputs[name].transpose(1, 2).flatten(0, 1) for name in ("query", "key", "value"))
+        return inputs["flashinfer"].run(query, key, value).view(inputs["query"].transpose(1, 2).shape)
+
+    return Provider("flashinfer", call)
+
+
+def main() -> int:
+    bench = Bench("tree_attention", __doc__)
+    torch.manual_seed(0)
+    dtype = torch.float32 if bench.device.type == "cpu" else torch.bfloat16
+    for batch, query_heads, kv_heads, head_dim, context, nodes in REHEARSED if bench.rehearse else CASES:
+        keys = batch * (context + nodes)
+        nbytes = dtype.itemsize * head_dim * (2 * keys * kv_heads + 2 * batch * nodes * query_heads)
+        flops = 4 * keys * nodes * query_heads * head_dim
+        sets = [
+            with_dense_mask(make_inputs(batch, query_heads, kv_heads, head_dim, context, nodes, dtype, bench.device))
+            for _ in range(bench.num_sets(nbytes))
+        ]
+
+        def verify(call, sets=sets):
+            for inputs in sets[:2]:
+                difference = (call(inputs).float() - ours(inputs, "reference").float()).abs().max().item()
+                assert difference <= TOLERANCE[dtype], f"differs from the reference by {difference}"
+
+        shapes = {"B": batch, "Hq": query_heads, "Hkv": kv_heads, "D": head_dim, "S": context + nodes, "N": nodes}
+        for provider in (
+            Provider("triton", lambda inputs: ours(inputs, "triton")),
+            Provider("reference", lambda inputs: ours(inputs, "reference")),
+            Provider("eager", eager),
+            Provider("sdpa, dense mask", sdpa),
+            flex_provider(bench.device, sets),
+            flashinfer_provider(bench.device, sets),
+        ):
+            bench.measure(provider, shapes, str(dtype).removeprefix("torch."), sets, verify, nbytes=nbytes, flops=flops)
+    return bench.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""What the kernels share: facts decided at import, the device to launch on, and how a kernel is compiled for a report.
+
+Each kernel module exports
+
+    def compile_cases(arch: int) -> Iterator[CompileCase]
+
+with one case for every default configuration on a CUDA architecture (80, 90, 100). `bench/compile_report.py` compiles
+them without a GPU and compares registers, spills and instructions with the committed tables; `tests/test_compile.py`
+holds what must be true of them.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# tl.dot on bf16 is garbage in Triton's interpreter: operands are cast to fp32 there
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+# passed to every launch: Triton's default changes between versions, and rounding with it
+FP_FUSION = {"enable_fp_fusion": True}
+
+
+class CompileCase(NamedTuple):
+    """One specialisation of a kernel, as a launch would compile it.
+
+    Attributes:
+        name: unique within the module, stable, short: "bf16 d128 m64 split window".
+        kernel: the `@triton.jit` function.
+        signature: type of each runtime argument by name: "*bf16", "*i64", "fp32", "i32", "i64"; a suffix ":16" says
+            that the pointer is aligned to, or the number a multiple of, 16, as launches find it.
+        constexprs: value of every other argument by name: the `tl.constexpr` ones, arguments passed as None, and
+            integers that are 1 in every launch (Triton makes constants of those).
+        options: {"num_warps": 4, "num_stages": 3}.
+        tensor_cores: the kernel must show HMMA or HGMMA.
+        wide_loads: the kernel must show 128-bit loads from global memory.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+    tensor_cores: bool = False
+    wide_loads: bool = True
+
+    @classmethod
+    def of(cls, name: str, kernel: Any, arguments: dict[str, Any], options: dict[str, Any], **wanted) -> "CompileCase":
+        """From one dictionary: a string is a type, anything else a constant; an argument that it lacks is None."""
+        signature = {key: arguments[key] for key in kernel.arg_names if isinstance(arguments.get(key), str)}
+        constexprs = {key: arguments.get(key) for key in kernel.arg_names if key not in signature}
+        return cls(name, kernel, signature, constexprs, options, **wanted)
+
+
+class AttentionConfig(NamedTuple):
+    """How tree attention computes a shape. Every entry rests on the compile report: none has been timed."""
+
+    block_m: int  # rows a program
+    block_n: int  # slots a tile
+    num_warps: int
+    num_stages: int
+    programs: int  # split the keys until about this many programs share batch 1 at full capacity
+
+
+# By bytes an element and head dim, narrowest first; the last entry also takes what is wider.
+_ATTENTION = {
+    (2, 64): ((16, 64, 4, 3, 256), (32, 64, 4, 3, 256), (64, 64, 4, 3, 256), (128, 64, 8, 3, 128)),
+    (2, 128): ((16, 64, 4, 3, 256), (32, 64, 4, 3, 256), (64, 32, 8, 3, 256), (128, 64, 8, 3, 128)),
+    (2, 256): ((16, 32, 4, 3, 256), (32, 64, 8, 2, 128), (64, 32, 8, 2, 128)),
+    (4, 64): ((16, 16, 4, 2, 256),),
+    (4, 128): ((16, 16, 4, 2, 256),),
+    (4, 256): ((16, 16, 4, 2, 256),),
+}
+# The same where those spill (before sm_90, and with a window or chunks) or want more shared memory than sm_120 has.
+_ATTENTION_TIGHT = _ATTENTION | {
+    (2, 64): (_ATTENTION[2, 64][0], (32, 32, 4, 3, 256), *_ATTENTION[2, 64][2:]),
+    (2, 128): (*_ATTENTION[2, 128][:3], (128, 32, 8, 3, 128)),
+}
+
+
+def attention_config(
+    arch: int, rows: int, head_dim: int, bytes: int, one_split: bool, limited: bool
+) -> AttentionConfig:
+    """For rows = nodes * heads a group, the greater head dim and the element size; limited: by a window or chunks."""
+    table = _ATTENTION_TIGHT if limited or not 90 <= arch < 120 else _ATTENTION
+    entries = table[bytes, min(max(pow2(head_dim), 64), 256)]
+    if one_split:  # narrow row tiles fill the card, and the keys that they share stay in the L2 cache
+        rows = 16 if rows <= 64 else 32
+    return AttentionConfig(*next((entry for entry in entries if entry[0] >= rows), entries[-1]))
+
+
+SHORT_SLOTS = 1024  # a capacity up to this is one split
+MIN_SPLIT_SLOTS = 256  # and at least
+MIN_SPLIT_ROWS = 8  # times as many slots as a row tile has rows: partial results stay a small part of the traffic
+MERGE_SPLITS = 16  # splits merged at a time
+
+
+@functools.lru_cache(maxsize=1024)
+def attention_plan(arch, batch, kv_heads, group, rows, nodes, slots, head_dim, value_dim, bytes, limited):
+    """Grid (row tiles, splits, sequences * KV heads), compile-time arguments of tree attention, and of its merge.
+
+    Functions of shapes, never of lengths; a split's size depends on neither B nor, inside a bucket, on N and S.
+    """
+    one_split = slots <= SHORT_SLOTS
+    block_m, block_n, num_warps, num_stages, programs = attention_config(
+        arch, rows * group, max(head_dim, value_dim), bytes, one_split, limited
+    )
+    row_tiles = triton.cdiv(rows * group, block_m)
+    if one_split:
+        split_tiles = SHORT_SLOTS // block_n + 2
+    else:
+        split_slots = pow2(slots) * pow2(kv_heads * row_tiles) // programs
+        split_tiles = max(split_slots, MIN_SPLIT_ROWS * block_m, MIN_SPLIT_SLOTS) // block_n
+    splits = triton.cdiv(triton.cdiv(slots - nodes, block_n) + triton.cdiv(nodes, block_n), split_tiles)
+    shared = {"G": group, "DV": value_dim, "BLOCK_N": block_n, "BLOCK_DV": max(pow2(value_dim), 16)}
+    shared |= {"SPLIT_TILES": split_tiles, **FP_FUSION}
+    blocks = {"D": head_dim, "BLOCK_M": block_m, "BLOCK_D": max(pow2(head_dim), 16)}
+    meta = shared | blocks | {"num_warps": num_warps, "num_stages": num_stages}
+    merge_meta = shared | _merge_blocks(pow2(splits), shared["BLOCK_DV"])
+    return (row_tiles, splits, batch * kv_heads), meta, merge_meta
+
+
+def _merge_blocks(block_p: int, block_dv: int) -> dict[str, int]:
+    merge_p = min(block_p, MERGE_SPLITS)
+    # 128 bits a thread and load
+    return {"BLOCK_P": block_p, "MERGE_P": merge_p, "num_warps": min(max(merge_p * block_dv // 128, 1), 4)}
+
+
+def attention_launches(arch: int) -> Iterator[tuple[str, dict[str, Any], dict[str, int], bool]]:
+    """(name, arguments, options, tensor cores?) of each configuration of tree attention, for a model of G = 4."""
+    strides = [f"stride_{name}" for name in ("qb", "qh", "qn", "kb", "kh", "ks", "vb", "vh", "vs")]
+    common = dict.fromkeys(("stride_tb", "stride_tn", "Hkv", "N", "T", "P"), "i32") | dict.fromkeys(strides, "i32:16")
+    common |= {"tree_ptr": "*i64:16", "outer": "fp32", "W": 1, "G": 4, "SPLIT_TILES": 16}
+    partials = {"partial_ptr": "*fp32:16", "stats_ptr": "*fp32:16"}
+    features = {"": {}, " chunk": {"chunk": "i32"}, " window softcap": {"window": "i32", "inner": "fp32"}}
+    features[" window sinks"] = {"window": "i32", "sinks_ptr": "*bf16:16"}
+    shapes = [*itertools.product(["bf16"], (64, 128, 256), features), *itertools.product(["bf16"], (80, 192), [""])]
+    shapes += [("fp16", 128, ""), *itertools.product(["fp32"], (64, 128, 256), ("", " window softcap"))]
+    for (dtype, dim, feature), one_split in itertools.product(shapes, (True, False)):
+        if one_split and feature not in ("", " window sinks"):
+            continue
+        arguments = common | features[feature] | dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), f"*{dtype}:16")
+        arguments |= {"out_ptr": f"*{dtype}:16"} if one_split else partials
+        arguments |= {"D": dim, "DV": dim, "BLOCK_D": pow2(dim), "BLOCK_DV": pow2(dim)}
+        shape = dim, 4 if dtype == "fp32" else 2, one_split, feature != ""
+        chosen = dict.fromkeys(attention_config(arch, rows, *shape) for rows in (16, 32, 64, 128))
+        for block_m, block_n, num_warps, num_stages, _ in chosen:
+            name = f"{dtype} d{dim} m{block_m} n{block_n} {'one' if one_split else 'split'}{feature}"
+            tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+            yield name, arguments | tiles, {"num_warps": num_warps, "num_stages": num_stages}, dtype != "fp32"
+    for dim, splits, feature in [*itertools.product((64, 128, 256), (2, 16, 64), [""]), (128, 16, " window sinks")]:
+        arguments = common | partials | {"out_ptr": "*bf16:16", "DV": dim, "BLOCK_DV": dim, "BLOCK_N": 64}
+        arguments |= features[feature] | _merge_blocks(splits, dim)
+        yield f"merge d{dim} p{splits}{feature}", arguments, {"num_warps": arguments.pop("num_warps")}, False
+
+
+def pow2(number: int) -> int:
+    """The least power of two that is at least `number`."""
+    return triton.next_power_of_2(number)
+
+
+@functools.lru_cache(maxsize=64)
+def architecture(device: torch.device) -> int:
+    """80, 90, 100, ...: the compute capability of a CUDA device; 90 where the interpreter stands in for one."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def launching_on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -1,0 +1,120 @@
+"""KV compaction: the accepted nodes' keys and values move to the slots that follow the root's, all layers at once.
+
+One launch; a program owns some columns of one plane of one sequence for the whole path, never one step of it: slot
+base + path[k] goes to base + 1 + k, and where paths overlap themselves, one step's target is an earlier step's source.
+The path is strictly increasing, so path[k] >= k + 1: no step reads what an earlier one wrote, and no step may be
+written before the earlier ones are read. Steps go in ascending chunks: a chunk is read whole, then written.
+
+Elements are moved as bits, in the widest integers that the storage's address and every plane's width allow. A *unit*
+is what one access moves: 16 bytes (two int64 lanes), or 8, 4, 2, 1 bytes (one lane).
+
+Letters: B sequences, S slots, P planes (keys or values of one layer), D steps of the path.
+Reference: `specdec_triton.reference.compact_kv`.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import FP_FUSION, CompileCase, launching_on
+
+# Lanes and steps a program holds: two warps with one 128-bit unit of each of 8 steps a thread. At batch 1, 64 planes
+# of 2 KiB slots make 128 programs. Rests on compile reports (no spill); not timed yet.
+BLOCK_C = 128
+BLOCK_K = 8
+NUM_WARPS = 2
+
+LANE_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit(do_not_specialize=["S", "D"])
+def _compact_kv_kernel(
+    storage_ptr,  # [lanes] int64, int32, int16 or int8, in place: planes [B, S, width], one after the other
+    planes_ptr,  # [P, 2] int64: first unit of the plane, units a slot
+    base_ptr,  # [B] int64
+    path_ptr,  # [B, D] int32
+    S,
+    D,
+    UNIT: tl.constexpr,  # lanes a unit
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    plane_ptr = planes_ptr + 2 * tl.program_id(2)
+    # times UNIT here, not in the table: the compiler sees that every slot starts on a whole unit
+    width = tl.load(plane_ptr + 1) * UNIT
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    root = tl.load(plane_ptr) * UNIT + (row * S + tl.load(base_ptr + row)) * width
+    columns_ptr = storage_ptr + root + column[None, :]
+    in_slot = (column < width)[None, :]
+
+    first = 0
+    while first < D:
+        step = first + tl.arange(0, BLOCK_K)
+        nodes = tl.load(path_ptr + row * D + step, mask=step < D, other=-1)
+        # nodes already in place stay (and where the path has ended, -1 is below every step)
+        moves = (nodes > step + 1)[:, None] & in_slot
+        values = tl.load(columns_ptr + nodes.to(tl.int64)[:, None] * width, mask=moves)
+        tl.debug_barrier()  # every thread has read before any writes
+        tl.store(columns_ptr + (step + 1).to(tl.int64)[:, None] * width, values, mask=moves)
+        first = tl.where(tl.min(nodes, 0) < 0, D, first + BLOCK_K)
+
+
+def compact_kv(storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor, path: torch.Tensor) -> None:
+    """See `specdec_triton.ops.compact_kv`, which checks the arguments. Reads nothing on the host.
+
+    The first call for a layout copies its table of planes to the device, so it cannot be inside a graph capture.
+
+    Args:
+        storage: [B * S * sum(widths)], any dtype, contiguous; changed in place.
+        widths: P numbers, elements a slot in each plane.
+        base: [B] int64.
+        path: [B, D] int32, D >= 1.
+    """
+    batch, max_depth = path.shape
+    itemsize = storage.element_size()
+    alignment = (storage.data_ptr() | storage.storage_offset() * itemsize) % 16
+    slots = storage.numel() // (batch * sum(widths))
+    layout = _layout(tuple(widths), itemsize, alignment, batch, slots, storage.device)
+    planes, lane_dtype, unit, blocks = layout
+    with launching_on(storage):
+        _compact_kv_kernel[(blocks, batch, len(widths))](
+            storage.view(lane_dtype), planes, base.contiguous(), path.contiguous(), slots, max_depth,
+            UNIT=unit, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS, **FP_FUSION,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(
+    widths: tuple[int, ...], itemsize: int, alignment: int, batch: int, slots: int, device: torch.device
+) -> tuple[torch.Tensor, torch.dtype, int, int]:
+    """The table of planes [P, 2] int64 on the device, the dtype of a lane, lanes a unit, blocks of columns."""
+    unit_bytes = math.gcd(16, alignment, *(width * itemsize for width in widths))
+    lane_bytes = min(unit_bytes, 8)
+    table, offset = [], 0
+    for width in widths:
+        units = width * itemsize // unit_bytes
+        table.append((offset, units))
+        offset += batch * slots * units
+    planes = torch.tensor(table, dtype=torch.int64, device=device)
+    blocks = triton.cdiv(max(widths) * itemsize // lane_bytes, BLOCK_C)
+    return planes, LANE_DTYPES[lane_bytes], unit_bytes // lane_bytes, blocks
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every default configuration on a CUDA architecture; the same on all of them."""
+    for unit_bytes in (16, 8, 4, 2, 1):
+        lane_bytes = min(unit_bytes, 8)
+        yield CompileCase(
+            name=f"{unit_bytes}-byte units",
+            kernel=_compact_kv_kernel,
+            signature={"storage_ptr": f"*i{8 * lane_bytes}" + (":16" if unit_bytes == 16 else "")}
+            | {"planes_ptr": "*i64:16", "base_ptr": "*i64:16", "path_ptr": "*i32:16", "S": "i32", "D": "i32"},
+            constexprs={"UNIT": unit_bytes // lane_bytes, "BLOCK_C": BLOCK_C, "BLOCK_K": BLOCK_K},
+            options={"num_warps": NUM_WARPS, **FP_FUSION},
+            wide_loads=unit_bytes == 16,
+        )

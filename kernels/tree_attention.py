@@ -1,0 +1,298 @@
+"""Attention of draft-tree nodes over a ragged prefix and their own ancestors.
+
+B sequences, N query rows (the last N of T tree nodes), W = ceil(T/64) ancestor words, Hq/Hkv query/key-value heads,
+G = Hq/Hkv heads a group, S cache slots, D head dim of keys, Dv of values, P splits.
+
+A program owns one KV head, a tile of the G * N (node, head) rows that share it, and one split of the keys: a K/V tile
+is read once for up to 128 rows. Keys come in tiles of BLOCK_N slots: first the prefix, counted from the sequence's
+start, then the tree, counted from its first slot, so that a tree tile needs one ancestor word a row. A split is a
+fixed number of tiles. Where the whole capacity is one split a single launch writes the output; else a second kernel
+merges the splits in index order. Lengths are read on the device: the grid covers the capacity, empty splits return.
+
+A row's result depends on its own start, length and path only: a tile or split in which it sees nothing leaves every
+bit of it as it was, whatever other rows, nodes and sequences are there.
+Reference: specdec_triton.reference.tree_attention
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import INTERPRETED, CompileCase, architecture, attention_launches, attention_plan, launching_on
+
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+WORD_BITS: tl.constexpr = tl.constexpr(64)
+
+
+@triton.jit
+def _sequence(tree_ptr, W, T, BLOCK_N: tl.constexpr):
+    """Start and length in slots, and how many tiles prefix and tree take."""
+    start = tl.load(tree_ptr + W + 1).to(tl.int32)
+    length = tl.load(tree_ptr + W + 2).to(tl.int32)
+    return start, length, tl.cdiv(length - start, BLOCK_N), tl.cdiv(T, BLOCK_N)
+
+
+@triton.jit
+def _first_position(position, window, chunk):
+    """The first position that a row at `position` sees."""
+    first = position * 0
+    if window is not None:
+        first = tl.maximum(first, position - window + 1)
+    if chunk is not None:
+        first = tl.maximum(first, position // chunk * chunk)
+    return first
+
+
+@triton.jit
+def _load_tile(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """[BLOCK_N, BLOCK_DIM] keys or values from `slot` on; zero where `used` is false (None: all are used)."""
+    column = tl.arange(0, BLOCK_N)[:, None]
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    ptrs = ptr + slot.to(tl.int64) * stride_slot + column * stride_slot + dim
+    if used is not None:
+        return tl.load(ptrs, mask=used[:, None] & (dim < DIM), other=0.0)
+    elif DIM == BLOCK_DIM:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=dim < DIM, other=0.0)
+
+
+@triton.jit
+def _attend(query, keys, values, visible, mixed, peak, total, inner, outer):
+    """One step of the online softmax: `mixed`, `peak` and `total` after a tile; `visible` None: all of it is."""
+    if INTERPRETED:
+        query, keys = query.to(tl.float32), keys.to(tl.float32)
+    scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+    if inner is not None:
+        # tanh; an exponential that overflows gives 1
+        scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E * inner)))
+    if visible is None:
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * outer)
+        base = new_peak
+    else:
+        scores = tl.where(visible, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * outer)
+        # a row that has seen nothing yet: -inf - -inf is NaN
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores * outer - base[:, None])
+    fade = tl.exp2(peak - base)
+    total = total * fade + tl.sum(weights, 1)
+    mixed = mixed * fade[:, None]
+    weights = weights.to(values.dtype)
+    if INTERPRETED:
+        weights, values = weights.to(tl.float32), values.to(tl.float32)
+    return tl.dot(weights, values, mixed, input_precision="ieee"), new_peak, total
+
+
+@triton.jit(do_not_specialize=["stride_tb", "stride_tn", "N", "T"])
+def _tree_attention_kernel(
+    out_ptr,  # [B, N, Hq, Dv] query's dtype, contiguous, out; None where there are several splits
+    partial_ptr,  # [B, Hkv, P, N * G, Dv] fp32, out: sums of values; None where there is one split
+    stats_ptr,  # [B, Hkv, P, N * G, 2] fp32, out: peak (base 2) and sum of weights; None where there is one split
+    query_ptr,  # [B, Hq, N, D] fp32, bf16 or fp16
+    key_ptr,  # [B, Hkv, S, D] query's dtype
+    value_ptr,  # [B, Hkv, S, Dv] query's dtype
+    tree_ptr,  # [B, T, W + 3] int64: ancestor words, depth, start, length
+    sinks_ptr,  # [Hq] float, or None
+    inner,  # scores become tanh(inner * query @ key) first; None without softcap
+    outer,  # then the exponent of 2 is outer * scores; positive
+    window,  # sliding window in positions, or None
+    chunk,  # chunk size in positions, or None
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs,
+    stride_tb, stride_tn,
+    Hkv, N, T, W,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # rows a program
+    BLOCK_N: tl.constexpr,  # slots a tile: divides 64
+    BLOCK_D: tl.constexpr,  # powers of two >= D, Dv
+    BLOCK_DV: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    batch = (tl.program_id(2) // Hkv).to(tl.int64)
+    head = tl.program_id(2) % Hkv
+    tree_ptr += batch * stride_tb
+    start, length, prefix_tiles, tree_tiles = _sequence(tree_ptr, W, T, BLOCK_N)
+    begin = split * SPLIT_TILES
+    end = tl.minimum(begin + SPLIT_TILES, prefix_tiles + tree_tiles)
+
+    # rows past the last repeat the last node; they are not stored
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    node = tl.minimum(row // G, N - 1)
+    row_tree_ptr = tree_ptr + (T - N + node) * stride_tn  # [BLOCK_M]
+    if window is not None or chunk is not None:
+        depth = tl.load(row_tree_ptr + W).to(tl.int32)
+        first = _first_position(length - start + depth, window, chunk)
+        begin = tl.maximum(begin, tl.minimum(tl.min(first, 0) // BLOCK_N, prefix_tiles))
+    if begin >= end:
+        return
+
+    query_head = head * G + row % G
+    dim = tl.arange(0, BLOCK_D)
+    query_ptr += batch * stride_qb
+    query = tl.load(
+        query_ptr + (query_head * stride_qh + node * stride_qn)[:, None] + dim[None, :],
+        mask=(dim < D)[None, :],
+        other=0.0,
+    )
+    key_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
+    value_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
+    column = tl.arange(0, BLOCK_N)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    # whole tiles of the prefix: only a window or chunk hides anything
+    whole_tiles = (length - start) // BLOCK_N
+    for tile in range(begin, tl.minimum(end, whole_tiles)):
+        slot = start + tile * BLOCK_N
+        keys = _load_tile(key_ptr, slot, stride_ks, None, D, BLOCK_N, BLOCK_D)
+        values = _load_tile(value_ptr, slot, stride_vs, None, DV, BLOCK_N, BLOCK_DV)
+        visible = None
+        if window is not None or chunk is not None:
+            visible = (tile * BLOCK_N + column)[None, :] >= first[:, None]
+        mixed, peak, total = _attend(query, keys, values, visible, mixed, peak, total, inner, outer)
+
+    # the prefix's last, partial tile, and the tree: a word says what a row sees of a tile
+    tail_word = ~(tl.full([], -1, tl.int64) << (length - start) % BLOCK_N)
+    for tile in range(tl.maximum(begin, whole_tiles), end):
+        in_tree = tile >= prefix_tiles
+        tile_node = tl.maximum(tile - prefix_tiles, 0) * BLOCK_N
+        slot = tl.where(in_tree, length + tile_node, start + tile * BLOCK_N)
+        used = slot + column < tl.where(in_tree, length + T, length)
+        keys = _load_tile(key_ptr, slot, stride_ks, used, D, BLOCK_N, BLOCK_D)
+        values = _load_tile(value_ptr, slot, stride_vs, used, DV, BLOCK_N, BLOCK_DV)
+        word = tl.load(row_tree_ptr + tile_node // WORD_BITS) >> tile_node % WORD_BITS
+        word = tl.where(in_tree, word, tail_word)
+        if BLOCK_N <= 32:
+            word = word.to(tl.int32)
+        visible = ((word[:, None] >> column[None, :]) & 1) != 0
+        if window is not None or chunk is not None:
+            key_node = tile_node + column
+            key_depth = tl.load(tree_ptr + key_node * stride_tn + W, mask=key_node < T, other=0).to(tl.int32)
+            position = tl.where(in_tree, length - start + key_depth, tile * BLOCK_N + column)
+            visible &= position[None, :] >= first[:, None]
+        mixed, peak, total = _attend(query, keys, values, visible, mixed, peak, total, inner, outer)
+
+    stored = row < N * G
+    dim = tl.arange(0, BLOCK_DV)
+    stored_tile = stored[:, None] & (dim < DV)[None, :]
+    if partial_ptr is None:
+        if sinks_ptr is not None:
+            total += tl.exp2(tl.load(sinks_ptr + query_head).to(tl.float32) * LOG2E - peak)
+        out_row = (batch * N + node) * (Hkv * G) + query_head
+        tl.store(out_ptr + out_row[:, None] * DV + dim[None, :], mixed / total[:, None], mask=stored_tile)
+    else:
+        partial_row = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + split) * (N * G) + row
+        tl.store(partial_ptr + partial_row[:, None] * DV + dim[None, :], mixed, mask=stored_tile)
+        tl.store(stats_ptr + partial_row * 2, peak, mask=stored)
+        tl.store(stats_ptr + partial_row * 2 + 1, total, mask=stored)
+
+
+@triton.jit(do_not_specialize=["stride_tb", "stride_tn", "N", "T", "P"])
+def _merge_kernel(
+    out_ptr,  # [B, N, Hq, Dv] query's dtype, contiguous, out
+    partial_ptr,  # [B, Hkv, P, N * G, Dv] fp32
+    stats_ptr,  # [B, Hkv, P, N * G, 2] fp32
+    tree_ptr,  # [B, T, W + 3] int64
+    sinks_ptr,  # [Hq] float, or None
+    window,
+    chunk,
+    stride_tb, stride_tn,
+    Hkv, N, T, W, P,
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # as in the first kernel
+    BLOCK_DV: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # power of two >= P
+    MERGE_P: tl.constexpr,  # splits at a time: a power of two, at most BLOCK_P
+):  # fmt: skip
+    row = tl.program_id(0)
+    node = row // G
+    batch = (tl.program_id(1) // Hkv).to(tl.int64)
+    query_head = (tl.program_id(1) % Hkv) * G + row % G
+    tree_ptr += batch * stride_tb
+    start, length, prefix_tiles, tree_tiles = _sequence(tree_ptr, W, T, BLOCK_N)
+    end = tl.cdiv(prefix_tiles + tree_tiles, SPLIT_TILES)
+    begin = 0
+    if window is not None or chunk is not None:
+        # the first kernel skipped the splits before the row's first position
+        depth = tl.load(tree_ptr + (T - N + node) * stride_tn + W).to(tl.int32)
+        first = _first_position(length - start + depth, window, chunk)
+        begin = tl.minimum(first // BLOCK_N, prefix_tiles) // SPLIT_TILES
+
+    stride_split = N * G
+    partial_row = tl.program_id(1).to(tl.int64) * P * stride_split + row
+    split = tl.arange(0, BLOCK_P)
+    written = (split >= begin) & (split < end)
+    stats_ptrs = stats_ptr + (partial_row + split * stride_split) * 2
+    peaks = tl.load(stats_ptrs, mask=written, other=float("-inf"))
+    totals = tl.load(stats_ptrs + 1, mask=written, other=0.0)
+    peak = tl.max(peaks, 0)
+    total = tl.sum(totals * tl.exp2(peaks - peak), 0)
+    if sinks_ptr is not None:
+        total += tl.exp2(tl.load(sinks_ptr + query_head).to(tl.float32) * LOG2E - peak)
+
+    dim = tl.arange(0, BLOCK_DV)
+    mixed = tl.zeros([BLOCK_DV], tl.float32)
+    for first_split in range(begin // MERGE_P * MERGE_P, end, MERGE_P):
+        some = first_split + tl.arange(0, MERGE_P)
+        some_written = (some >= begin) & (some < end)
+        rows = partial_row + some * stride_split
+        fade = tl.exp2(tl.load(stats_ptr + rows * 2, mask=some_written, other=float("-inf")) - peak)
+        used = some_written[:, None] & (dim < DV)[None, :]
+        partial = tl.load(partial_ptr + rows[:, None] * DV + dim[None, :], mask=used, other=0.0)
+        mixed += tl.sum(partial * fade[:, None], 0)
+    out_row = (batch * N + node) * (Hkv * G) + query_head
+    tl.store(out_ptr + out_row * DV + dim, mixed / total, mask=dim < DV)
+
+
+def tree_attention(
+    query, key, value, packed_tree, scale, sliding_window=None, chunk_size=None, softcap=None, sinks=None
+):
+    """See `specdec_triton.ops.tree_attention`, which checks the arguments."""
+    batch, query_heads, rows, head_dim = query.shape
+    _, kv_heads, slots, value_dim = value.shape
+    _, nodes, fields = packed_tree.shape
+    group, device = query_heads // kv_heads, query.device
+    limited = sliding_window is not None or chunk_size is not None
+    shape = batch, kv_heads, group, rows, nodes, slots, head_dim, value_dim, query.element_size(), limited
+    grid, meta, merge_meta = attention_plan(architecture(device), *shape)
+    if scale <= 0 and softcap is None:  # the kernel takes the maximum before it scales
+        query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
+    inner, outer = (None, scale) if softcap is None else (scale / softcap, softcap)
+
+    out = torch.empty((batch, rows, query_heads, value_dim), dtype=query.dtype, device=device)
+    partial = stats = None
+    if grid[1] > 1:
+        partial = torch.empty((grid[2], grid[1], rows * group, value_dim), dtype=torch.float32, device=device)
+        stats = torch.empty((grid[2], grid[1], rows * group, 2), dtype=torch.float32, device=device)
+    tree_strides = packed_tree.stride()[:2]
+    sizes = (kv_heads, rows, nodes, fields - 3)
+    with launching_on(query):
+        _tree_attention_kernel[grid](
+            out if partial is None else None, partial, stats, query, key, value, packed_tree, sinks,
+            inner, outer * LOG2E.value, sliding_window, chunk_size,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *tree_strides, *sizes, **meta,
+        )  # fmt: skip
+        if partial is not None:
+            _merge_kernel[(rows * group, batch * kv_heads)](
+                out, partial, stats, packed_tree, sinks, sliding_window, chunk_size,
+                *tree_strides, *sizes, grid[1], **merge_meta,
+            )  # fmt: skip
+    return out
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every default configuration; see kernels/_common.py."""
+    for name, arguments, options, cores in attention_launches(arch):
+        kernel = _merge_kernel if name.startswith("merge") else _tree_attention_kernel
+        yield CompileCase.of(name, kernel, arguments, options, tensor_cores=cores)

@@ -1,0 +1,267 @@
+"""The tree attention kernel against its reference: in Triton's interpreter without a GPU, compiled with one."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec_triton import ops
+from specdec_triton.tree import DraftTree, Topology
+
+pytest.importorskip("triton")
+from specdec_triton.kernels import _common
+from specdec_triton.kernels import tree_attention as kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# of outputs of order one, from sums in another order; fp16: one rounding of the output
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@dataclasses.dataclass
+class Case:
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    packed: torch.Tensor
+
+    def run(self, impl="triton", **options):
+        return ops.tree_attention(self.query, self.key, self.value, self.packed, impl=impl, **options)
+
+
+def random_trees(batch, nodes, generator):
+    parents = torch.full((batch, nodes), -1, dtype=torch.int32)
+    for row in parents:
+        for node in range(1, nodes):
+            # near parents make deep trees, far ones bushy trees
+            low = 0 if node % 2 else max(0, node - 3)
+            row[node] = int(torch.randint(low, node, (), generator=generator))
+    return DraftTree.from_parents(torch.zeros(batch, nodes, dtype=torch.int64), parents)
+
+
+def make_case(
+    batch=2, query_heads=4, kv_heads=2, rows=7, slots=160, head_dim=64, value_dim=None, nodes=None,
+    dtype=torch.float32, lengths=None, starts=None, seed=0,
+):  # fmt: skip
+    """Slot-major storage seen through transposed views; every slot outside [start, length + T) holds NaN or inf."""
+    generator = torch.Generator().manual_seed(seed)
+    value_dim, nodes = value_dim or head_dim, nodes or rows
+    if lengths is None:
+        lengths = torch.randint(0, slots - nodes + 1, (batch,), generator=generator).tolist()
+        lengths[0] = slots - nodes
+    if starts is None:
+        fractions = torch.rand(batch, generator=generator).tolist()
+        starts = [int(length * fraction) for length, fraction in zip(lengths, fractions, strict=True)]
+    packed = random_trees(batch, nodes, generator).pack(torch.tensor(starts), torch.tensor(lengths))
+    shapes = (rows, query_heads, head_dim), (slots, kv_heads, head_dim), (slots, kv_heads, value_dim)
+    query, key, value = (torch.randn(batch, *shape, generator=generator).to(dtype) for shape in shapes)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for tensor in (key, value):
+            tensor[row, :start] = math.nan
+            tensor[row, length + nodes :] = math.inf
+            tensor[row, length + nodes :: 2] = math.nan
+    query, key, value, packed = (tensor.to(DEVICE) for tensor in (query, key, value, packed))
+    return Case(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), packed)
+
+
+def check(case, **options):
+    wanted = case.run("reference", **options)
+    got = case.run("triton", **options)
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype and got.is_contiguous()
+    difference = (got.float() - wanted.float()).abs().max().item()
+    assert difference <= TOLERANCE[got.dtype], f"differs from the reference by {difference}"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch):
+    """Whatever the launcher allocates holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(kernel.torch, "empty", lambda *size, **options: empty(*size, **options).fill_(math.nan))
+
+
+@pytest.fixture
+def small_splits(monkeypatch):
+    """Tiles of 16 rows and 32 slots, two a split, two splits merged at a time: every loop turns at small sizes."""
+    config = _common.AttentionConfig(16, 32, 4, 2, 10**9)
+    monkeypatch.setattr(_common, "attention_config", lambda *shape: config)
+    monkeypatch.setattr(_common, "SHORT_SLOTS", 0)
+    monkeypatch.setattr(_common, "MIN_SPLIT_SLOTS", 64)
+    monkeypatch.setattr(_common, "MIN_SPLIT_ROWS", 4)
+    monkeypatch.setattr(_common, "MERGE_SPLITS", 2)
+    _common.attention_plan.cache_clear()
+    yield
+    _common.attention_plan.cache_clear()
+
+
+OPTIONS = [
+    {},
+    {"sliding_window": 20},
+    {"sliding_window": 1},
+    {"chunk_size": 48},
+    {"chunk_size": 3},
+    {"softcap": 5.0},
+    {"sinks": True},
+    {"sliding_window": 40, "chunk_size": 32, "softcap": 2.0, "sinks": True, "scale": 0.3},
+]
+
+
+def with_sinks(options, query_heads):
+    if not options.get("sinks"):
+        return options
+    return options | {"sinks": torch.linspace(-2, 3, query_heads, device=DEVICE)}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_split(options):
+    check(make_case(rows=11), **with_sinks(options, 4))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_several_splits(small_splits, options):
+    check(make_case(rows=4, slots=200, query_heads=3, kv_heads=1), **with_sinks(options, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "query_heads", "kv_heads", "rows", "slots", "head_dim", "value_dim", "nodes"),
+    [
+        (1, 1, 1, 1, 1, 64, 64, 1),  # a first token, no prefix
+        (3, 2, 2, 1, 65, 64, 64, 1),  # plain decoding, one head a group
+        (2, 7, 1, 3, 97, 80, 80, 3),  # rows and head dim that are not powers of two
+        (2, 4, 2, 5, 100, 96, 64, 9),  # D != Dv, N < T
+        (1, 4, 2, 4, 70, 192, 128, 4),
+        (1, 4, 4, 2, 70, 256, 256, 70),  # N < T, W = 2, the tree fills the capacity
+        (1, 2, 1, 65, 140, 64, 64, 65),  # W = 2, one node in the second word
+        (2, 2, 1, 20, 200, 32, 48, 130),  # W = 3
+    ],
+)
+def test_shapes(batch, query_heads, kv_heads, rows, slots, head_dim, value_dim, nodes, dtype):
+    check(make_case(batch, query_heads, kv_heads, rows, slots, head_dim, value_dim, nodes, dtype))
+
+
+def test_wide_tree_in_several_splits(small_splits):
+    check(make_case(1, 1, 1, rows=40, slots=300, nodes=100), sliding_window=90)
+
+
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 150])
+def test_lengths_around_tile_edges(small_splits, length):
+    check(make_case(1, 1, 1, rows=3, slots=160, lengths=[length], starts=[0], seed=length))
+
+
+def test_start_next_to_length():
+    check(make_case(batch=3, rows=4, slots=90, lengths=[50, 50, 50], starts=[50, 49, 17]))
+
+
+def test_default_configuration_above_one_split():
+    check(make_case(1, 4, 2, rows=3, slots=1300, lengths=[1290], starts=[5]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_256_nodes(options):
+    check(make_case(1, 2, 1, rows=256, slots=1500, lengths=[1200], starts=[3]), **with_sinks(options, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("rows", "slots"), [(1, 500), (16, 500), (16, 9000), (64, 9000), (200, 3000)])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_on_gpu(dtype, head_dim, rows, slots, options):
+    check(make_case(2, 8, 2, rows, slots, head_dim, dtype=dtype), **with_sinks(options, 8))
+
+
+def test_by_hand():
+    """Prefix slot 1 (slot 0 is padding), a root and its two children; keys of zero weigh all that is seen alike."""
+    tree = DraftTree.from_topology(Topology.from_widths([2]), torch.zeros(1, 3, dtype=torch.int64))
+    packed = tree.pack(torch.tensor([1]), torch.tensor([2]))
+    assert packed.tolist() == [[[0b001, 0, 1, 2], [0b011, 1, 1, 2], [0b101, 1, 1, 2]]]
+    value = torch.tensor([math.nan, 8.0, 4.0, 2.0, 1.0, math.nan]).view(1, 1, 6, 1).expand(-1, -1, -1, 16).contiguous()
+    key = torch.zeros(1, 1, 6, 16)
+    query = torch.ones(1, 1, 3, 16)
+    case = Case(*(tensor.to(DEVICE) for tensor in (query, key, value, packed)))
+    assert case.run()[0, :, 0, 0].tolist() == pytest.approx([12 / 2, 14 / 3, 13 / 3])
+    # position 2 of a child: itself and its parent
+    assert case.run(sliding_window=2)[0, :, 0, 0].tolist() == pytest.approx([12 / 2, 6 / 2, 5 / 2])
+    # positions 0 1 | 2: the children are alone in their chunk
+    assert case.run(chunk_size=2)[0, :, 0, 0].tolist() == pytest.approx([12 / 2, 2.0, 1.0])
+    # a sink of logit 0 weighs as much as one key and has no value
+    assert case.run(sinks=torch.zeros(1, device=DEVICE))[0, :, 0, 0].tolist() == pytest.approx([12 / 3, 14 / 4, 13 / 4])
+
+
+def test_strides(small_splits):
+    """Nothing contiguous but the last dimension."""
+    case = make_case(2, 2, 1, rows=4, slots=100)
+    views = []
+    for tensor in (case.query, case.key, case.value):
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 3), math.nan, device=DEVICE)
+        views.append(wide[..., 1 : 1 + tensor.shape[-1]].copy_(tensor))
+    packed = torch.full((2, 4 + 2, case.packed.shape[2] + 1), -1, device=DEVICE)[:, 1:5, :-1]
+    packed.copy_(case.packed)
+    wanted = case.run()
+    assert torch.equal(Case(*views, packed).run(), wanted)
+    # a cache in the other order
+    dense = [tensor.contiguous() for tensor in (case.query, case.key, case.value)]
+    assert torch.equal(Case(*dense, packed).run(), wanted)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scale_that_is_not_positive(scale):
+    check(make_case(1, 2, 1, rows=3, slots=60), scale=scale)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 30, "sinks": True}], ids=str)
+def test_a_row_is_its_own(small_splits, options):
+    """No bit of a row depends on other rows, nodes, sequences, or on what unused slots hold."""
+    options = with_sinks(options, 2)
+    case = make_case(query_heads=2, kv_heads=1, rows=12, slots=190, lengths=[150, 40], starts=[7, 0])
+    whole = case.run(**options)
+    alone = Case(*(tensor[1:] for tensor in (case.query, case.key, case.value, case.packed)))
+    assert torch.equal(alone.run(**options), whole[1:]), "depends on other sequences"
+    last = Case(case.query[:, :, -3:], case.key, case.value, case.packed)
+    assert torch.equal(last.run(**options), whole[:, -3:]), "depends on other rows"
+    first = Case(case.query[:, :, :5], case.key, case.value, case.packed[:, :5])
+    assert torch.equal(first.run(**options), whole[:, :5]), "depends on later nodes"
+    for row, (start, length) in enumerate([(7, 150), (0, 40)]):
+        for tensor in (case.key, case.value):
+            tensor[row, :, :start] = tensor[row, :, length + 12 :] = 1e30
+    assert torch.equal(case.run(**options), whole), "depends on unused slots"
+
+
+def test_more_capacity_changes_nothing(small_splits):
+    case = make_case(1, 2, 1, rows=6, slots=300, lengths=[100], starts=[2])
+    small = Case(case.query, case.key[:, :, :110], case.value[:, :, :110], case.packed)
+    assert torch.equal(small.run(), case.run())
+
+
+def test_lengths_are_read_on_the_device(small_splits):
+    """The same launch arguments serve every length: what a captured graph needs."""
+    case = make_case(1, 2, 1, rows=4, slots=200, lengths=[196], starts=[0])
+    for start, length in ((0, 0), (10, 37), (64, 128), (0, 196)):
+        case.packed[..., -2], case.packed[..., -1] = start, length
+        check(case)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_tree(data):
+    def integers(low, high):
+        return data.draw(st.integers(low, high))
+
+    kv_heads, group, nodes = integers(1, 2), integers(1, 5), integers(1, 70)
+    rows = integers(1, nodes)
+    length = integers(0, 150)
+    start = integers(0, length)
+    options = {
+        "sliding_window": data.draw(st.none() | st.integers(1, 100)),
+        "chunk_size": data.draw(st.none() | st.integers(1, 100)),
+        "softcap": data.draw(st.none() | st.floats(0.5, 50)),
+        "sinks": data.draw(st.sampled_from([None, True])),
+    }
+    slots = length + nodes + integers(0, 40)
+    seed = integers(0, 1000)
+    heads = kv_heads * group, kv_heads
+    case = make_case(1, *heads, rows, slots, 16, 32, nodes, lengths=[length], starts=[start], seed=seed)
+    check(case, **with_sinks(options, kv_heads * group))

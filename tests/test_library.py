@@ -1,0 +1,152 @@
+"""The kernels as registered ops: what torch.compile, torch.export and graph capture see."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specdec_triton import ops
+from specdec_triton.tree import DraftTree, Topology
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NODES = Topology.from_widths((2, 2))
+
+
+def attention_inputs(batch=2, dtype=torch.float32):
+    tree = DraftTree.from_topology(NODES, torch.zeros(batch, NODES.num_nodes, dtype=torch.int64, device=DEVICE))
+    start = torch.arange(batch, device=DEVICE)
+    packed = tree.pack(start, start + 5)
+    query = torch.randn(batch, 4, NODES.num_nodes, 16, device=DEVICE, dtype=dtype)
+    key, value = torch.randn(2, batch, 2, 32, 16, device=DEVICE, dtype=dtype)
+    return query, key, value, packed
+
+
+def acceptance_inputs(batch=2, vocab=70):
+    tokens = torch.randint(0, 3, (batch, NODES.num_nodes), device=DEVICE)
+    tree = DraftTree.from_topology(NODES, tokens)
+    logits = torch.randint(0, 4, (batch, NODES.num_nodes, vocab), device=DEVICE).float()
+    return logits, tree.tokens, tree.parents
+
+
+def compaction_inputs(batch=2):
+    storage = torch.randn(batch * 20 * 12, device=DEVICE)
+    return storage, torch.full((batch,), 3, device=DEVICE), torch.tensor([[2, 4, -1]] * batch, device=DEVICE).int()
+
+
+def attention(query, key, value, packed, impl="triton"):
+    return ops.tree_attention(query, key, value, packed, sliding_window=4, impl=impl)
+
+
+def acceptance(logits, tokens, parents, impl="triton"):
+    budget = torch.full_like(tokens[:, 0], 2)
+    return ops.accept_greedy(logits, tokens, parents, max_depth=2, budget=budget, eos_ids=budget[:1], impl=impl)
+
+
+def compaction(storage, base, path, impl="triton"):
+    ops.compact_kv(storage, [8, 4], base, path, impl=impl)
+    return storage * 2
+
+
+CALLS = {
+    "tree_attention": (attention, attention_inputs),
+    "accept_greedy": (acceptance, acceptance_inputs),
+    "compact_kv": (compaction, compaction_inputs),
+}
+
+
+def operator(op):
+    return getattr(torch.ops.specdec_triton, op).default
+
+
+def arguments(op):
+    if op == "tree_attention":
+        return (*attention_inputs(), 0.25, 4, None, 2.0, torch.randn(4, device=DEVICE))
+    if op == "accept_greedy":
+        return (*acceptance_inputs(), 2, torch.tensor([3, 0], device=DEVICE), None)
+    storage, base, path = compaction_inputs()
+    return storage, [8, 4], base, path
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_opcheck(op):
+    torch.library.opcheck(operator(op), arguments(op))
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_the_fake_outputs_are_like_the_real_ones(op):
+    from torch._subclasses import FakeTensorMode
+
+    given = arguments(op)
+    real = operator(op)(*given)
+    with FakeTensorMode() as mode:
+        fake = operator(op)(*(mode.from_tensor(value) if torch.is_tensor(value) else value for value in given))
+    assert (real is None) == (fake is None)
+    for one, other in zip(_tensors(real), _tensors(fake), strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+def _tensors(outputs):
+    return [outputs] if torch.is_tensor(outputs) else outputs or ()
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_impl_triton_is_one_registered_op_and_impl_reference_none(op):
+    class Record(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    call, inputs = CALLS[op]
+    given = inputs()
+    for impl, wanted in (("triton", 1), ("reference", 0)):
+        with Record() as record:
+            call(*given, impl=impl)
+        assert sum(func is operator(op) for func in record.seen) == wanted
+        assert sum(func.namespace == "specdec_triton" for func in record.seen) == wanted
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_takes_it_whole(op, dynamic):
+    torch._dynamo.reset()
+    call, inputs = CALLS[op]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (2, 3):
+        given = inputs(batch)
+        wanted = call(*(tensor.clone() for tensor in given), impl="reference")
+        got = compiled(*given)
+        assert type(got) is type(wanted)
+        for one, other in zip(_tensors(got), _tensors(wanted), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_compiled_compaction_changes_the_storage_in_place():
+    torch._dynamo.reset()
+    storage, base, path = compaction_inputs()
+    wanted = storage.clone()
+    compaction(wanted, base, path, impl="reference")
+    torch.compile(compaction, fullgraph=True, backend="aot_eager")(storage, base, path)
+    assert torch.equal(storage, wanted)
+
+
+def test_a_traced_graph_holds_the_op():
+    traced = make_fx(lambda *inputs: acceptance(*inputs), tracing_mode="symbolic")(*acceptance_inputs())
+    called = [node.target for node in traced.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    assert [op for op in called if op.namespace == "specdec_triton"] == [operator("accept_greedy")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", CALLS)
+def test_inductor_and_cuda_graphs(op):
+    torch._dynamo.reset()
+    call, inputs = CALLS[op]
+    compiled = torch.compile(call, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        given = inputs()
+        wanted = call(*(tensor.clone() for tensor in given), impl="reference")
+        for one, other in zip(_tensors(compiled(*given)), _tensors(wanted), strict=True):
+            torch.testing.assert_close(one, other)

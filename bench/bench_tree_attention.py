@@ -4,8 +4,8 @@
 
 Providers: the Triton kernel; the reference as it stands; eager attention, as transformers writes it; SDPA with the
 dense mask; FlexAttention with the mask as a block mask; FlashInfer's batch prefill with a custom mask, where it is
-installed. Masks and plans are made outside the timed calls: a peer is timed at its best. The floor is one read of the keys
-and values of [start, length + N), or the tensor cores' time for both products, whichever is longer.
+installed. Masks and plans are made outside the timed calls: a peer is timed at its best. The floor is one read of the
+keys and values of [start, length + N), or the tensor cores' time for both products, whichever is longer.
 """
 
 import sys

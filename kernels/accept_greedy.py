@@ -102,7 +102,8 @@ def _walk_kernel(
         )
         best = tl.maximum(best, tl.max(keys, 0))
     live = budget > 0
-    has_nan = live & (tl.max((best >> 32).to(tl.int32), 0) == NAN_ORDER)
+    is_nan = (best >> 32).to(tl.int32) == NAN_ORDER
+    reached = node == 0
     target_ids = MAX_ID - (best & MAX_ID).to(tl.int32)
 
     # a target that ends the text is kept as its complement: no token is negative, so the walk stops there by itself
@@ -124,6 +125,7 @@ def _walk_kernel(
         found = child != NO_STEP
         here = tl.where(found, child, here)
         path = tl.where(found & (node == length), (child >> 32).to(tl.int32), path)
+        reached |= found & (node == (child >> 32))
         length += found.to(tl.int32)
         walking = found & (length < limit)
 
@@ -131,7 +133,7 @@ def _walk_kernel(
     tl.store(path_ptr + row * D + node, path, mask=node < D)
     tl.store(length_ptr + row, length)
     tl.store(next_ids_ptr + row, tl.where(live, tl.where(goal < 0, ~goal, goal), -1))
-    tl.store(has_nan_ptr + row, has_nan)
+    tl.store(has_nan_ptr + row, live & (tl.max((reached & is_nan).to(tl.int32), 0) > 0))
 
 
 def accept_greedy(

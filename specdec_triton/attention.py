@@ -5,6 +5,7 @@ attention interface. The packed tree of `DraftTree.pack` travels there as [B, 1,
 is switched on around verify forwards only, since models built from one config share the setting.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,8 @@ from . import ops
 
 # one registered name an implementation, so that an explicit choice needs no global state
 NAMES = {None: "specdec_tree", "triton": "specdec_tree_triton", "reference": "specdec_tree_reference"}
+NOT_PASSED = "not passed"
+DENSE_MASK_MODELS = ("doge", "moshi")  # they make more of their dense mask than attention is told
 RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm", "hybrid")
 
 
@@ -30,7 +33,7 @@ def tree_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None | str = NOT_PASSED,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     impl: str | None = None,
@@ -53,6 +56,14 @@ def tree_attention_forward(
         raise ValueError(
             f"{NAMES[impl]}: attention_mask must be a packed tree, torch.int64 [B, 1, N, W + 3], got {got}"
         )
+    if sliding_window == NOT_PASSED:
+        sliding_window = getattr(module.config, "sliding_window", None)
+        if sliding_window is not None:
+            raise ValueError(
+                f"{NAMES[impl]}: sliding_window must be passed to the attention function, got a "
+                f"{type(module).__name__} that has a window of {sliding_window} in its dense mask only: decode it "
+                "without speculation"
+            )
     chunk_size = getattr(module.config, "attention_chunk_size", None) if getattr(module, "use_rope", False) else None
     output = ops.tree_attention(
         query,
@@ -127,6 +138,11 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
         raise ValueError(
             f"patch: {role} must take its attention from transformers' AttentionInterface, got {name}, which does not: "
             "decode it without speculation or port its attention to the interface"
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters or config.model_type in DENSE_MASK_MODELS:
+        raise ValueError(
+            f"patch: {role} must take position_ids and no more than a mask's visible slots, got {name}, which derives "
+            "positions or attention from the cache or a dense mask: decode it without speculation"
         )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:

@@ -7,6 +7,7 @@ round emits at least one token, and every token is the target's.
 Everything a round needs is on the device; the host reads one small tensor a round: what was emitted.
 """
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,18 +17,25 @@ from functools import wraps
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.logits_process import (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import ops
 from .drafters import DraftContext, Drafter, DraftSession
-from .processors import process_nodes
+from .processors import process_path
 from .reference import Acceptance
 from .runner import TreeRunner
 from .transcript import Transcript
 from .tree import DraftTree, Topology
 
+# The attention implementation is a setting of the config, which models may share: one call at a time may switch it.
+_TURN = threading.RLock()
+STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 FIRST_RESERVE = 512  # new tokens that the first cache buffer has room for
 
 
@@ -108,27 +116,43 @@ class Speculation:
         model_kwargs: dict,
     ):
         self.model, self.drafter, self.tree, self.impl = model, drafter, tree, impl
-        self.input_ids = input_ids.to(model.device)
+        self.input_ids = input_ids.to(model.device).long()
         self.config, self.processors, self.streamer = generation_config, logits_processor, streamer
         self.model_kwargs = {key: value for key, value in model_kwargs.items() if value is not None}
         self.stats = Stats(rule="greedy")
-        self.max_length = generation_config.max_length
+        for processor in logits_processor:
+            if isinstance(processor, STATEFUL):
+                raise ValueError(
+                    "generate: logits_processor must be functions of (input_ids, scores) alone with speculative "
+                    f"decoding, got {type(processor).__name__}, which keeps state from call to call"
+                )
+        if torch.is_autocast_enabled(model.device.type):
+            raise ValueError(
+                "generate: autocast must be off with speculative decoding, got a torch.autocast context: load the "
+                "model in the dtype wanted instead"
+            )
         batch, prompt_length = self.input_ids.shape
+        # a criterion of the caller's replaces the one that the generation config would have made
+        limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
+        self.max_length = max(min(limits, default=generation_config.max_length), prompt_length + 1)
+        ends = [c.eos_token_id.view(-1) for c in stopping_criteria if type(c) is EosTokenCriteria]
+        self.eos_ids = torch.cat(ends).to(model.device).long() if ends else None
         self.start = left_padding(self.input_ids, self.model_kwargs)
 
-        eos = generation_config._eos_token_tensor
-        self.eos_ids = None if eos is None else eos.to(model.device).long().view(-1)
         keep = []
         if generation_config.return_dict_in_generate:
             keep = [name for name in ("scores", "logits") if getattr(generation_config, f"output_{name}")]
         pad = generation_config._pad_token_tensor
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self.transcript = Transcript(
             self.input_ids,
             self.max_length,
-            eos_ids=[] if eos is None else eos.view(-1).tolist(),
-            pad_id=int(pad) if ends and pad is not None else None,
-            criteria=StoppingCriteriaList(c for c in stopping_criteria if not self._known(c)),
+            eos_ids=[] if self.eos_ids is None else self.eos_ids.tolist(),
+            pad_id=int(pad) if pads and pad is not None else None,
+            # the device itself stops where these two kinds would
+            criteria=StoppingCriteriaList(
+                c for c in stopping_criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)
+            ),
             streamer=streamer,
             keep=tuple(keep),
         )
@@ -146,16 +170,12 @@ class Speculation:
         )
         self.runner = TreeRunner(model, self.start, self.max_length - 1, impl)
 
-    def _known(self, criterion) -> bool:
-        """Whether the device stops where this criterion would."""
-        if type(criterion) is MaxLengthCriteria:
-            return criterion.max_length >= self.max_length
-        if type(criterion) is EosTokenCriteria and self.eos_ids is not None:
-            return torch.isin(criterion.eos_token_id.to(self.eos_ids.device), self.eos_ids).all().item()
-        return False
-
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """The whole call: what `generate` returns."""
+        """The whole call: what `generate` returns. Calls from several threads take turns."""
+        with _TURN:
+            return self._run()
+
+    def _run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         try:
             # the prompt is verified as a tree of one node, its last token, whose logits give the first token
             tree = DraftTree.root_only(self.input_ids[:, -1:])
@@ -210,8 +230,14 @@ class Speculation:
         scores = logits
         context = self.context
         if self.processors:
-            scores = process_nodes(
-                self.processors, tree, logits, context.host_tokens, context.host_length, context.host_budget
+            scores = process_path(
+                self.processors,
+                tree,
+                logits,
+                context.host_tokens,
+                context.host_length,
+                context.host_budget,
+                self.transcript.eos_ids,
             )
         accepted = ops.accept_greedy(
             scores,
@@ -305,7 +331,8 @@ def left_padding(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
     if not torch.equal(real, columns >= start[:, None]) or not real[:, -1].all():
         raise ValueError(
             "generate: attention_mask must be zeros, then ones (padding on the left only) when speculation is on, got "
-            "holes, padding on the right, or a row without tokens: set tokenizer.padding_side = 'left'"
+            "holes, padding on the right, or a row without tokens: set tokenizer.padding_side = 'left', or pass "
+            "attention_mask if it was inferred from a pad token in mid-prompt"
         )
     positions = model_kwargs.get("position_ids")
     if positions is not None:

@@ -21,7 +21,6 @@ from .tree import Topology
 
 RULES = ("greedy",)
 MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-VOCABULARY_PADDING = 0.01  # vocabularies whose sizes differ by no more share a tokenizer, padded differently
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,11 @@ def patched(model: PreTrainedModel, **options) -> Iterator[PreTrainedModel]:
     try:
         yield model
     finally:
-        if before is None:
+        # the body may have patched or unpatched by itself
+        if before is not None:
+            patch(target, **vars(before))
+        elif target in _options:
             unpatch(target)
-        else:
-            _options[target] = before
 
 
 def stats(model: PreTrainedModel) -> Stats:
@@ -166,7 +166,7 @@ class SpeculativeGenerate:
         asked = _asked(generation_config, model_kwargs)
         if asked:
             raise ValueError(f"SpeculativeGenerate: assistance must be given as its drafter, got {', '.join(asked)}")
-        _check_call(model, generation_config, {})
+        _check_call(generation_config, {})
         check_supported(model)
         options = self.options if self.options.drafter else replace(self.options, drafter=NoDrafter())
         return _speculate(
@@ -193,7 +193,7 @@ class SpeculativeModel(GenerationMixin):
                 f"generate: speculative decoding must run greedy search or sampling, got {generation_mode.value} "
                 f"(num_beams={generation_config.num_beams}): call it without assistance, or with num_beams=1"
             )
-        _check_call(self, generation_config, generation_mode_kwargs)
+        _check_call(generation_config, generation_mode_kwargs)
 
     def _assisted_decoding(
         self,
@@ -302,7 +302,7 @@ def _asked(generation_config: GenerationConfig, arguments: dict) -> list[str]:
     return asked
 
 
-def _check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict) -> None:
+def _check_call(config: GenerationConfig, arguments: dict) -> None:
     """Refuse, by name, what a speculative call cannot honour."""
     asked = _asked(config, arguments)
     unsupported = sorted(set(asked) - {"assistant_model", "prompt_lookup_num_tokens"})
@@ -318,6 +318,10 @@ def _check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dic
             "generate: do_sample must be False with speculative decoding (sampling rules are not available yet), got "
             "True: unpatch the model, or sample without assistance"
         )
+    if (config.num_beams or 1) > 1:
+        raise ValueError(
+            f"generate: num_beams must be 1 with speculative decoding, got {config.num_beams}: search beams without it"
+        )
     if config.use_cache is False:
         raise ValueError("generate: use_cache must be True with speculative decoding, got False")
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
@@ -330,14 +334,6 @@ def _check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dic
             raise ValueError(f"generate: {name} must be False with speculative decoding, got True")
     if arguments.get("synced_gpus"):
         raise ValueError("generate: synced_gpus must be False with speculative decoding, got True")
-    if (assistant := arguments.get("assistant_model")) is not None:
-        assistant = unwrap(assistant)
-        sizes = [m.config.get_text_config().vocab_size for m in (model, assistant)]
-        if abs(sizes[0] - sizes[1]) > VOCABULARY_PADDING * max(sizes):
-            raise ValueError(
-                f"generate: assistant_model must have the model's vocabulary of {sizes[0]} tokens, up to "
-                f"{VOCABULARY_PADDING:.0%} of padding, got {sizes[1]}"
-            )
 
 
 def _speculate(

@@ -1,4 +1,4 @@
-"""Logits processors over a draft tree: every node gets the row that plain `generate` would give it."""
+"""Logits processors over a draft tree: every node that matters gets the row that plain `generate` would give it."""
 
 from collections import defaultdict
 
@@ -9,52 +9,61 @@ from transformers import LogitsProcessorList
 from .tree import DraftTree
 
 
-def process_nodes(
+def process_path(
     processors: LogitsProcessorList,
     tree: DraftTree,
     logits: torch.Tensor,
     host_tokens: np.ndarray,
     host_length: np.ndarray,
     host_budget: np.ndarray,
+    eos_ids: list[int],
 ) -> torch.Tensor:
-    """Processed fp32 scores [B, N, V] of every node of every unfinished row.
+    """Scores [B, N, V] fp32 of the tree, processed wherever greedy acceptance will look.
 
-    A processor may look at the whole text and may keep something by row index, so a node's call holds its sequence at
-    that sequence's own row of the batch: padding, prompt, emitted tokens, then the node's path. Nodes of different
-    sequences whose texts are equally long share a call; a row without such a node carries another's text, and what
-    comes out there is dropped. Runs on the host: one read of the tree's tokens and parents.
+    The walk goes down each row's tree on the host, from the root to the child that carries the processed scores' first
+    choice, so processors are called once for each emitted token and never with a text that the target did not choose.
+    A processor may keep something by row index: a call holds every sequence at its own row, those that are not asked
+    about with their own text, cut to this length or, like a finished row, padded to it. What comes out for them is
+    dropped. Other nodes keep their raw logits.
 
     Args:
         processors: as `generate` prepared them; functions of (input_ids, scores) alone.
         logits: [B, N, V], the target's.
-        host_tokens: [B, columns] int64. Prompt and emitted tokens.
+        host_tokens: [B, columns] int64. Prompt and emitted tokens, padding beyond.
         host_length: [B] int64. Column of each root.
         host_budget: [B] int64. Tokens each row may still emit; rows without any are left as they are.
+        eos_ids: tokens that end a text.
     """
     scores = logits.to(torch.float32, copy=True)
-    batch = scores.shape[0]
     tokens, parents = torch.stack([tree.tokens, tree.parents.long()]).tolist()
-    calls = defaultdict(list)  # (text length, k): the k-th node of that length, of each row
-    for row in np.flatnonzero(host_budget):
-        column = int(host_length[row])
-        paths = {0: host_tokens[row, : column + 1]}
-        count = defaultdict(int)
-        for node in range(tree.num_nodes):
-            if node:
-                if parents[row][node] < 0:
-                    continue
-                paths[node] = np.append(paths[parents[row][node]], tokens[row][node])
-            length = len(paths[node])
-            calls[length, count[length]].append((row, node, paths[node]))
-            count[length] += 1
-    for members in calls.values():
-        row, node, path = members[0]
-        input_ids = np.tile(path, (batch, 1))
-        call_scores = scores[row, node].repeat(batch, 1)
-        for row, node, path in members:
-            input_ids[row] = path
-            call_scores[row] = scores[row, node]
-        processed = processors(torch.from_numpy(input_ids).to(scores.device), call_scores)
-        for row, node, _ in members:
-            scores[row, node] = processed[row]
+    children = [
+        {(parent, token): node for node, (parent, token) in reversed(list(enumerate(zip(*row, strict=True)))) if node}
+        for row in zip(parents, tokens, strict=True)
+    ]
+    at = {int(row): 0 for row in np.flatnonzero(host_budget)}
+    text = {row: host_tokens[row, : host_length[row] + 1] for row in at}
+    while at:
+        by_length = defaultdict(list)
+        for row in at:
+            by_length[len(text[row])].append(row)
+        following = {}
+        for length, rows in by_length.items():
+            input_ids = np.pad(host_tokens, ((0, 0), (0, max(length - host_tokens.shape[1], 0))))[:, :length]
+            call_scores = scores[:, 0].clone()
+            for row in rows:
+                input_ids[row] = text[row]
+                call_scores[row] = scores[row, at[row]]
+            processed = processors(torch.from_numpy(input_ids.copy()).to(scores.device), call_scores)
+            choices = processed.argmax(-1).tolist()
+            for row in rows:
+                scores[row, at[row]] = processed[row]
+                child = children[row].get((at[row], choices[row]))
+                if (
+                    child is not None
+                    and choices[row] not in eos_ids
+                    and len(text[row]) - host_length[row] < host_budget[row]
+                ):
+                    following[row] = child
+                    text[row] = np.append(text[row], choices[row])
+        at = following
     return scores

@@ -23,7 +23,8 @@ class Acceptance(NamedTuple):
         length: [B] int64. Accepted draft tokens, 0 to D.
         next_ids: [B] int64. The target's own token after the last accepted node: the recovered token where a draft
             was rejected, the bonus token where the whole path was accepted; -1 in a row that may emit nothing.
-        has_nan: [B] bool. The row may emit tokens and its logits hold a NaN; its other results mean nothing.
+        has_nan: [B] bool. The row may emit tokens, and the logits of the root or of a node on the path hold a NaN: the
+            row's other results mean nothing.
     """
 
     path: torch.Tensor
@@ -146,7 +147,7 @@ def accept_greedy(
         path=path[:, :max_depth].contiguous(),
         length=length,
         next_ids=torch.where(live, next_ids, -1),
-        has_nan=live & best.isnan().any(1),
+        has_nan=live & (kept & best.isnan()).any(1),
     )
 
 

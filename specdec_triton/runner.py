@@ -1,5 +1,7 @@
 """A model with its tree cache: prefilled by transformers, then run over tree nodes. Serves target and draft alike."""
 
+import inspect
+
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
@@ -23,6 +25,9 @@ class TreeRunner:
         self.last_position = last_position
         self.cache: TreeCache | None = None
         self._configs = own_configs(model)
+        # some mixtures of experts read the attention mask for a training loss when their config says so
+        routers = "output_router_logits" in inspect.signature(model.forward).parameters
+        self._arguments = {"output_router_logits": False} if routers else {}
 
     def prefill(
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict, capacity: int
@@ -64,5 +69,6 @@ class TreeRunner:
                 past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,
+                **self._arguments,
             )
         return outputs.logits

@@ -5,6 +5,8 @@ whole columns, one step at a time, so the transcript advances column by column, 
 sequence has reached: each call gets the very batch that plain decoding would have passed.
 """
 
+from collections import deque
+
 import numpy as np
 import torch
 from transformers import StoppingCriteriaList
@@ -51,7 +53,7 @@ class Transcript:
         self.unfinished = np.ones(batch, dtype=bool)
         self.done = False
         self._ended = np.zeros(batch, dtype=bool)  # emits nothing more
-        self._kept = {name: [[] for _ in range(batch)] for name in keep}
+        self._kept = {name: [deque() for _ in range(batch)] for name in keep}  # of columns not judged yet
         self.columns_kept = dict.fromkeys(keep, ())
 
     def append(self, tokens: list[list[int]], counts: list[int], kept: dict[str, torch.Tensor]) -> list[int]:
@@ -72,7 +74,7 @@ class Transcript:
             if count:
                 self._ended[row] = tokens[row][count - 1] in self.eos_ids or self.length[row] + 1 == self.max_length
                 for name, scores in kept.items():
-                    self._kept[name][row] += scores[row, :count].unbind()
+                    self._kept[name][row] += scores[row, :count].clone().unbind()  # a view would hold all of scores
         stopped = []
         while not self.done and np.all(self._ended | (self.length >= self.column)):
             stopped += self._judge_column()
@@ -81,7 +83,7 @@ class Transcript:
     def _judge_column(self) -> list[int]:
         column, before = self.column, self.unfinished.copy()
         self.column += 1
-        self._keep_column(column - self.prompt_length)
+        self._keep_column(column)
         at_end = column + 1 == self.max_length
         ended = (self.length == column) & self._ended
         flagged = np.zeros_like(ended)
@@ -99,15 +101,12 @@ class Transcript:
         self.done = at_end or not self.unfinished.any()
         return stopped
 
-    def _keep_column(self, index: int) -> None:
+    def _keep_column(self, column: int) -> None:
         """One [B, V] of each kept score; a row that has ended has none and gets -inf."""
         for name, rows in self._kept.items():
-            like = next(row[index] for row in rows if index < len(row))
-            ended = torch.full_like(like, float("-inf"))
-            alive = [index + self.prompt_length <= last for last in self.length]
-            self.columns_kept[name] += (
-                torch.stack([row[index] if here else ended for row, here in zip(rows, alive, strict=True)]),
-            )
+            scores = [row.popleft() if column <= last else None for row, last in zip(rows, self.length, strict=True)]
+            ended = torch.full_like(next(score for score in scores if score is not None), float("-inf"))
+            self.columns_kept[name] += (torch.stack([ended if score is None else score for score in scores]),)
 
     @property
     def sequences(self) -> torch.Tensor:

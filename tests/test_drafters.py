@@ -153,8 +153,14 @@ def test_a_draft_model_ranks_each_nodes_children(tree, seed):
         (lambda: sdt.ModelDrafter(build("llama"), 3, 4), "ModelDrafter: give num_tokens"),
         (lambda: sdt.ModelDrafter(build("llama"), 0), "ModelDrafter: num_tokens must be an integer"),
         (
-            lambda: sdt.ModelDrafter(build("llama"), tree=70).start(context([[1]], vocab=2)),
+            lambda: sdt.ModelDrafter(build("llama", vocab_size=4), tree=sdt.Topology.from_widths([5])).start(
+                context([[1]], vocab=4)
+            ),
             "ModelDrafter: tree must not have more children",
+        ),
+        (
+            lambda: sdt.ModelDrafter(build("llama")).start(context([[1]], vocab=20)),
+            "ModelDrafter: the draft model must have the target's vocabulary of 20 tokens.*got 61",
         ),
     ],
 )

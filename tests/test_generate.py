@@ -3,7 +3,7 @@ its meaning."""
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import specdec_triton as sdt
@@ -160,6 +160,69 @@ def test_a_processor_sees_each_nodes_own_path_at_its_own_row():
     with sdt.patched(model, drafter=oracle(plain, tree=TREES["wide"])):
         assert torch.equal(model.generate(**inputs, **options), plain)
     assert sdt.stats(model).acceptance_length > 1.5
+
+
+def test_processors_are_called_as_plain_generate_calls_them():
+    """One row: the same calls, in the same order, with the same texts."""
+    model, inputs, texts = build("llama"), prompt(batch=1), []
+
+    def spy(input_ids, scores):
+        texts[-1].append(input_ids.tolist())
+        return scores.index_fill(1, input_ids[0, -1:], float("-inf"))
+
+    options = {"do_sample": False, "max_new_tokens": 20, "logits_processor": [spy]}
+    options["eos_token_id"] = int(
+        model.generate(**inputs, do_sample=False, eos_token_id=NEVER, max_new_tokens=15)[0, -1]
+    )
+    texts.append([])
+    plain = model.generate(**inputs, **options)
+    texts.append([])
+    with sdt.patched(model, drafter=oracle(plain, 0.2, tree=TREES["wide"])):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+    assert texts[0] == texts[1]
+
+
+def test_a_grammar_by_row():
+    """Each row may only write its own sentence, and knows no other text: transformers raises where it gets none."""
+    model, inputs = build("llama"), prompt(batch=3, length=5, padding=2)
+    sentences = [[5, 6, 7, 5, 6, 8, EOS], [9, 10, EOS], [11, 12, 11, 12, 11, 12, 11, 13, 14, EOS]]
+
+    def allowed(row, ids):
+        written = ids[5:].tolist()
+        if EOS in written or PAD in written:
+            return [PAD]
+        return [sentences[row][len(written)]] if written == sentences[row][: len(written)] else []
+
+    options = {"do_sample": False, "max_new_tokens": 12, "prefix_allowed_tokens_fn": allowed}
+    plain = model.generate(**inputs, **options)
+    assert plain[2, 5:].tolist() == sentences[2]
+    wrong = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
+    for text in (plain, torch.where(torch.rand(3, 15) < 0.5, plain, wrong[:, :1])):
+        with sdt.patched(model, drafter=oracle(text, 0.3, tree=TREES["wide"])):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+    with sdt.patched(model):
+        assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=4), plain)
+
+
+def test_a_criterion_of_the_callers_replaces_the_default():
+    model, inputs = build("llama"), prompt()
+    text = model.generate(**inputs, do_sample=False, max_new_tokens=20, eos_token_id=NEVER)
+    first, second = int(text[0, 13]), int(text[0, 18])
+    for criterion in (MaxLengthCriteria(25), MaxLengthCriteria(11), EosTokenCriteria(second)):
+        options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": first, "stopping_criteria": [criterion]}
+        plain = model.generate(**inputs, **options)
+        with sdt.patched(model, drafter=oracle(text)):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+def test_prompts_of_other_integers():
+    model, inputs = build("llama"), prompt()
+    inputs["input_ids"] = inputs["input_ids"].int()
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+    with sdt.patched(model):
+        assert torch.equal(
+            model.generate(**inputs, do_sample=False, max_new_tokens=8, prompt_lookup_num_tokens=3), plain
+        )
 
 
 class Recorder(StoppingCriteria):
@@ -324,6 +387,23 @@ def test_a_nan_is_an_error_that_names_the_row():
         pytest.raises(RuntimeError, match=r"accept_greedy: logits of LlamaForCausalLM.*NaN in row 1"),
     ):
         model.generate(**inputs, do_sample=False, prompt_lookup_num_tokens=3, logits_processor=[poison])
+
+
+def test_a_nan_where_the_target_does_not_go_is_not_an_error():
+    model, inputs = build("llama"), prompt(batch=1)
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=NEVER)
+    never = next(token for token in range(3, VOCAB) if token not in plain[0].tolist())
+    with torch.no_grad():
+        model.lm_head.weight[PAD] = float("nan")  # every logit of the pad token, masked below
+
+    def mend(input_ids, scores):
+        return scores.nan_to_num(-100.0)
+
+    wrong = plain.clone()
+    wrong[:, 12] = never
+    options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": NEVER, "logits_processor": [mend]}
+    with sdt.patched(model, drafter=oracle(wrong, 0.0)):
+        assert torch.equal(model.generate(**inputs, **options), plain)
 
 
 def test_the_models_last_position_is_never_passed():

@@ -173,13 +173,17 @@ def test_infinities():
 @pytest.mark.parametrize("place", [0, 5, FEW - 1, FEW, FEW + 2])
 @pytest.mark.parametrize("value", [NAN, -NAN])
 def test_nan_is_flagged_for_its_row_alone(place, value):
-    logits, tokens, parents = case(3, 5, FEW + 3, seed=4)
-    parents[1, 4] = -1  # in a padding node's logits, too
-    logits[1, 4, place] = value
-    logits[2, 0, place] = value  # a frozen row has no flag
+    logits, tokens, parents = case(4, 5, FEW + 3, seed=4)
+    parents[:, 1], parents[:, 2:] = 0, -1
+    tokens[1, 1] = logits[1, 0].argmax()  # followed
     logits[0, 0, place] = INF
-    got = check(logits, tokens, parents, budget=budgets(9, 9, 0))
-    assert got.has_nan.tolist() == [False, True, False]
+    logits[0, 1, place] = value  # never reached: no flag
+    tokens[0, 1] = place + 1
+    logits[1, 1, place] = value
+    logits[2, 0, place] = value  # a frozen row has no flag
+    logits[3, 0, place] = value
+    got = check(logits, tokens, parents, budget=budgets(9, 9, 0, 1))
+    assert got.has_nan.tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize("fill", [1.0, INF, -INF, NAN])

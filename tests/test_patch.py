@@ -1,5 +1,6 @@
 """Patching: per instance, reversible, and refusing by name what it cannot serve."""
 
+import concurrent.futures
 import copy
 import gc
 import io
@@ -167,7 +168,9 @@ def test_vocabularies_may_differ_by_padding_only():
         assert torch.equal(target.generate(**prompt(), **OPTIONS, assistant_model=padded), plain)
         smaller = build("llama", seed=1, vocab_size=397)
         assert torch.equal(target.generate(**prompt(), **OPTIONS, assistant_model=smaller), plain)
-        with pytest.raises(ValueError, match="assistant_model must have the model's vocabulary of 400 tokens.*got 390"):
+        with pytest.raises(
+            ValueError, match="the draft model must have the target's vocabulary of 400 tokens.*got 390"
+        ):
             target.generate(**prompt(), **OPTIONS, assistant_model=build("llama", vocab_size=390))
 
 
@@ -280,6 +283,8 @@ def test_assistance_comes_from_one_place(model):
         model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3, custom_generate=generate)
     with pytest.raises(ValueError, match="do_sample must be False"):
         model.generate(**prompt(), do_sample=True, max_new_tokens=4, custom_generate=generate)
+    with pytest.raises(ValueError, match="num_beams must be 1"):
+        model.generate(**prompt(), num_beams=2, max_new_tokens=4, custom_generate=generate)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +305,59 @@ def test_other_positions_and_embeddings_are_refused(model):
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         with pytest.raises(ValueError, match="input_ids must hold a prompt"):
             model.generate(inputs_embeds=embeds, prompt_lookup_num_tokens=3)
+
+
+def test_state_that_cannot_be_rolled_back_is_refused(model):
+    with sdt.patched(model):
+        with pytest.raises(ValueError, match="logits_processor must be functions.*got UnbatchedClassifierFree"):
+            model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3, guidance_scale=1.5)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast must be off"):
+            model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)
+
+
+def test_a_window_that_attention_is_not_told_of_is_refused():
+    config = transformers.PhimoeConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, sliding_window=6, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    other = transformers.PhimoeForCausalLM(config).eval()
+    with sdt.patched(other), pytest.raises(ValueError, match="sliding_window must be passed to the attention function"):
+        other.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)
+    bart = transformers.BartForCausalLM(
+        transformers.BartConfig(vocab_size=VOCAB, d_model=16, decoder_layers=1, decoder_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match="must take position_ids.*got BartForCausalLM"):
+        sdt.patch(bart)
+
+
+def test_a_router_loss_does_not_see_the_packed_tree():
+    config = transformers.MixtralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, output_router_logits=True, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    other = transformers.MixtralForCausalLM(config).eval()
+    plain = other.generate(**prompt(batch=1), **OPTIONS)
+    with sdt.patched(other):
+        assert torch.equal(other.generate(**prompt(batch=1), **OPTIONS, prompt_lookup_num_tokens=3), plain)
+
+
+def test_threads_take_turns(model):
+    plain = model.generate(**prompt(), **OPTIONS)
+    with sdt.patched(model), concurrent.futures.ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(model.generate, **prompt(), **OPTIONS, prompt_lookup_num_tokens=3) for _ in range(6)]
+        assert all(torch.equal(call.result(), plain) for call in calls)
+
+
+def test_the_body_of_patched_may_unpatch(model):
+    with sdt.patched(model):
+        sdt.unpatch(model)
+    sdt.patch(model)
+    with sdt.patched(model, drafter=sdt.PromptLookupDrafter()):
+        sdt.unpatch(model)
+    sdt.unpatch(model)
+    with pytest.raises(KeyError), sdt.patched(model):
+        sdt.unpatch(model)
+        raise KeyError
 
 
 def test_triton_on_cpu_outside_the_interpreter_is_refused(model, monkeypatch):

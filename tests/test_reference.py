@@ -155,7 +155,9 @@ def test_accept_greedy_by_hand():
     assert (ended.path.tolist(), ended.length.tolist(), ended.next_ids.tolist()) == ([[2, -1]], [1], [3])
     short = ops.accept_greedy(logits, **tree, max_depth=2, budget=torch.tensor([2]))
     assert (short.path.tolist(), short.next_ids.tolist()) == ([[2, -1]], [3])
-    logits[0, 1, 4] = NAN
+    logits[0, 1, 4] = NAN  # at a node that is not reached
+    assert not ops.accept_greedy(logits, **tree, max_depth=2).has_nan.any()
+    logits[0, 4, 4] = NAN
     assert ops.accept_greedy(logits, **tree, max_depth=2).has_nan.tolist() == [True]
     assert ops.accept_greedy(logits, **tree, max_depth=2, budget=torch.tensor([0])).has_nan.tolist() == [False]
 

@@ -14,6 +14,7 @@ from .base import DraftContext, Drafter, DraftSession
 
 # The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
 CATCH_UP = 2
+VOCABULARY_PADDING = 0.01  # vocabularies whose sizes differ by no more share a tokenizer, padded differently
 DEFAULT_TOKENS = 20  # as in transformers, where a generation config says nothing
 
 
@@ -47,6 +48,12 @@ class ModelDrafter(Drafter):
         if self.model.device != context.tokens.device:
             raise ValueError(
                 f"ModelDrafter: the draft model must be on {context.tokens.device}, got {self.model.device}"
+            )
+        sizes = context.vocab_size, self.model.config.get_text_config().vocab_size
+        if abs(sizes[0] - sizes[1]) > VOCABULARY_PADDING * max(sizes):
+            raise ValueError(
+                f"ModelDrafter: the draft model must have the target's vocabulary of {sizes[0]} tokens, up to "
+                f"{VOCABULARY_PADDING:.0%} of padding, got {sizes[1]}"
             )
         shape = self.tree if tree is None else tree
         if shape is None:
@@ -82,7 +89,7 @@ class _ModelSession(DraftSession):
         real = columns >= context.start[:, None]
         kwargs = {
             "attention_mask": real.long(),
-            "position_ids": (columns - context.start[:, None]).clamp(min=0),
+            "position_ids": (columns - context.start[:, None]).clamp(0, self._runner.last_position),
         }
         if model._supports_logits_to_keep():
             kwargs["logits_to_keep"] = 1

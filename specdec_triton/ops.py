@@ -9,7 +9,7 @@ slots, D head dim of keys, Dv of values, V vocabulary, P cache planes.
 """
 
 import functools
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 
@@ -19,6 +19,7 @@ from . import reference
 from .reference import TREE_FIELDS, WORD_BITS, Acceptance
 
 OPS = ("tree_attention", "accept_greedy", "compact_kv")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,7 +30,7 @@ def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
     device = torch.device(device)
     if device.type != "cuda":
         return "reference", f"tensors on {device.type}: Triton kernels run on CUDA GPUs"
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "reference", "triton is not installed"
     return "triton", f"tensors on {device.type}"
 

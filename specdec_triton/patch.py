@@ -212,9 +212,9 @@ class SpeculativeModel(GenerationMixin):
         if assistant_model is not None:
             drafter = ModelDrafter(unwrap(assistant_model))
         else:
+            ngram = generation_config.max_matching_ngram_size
             drafter = PromptLookupDrafter(
-                num_tokens=generation_config.prompt_lookup_num_tokens,
-                max_ngram=generation_config.max_matching_ngram_size or 2,
+                num_tokens=generation_config.prompt_lookup_num_tokens, **({} if ngram is None else {"max_ngram": ngram})
             )
         options = replace(_options[self], drafter=drafter)
         return _speculate(

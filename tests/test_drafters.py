@@ -46,7 +46,7 @@ def test_lookup_copies_what_followed():
 
 def test_lookup_branches_share_what_they_have_in_common():
     rows = [[5, 1, 2, 3, 5, 1, 4, 3, 5], [7, 8, 9]]
-    tree = sdt.PromptLookupDrafter(num_tokens=3, branches=2).start(context(rows)).draft()
+    tree = sdt.PromptLookupDrafter(num_tokens=3, branches=2, adaptive=False).start(context(rows)).draft()
     assert tree.tokens[0].tolist() == [5, 1, 4, 3, 2, 3]
     assert tree.parents.tolist() == [[-1, 0, 1, 2, 1, 4], [-1] * 6]  # no match in the second row: padding
     tree.check(torch.tensor([5, 9]), 100, "lookup")
@@ -59,29 +59,33 @@ def test_no_match_is_no_draft():
 
 def test_lookup_does_not_match_padding_and_stops_at_the_budget():
     assert sdt.PromptLookupDrafter().start(context([[0]], start=5)).draft().num_nodes == 1
-    assert sdt.PromptLookupDrafter().start(context([[1, 2, 3, 4, 1]], budget=3)).draft().tokens.tolist() == [[1, 2, 3]]
-    assert sdt.PromptLookupDrafter().start(context([[1, 2, 1]], budget=1)).draft().num_nodes == 1
+    eager = sdt.PromptLookupDrafter(adaptive=False)
+    assert eager.start(context([[1, 2, 3, 4, 1]], budget=3)).draft().tokens.tolist() == [[1, 2, 3]]
+    assert eager.start(context([[1, 2, 1]], budget=1)).draft().num_nodes == 1
 
 
-def test_lookup_drafts_less_where_it_fails_and_more_where_it_holds():
-    now = context([list(range(1, 31)) + [1]], budget=100)
-    session = sdt.PromptLookupDrafter(num_tokens=8).start(now)
-    widths = [session.draft().num_nodes]
-    for token in (90, 1, 91, 1, 92, 1):  # the target says something else each time
-        now.host_length = now.host_length + 1
-        now.host_tokens[0, now.host_length[0]] = token
-        widths.append(session.draft().num_nodes)
-    assert widths == [9, 1, 5, 1, 3, 1, 2]
-    accepted = session.draft()
-    now.host_length = now.host_length + accepted.num_nodes
-    now.host_tokens[0, : now.host_length[0] + 1][-1] = 1
-    assert session.draft().num_nodes == 5
-    steady = sdt.PromptLookupDrafter(num_tokens=8, adaptive=False).start(now)
-    assert steady.draft().num_nodes == steady.draft().num_nodes == 9
+def test_lookup_asks_for_longer_matches_where_it_fails_and_for_shorter_ones_where_it_holds():
+    phrase = [5, 6, 7, 8]
+    now = context([[*phrase, 1, 2, 3, 20, *phrase]], budget=100)
+
+    def after(*tokens):
+        """The width of the draft once the target has said `tokens` in one round."""
+        now.host_tokens[0, now.host_length[0] + 1 :][: len(tokens)] = tokens
+        now.host_length = now.host_length + len(tokens)
+        return session.draft().num_nodes
+
+    session = sdt.PromptLookupDrafter(num_tokens=3).start(now)
+    assert session.draft().num_nodes == 4
+    assert after(30) == 1 and after(7, 8) == 1  # the draft had failed: two tokens in common are too few now
+    assert after(6, 7, 8) == 4  # three are enough
+    assert after(1, 2, 3, 40) == 1 and after(7, 8) == 4  # it held: two are enough again
+    assert after(1, 2, 3, 41) == 1 and after(8) == 4  # and one
+    steady = sdt.PromptLookupDrafter(num_tokens=3, adaptive=False).start(now)
+    assert steady.draft().num_nodes == steady.draft().num_nodes == 4
 
 
 def test_a_tree_asked_of_the_lookup():
-    lookup = sdt.PromptLookupDrafter(num_tokens=9)
+    lookup = sdt.PromptLookupDrafter(num_tokens=9, adaptive=False)
     assert lookup.start(context([[1, 2, 3, 4, 1]]), tree=3).draft().num_nodes == 3
     assert lookup.start(context([[1, 2, 3, 4, 1]]), tree=sdt.Topology.chain(2)).draft().num_nodes == 3
     with pytest.raises(ValueError, match="PromptLookupDrafter: tree must be None, a number of nodes or a chain"):

@@ -10,22 +10,26 @@ import torch
 from ..tree import DraftTree, Topology
 from .base import DraftContext, Drafter, DraftSession
 
+FIRST_NEEDED = 2  # tokens that a match must have at first: one alone is mostly chance
+GOOD_DRAFT = 2  # accepted tokens that pay for a forward of more rows
+
 
 class PromptLookupDrafter(Drafter):
     """N-gram lookup in prompt and output.
 
     Args:
         num_tokens: longest continuation copied from one match.
-        max_ngram: longest n-gram compared; matches of more tokens come first, earlier ones before later ones.
+        max_ngram: longest n-gram compared; matches of more tokens come first, earlier ones before later ones. What
+            transformers calls `max_matching_ngram_size`.
         branches: matches that may become branches; common beginnings are shared. No match: no draft, a plain step.
-        adaptive: draft less after a draft that was wrong from its first token, and more again after one that was
-            right to its end. Matters where a forward of more rows takes longer, as on a CPU.
+        adaptive: ask each row for a longer match after a draft that was wrong from its first token, and for a shorter
+            one again after a good draft. Matters where a forward of more rows takes longer, as on a CPU.
 
     Raises:
         ValueError: a number is below 1.
     """
 
-    def __init__(self, num_tokens: int = 10, max_ngram: int = 2, branches: int = 1, adaptive: bool = True):
+    def __init__(self, num_tokens: int = 10, max_ngram: int = 4, branches: int = 1, adaptive: bool = True):
         for name, number in (("num_tokens", num_tokens), ("max_ngram", max_ngram), ("branches", branches)):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"PromptLookupDrafter: {name} must be an integer of at least 1, got {number!r}")
@@ -50,8 +54,8 @@ class _LookupSession(DraftSession):
         self.max_nodes, self.max_depth = max_nodes, min(drafter.num_tokens, max_nodes - 1)
         self._start = context.start.tolist()  # once a call, before the first round
         batch = len(self._start)
-        self._limit = np.full(batch, self.max_depth)  # longest continuation that each row tries now
-        self._drafted = np.zeros(batch, dtype=np.int64)  # longest continuation in the last tree
+        self._needed = np.full(batch, min(FIRST_NEEDED, drafter.max_ngram) if drafter.adaptive else 1)
+        self._drafted = np.zeros(batch, dtype=bool)  # whether the row's last tree had a draft
         self._length = context.host_length.copy()
 
     def draft(self) -> DraftTree:
@@ -73,11 +77,9 @@ class _LookupSession(DraftSession):
     def _adapt(self) -> None:
         accepted = self.context.host_length - self._length - 1
         self._length = self.context.host_length.copy()
-        tried = self._drafted > 0
-        failed, held = tried & (accepted <= 0), tried & (accepted >= self._drafted)
-        self._limit[failed] //= 2
-        self._limit[held] *= 4
-        self._limit.clip(min(1, self.max_depth), self.max_depth, out=self._limit)
+        self._needed[self._drafted & (accepted <= 0)] += 1
+        self._needed[self._drafted & (accepted >= GOOD_DRAFT)] -= 1
+        self._needed.clip(1, self.drafter.max_ngram, out=self._needed)
 
     def _row(self, row: int) -> tuple[list[int], list[int]]:
         """Tokens and parents of one row's tree: a trie of the continuations, cut at `max_nodes`."""
@@ -85,10 +87,10 @@ class _LookupSession(DraftSession):
         end = int(context.host_length[row]) + 1
         text = context.host_tokens[row, self._start[row] : end]
         tokens, parents, children = [int(text[-1])], [-1], {}
-        longest = min(int(self._limit[row]), max(int(context.host_budget[row]) - 1, 0))
-        self._drafted[row] = 0
-        for match in _matches(text, self.drafter.max_ngram, self.drafter.branches) if longest else ():
-            self._drafted[row] = max(self._drafted[row], min(longest, len(text) - 1 - match))
+        longest = min(self.max_depth, max(int(context.host_budget[row]) - 1, 0))
+        self._drafted[row] = False
+        for match in self._matches(text, row) if longest else ():
+            self._drafted[row] = True
             node = 0
             for token in text[match + 1 : match + 1 + longest].tolist():
                 if (node, token) not in children:
@@ -100,14 +102,20 @@ class _LookupSession(DraftSession):
                 node = children[node, token]
         return tokens, parents
 
+    def _matches(self, text: np.ndarray, row: int) -> list[int]:
+        return _matches(text, self.drafter.max_ngram, self.drafter.branches, int(self._needed[row]))
 
-def _matches(text: np.ndarray, max_ngram: int, count: int) -> list[int]:
-    """Where the last tokens of `text` [L] occurred before: ends of `count` matches, longest first, then earliest."""
+
+def _matches(text: np.ndarray, max_ngram: int, count: int, needed: int = 1) -> list[int]:
+    """Where the last tokens of `text` [L] occurred before: ends of `count` matches, longest first, then earliest.
+
+    Only matches of at least `needed` tokens count.
+    """
     matched = np.zeros(len(text) - 1, dtype=np.int64)
     running = np.ones(len(text) - 1, dtype=bool)
     for back in range(min(max_ngram, len(text) - 1)):
         running[back:] &= text[: len(text) - 1 - back] == text[-1 - back]
         running[:back] = False
         matched += running
-    ends = np.flatnonzero(matched)
+    ends = np.flatnonzero(matched >= needed)
     return ends[np.argsort(-matched[ends], kind="stable")][:count].tolist()

@@ -43,7 +43,7 @@ class TreeLayer(CacheLayerMixin):
 
 
 class TreeCache(Cache):
-    """See the module. Made by `from_prefill`; `place` says where the next forward writes.
+    """See the module. Made by `from_prefill`; `place` or `place_after` says where the next forward writes.
 
     Attributes:
         storage: [B * S * sum(widths)], planes one after another: all keys, then all values.
@@ -63,6 +63,7 @@ class TreeCache(Cache):
         self._batch = first.shape[0]
         self._rows = torch.arange(self._batch, device=first.device)[:, None]
         self._written: torch.Tensor | None = None
+        self._length: int | None = None
         super().__init__(layers=list(layers))
         self._allocate(-(-capacity // BUCKET) * BUCKET, first)
         self._show(-(-first.shape[2] // BUCKET) * BUCKET)
@@ -133,14 +134,35 @@ class TreeCache(Cache):
             base: [B] int64.
         """
         self._written = base[:, None] + torch.arange(num_rows, device=base.device)
+        self._length = None
+
+    def place_after(self, length: int) -> None:
+        """The next forward's tokens go to slots length, length + 1, ... of every sequence, which attends to all slots
+        up to its own: a plain decoding step, seen as an ordinary cache."""
+        self._length = length
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """Write keys [B, H, N, D] and values [B, H, N, Dv] at the placed slots; returns views of the slots shown."""
+        """Write keys [B, H, N, D] and values [B, H, N, Dv] at the placed slots.
+
+        Returns:
+            Views [B, H, S, D], [B, H, S, Dv] of the slots shown; after `place_after`, of those in use.
+        """
         layer = self.layers[layer_idx]
+        if self._length is not None:
+            end = self._length + key_states.shape[2]
+            keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
+            keys[:, :, self._length :], values[:, :, self._length :] = key_states, value_states
+            return keys, values
         where = (self._rows, self._written)
         layer.keys.transpose(1, 2).index_put_(where, key_states.transpose(1, 2))
         layer.values.transpose(1, 2).index_put_(where, value_states.transpose(1, 2))
         return layer.keys, layer.values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.slots if self._length is None else self._length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.slots if self._length is None else self._length + query_length, 0
 
     def compact(self, base: torch.Tensor, path: torch.Tensor, impl: str | None = None) -> None:
         """Close the gaps between the accepted nodes: see `ops.compact_kv`."""

@@ -72,3 +72,15 @@ class TreeRunner:
                 **self._arguments,
             )
         return outputs.logits
+
+    def decode(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
+        """Logits [B, 1, V] of one token [B, 1] after `length` unpadded ones: transformers' own decoding step."""
+        self.cache.place_after(length)
+        outputs = self.model(
+            input_ids=tokens,
+            position_ids=torch.full_like(tokens, length),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return outputs.logits

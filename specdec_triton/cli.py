@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="a real model with and without speculation, side by side")
     demo.add_argument("--model", help=f"{model_help} (default: SmolLM2-135M-Instruct, wherever it can be had)")
     demo.add_argument(
-        "--max-new-tokens", type=positive_int, default=192, metavar="N", help="of the code edit (%(default)s)"
+        "--max-new-tokens", type=positive_int, default=256, metavar="N", help="of the code edit (%(default)s)"
     )
     demo.add_argument("--dtype", choices=models.DTYPES, default="float32", help="of the weights (%(default)s)")
     demo.set_defaults(run=_demo)

@@ -130,7 +130,7 @@ class DraftTree:
         depth: [B, N] int64. Edges from the root; 0 at padding nodes.
         ancestors: [B, N, W] int64. Bit j % 64 of word j // 64: node j is node i or an ancestor of it.
         max_depth: D, known on the host.
-        is_chain: every node continues the one before, in every sequence: accepted slots are already in place.
+        is_chain: every node but padding continues the one before, in every sequence: accepted slots are in place.
     """
 
     tokens: torch.Tensor
@@ -160,13 +160,16 @@ class DraftTree:
         )
 
     @classmethod
-    def from_parents(cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int | None = None) -> "DraftTree":
+    def from_parents(
+        cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int | None = None, is_chain: bool = False
+    ) -> "DraftTree":
         """A tree of its own shape for each sequence.
 
         Args:
             tokens: [B, N] int64.
             parents: [B, N] int32; a node other than 0 with parent -1 is padding: it is never reached.
             max_depth: a bound on the depth, where the caller knows it; default N - 1.
+            is_chain: the caller knows that every node but padding continues the one before.
 
         Raises:
             ValueError: a shape, dtype or device is not the one above. `check` looks at the contents.
@@ -185,6 +188,7 @@ class DraftTree:
             depth=member.sum(-1) - 1,
             ancestors=_pack_bits(member),
             max_depth=tokens.shape[1] - 1 if max_depth is None else max_depth,
+            is_chain=is_chain,
         )
 
     @classmethod

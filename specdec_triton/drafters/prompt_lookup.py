@@ -11,6 +11,9 @@ from ..tree import DraftTree, Topology
 from .base import DraftContext, Drafter, DraftSession
 
 FIRST_NEEDED = 2  # tokens that a match must have at first: one alone is mostly chance
+# trees are padded to a multiple: on CPUs a product over 11 rows takes longer than over 12, and fewer widths mean fewer
+# compiled graphs
+NODE_BUCKET = 4
 GOOD_DRAFT = 2  # accepted tokens that pay for a forward of more rows
 
 
@@ -51,7 +54,9 @@ class _LookupSession(DraftSession):
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
         self.drafter, self.context = drafter, context
-        self.max_nodes, self.max_depth = max_nodes, min(drafter.num_tokens, max_nodes - 1)
+        self._most = max_nodes
+        self.max_nodes = -(-max_nodes // NODE_BUCKET) * NODE_BUCKET
+        self.max_depth = min(drafter.num_tokens, max_nodes - 1)
         self._start = context.start.tolist()  # once a call, before the first round
         batch = len(self._start)
         self._needed = np.full(batch, min(FIRST_NEEDED, drafter.max_ngram) if drafter.adaptive else 1)
@@ -67,12 +72,12 @@ class _LookupSession(DraftSession):
         width = max(len(tokens) for tokens, _ in rows)
         if width == 1:
             return DraftTree.root_only(context.root[:, None])
-        if len(rows) == 1 and rows[0][1] == list(range(-1, width - 1)):
-            return DraftTree.from_topology(Topology.chain(width - 1), torch.tensor([rows[0][0]], device=device))
+        depth, width = min(self.max_depth, width - 1), -(-width // NODE_BUCKET) * NODE_BUCKET
+        chains = all(parents == list(range(-1, len(parents) - 1)) for _, parents in rows)
         tokens = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows], device=device)
         parents = [parents + [-1] * (width - len(parents)) for _, parents in rows]
         parents = torch.tensor(parents, dtype=torch.int32, device=device)
-        return DraftTree.from_parents(tokens, parents, min(self.max_depth, width - 1))
+        return DraftTree.from_parents(tokens, parents, depth, is_chain=chains)
 
     def _adapt(self) -> None:
         accepted = self.context.host_length - self._length - 1
@@ -82,7 +87,7 @@ class _LookupSession(DraftSession):
         self._needed.clip(1, self.drafter.max_ngram, out=self._needed)
 
     def _row(self, row: int) -> tuple[list[int], list[int]]:
-        """Tokens and parents of one row's tree: a trie of the continuations, cut at `max_nodes`."""
+        """Tokens and parents of one row's tree: a trie of the continuations, cut at the nodes asked for."""
         context = self.context
         end = int(context.host_length[row]) + 1
         text = context.host_tokens[row, self._start[row] : end]
@@ -94,7 +99,7 @@ class _LookupSession(DraftSession):
             node = 0
             for token in text[match + 1 : match + 1 + longest].tolist():
                 if (node, token) not in children:
-                    if len(tokens) == self.max_nodes:
+                    if len(tokens) == self._most:
                         break
                     children[node, token] = len(tokens)
                     tokens.append(token)

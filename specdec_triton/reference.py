@@ -138,7 +138,7 @@ def accept_greedy(
 
     # a node is reached if every step from the root to it was followed: pointer jumping, log2(N) steps
     jump = parents.clamp(min=0)
-    reached = goes_on.gather(1, jump) & (followed.gather(1, jump) == nodes) & (parents >= 0)
+    reached = goes_on.gather(1, jump) & (followed.gather(1, jump) == nodes)
     reached[:, 0] = True
     for _ in range((num_nodes - 1).bit_length()):
         reached = reached & reached.gather(1, jump)

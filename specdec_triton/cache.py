@@ -16,6 +16,11 @@ from . import ops
 BUCKET = 128  # slots; what is allocated and what is shown grows in multiples of it
 
 
+def in_buckets(slots: int) -> int:
+    """The least multiple of `BUCKET` that is at least `slots`."""
+    return -(-slots // BUCKET) * BUCKET
+
+
 class TreeLayer(CacheLayerMixin):
     """One layer's views of the buffer; `TreeCache` does the writing."""
 
@@ -65,8 +70,8 @@ class TreeCache(Cache):
         self._written: torch.Tensor | None = None
         self._length: int | None = None
         super().__init__(layers=list(layers))
-        self._allocate(-(-capacity // BUCKET) * BUCKET, first)
-        self._show(-(-first.shape[2] // BUCKET) * BUCKET)
+        self._allocate(in_buckets(capacity), first)
+        self._show(in_buckets(first.shape[2]))
 
     @classmethod
     def from_prefill(cls, prefilled: Cache, capacity: int) -> "TreeCache":
@@ -118,10 +123,10 @@ class TreeCache(Cache):
 
     def reserve(self, slots: int) -> None:
         """Hold and show at least `slots` slots; views grow by buckets, an outgrown buffer is copied to a larger one."""
-        slots = -(-slots // BUCKET) * BUCKET
+        slots = in_buckets(slots)
         if slots > self.capacity:
             old = self._planes
-            self._allocate(max(slots, -(-self.capacity * 3 // 2 // BUCKET) * BUCKET), self.storage)
+            self._allocate(max(slots, in_buckets(self.capacity * 3 // 2)), self.storage)
             for new, plane in zip(self._planes, old, strict=True):
                 new[:, :, : plane.shape[2]] = plane
         if slots > self.slots:

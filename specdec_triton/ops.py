@@ -29,10 +29,14 @@ def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
         raise ValueError(f"implementation: op must be one of {', '.join(OPS)}, got {op!r}")
     device = torch.device(device)
     if device.type != "cuda":
-        return "reference", f"tensors on {device.type}: Triton kernels run on CUDA GPUs"
-    if not HAS_TRITON:
-        return "reference", "triton is not installed"
-    return "triton", f"tensors on {device.type}"
+        reason = f"tensors on {device.type}: Triton kernels run on CUDA GPUs"
+    else:
+        reason = "tensors on cuda" if HAS_TRITON else "triton is not installed"
+    return _default(device), reason
+
+
+def _default(device: torch.device) -> str:
+    return "triton" if device.type == "cuda" and HAS_TRITON else "reference"
 
 
 def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
@@ -42,7 +46,7 @@ def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
         ValueError: `impl` is unknown, or "triton" was asked for where it cannot run.
     """
     if impl is None:
-        impl = implementation(op, device)[0]
+        impl = _default(device)
     elif impl not in ("triton", "reference"):
         raise ValueError(f'{op}: impl must be None, "triton" or "reference", got {impl!r}')
     if impl == "reference":

@@ -48,12 +48,12 @@ def process_path(
             by_length[len(text[row])].append(row)
         following = {}
         for length, rows in by_length.items():
-            input_ids = np.pad(host_tokens, ((0, 0), (0, max(length - host_tokens.shape[1], 0))))[:, :length]
+            input_ids = host_tokens[:, :length].copy()
             call_scores = scores[:, 0].clone()
             for row in rows:
                 input_ids[row] = text[row]
                 call_scores[row] = scores[row, at[row]]
-            processed = processors(torch.from_numpy(input_ids.copy()).to(scores.device), call_scores)
+            processed = processors(torch.from_numpy(input_ids).to(scores.device), call_scores)
             choices = processed.argmax(-1).tolist()
             for row in rows:
                 scores[row, at[row]] = processed[row]

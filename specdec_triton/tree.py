@@ -9,7 +9,7 @@ Letters: B sequences, N nodes, D edges on the longest path, W = ceil(N/64) words
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -96,18 +96,18 @@ class Topology:
     def num_nodes(self) -> int:
         return len(self.parents)
 
-    @property
+    @cached_property
     def depths(self) -> tuple[int, ...]:
         depths = [0]
         for parent in self.parents[1:]:
             depths.append(depths[parent] + 1)
         return tuple(depths)
 
-    @property
+    @cached_property
     def max_depth(self) -> int:
         return max(self.depths)
 
-    @property
+    @cached_property
     def is_chain(self) -> bool:
         return self.parents == tuple(range(-1, self.num_nodes - 1))
 

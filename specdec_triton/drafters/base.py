@@ -88,6 +88,13 @@ class Drafter(ABC):
         """
 
 
+def topology_of(tree: Topology | int | None, default: Topology) -> Topology:
+    """The topology that `tree` asks for: itself, the likeliest of so many nodes, or the drafter's default."""
+    if tree is None:
+        return default
+    return Topology.from_budget(tree) if isinstance(tree, int) else tree
+
+
 class NoDrafter(Drafter):
     """No draft: every round is a plain decoding step of the same engine. The honest baseline."""
 

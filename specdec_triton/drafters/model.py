@@ -10,7 +10,7 @@ from ..attention import check_supported
 from ..reference import Acceptance
 from ..runner import TreeRunner
 from ..tree import DraftTree, Topology, topology_tensors
-from .base import DraftContext, Drafter, DraftSession
+from .base import DraftContext, Drafter, DraftSession, topology_of
 
 # The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
 CATCH_UP = 2
@@ -55,13 +55,8 @@ class ModelDrafter(Drafter):
                 f"ModelDrafter: the draft model must have the target's vocabulary of {sizes[0]} tokens, up to "
                 f"{VOCABULARY_PADDING:.0%} of padding, got {sizes[1]}"
             )
-        shape = self.tree if tree is None else tree
-        if shape is None:
-            shape = Topology.chain(
-                self.num_tokens or self.model.generation_config.num_assistant_tokens or DEFAULT_TOKENS
-            )
-        elif isinstance(shape, int):
-            shape = Topology.from_budget(shape)
+        length = self.num_tokens or self.model.generation_config.num_assistant_tokens or DEFAULT_TOKENS
+        shape = topology_of(self.tree if tree is None else tree, Topology.chain(length))
         if max(shape.ranks) >= context.vocab_size:
             raise ValueError(
                 f"ModelDrafter: tree must not have more children a node than the vocabulary's {context.vocab_size} "

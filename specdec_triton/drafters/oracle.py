@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from ..tree import DraftTree, Topology
-from .base import DraftContext, Drafter, DraftSession
+from .base import DraftContext, Drafter, DraftSession, topology_of
 
 
 class OracleDrafter(Drafter):
@@ -31,8 +31,7 @@ class OracleDrafter(Drafter):
         self.text, self.error_rate, self.tree, self.seed = text.cpu().numpy(), error_rate, tree, seed
 
     def start(self, context, tree=None):
-        shape = self.tree if tree is None else tree
-        shape = Topology.chain(5) if shape is None else Topology.from_budget(shape) if isinstance(shape, int) else shape
+        shape = topology_of(self.tree if tree is None else tree, Topology.chain(5))
         if self.text.shape[0] != context.tokens.shape[0]:
             raise ValueError(
                 f"OracleDrafter: text must have a row for each of the {context.tokens.shape[0]} sequences, got "

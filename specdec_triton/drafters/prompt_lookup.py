@@ -94,7 +94,8 @@ class _LookupSession(DraftSession):
         tokens, parents, children = [int(text[-1])], [-1], {}
         longest = min(self.max_depth, max(int(context.host_budget[row]) - 1, 0))
         self._drafted[row] = False
-        for match in self._matches(text, row) if longest else ():
+        matches = _matches(text, self.drafter.max_ngram, self.drafter.branches, int(self._needed[row]))
+        for match in matches if longest else ():
             self._drafted[row] = True
             node = 0
             for token in text[match + 1 : match + 1 + longest].tolist():
@@ -106,9 +107,6 @@ class _LookupSession(DraftSession):
                     parents.append(node)
                 node = children[node, token]
         return tokens, parents
-
-    def _matches(self, text: np.ndarray, row: int) -> list[int]:
-        return _matches(text, self.drafter.max_ngram, self.drafter.branches, int(self._needed[row]))
 
 
 def _matches(text: np.ndarray, max_ngram: int, count: int, needed: int = 1) -> list[int]:

@@ -8,7 +8,15 @@ model.generate(**inputs, prompt_lookup_num_tokens=10)
 
 from . import ops
 from .cache import TreeCache
-from .drafters import DraftContext, Drafter, DraftSession, ModelDrafter, OracleDrafter, PromptLookupDrafter
+from .drafters import (
+    DraftContext,
+    Drafter,
+    DraftSession,
+    EarlyExitDrafter,
+    ModelDrafter,
+    OracleDrafter,
+    PromptLookupDrafter,
+)
 from .generate import Stats
 from .patch import Options, SpeculativeGenerate, patch, patched, stats, unpatch
 from .tree import DraftTree, Topology
@@ -20,6 +28,7 @@ __all__ = [
     "DraftSession",
     "DraftTree",
     "Drafter",
+    "EarlyExitDrafter",
     "ModelDrafter",
     "Options",
     "OracleDrafter",

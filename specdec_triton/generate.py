@@ -157,6 +157,9 @@ class Speculation:
             keep=tuple(keep),
         )
         self.budget = torch.full((batch,), self.max_length - prompt_length, device=model.device)
+        by_default = self.impl is None and ops.implementation("tree_attention", model.device)[0] == "reference"
+        self.plain_steps = by_default and not self.start.any()
+        self.runner = TreeRunner(model, self.start, self.max_length - 1, impl)
         self.context = DraftContext(
             tokens=torch.nn.functional.pad(self.input_ids, (0, self.max_length + 1 - prompt_length)),
             start=self.start,
@@ -166,11 +169,9 @@ class Speculation:
             host_budget=np.full(batch, self.max_length - prompt_length),
             max_length=self.max_length,
             vocab_size=model.config.get_text_config().vocab_size,
+            target=self.runner,
             impl=impl,
         )
-        by_default = self.impl is None and ops.implementation("tree_attention", model.device)[0] == "reference"
-        self.plain_steps = by_default and not self.start.any()
-        self.runner = TreeRunner(model, self.start, self.max_length - 1, impl)
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The whole call: what `generate` returns. Calls from several threads take turns."""

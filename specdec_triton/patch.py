@@ -15,11 +15,12 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import check_supported
-from .drafters import Drafter, ModelDrafter, NoDrafter, PromptLookupDrafter
+from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .generate import Speculation, Stats
 from .tree import Topology
 
 RULES = ("greedy",)
+ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 
@@ -75,8 +76,9 @@ _stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
 def patch(model: PreTrainedModel, **options) -> None:
     """Make this model's `generate` speculative, until `unpatch`.
 
-    Without a `drafter`, calls that ask for assistance (`assistant_model`, `prompt_lookup_num_tokens`) are served and
-    all others are untouched; with one, every greedy call is. On a patched model the options are replaced.
+    Without a `drafter`, calls that ask for assistance (`assistant_model`, `prompt_lookup_num_tokens`,
+    `assistant_early_exit`) are served and all others are untouched; with one, every greedy call is. On a patched model
+    the options are replaced.
 
     Args:
         model: a decoder-only transformers model (PEFT and `torch.compile` wrappers are looked through).
@@ -88,6 +90,8 @@ def patch(model: PreTrainedModel, **options) -> None:
     target = unwrap(model)
     chosen = _make_options(options)
     check_supported(target)
+    if chosen.drafter is not None:
+        chosen.drafter.check(target)
     if not isinstance(target, SpeculativeModel):
         target.__class__ = _speculative_class(type(target))
     _options[target] = chosen
@@ -211,6 +215,8 @@ class SpeculativeModel(GenerationMixin):
     ):
         if assistant_model is not None:
             drafter = ModelDrafter(unwrap(assistant_model))
+        elif generation_config.assistant_early_exit is not None:
+            drafter = EarlyExitDrafter(generation_config.assistant_early_exit)
         else:
             ngram = generation_config.max_matching_ngram_size
             drafter = PromptLookupDrafter(
@@ -305,10 +311,10 @@ def _asked(generation_config: GenerationConfig, arguments: dict) -> list[str]:
 def _check_call(config: GenerationConfig, arguments: dict) -> None:
     """Refuse, by name, what a speculative call cannot honour."""
     asked = _asked(config, arguments)
-    unsupported = sorted(set(asked) - {"assistant_model", "prompt_lookup_num_tokens"})
+    unsupported = sorted(set(asked) - set(ASSISTANCE))
     if unsupported:
         raise ValueError(
-            f"generate: assistance must be assistant_model or prompt_lookup_num_tokens on a patched model, got "
+            f"generate: assistance must be one of {', '.join(ASSISTANCE)} on a patched model, got "
             f"{', '.join(unsupported)}: unpatch the model to use transformers' own"
         )
     if len(asked) > 1:
@@ -351,6 +357,7 @@ def _speculate(
     cache = model_kwargs.get("past_key_values")
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
         raise ValueError("generate: past_key_values must be None with speculative decoding, got the caller's cache")
+    options.drafter.check(model)
     speculation = Speculation(
         model,
         options.drafter,

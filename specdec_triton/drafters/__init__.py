@@ -1,6 +1,7 @@
 """Drafters: where draft trees come from."""
 
 from .base import DraftContext, Drafter, DraftSession, NoDrafter
+from .early_exit import EarlyExitDrafter
 from .model import ModelDrafter
 from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
@@ -9,6 +10,7 @@ __all__ = [
     "DraftContext",
     "DraftSession",
     "Drafter",
+    "EarlyExitDrafter",
     "ModelDrafter",
     "NoDrafter",
     "OracleDrafter",

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from ..reference import Acceptance
+from ..runner import TreeRunner
 from ..tree import DraftTree, Topology
 
 
@@ -28,6 +30,8 @@ class DraftContext:
         host_budget: [B] int64. Tokens each row may still emit; 0 when it is done.
         max_length: columns that may ever be filled.
         vocab_size: draft tokens must be below it.
+        target: the target with its cache. A drafter that runs a part of the target may write keys and values from slot
+            `length` on: verification overwrites them.
         impl: implementation of the ops that was asked for.
     """
 
@@ -39,6 +43,7 @@ class DraftContext:
     host_budget: np.ndarray
     max_length: int
     vocab_size: int
+    target: TreeRunner
     impl: str | None = None
 
     @property
@@ -74,6 +79,13 @@ class DraftSession(ABC):
 
 
 class Drafter(ABC):
+    def check(self, model: PreTrainedModel) -> None:  # noqa: B027, most serve every target
+        """Refuse a target that this drafter cannot draft for; asked in `patch` and before each `generate`.
+
+        Raises:
+            ValueError: names the drafter, what is wanted and what came.
+        """
+
     @abstractmethod
     def start(self, context: DraftContext, tree: Topology | int | None = None) -> DraftSession:
         """Open a session.

@@ -38,43 +38,69 @@ class ModelDrafter(Drafter):
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"ModelDrafter: model must be a transformers PreTrainedModel, got {type(model).__name__}")
         check_supported(model, "the draft model")
-        if num_tokens is not None and tree is not None:
-            raise ValueError("ModelDrafter: give num_tokens (a chain) or tree, got both")
-        if num_tokens is not None and (not isinstance(num_tokens, int) or num_tokens < 1):
-            raise ValueError(f"ModelDrafter: num_tokens must be an integer of at least 1, got {num_tokens!r}")
+        check_shape("ModelDrafter", num_tokens, tree)
         self.model, self.num_tokens, self.tree = model, num_tokens, tree
 
-    def start(self, context, tree=None):
-        if self.model.device != context.tokens.device:
-            raise ValueError(
-                f"ModelDrafter: the draft model must be on {context.tokens.device}, got {self.model.device}"
-            )
-        sizes = context.vocab_size, self.model.config.get_text_config().vocab_size
+    def check(self, model):
+        if self.model.device != model.device:
+            raise ValueError(f"ModelDrafter: the draft model must be on {model.device}, got {self.model.device}")
+        sizes = [each.config.get_text_config().vocab_size for each in (model, self.model)]
         if abs(sizes[0] - sizes[1]) > VOCABULARY_PADDING * max(sizes):
             raise ValueError(
                 f"ModelDrafter: the draft model must have the target's vocabulary of {sizes[0]} tokens, up to "
                 f"{VOCABULARY_PADDING:.0%} of padding, got {sizes[1]}"
             )
-        length = self.num_tokens or self.model.generation_config.num_assistant_tokens or DEFAULT_TOKENS
-        shape = topology_of(self.tree if tree is None else tree, Topology.chain(length))
-        if max(shape.ranks) >= context.vocab_size:
-            raise ValueError(
-                f"ModelDrafter: tree must not have more children a node than the vocabulary's {context.vocab_size} "
-                f"tokens, got a rank of {max(shape.ranks)}"
-            )
-        return _ModelSession(self.model, context, shape)
+
+    def start(self, context, tree=None):
+        return ModelSession(self.model, context, draft_shape(self, tree, self.model, context))
 
 
-class _ModelSession(DraftSession):
+def check_shape(drafter: str, num_tokens: int | None, tree: Topology | int | None) -> None:
+    """Refuse both shapes at once, and what is none."""
+    if num_tokens is not None and tree is not None:
+        raise ValueError(f"{drafter}: give num_tokens (a chain) or tree, got both")
+    if num_tokens is not None and (not isinstance(num_tokens, int) or num_tokens < 1):
+        raise ValueError(f"{drafter}: num_tokens must be an integer of at least 1, got {num_tokens!r}")
+
+
+def draft_shape(
+    drafter: Drafter, tree: Topology | int | None, model: PreTrainedModel, context: DraftContext
+) -> Topology:
+    """The tree asked for in the call, else the drafter's, else a chain as long as the drafter or `model` says."""
+    length = drafter.num_tokens or model.generation_config.num_assistant_tokens or DEFAULT_TOKENS
+    shape = topology_of(drafter.tree if tree is None else tree, Topology.chain(length))
+    if max(shape.ranks) >= context.vocab_size:
+        raise ValueError(
+            f"{type(drafter).__name__}: tree must not have more children a node than the vocabulary's "
+            f"{context.vocab_size} tokens, got a rank of {max(shape.ranks)}"
+        )
+    return shape
+
+
+class ModelSession(DraftSession):
+    """A model that drafts a topology, level by level.
+
+    Args:
+        model: drafts.
+        context: the call's sequences.
+        topology: what to draft.
+        shares_cache: the model is made of the target's first layers, and the target's keys and values are its own:
+            there is no prompt to run and nothing to catch up with.
+    """
+
     trusted = True
 
-    def __init__(self, model: PreTrainedModel, context: DraftContext, topology: Topology):
+    def __init__(self, model: PreTrainedModel, context: DraftContext, topology: Topology, shares_cache: bool = False):
         self.context, self.topology = context, topology
         self.max_nodes, self.max_depth = topology.num_nodes, topology.max_depth
+        self._shares_cache, self._catch_up = shares_cache, 1 if shares_cache else CATCH_UP
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
         self._last_token = model.get_input_embeddings().num_embeddings - 1
         self._runner = TreeRunner(model, context.start, min(limit, context.max_length) - 1, context.impl)
-        self._prefill()
+        if shares_cache:
+            self._runner.cache = context.target.cache
+        else:
+            self._prefill()
 
     def _prefill(self) -> None:
         """The prompt, left padding and all, through the draft: its cache has the target's columns."""
@@ -95,16 +121,16 @@ class _ModelSession(DraftSession):
     @property
     def _room(self) -> int:
         """Slots that a round needs beyond the root's column."""
-        return CATCH_UP + self.max_nodes
+        return self._catch_up + self.max_nodes
 
     def draft(self) -> DraftTree:
         context, topology = self.context, self.topology.limited(self.context.useful_depth)
         self._runner.cache.reserve(int(context.host_length.max()) + self._room)
-        first = context.length - (CATCH_UP - 1)
-        columns = first[:, None] + torch.arange(CATCH_UP, device=first.device)
+        first = context.length - (self._catch_up - 1)
+        columns = first[:, None] + torch.arange(self._catch_up, device=first.device)
         fed = context.tokens.gather(1, columns)
         tokens = [fed[:, -1:]]
-        plan = _plan(topology, first.device)
+        plan = _plan(topology, self._catch_up, first.device)
         for level in plan.levels:
             depth, ancestors = (part.expand(len(first), *part.shape[1:]) for part in (level.depth, level.ancestors))
             logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
@@ -115,9 +141,9 @@ class _ModelSession(DraftSession):
         return DraftTree.from_topology(topology, torch.cat(tokens, 1)[:, plan.order])
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
-        if tree.is_chain or tree.max_depth == 0:
+        if self._shares_cache or tree.is_chain or tree.max_depth == 0:
             return
-        slots = _plan(self.topology.limited(tree.max_depth), accepted.path.device).slots
+        slots = _plan(self.topology.limited(tree.max_depth), self._catch_up, accepted.path.device).slots
         path = torch.where(accepted.path >= 0, slots[accepted.path.clamp(min=0).long()], -1).int()
         self._runner.cache.compact(self.context.length, path, self.context.impl)
 
@@ -159,18 +185,18 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(topology: Topology, device: torch.device) -> _Plan:
+def _plan(topology: Topology, catch_up: int, device: torch.device) -> _Plan:
     depths, parents = topology.depths, topology.parents
     by_depth = [[node for node, depth in enumerate(depths) if depth == at] for at in range(topology.max_depth + 1)]
     inner = set(parents)
     slots, levels = {0: 0}, []
-    cache_parents, cache_ranks = list(range(-1, CATCH_UP - 1)), [0] * CATCH_UP
+    cache_parents, cache_ranks = list(range(-1, catch_up - 1)), [0] * catch_up
     for level, children in zip(by_depth, by_depth[1:], strict=False):
         expanded = [node for node in level if node in inner]
         for node in expanded:
             if node:
                 slots[node] = len(slots)
-                cache_parents.append(slots[parents[node]] + CATCH_UP - 1)
+                cache_parents.append(slots[parents[node]] + catch_up - 1)
                 cache_ranks.append(topology.ranks[node])
         _, depth, ancestors = topology_tensors(Topology(tuple(cache_parents), tuple(cache_ranks)), device)
         levels.append(

@@ -1,0 +1,142 @@
+"""Self-drafting: the target itself with layers left out. No second model, no second set of weights."""
+
+import copy
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..tree import Topology
+from .base import Drafter
+from .model import ModelSession, check_shape, draft_shape
+
+
+class EarlyExitDrafter(Drafter):
+    """The target without some of its layers: its last ones (LayerSkip, Elhoushi et al. 2024), or any that are named
+    (Draft & Verify, Zhang et al. 2024). Its final norm and head follow the last layer kept.
+
+    Weights are the target's. So are keys and values where the first layers are kept: what they computed while
+    verifying is what they would compute while drafting, so there is no prompt to run twice. With a layer left out
+    before one that is kept, the draft has a cache of its own.
+
+    Args:
+        num_layers: how many of the first layers to keep.
+        skip: or which layers to leave out, by index.
+        num_tokens: length of a chain; default the model's own `generation_config.num_assistant_tokens`, else 20.
+        tree: a topology, or a number of nodes (root included); instead of a chain.
+
+    Raises:
+        ValueError: not exactly one of `num_layers` and `skip`, both shapes are given, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        num_layers: int | None = None,
+        skip: Sequence[int] | None = None,
+        num_tokens: int | None = None,
+        tree: Topology | int | None = None,
+    ):
+        if (num_layers is None) == (skip is None):
+            raise ValueError(
+                f"EarlyExitDrafter: give num_layers (of the first) or skip (a list), got {num_layers!r} and {skip!r}"
+            )
+        if num_layers is not None and (isinstance(num_layers, bool) or not isinstance(num_layers, int)):
+            raise ValueError(f"EarlyExitDrafter: num_layers must be an integer, got {num_layers!r}")
+        if skip is not None and not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in skip):
+            raise ValueError(f"EarlyExitDrafter: skip must be a list of layer indices, got {skip!r}")
+        check_shape("EarlyExitDrafter", num_tokens, tree)
+        self.num_layers, self.skip = num_layers, None if skip is None else sorted(set(skip))
+        self.num_tokens, self.tree = num_tokens, tree
+
+    def check(self, model):
+        self._kept(model)
+
+    def _kept(self, model: PreTrainedModel) -> list[int]:
+        """Indices of the layers that draft."""
+        name, layers = decoder_layers(model)
+        total = len(layers)
+        if self.skip is None:
+            if not 1 <= self.num_layers <= total:
+                raise ValueError(
+                    f"EarlyExitDrafter: num_layers must be 1 to the {total} of {type(model).__name__}.{name}, got "
+                    f"{self.num_layers}"
+                )
+            return list(range(self.num_layers))
+        if self.skip and not (0 <= self.skip[0] and self.skip[-1] < total and len(self.skip) < total):
+            raise ValueError(
+                f"EarlyExitDrafter: skip must name some of the layers 0 to {total - 1} of {type(model).__name__}."
+                f"{name}, not all, got {self.skip}"
+            )
+        return [layer for layer in range(total) if layer not in self.skip]
+
+    def start(self, context, tree=None):
+        model = context.target.model
+        kept = self._kept(model)
+        draft = with_layers(model, kept)
+        shares_cache = kept == list(range(len(kept)))
+        return ModelSession(draft, context, draft_shape(self, tree, draft, context), shares_cache)
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder's list of layers, and its dotted name in the model.
+
+    Raises:
+        ValueError: there is none, or more than one might be it.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == total
+    ]
+    outermost = min((name.count(".") for name, _ in lists), default=0)
+    lists = [(name, module) for name, module in lists if name.count(".") == outermost]
+    if len(lists) != 1:
+        raise ValueError(
+            f"EarlyExitDrafter: the model must have one list of its {total} layers, got {type(model).__name__} with "
+            f"{[name for name, _ in lists]}: use another drafter"
+        )
+    return lists[0]
+
+
+def with_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A model of the same modules, but for its list of layers, which holds those `kept`. `model` is left as it is.
+
+    Raises:
+        ValueError: a module on the way to the layers has a `forward` of its own (a hook of accelerate's, say), which
+            would run the original.
+    """
+    name, layers = decoder_layers(model)
+    *path, last = name.split(".")
+    total, configs = len(layers), {}
+
+    def part(module: nn.Module) -> nn.Module:
+        if "forward" in vars(module):
+            raise ValueError(
+                f"EarlyExitDrafter: forward must be the class's own, got a {type(module).__name__} whose forward was "
+                "replaced: remove its hooks, or use another drafter"
+            )
+        copied = copy.copy(module)
+        copied._modules = dict(module._modules)
+        copied._compiled_call_impl = None  # compiled for the original
+        config = getattr(module, "config", None)
+        if getattr(config, "num_hidden_layers", None) == total:
+            copied.config = configs.setdefault(id(config), _config_of(config, kept))
+        return copied
+
+    draft = owner = part(model)
+    for child in path:
+        inner = part(owner._modules[child])
+        owner._modules[child] = inner
+        owner = inner
+    owner._modules[last] = nn.ModuleList(layers[layer] for layer in kept)
+    return draft
+
+
+def _config_of(config, kept: Sequence[int]):
+    trimmed = copy.copy(config)
+    for name, value in vars(config).items():
+        if name.endswith("layer_types") and value is not None:
+            setattr(trimmed, name, [value[layer] for layer in kept])
+    trimmed.num_hidden_layers = len(kept)
+    return trimmed

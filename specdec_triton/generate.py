@@ -217,7 +217,10 @@ class Speculation:
     def draft(self) -> DraftTree:
         tree = self.session.draft()
         if not self.session.trusted:
-            tree.check(self.context.root, self.context.vocab_size, type(self.drafter).__name__)
+            name = type(self.drafter).__name__
+            if not isinstance(tree, DraftTree):
+                raise ValueError(f"{name}: draft must return a DraftTree, got {type(tree).__name__}")
+            tree.check(self.context.root, self.context.vocab_size, name)
         return tree
 
     @timed("verify")
@@ -234,18 +237,7 @@ class Speculation:
     @timed("accept")
     def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, dict[str, torch.Tensor]]:
         """The accepted path, and the scores to keep: [B, D + 1, V] at the root and along the path."""
-        scores = logits
-        context = self.context
-        if self.processors:
-            scores = process_path(
-                self.processors,
-                tree,
-                logits,
-                context.host_tokens,
-                context.host_length,
-                context.host_budget,
-                self.transcript.eos_ids,
-            )
+        scores = self.process(tree, logits) if self.processors else logits
         accepted = ops.accept_greedy(
             scores,
             tree.tokens,
@@ -255,12 +247,39 @@ class Speculation:
             eos_ids=self.eos_ids,
             impl=self.impl,
         )
-        kept = {}
-        for name in self.transcript.columns_kept:
-            source = scores if name == "scores" else logits
-            nodes = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
-            kept[name] = source.gather(1, nodes[:, :, None].expand(-1, -1, source.shape[-1])).float()
-        return accepted, kept
+        nodes = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
+        return accepted, self.kept_at(nodes, scores, logits)
+
+    def kept_at(self, nodes: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of the scores to keep, those of `nodes` [B, K]: [B, K, V] by name."""
+        sources = {"scores": scores, "logits": logits}
+        places = nodes[:, :, None].expand(-1, -1, logits.shape[-1])
+        return {name: sources[name].gather(1, places).float() for name in self.transcript.columns_kept}
+
+    def process(self, tree: DraftTree, logits: torch.Tensor) -> torch.Tensor:
+        """Processed scores [B, N, V] along the path that will be accepted.
+
+        Where a processor raises, the tokens chosen before it did are still criteria's and the streamer's: plain
+        `generate` had handed them on by then. What a criterion stops among them, no processor would have seen: the
+        text is then complete, and the exception does not count.
+        """
+        context, scores = self.context, logits.to(torch.float32, copy=True)
+        chosen = [[] for _ in logits]
+        host = context.host_tokens, context.host_length, context.host_budget, self.transcript.eos_ids
+        try:
+            for choices in process_path(self.processors, tree, scores, *host):
+                for row, choice in choices.items():
+                    chosen[row].append(choice)
+        except BaseException as error:
+            counts = [len(row) for row in chosen]
+            if max(counts):
+                padded = [row + [(0, 0)] * (max(counts) - len(row)) for row in chosen]
+                nodes = torch.tensor([[node for node, _ in row] for row in padded], device=logits.device)
+                tokens = [[token for _, token in row] for row in padded]
+                self.transcript.append(tokens, counts, self.kept_at(nodes, scores, logits))
+            if not (self.transcript.done and isinstance(error, Exception)):
+                raise
+        return scores
 
     @timed("compact")
     def compact(self, tree: DraftTree, accepted: Acceptance) -> None:
@@ -272,6 +291,8 @@ class Speculation:
     @timed("emit")
     def emit(self, tree: DraftTree, accepted: Acceptance, kept: dict[str, torch.Tensor]) -> None:
         """Append the accepted tokens and the target's own; then the host's one look at the round."""
+        if self.transcript.done:
+            return  # while a processor raised
         context, batch = self.context, tree.tokens.shape[0]
         drafts = tree.tokens.gather(1, accepted.path.clamp(min=0).long())
         emitted = torch.cat([drafts, torch.zeros_like(accepted.next_ids)[:, None]], dim=1)
@@ -288,14 +309,19 @@ class Speculation:
         self.budget = torch.where(ends, 0, self.budget - count)
 
         drafted = torch.where(live, (tree.parents >= 0).sum(1), 0)
-        report = torch.cat([emitted, torch.stack([count, drafted, self.budget, accepted.has_nan], dim=1)], dim=1)
-        report = report.tolist()  # the one host read
-        counts, drafted, budget, has_nan = ([row[field] for row in report] for field in range(-4, 0))
-        if any(has_nan):
-            raise RuntimeError(
-                f"accept_greedy: logits of {type(self.model).__name__} must be numbers, got NaN in row "
-                f"{has_nan.index(True)} of {batch} in round {self.stats.rounds}"
-            )
+        draft_nan = torch.zeros_like(live) if tree.has_nan is None else live & tree.has_nan
+        fields = torch.stack([count, drafted, self.budget, accepted.has_nan, draft_nan], dim=1)
+        report = torch.cat([emitted, fields], dim=1).tolist()  # the one host read
+        counts, drafted, budget, has_nan, draft_nan = ([row[field] for row in report] for field in range(-5, 0))
+        for source, rows in (
+            (f"accept_greedy: logits of {type(self.model).__name__}", has_nan),
+            (f"{type(self.drafter).__name__}: the draft's logits", draft_nan),
+        ):
+            if any(rows):
+                raise RuntimeError(
+                    f"{source} must be numbers, got NaN in row {rows.index(True)} of {batch} in round "
+                    f"{self.stats.rounds}"
+                )
         self.stats.emitted += sum(counts)
         if self.stats.rounds:
             self.stats.row_rounds += sum(count > 0 for count in counts)

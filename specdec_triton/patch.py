@@ -5,6 +5,7 @@ class with the same name; the subclass is made once per class, and each instance
 """
 
 import copyreg
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -70,6 +71,8 @@ class Options:
 
 
 _options: WeakKeyDictionary[PreTrainedModel, Options] = WeakKeyDictionary()
+_holders: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()  # threads inside a `patched` block
+_PATCHING = threading.RLock()
 _stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
 
 
@@ -85,54 +88,75 @@ def patch(model: PreTrainedModel, **options) -> None:
         **options: see `Options`.
 
     Raises:
-        ValueError: an option or the model's family is not supported; names which, and what to do instead.
+        ValueError: an option or the model's family is not supported; names which, and what to do instead. Or another
+            thread is inside a `patched` block of this model.
     """
     target = unwrap(model)
     chosen = _make_options(options)
     check_supported(target)
     if chosen.drafter is not None:
         chosen.drafter.check(target)
-    if not isinstance(target, SpeculativeModel):
-        target.__class__ = _speculative_class(type(target))
-    _options[target] = chosen
+    with _PATCHING:
+        _check_holder("patch", target)
+        if not isinstance(target, SpeculativeModel):
+            target.__class__ = _speculative_class(type(target))
+        _options[target] = chosen
 
 
 def unpatch(model: PreTrainedModel) -> None:
     """Make `generate` what it was before `patch`.
 
     Raises:
-        ValueError: the model is not patched, or its class was changed since.
+        ValueError: the model is not patched, its class was changed since, or another thread is inside a `patched`
+            block of it.
     """
     target = unwrap(model)
-    if target not in _options:
-        raise ValueError(f"unpatch: model must be patched, got an unpatched {type(target).__name__}")
-    if not _is_ours(type(target)):
-        raise ValueError(
-            f"unpatch: the model's class must be the one that patch gave it, got {type(target).__name__}: undo what "
-            "changed it first"
-        )
-    target.__class__ = type(target).__bases__[1]
-    del _options[target]
+    with _PATCHING:
+        if target not in _options:
+            raise ValueError(f"unpatch: model must be patched, got an unpatched {type(target).__name__}")
+        if not _is_ours(type(target)):
+            raise ValueError(
+                f"unpatch: the model's class must be the one that patch gave it, got {type(target).__name__}: undo "
+                "what changed it first"
+            )
+        _check_holder("unpatch", target)
+        target.__class__ = type(target).__bases__[1]
+        del _options[target]
 
 
 @contextmanager
 def patched(model: PreTrainedModel, **options) -> Iterator[PreTrainedModel]:
     """`patch` for a `with` block; afterwards the model is as it was on entry, patched or not.
 
+    Inside, `generate` may be called from any thread, but the thread that entered alone may patch or unpatch the model.
+
     Args:
         model, **options: see `patch`.
     """
     target = unwrap(model)
-    before = _options.get(target)
-    patch(target, **options)
+    with _PATCHING:
+        before, outer = _options.get(target), _holders.get(target)
+        patch(target, **options)
+        _holders[target] = threading.get_ident()
     try:
         yield model
     finally:
-        # the body may have patched or unpatched by itself
-        if before is not None:
-            patch(target, **vars(before))
-        elif target in _options:
-            unpatch(target)
+        with _PATCHING:
+            # the body may have patched or unpatched by itself
+            if before is not None:
+                patch(target, **vars(before))
+            elif target in _options:
+                unpatch(target)
+            if outer is None:
+                del _holders[target]
+
+
+def _check_holder(what: str, model: PreTrainedModel) -> None:
+    if _holders.get(model, threading.get_ident()) != threading.get_ident():
+        raise ValueError(
+            f"{what}: the model must not be inside another thread's `with patched(...)`, got a "
+            f"{type(model).__name__} that is: wait for it, or give each thread a model of its own"
+        )
 
 
 def stats(model: PreTrainedModel) -> Stats:

@@ -1,6 +1,7 @@
 """Logits processors over a draft tree: every node that matters gets the row that plain `generate` would give it."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,13 +13,13 @@ from .tree import DraftTree
 def process_path(
     processors: LogitsProcessorList,
     tree: DraftTree,
-    logits: torch.Tensor,
+    scores: torch.Tensor,
     host_tokens: np.ndarray,
     host_length: np.ndarray,
     host_budget: np.ndarray,
     eos_ids: list[int],
-) -> torch.Tensor:
-    """Scores [B, N, V] fp32 of the tree, processed wherever greedy acceptance will look.
+) -> Iterator[dict[int, tuple[int, int]]]:
+    """Process the scores of the tree in place, wherever greedy acceptance will look.
 
     The walk goes down each row's tree on the host, from the root to the child that carries the processed scores' first
     choice, so processors are called once for each emitted token and never with a text that the target did not choose.
@@ -28,13 +29,15 @@ def process_path(
 
     Args:
         processors: as `generate` prepared them; functions of (input_ids, scores) alone.
-        logits: [B, N, V], the target's.
+        scores: [B, N, V] fp32. The target's logits.
         host_tokens: [B, columns] int64. Prompt and emitted tokens, padding beyond.
         host_length: [B] int64. Column of each root.
         host_budget: [B] int64. Tokens each row may still emit; rows without any are left as they are.
         eos_ids: tokens that end a text.
+
+    Yields:
+        after each call of the processors, for each row asked about: the node, and its first choice.
     """
-    scores = logits.to(torch.float32, copy=True)
     tokens, parents = torch.stack([tree.tokens, tree.parents.long()]).tolist()
     children = [
         {(parent, token): node for node, (parent, token) in reversed(list(enumerate(zip(*row, strict=True)))) if node}
@@ -65,5 +68,5 @@ def process_path(
                 ):
                     following[row] = child
                     text[row] = np.append(text[row], choices[row])
+            yield {row: (at[row], choices[row]) for row in rows}
         at = following
-    return scores

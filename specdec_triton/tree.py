@@ -131,6 +131,7 @@ class DraftTree:
         ancestors: [B, N, W] int64. Bit j % 64 of word j // 64: node j is node i or an ancestor of it.
         max_depth: D, known on the host.
         is_chain: every node but padding continues the one before, in every sequence: accepted slots are in place.
+        has_nan: [B] bool or None. The logits that the row's tokens were drafted from hold a NaN.
     """
 
     tokens: torch.Tensor
@@ -139,9 +140,12 @@ class DraftTree:
     ancestors: torch.Tensor
     max_depth: int
     is_chain: bool = False
+    has_nan: torch.Tensor | None = None
 
     @classmethod
-    def from_topology(cls, topology: Topology, tokens: torch.Tensor) -> "DraftTree":
+    def from_topology(
+        cls, topology: Topology, tokens: torch.Tensor, has_nan: torch.Tensor | None = None
+    ) -> "DraftTree":
         """Tokens [B, N] int64 in a fixed shape; the shape's tensors are made once a device."""
         batch, num_nodes = tokens.shape
         if num_nodes != topology.num_nodes or tokens.dtype != torch.int64:
@@ -157,6 +161,7 @@ class DraftTree:
             ancestors=ancestors.expand(batch, -1, -1),
             max_depth=topology.max_depth,
             is_chain=topology.is_chain,
+            has_nan=has_nan,
         )
 
     @classmethod
@@ -258,8 +263,23 @@ class DraftTree:
         Raises:
             ValueError: names `source` and what is wrong.
         """
+        shape = (len(root), self.num_nodes)
+        words = -(-self.num_nodes // WORD_BITS)
+        for name, dtype, wanted in (
+            ("tokens", torch.int64, shape),
+            ("parents", torch.int32, shape),
+            ("depth", torch.int64, shape),
+            ("ancestors", torch.int64, (*shape, words)),
+        ):
+            got = getattr(self, name)
+            if got.dtype != dtype or got.shape != wanted or got.device != root.device:
+                raise ValueError(
+                    f"{source}: malformed draft tree: {name} must be {dtype} {list(wanted)} on {root.device}, got "
+                    f"{got.dtype} {list(got.shape)} on {got.device}"
+                )
         nodes = torch.arange(self.num_nodes, device=self.tokens.device)
         parents = self.parents
+        member = _ancestor_matrix(parents)
         faults = {
             "parents[:, 0] must be -1": parents[:, 0] != -1,
             "parents[:, i] must be -1 (padding) or a real node before i": (
@@ -270,6 +290,9 @@ class DraftTree:
             f"tokens must be 0 to {vocab_size - 1}": ((self.tokens < 0) | (self.tokens >= vocab_size)).any(1),
             "tokens[:, 0] must be the last emitted token": self.tokens[:, 0] != root,
             f"depth must be at most max_depth, {self.max_depth}": (self.depth > self.max_depth).any(1),
+            "depth must count the edges from the root": (self.depth != member.sum(-1) - 1).any(1),
+            "ancestors must be those of parents": (self.ancestors != _pack_bits(member)).any(-1).any(1),
+            "is_chain must hold": (self.is_chain & (parents >= 0) & (parents != nodes - 1)).any(1),
         }
         for (fault, _), rows in zip(faults.items(), torch.stack(list(faults.values())).tolist(), strict=True):
             if any(rows):

@@ -1,12 +1,17 @@
 """An exception anywhere in mid-generation: the model is afterwards exactly as before, and so is its text."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import specdec_triton as sdt
-from families import NEVER, build, prompt
+from families import NEVER, VOCAB, build, prompt
 from specdec_triton.drafters import Drafter, DraftSession
+from specdec_triton.drafters.model import ModelSession
 from test_patch import snapshot
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": NEVER}
@@ -16,80 +21,173 @@ class Fault(BaseException):
     """Not an Exception, as KeyboardInterrupt is not."""
 
 
-class Countdown:
-    """Raises at its n-th call."""
+class Tripwire:
+    """Raises at its first call after `at` rounds or more; remembers after how many it was called."""
 
-    def __init__(self, calls, error):
-        self.calls, self.error = calls, error
+    def __init__(self, model, at, error):
+        self.model, self.at, self.error, self.rounds = model, at, error, []
 
     def __call__(self, *args, **kwargs):
-        self.calls -= 1
-        if self.calls <= 0:
+        if self.model not in sdt.patch.__globals__["_stats"]:
+            return  # the prompt goes to the streamer before anything of ours runs
+        self.rounds.append(sdt.stats(self.model).rounds)
+        if self.rounds[-1] >= self.at:
             raise self.error
-        return args[1] if len(args) == 2 and isinstance(args[1], torch.Tensor) else None
 
 
 class Streamer(BaseStreamer):
-    def __init__(self, countdown):
-        self.countdown = countdown
+    def __init__(self, put=lambda: None, end=lambda: None):
+        self.got, self._put, self.end = [], put, end
 
     def put(self, value):
-        self.countdown()
-
-    def end(self):
-        self.countdown()
+        self._put()
+        self.got.append(value.flatten().tolist())
 
 
-def criterion(countdown):
+def criterion(call):
     def ask(input_ids, scores, **kwargs):
-        countdown()
+        call()
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
     return ask
 
 
-def during_forward(model, countdown):
-    return model.model.layers[1].mlp.register_forward_hook(lambda *args: countdown())
+def processor(call):
+    def process(input_ids, scores):
+        call()
+        return scores
+
+    return process
+
+
+def before(function, call):
+    """`function` with `call` first."""
+
+    def run(*args, **kwargs):
+        call()
+        return function(*args, **kwargs)
+
+    return run
+
+
+def during_forward(name):
+    def place(wire, target, draft, monkeypatch):
+        model = {"target": target, "draft": draft}[name]
+        hook = model.model.layers[1].mlp.register_forward_hook(lambda *args: wire())
+        return {}, hook.remove
+
+    return place
+
+
+def in_function(owner, name):
+    def place(wire, target, draft, monkeypatch):
+        monkeypatch.setattr(owner, name, before(getattr(owner, name), wire))
+        return {}, monkeypatch.undo
+
+    return place
+
+
+def as_argument(make):
+    return lambda wire, target, draft, monkeypatch: (make(wire), lambda: None)
+
+
+# where in a call an exception may come from -> puts it there: (arguments of generate, how to remove it)
+PLACES = {
+    "processor": as_argument(lambda wire: {"logits_processor": [processor(wire)]}),
+    "grammar": as_argument(lambda wire: {"prefix_allowed_tokens_fn": lambda row, text: wire() or list(range(VOCAB))}),
+    "criterion": as_argument(lambda wire: {"stopping_criteria": [criterion(wire)]}),
+    "streamer": as_argument(lambda wire: {"streamer": Streamer(put=wire)}),
+    "streamer's end": as_argument(lambda wire: {"streamer": Streamer(end=wire)}),
+    "target forward": during_forward("target"),
+    "draft forward": during_forward("draft"),
+    "drafter": in_function(ModelSession, "draft"),
+    "drafter told": in_function(ModelSession, "observe"),
+    "packing": in_function(sdt.runner, "pack_tree"),
+    "acceptance": in_function(sdt.ops, "accept_greedy"),
+    "compaction": in_function(sdt.ops, "compact_kv"),
+    "cache growth": in_function(sdt.TreeCache, "_allocate"),
+}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no memory"), Fault()], ids=repr)
-@pytest.mark.parametrize("calls", [1, 4, 9])
-@pytest.mark.parametrize("place", ["processor", "criterion", "streamer", "target forward", "draft forward", "drafter"])
-def test_nothing_is_left_behind(place, calls, error):
-    model, draft, inputs = build("llama"), build("llama", seed=1), prompt(batch=1)
+@pytest.mark.parametrize("at", ["first", "third", "last"])
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_is_left_behind(place, at, error, monkeypatch):
+    monkeypatch.setattr(sdt.cache, "BUCKET", 1)  # the cache grows in every round
+    monkeypatch.setattr(sdt.generate, "FIRST_RESERVE", 1)
+    model, draft, inputs = build("llama"), build("llama", seed=1), prompt(batch=1, length=6)
+    options = {**OPTIONS, "streamer": Streamer()}
     plain = model.generate(**inputs, **OPTIONS)
-    sdt.patch(model)
-    before, draft_before = snapshot(model), snapshot(draft)
-    countdown, options, hook = Countdown(calls, error), {"assistant_model": draft}, None
     draft.generation_config.num_assistant_tokens = 3
-    if place == "processor":
-        options["logits_processor"] = [countdown]
-    elif place == "criterion":
-        options["stopping_criteria"] = [criterion(countdown)]
-    elif place == "streamer":
-        options["streamer"] = Streamer(countdown)
-    elif place == "target forward":
-        hook = during_forward(model, countdown)
-    elif place == "draft forward":
-        hook = during_forward(draft, countdown)
-    else:
-        sdt.patch(model, drafter=Broken(countdown))
-        options = {}
+    sdt.patch(model, tree=sdt.Topology.from_widths([2, 1]))
+    unarmed = Tripwire(model, NEVER, error)
+    arguments, remove = PLACES[place](unarmed, model, draft, monkeypatch)
+    assert torch.equal(model.generate(**inputs, **OPTIONS, assistant_model=draft, **arguments), plain)
+    remove()
+    assert sdt.stats(model).rounds > 6 and len(set(unarmed.rounds)) > 2 or place == "streamer's end"
+    del sdt.patch.__globals__["_stats"][model]
+
+    monkeypatch.setattr(sdt.cache, "BUCKET", 1)
+    monkeypatch.setattr(sdt.generate, "FIRST_RESERVE", 1)
+    wire = Tripwire(model, {"first": 0, "third": 2, "last": max(unarmed.rounds)}[at], error)
+    before_fault = snapshot(model), snapshot(draft)
+    arguments, remove = PLACES[place](wire, model, draft, monkeypatch)
+    options |= arguments
     with pytest.raises(type(error)) as raised:
-        model.generate(**inputs, **OPTIONS, **options)
+        model.generate(**inputs, **options, assistant_model=draft)
+    remove()
     assert raised.value is error
-    if hook is not None:
-        hook.remove()
-    draft.generation_config.num_assistant_tokens = None
-    assert snapshot(model) == before and snapshot(draft) == draft_before
-    sdt.patch(model)
-    assert torch.equal(model.generate(**inputs, **OPTIONS, prompt_lookup_num_tokens=3), plain)
+    assert (snapshot(model), snapshot(draft)) == before_fault
+    text = sum(options["streamer"].got, [])
+    assert text == plain[0, : len(text)].tolist()
+    assert torch.equal(model.generate(**inputs, **OPTIONS, assistant_model=draft), plain)
     sdt.unpatch(model)
     assert torch.equal(model.generate(**inputs, **OPTIONS), plain)
 
 
+class Countdown:
+    """Raises at its n-th call."""
+
+    def __init__(self, calls, error=Fault):
+        self.calls, self.error = calls, error
+
+    def __call__(self):
+        self.calls -= 1
+        if self.calls <= 0:
+            raise self.error
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5, 9])
+@pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_text_before_a_callback_raised_is_streamed(batch, where, calls):
+    """As far as plain `generate` streams it, though a round is further on."""
+    model, inputs = build("llama"), prompt(batch=batch)
+    text = model.generate(**inputs, **OPTIONS)
+    make = {"logits_processor": processor, "stopping_criteria": criterion}[where]
+    got = []
+    for context in (nullcontext(), sdt.patched(model, drafter=sdt.OracleDrafter(text, tree=sdt.Topology.chain(3)))):
+        streamer = Streamer()
+        with context, pytest.raises(Fault):
+            model.generate(**inputs, **OPTIONS, streamer=streamer, **{where: [make(Countdown(calls))]})
+        got.append(streamer.got)
+    assert got[0] == got[1] and len(got[0]) >= calls
+
+
+def test_a_processor_that_raises_after_the_end_is_not_heard():
+    """Plain `generate` would have stopped before it asked."""
+    model, inputs = build("llama"), prompt(batch=1)
+    text = model.generate(**inputs, **OPTIONS)
+    stop = {"stopping_criteria": [MaxLengthCriteria(14), lambda ids, scores, **k: torch.tensor([ids.shape[1] >= 12])]}
+    plain = model.generate(**inputs, **OPTIONS, **stop, logits_processor=[processor(Countdown(4, ValueError))])
+    assert plain.shape[1] == 12
+    with sdt.patched(model, drafter=sdt.OracleDrafter(text, tree=sdt.Topology.chain(5))):
+        ours = model.generate(**inputs, **OPTIONS, **stop, logits_processor=[processor(Countdown(4, ValueError))])
+    assert torch.equal(ours, plain)
+
+
 class Broken(Drafter):
-    """Drafts a chain of ones; `spoil` may raise, or return another tree."""
+    """Drafts what `spoil` makes of a chain of ones."""
 
     def __init__(self, spoil):
         self.spoil = spoil
@@ -107,11 +205,7 @@ class BrokenSession(DraftSession):
     def draft(self):
         tokens = torch.ones(len(self.context.length), 4, dtype=torch.int64)
         tokens[:, 0] = self.context.root
-        tree = sdt.DraftTree.from_topology(sdt.Topology.chain(3), tokens)
-        if not isinstance(self.spoil, Countdown):
-            return self.spoil(tokens)
-        self.spoil()
-        return tree
+        return self.spoil(tokens)
 
 
 def chain(tokens, parents=(-1, 0, 1, 2), **changes):
@@ -129,6 +223,12 @@ def chain(tokens, parents=(-1, 0, 1, 2), **changes):
         (lambda t: chain(t, (-1, 2, 1, 2)), r"parents\[:, i\] must be -1 \(padding\) or a real node before i"),
         (lambda t: chain(t, (-1, 0, -1, 2)), r"parents\[:, i\] must be -1 \(padding\) or a real node before i"),
         (lambda t: chain(t, max_depth=2), "depth must be at most max_depth, 2"),
+        (lambda t: chain(t, depth=torch.tensor([[0, 1, 1, 2]])), "depth must count the edges from the root"),
+        (lambda t: chain(t, ancestors=torch.tensor([[[1], [3], [5], [15]]])), "ancestors must be those of parents"),
+        (lambda t: chain(t, (-1, 0, 0, 1), is_chain=True), "is_chain must hold"),
+        (lambda t: chain(t.repeat(2, 1)), r"tokens must be torch.int64 \[1, 4\] on cpu, got torch.int64 \[2, 4\]"),
+        (lambda t: replace(chain(t), tokens=t.int()), "tokens must be torch.int64 .*got torch.int32"),
+        (lambda t: chain(t, ancestors=torch.zeros(1, 4, 2, dtype=torch.int64)), r"ancestors must be .*\[1, 4, 1\]"),
     ],
 )
 def test_a_drafters_garbage_is_refused_by_name(spoil, message):
@@ -140,6 +240,35 @@ def test_a_drafters_garbage_is_refused_by_name(spoil, message):
     ):
         model.generate(**inputs, **OPTIONS)
     assert snapshot(model) == before
+
+
+def test_a_drafter_must_return_a_tree():
+    model = build("llama")
+    with (
+        sdt.patched(model, drafter=Broken(lambda tokens: tokens)),
+        pytest.raises(ValueError, match="Broken: draft must return a DraftTree, got Tensor"),
+    ):
+        model.generate(**prompt(batch=1), **OPTIONS)
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_nan_logits_of_a_draft_are_an_error_that_names_it(at):
+    model, draft, calls = build("llama"), build("llama", seed=1), []
+    state = snapshot(model), snapshot(draft)
+
+    def spoil(module, inputs, output):
+        calls.append(output)
+        if len(calls) > at:
+            output[1] = float("nan")
+
+    hook = draft.lm_head.register_forward_hook(spoil)
+    with (
+        sdt.patched(model, drafter=sdt.ModelDrafter(draft, tree=6)),
+        pytest.raises(RuntimeError, match="ModelDrafter: the draft's logits must be numbers, got NaN in row 1 of 2"),
+    ):
+        model.generate(**prompt(), **OPTIONS)
+    hook.remove()
+    assert (snapshot(model), snapshot(draft)) == state
 
 
 def test_a_drafter_of_ones_own():

@@ -347,6 +347,19 @@ def test_threads_take_turns(model):
         assert all(torch.equal(call.result(), plain) for call in calls)
 
 
+def test_another_threads_patched_block_is_not_disturbed(model):
+    """While a thread is inside `patched`, no other may patch or unpatch the model; its generate is welcome."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with sdt.patched(model, drafter=sdt.PromptLookupDrafter()), sdt.patched(model, tree=5):
+            for call in (lambda: sdt.patch(model), lambda: sdt.unpatch(model), lambda: sdt.patched(model).__enter__()):
+                with pytest.raises(ValueError, match="must not be inside another thread's `with patched"):
+                    pool.submit(call).result()
+            pool.submit(model.generate, **prompt(), **OPTIONS, prompt_lookup_num_tokens=3).result()
+            assert sdt.patch.__globals__["_options"][model].tree == 5
+        pool.submit(sdt.patch, model).result()
+        pool.submit(sdt.unpatch, model).result()
+
+
 def test_the_body_of_patched_may_unpatch(model):
     with sdt.patched(model):
         sdt.unpatch(model)

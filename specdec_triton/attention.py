@@ -145,5 +145,8 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
             "positions or attention from the cache or a dense mask: decode it without speculation"
         )
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1:
-        raise ValueError(f"patch: {role} must be on one device, got {name} on {sorted(map(str, devices))}")
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise ValueError(
+            f"patch: {role} must be on one device, with its weights there, got {name} on {sorted(map(str, devices))}: "
+            "load it without offloading"
+        )

@@ -1,0 +1,140 @@
+"""Models as people load them: adapters, compilation, quantized weights, hooks. The text is that of the same model
+without a patch, and the wrapper is afterwards as it was."""
+
+import pytest
+import torch
+import transformers
+
+import specdec_triton as sdt
+from families import NEVER, build, prompt
+from test_patch import snapshot
+
+OPTIONS = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": NEVER}
+
+
+def assert_same_text(model, inner=None):
+    """Plain, then with a lookup, a draft model and an early exit; `inner` is the transformers model inside."""
+    inner = model if inner is None else inner
+    inputs, before = prompt(), snapshot(inner)
+    plain = model.generate(**inputs, **OPTIONS)
+    with sdt.patched(model):
+        for assistance in (
+            {"prompt_lookup_num_tokens": 4},
+            {"assistant_model": build("llama", seed=1)},
+            {"assistant_model": model},
+        ):
+            assert torch.equal(model.generate(**inputs, **OPTIONS, **assistance), plain)
+    assert sdt.stats(model).accepted > sdt.stats(model).rounds  # drafted for itself
+    with sdt.patched(model, drafter=sdt.EarlyExitDrafter(2, tree=6)):
+        assert torch.equal(model.generate(**inputs, **OPTIONS), plain)
+    assert snapshot(inner) == before
+    return plain
+
+
+def adapted(**options):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    wanted = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, **options)
+    return peft.get_peft_model(build("llama"), wanted, adapter_name="first").eval()
+
+
+def test_a_peft_adapter():
+    model = adapted()
+    base = model.get_base_model()
+    text = assert_same_text(model, base)
+    assert not torch.equal(text, build("llama").generate(**prompt(), **OPTIONS))  # the adapter does something
+    assert type(base) is transformers.LlamaForCausalLM
+
+
+def test_a_peft_adapter_switched_off_and_on_between_calls():
+    model, inputs = adapted(), prompt()
+    with_adapter, options = model.generate(**inputs, **OPTIONS), {**OPTIONS, "prompt_lookup_num_tokens": 3}
+    with sdt.patched(model):
+        with model.disable_adapter():
+            assert torch.equal(model.generate(**inputs, **options), build("llama").generate(**inputs, **OPTIONS))
+        assert torch.equal(model.generate(**inputs, **options), with_adapter)
+
+
+def test_a_peft_draft():
+    model, draft = build("llama"), adapted()
+    plain = model.generate(**prompt(), **OPTIONS)
+    with sdt.patched(model):
+        assert torch.equal(model.generate(**prompt(), **OPTIONS, assistant_model=draft), plain)
+
+
+def test_the_compiled_wrapper():
+    model = build("llama")
+    assert_same_text(torch.compile(model, backend="eager"), model)
+
+
+def test_a_model_compiled_in_place():
+    """The attention implementation is swapped around a compiled forward: it must be traced again, not ignored."""
+    model = build("llama")
+    plain = model.generate(**prompt(), **OPTIONS)
+    model.compile(backend="eager", dynamic=True)
+    assert torch.equal(assert_same_text(model), plain)
+
+
+def test_a_compiled_forward():
+    model = build("llama")
+    plain = model.generate(**prompt(), **OPTIONS)
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    with sdt.patched(model):
+        assert torch.equal(model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=4), plain)
+        with pytest.raises(ValueError, match="EarlyExitDrafter: forward must be the class's own, got a LlamaFor"):
+            model.generate(**prompt(), **OPTIONS, assistant_early_exit=2)
+
+
+def test_torchao_weights():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = build("llama")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(version=2))
+    assert type(model.model.layers[0].mlp.up_proj.weight) not in (torch.Tensor, torch.nn.Parameter)
+    assert_same_text(model)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_weights(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    wanted = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=wanted, device_map="cpu")
+    assert "Linear" in type(model.model.layers[0].mlp.up_proj).__name__
+    assert type(model.model.layers[0].mlp.up_proj) is not torch.nn.Linear
+    assert_same_text(model)
+
+
+def test_accelerate_on_one_device(tmp_path):
+    pytest.importorskip("accelerate")
+    build("llama").save_pretrained(tmp_path)
+    assert_same_text(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}))
+
+
+def test_accelerates_hooks():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, inputs = build("llama"), prompt()
+    plain = model.generate(**inputs, **OPTIONS)
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    with sdt.patched(model):
+        for assistance in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": build("llama", seed=1)}):
+            assert torch.equal(model.generate(**inputs, **OPTIONS, **assistance), plain)
+
+
+def test_weights_on_more_than_one_device_are_refused(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = build("llama")
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    with pytest.raises(ValueError, match="the model must be on one device, with its weights there, got LlamaFor"):
+        sdt.patch(model)
+
+
+def test_a_saved_patched_model_is_a_plain_one(tmp_path):
+    model = build("llama")
+    plain = model.generate(**prompt(), **OPTIONS)
+    with sdt.patched(model, drafter=sdt.PromptLookupDrafter()):
+        model.save_pretrained(tmp_path)
+        files = {file.suffix for file in tmp_path.iterdir()}
+    assert files == {".json", ".safetensors"}
+    assert "specdec" not in "".join(file.read_text() for file in tmp_path.glob("*.json"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.generate(**prompt(), **OPTIONS), plain)

@@ -371,7 +371,8 @@ def left_padding(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
     if positions is not None:
         wanted = columns - start[:, None]
         positions = positions.to(input_ids.device)
-        if positions.dim() != 2 or not torch.equal(torch.where(real, positions, wanted), wanted):
+        counted = positions.dim() == 2 and positions.shape[0] in (1, batch) and positions.shape[1] == length
+        if not counted or not torch.equal(torch.where(real, positions, wanted), wanted):
             raise ValueError(
                 f"generate: position_ids must count the real tokens from 0, [{batch}, {length}], when speculation is "
                 f"on, got other positions of shape {list(positions.shape)}"

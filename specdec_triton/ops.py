@@ -10,7 +10,11 @@ slots, D head dim of keys, Dv of values, V vocabulary, P cache planes.
 
 import functools
 import importlib.util
+import inspect
+import itertools
+import math
 import os
+import typing
 from collections.abc import Callable, Sequence
 
 import torch
@@ -59,6 +63,50 @@ def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
     return getattr(torch.ops.specdec_triton, op).default
 
 
+def _is_number(value: object, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# annotation -> what an argument must be, in words, and whether a value is
+KINDS = {
+    torch.Tensor: ("a tensor", lambda value: isinstance(value, torch.Tensor)),
+    int: ("an integer", lambda value: isinstance(value, torch.SymInt) or _is_number(value, int)),
+    float: ("a finite number", lambda value: _is_number(value, (int, float))),
+    str: ("a string", lambda value: isinstance(value, str)),
+    Sequence[int]: (
+        "a list of integers",
+        lambda value: isinstance(value, (list, tuple)) and all(_is_number(each, int) for each in value),
+    ),
+}
+
+
+def _typed(op: Callable) -> Callable:
+    """Refuse an argument that is not of its annotation's kind, before anything looks into it."""
+    kinds = {}
+    for name, annotation in typing.get_type_hints(op).items():
+        (plain, *_), optional = (
+            (typing.get_args(annotation) or (annotation,)),
+            type(None) in typing.get_args(annotation),
+        )
+        wanted, fits = KINDS.get(annotation) or KINDS.get(plain) or (None, None)
+        if wanted:
+            kinds[name] = (wanted + " or None" if optional else wanted), fits, optional
+    names = tuple(inspect.signature(op).parameters)
+
+    @functools.wraps(op)
+    def checked(*arguments, **options):
+        for name, value in itertools.chain(zip(names, arguments, strict=False), options.items()):
+            if name in kinds:
+                wanted, fits, optional = kinds[name]
+                if not fits(value) and not (optional and value is None):
+                    got = repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
+                    raise ValueError(f"{op.__name__}: {name} must be {wanted}, got {got}")
+        return op(*arguments, **options)
+
+    return checked
+
+
+@_typed
 def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -99,15 +147,15 @@ def tree_attention(
         ValueError: a shape, dtype, device or option is not the one above.
     """
     op = "tree_attention"
-    if query.dim() != 4 or query.dtype not in FLOAT_DTYPES:
-        raise _refusal(op, "query", "fp32, bf16 or fp16 [B, Hq, N, D]", query)
+    if query.dim() != 4 or query.dtype not in FLOAT_DTYPES or not query.numel():
+        raise _refusal(op, "query", "fp32, bf16 or fp16 [B, Hq, N, D], none of them 0", query)
     batch, query_heads, rows, head_dim = query.shape
     if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != head_dim or key.dtype != query.dtype:
         raise _refusal(op, "key", f"{query.dtype} [{batch}, Hkv, S, {head_dim}]", key)
     _, kv_heads, slots, _ = key.shape
     if not kv_heads or query_heads % kv_heads:
         raise _refusal(op, "key", f"of a number of heads that divides {query_heads}", key)
-    if value.dim() != 4 or value.shape[:3] != key.shape[:3] or value.dtype != query.dtype:
+    if value.dim() != 4 or value.shape[:3] != key.shape[:3] or not value.shape[3] or value.dtype != query.dtype:
         raise _refusal(op, "value", f"{query.dtype} [{batch}, {kv_heads}, {slots}, Dv]", value)
     if packed_tree.dtype != torch.int64 or packed_tree.dim() != 3 or packed_tree.shape[0] != batch:
         raise _refusal(op, "packed_tree", f"torch.int64 [{batch}, T, W + {TREE_FIELDS}]", packed_tree)
@@ -130,6 +178,7 @@ def tree_attention(
     return compute(query, key, value, packed_tree, scale, sliding_window, chunk_size, softcap, sinks)
 
 
+@_typed
 def accept_greedy(
     logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -165,8 +214,8 @@ def accept_greedy(
         ValueError: a shape, dtype, device or option is not the one above.
     """
     op = "accept_greedy"
-    if logits.dim() != 3 or logits.dtype not in FLOAT_DTYPES or not logits.shape[1]:
-        raise _refusal(op, "logits", "fp32, bf16 or fp16 [B, N, V] with N > 0", logits)
+    if logits.dim() != 3 or logits.dtype not in FLOAT_DTYPES or not logits.numel():
+        raise _refusal(op, "logits", "fp32, bf16 or fp16 [B, N, V], none of them 0", logits)
     batch, nodes, _ = logits.shape
     if tokens.shape != (batch, nodes) or tokens.dtype != torch.int64:
         raise _refusal(op, "tokens", f"torch.int64 [{batch}, {nodes}]", tokens)
@@ -186,6 +235,7 @@ def accept_greedy(
     return Acceptance(*resolve(op, impl, logits.device)(logits, tokens, parents, max_depth, budget, eos_ids))
 
 
+@_typed
 def compact_kv(
     storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor, path: torch.Tensor, *, impl: str | None = None
 ) -> None:
@@ -205,8 +255,8 @@ def compact_kv(
         ValueError: a shape, dtype, device or option is not the one above.
     """
     op = "compact_kv"
-    if storage.dim() != 1 or not storage.is_contiguous():
-        raise _refusal(op, "storage", "contiguous [B * S * sum(widths)]", storage)
+    if storage.dim() != 1 or not storage.is_contiguous() or not storage.numel():
+        raise _refusal(op, "storage", "contiguous [B * S * sum(widths)], none of them 0", storage)
     if base.dim() != 1 or base.dtype != torch.int64:
         raise _refusal(op, "base", "torch.int64 [B]", base)
     batch = base.shape[0]

@@ -1,0 +1,385 @@
+"""Random legal and illegal calls of the ops and of generate: the right answer, or a ValueError that says what is wrong.
+
+The quick tests draw the same few examples every time; the slow ones thousands of new ones.
+"""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import specdec_triton as sdt
+from families import EOS, NEVER, PAD, VOCAB, build, prompt
+from specdec_triton import ops
+from specdec_triton.reference import WORD_BITS
+from test_patch import snapshot
+
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+def fuzz(examples, **limits):
+    return settings(max_examples=examples, deadline=None, suppress_health_check=QUIET, database=None, **limits)
+
+
+def parents_of(draw, batch, nodes, padding=True):
+    """[B, N] int32: random trees, some nodes padding."""
+    rows = []
+    for _ in range(batch):
+        row = [-1]
+        for node in range(1, nodes):
+            real = [0] + [other for other in range(1, node) if row[other] >= 0]
+            row.append(draw(st.sampled_from(real + ([-1] if padding else []))))
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@st.composite
+def attention_calls(draw):
+    batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    nodes, dim, value_dim = draw(st.integers(1, 7)), draw(st.sampled_from([1, 4, 8])), draw(st.sampled_from([1, 4, 8]))
+    rows = draw(st.integers(1, nodes))
+    start = torch.tensor([draw(st.integers(0, 3)) for _ in range(batch)])
+    length = start + torch.tensor([draw(st.integers(0, 6)) for _ in range(batch)])
+    slots = int(length.max()) + nodes + draw(st.integers(0, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    tree = sdt.DraftTree.from_parents(torch.zeros(batch, nodes, dtype=torch.int64), parents_of(draw, batch, nodes))
+    key, value = (torch.randn(batch, kv_heads, slots, each, generator=generator) for each in (dim, value_dim))
+    columns = torch.arange(slots)
+    unused = (columns < start[:, None]) | (columns >= (length + nodes)[:, None])
+    for tensor in (key, value):
+        tensor.masked_fill_(unused[:, None, :, None], draw(st.sampled_from([0.0, float("nan"), float("inf")])))
+    options = {
+        "query": torch.randn(batch, kv_heads * group, rows, dim, generator=generator),
+        "key": key,
+        "value": value,
+        "packed_tree": tree.pack(start, length),
+        "scale": draw(st.sampled_from([None, 1.0, 0.1])),
+        "sliding_window": draw(st.sampled_from([None, 1, 3, 100])),
+        "chunk_size": draw(st.sampled_from([None, 1, 4])),
+        "softcap": draw(st.sampled_from([None, 2.0])),
+        "sinks": draw(st.sampled_from([None, torch.randn(kv_heads * group, generator=generator)])),
+    }
+    return options
+
+
+def attention_by_hand(query, key, value, packed_tree, scale, sliding_window, chunk_size, softcap, sinks, impl=None):
+    batch, heads, rows, dim = query.shape
+    nodes, group = packed_tree.shape[1], heads // key.shape[1]
+    output = torch.empty(batch, rows, heads, value.shape[-1])
+    for b, h, i in itertools.product(range(batch), range(heads), range(rows)):
+        *words, depth, start, length = packed_tree[b, nodes - rows + i].tolist()
+        seen = [(slot, slot - start) for slot in range(start, length)]
+        seen += [
+            (length + node, length - start + int(packed_tree[b, node, -3]))
+            for node in range(nodes)
+            if words[node // WORD_BITS] >> node % WORD_BITS & 1
+        ]
+        own = length - start + depth
+        slots = [
+            slot
+            for slot, position in seen
+            if (sliding_window is None or own - position < sliding_window)
+            and (chunk_size is None or own // chunk_size == position // chunk_size)
+        ]
+        scores = key[b, h // group, slots].float() @ query[b, h, i].float() * (dim**-0.5 if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[h : h + 1].float()])
+        output[b, i, h] = scores.softmax(0)[: len(slots)] @ value[b, h // group, slots].float()
+    return output
+
+
+@st.composite
+def acceptance_calls(draw):
+    batch, nodes, vocab = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    logits = torch.randint(-3, 4, (batch, nodes, vocab), generator=generator).float()  # with ties
+    infinite = torch.rand(logits.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3]))
+    return {
+        "logits": logits.masked_fill(infinite, float("-inf")).to(draw(st.sampled_from(ops.FLOAT_DTYPES))),
+        "tokens": torch.randint(0, vocab, (batch, nodes), generator=generator),
+        "parents": parents_of(draw, batch, nodes),
+        "max_depth": draw(st.integers(0, nodes - 1)),
+        "budget": draw(st.sampled_from([None, torch.randint(0, 5, (batch,), generator=generator)])),
+        "eos_ids": draw(st.sampled_from([None, torch.tensor([0]), torch.tensor([1, 3]), torch.tensor([]).long()])),
+    }
+
+
+def acceptance_by_hand(logits, tokens, parents, max_depth, budget, eos_ids, impl=None):
+    ends = [] if eos_ids is None else eos_ids.tolist()
+    rows = []
+    for row in range(len(tokens)):
+        left = max_depth + 1 if budget is None else int(budget[row])
+        node, path, target = 0, [], -1
+        while left:
+            target = int(logits[row, node].float().argmax())
+            following = [
+                child
+                for child in range(1, tokens.shape[1])
+                if parents[row, child] == node and tokens[row, child] == target
+            ]
+            if not following or target in ends or len(path) == min(left - 1, max_depth):
+                break
+            node = following[0]
+            path.append(node)
+        rows.append((path + [-1] * (max_depth - len(path)), len(path), target))
+    paths, length, next_ids = zip(*rows, strict=True)
+    path = torch.tensor(paths, dtype=torch.int32).view(len(rows), max_depth)
+    return path, torch.tensor(length), torch.tensor(next_ids), torch.zeros(len(rows), dtype=torch.bool)
+
+
+@st.composite
+def compaction_calls(draw):
+    batch, slots, depth = draw(st.integers(1, 3)), draw(st.integers(2, 12)), draw(st.integers(0, 4))
+    widths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    depth = min(depth, slots - 1)
+    base = torch.tensor([draw(st.integers(0, slots - 1 - depth)) for _ in range(batch)])
+    path = []
+    for row in range(batch):
+        nodes = draw(st.sets(st.integers(1, max(slots - 1 - int(base[row]), 1)), max_size=depth)) if depth else set()
+        path.append(sorted(nodes) + [-1] * (depth - len(nodes)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8]))
+    size = batch * slots * sum(widths)
+    storage = (torch.arange(size) % 120).to(dtype)
+    return {
+        "storage": storage,
+        "widths": widths,
+        "base": base,
+        "path": torch.tensor(path, dtype=torch.int32).view(batch, depth),
+    }
+
+
+def compaction_by_hand(storage, widths, base, path, impl=None):
+    moved = storage.clone()
+    batch = len(base)
+    slots, offset = storage.numel() // (batch * sum(widths)), 0
+    for width in widths:
+        size = batch * slots * width
+        before, after = (each[offset : offset + size].view(batch, slots, width) for each in (storage, moved))
+        for row in range(batch):
+            for place, node in enumerate(path[row].tolist()):
+                if node >= 0:
+                    after[row, base[row] + 1 + place] = before[row, base[row] + node]
+        offset += size
+    return moved
+
+
+def compact(storage, **arguments):
+    storage = storage.clone() if isinstance(storage, torch.Tensor) else storage
+    ops.compact_kv(storage, **arguments)
+    return storage
+
+
+CALLS = {
+    "tree_attention": (attention_calls(), ops.tree_attention, attention_by_hand),
+    "accept_greedy": (acceptance_calls(), ops.accept_greedy, acceptance_by_hand),
+    "compact_kv": (compaction_calls(), compact, compaction_by_hand),
+}
+
+
+# their contents are the caller's promise: a change of shape that the op cannot see would break it
+PROMISES = ("packed_tree", "parents", "path", "base")
+
+
+def spoil(draw, name, value):
+    """Something else in the place of an argument; now and then as good as what was there."""
+    if not isinstance(value, torch.Tensor):
+        return draw(st.sampled_from([None, -1, 0, 0.0, True, float("nan"), 10**9, "text", (), torch.zeros(1)]))
+    dims = st.integers(0, value.dim() - 1)
+    changes = [
+        lambda: None,
+        lambda: value.tolist(),
+        lambda: value[None],
+        lambda: value[0],
+        lambda: torch.cat([value, value]),
+        lambda: value.narrow(draw(dims), 0, 0),
+        lambda: value.to(torch.float64),
+        lambda: value.to(torch.bool),
+        lambda: value.to("meta"),
+    ]
+    if name not in PROMISES:
+        dtypes = st.sampled_from([torch.int32, torch.int64, torch.float16, torch.float32])
+        changes += [
+            lambda: torch.cat([value, value], draw(dims)),
+            lambda: value.to(draw(dtypes)),
+            lambda: value.transpose(draw(dims), draw(dims)),
+        ]
+    return draw(st.sampled_from(changes))()
+
+
+def check_op(op, data, impl):
+    calls, function, by_hand = CALLS[op]
+    arguments = data.draw(calls)
+    if data.draw(st.booleans()):
+        name = data.draw(st.sampled_from(sorted(arguments)))
+        arguments[name] = spoil(data.draw, name, arguments[name])
+    try:
+        got = function(**arguments, impl=impl)
+    except ValueError as error:
+        assert str(error).startswith(f"{op}: ") and ", got " in str(error), error
+        return
+    wanted = by_hand(**arguments)
+    if op == "tree_attention":
+        tolerance = 1e-4 if arguments["query"].dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=tolerance)
+    elif op == "accept_greedy":
+        assert all(torch.equal(ours, hand) for ours, hand in zip(got, wanted, strict=True))
+    else:
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("op", CALLS)
+@given(data=st.data())
+@fuzz(60, derandomize=True)
+def test_ops(op, data):
+    check_op(op, data, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("op", CALLS)
+@given(data=st.data())
+@fuzz(3000)
+def test_ops_at_length(op, data):
+    check_op(op, data, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("op", CALLS)
+@given(data=st.data())
+@fuzz(400)
+def test_kernels_at_length(op, data):
+    check_op(op, data, "triton")
+
+
+MODEL, DRAFT = build("llama"), build("llama", seed=1)
+ASSISTANCE = [
+    {"prompt_lookup_num_tokens": 1},
+    {"prompt_lookup_num_tokens": 7, "max_matching_ngram_size": 1},
+    {"assistant_model": DRAFT},
+    {"assistant_model": MODEL},
+    {"assistant_early_exit": 1},
+    {"assistant_early_exit": 3},
+    {"drafter": sdt.PromptLookupDrafter(branches=2)},
+    {"drafter": sdt.ModelDrafter(DRAFT, tree=7)},
+    {"drafter": sdt.EarlyExitDrafter(skip=[1], tree=sdt.Topology.from_widths([2, 2]))},
+    {"drafter": sdt.ModelDrafter(DRAFT), "tree": 3},
+]
+SUPPORTED = {
+    "max_new_tokens": st.integers(1, 14),
+    "min_new_tokens": st.integers(0, 6),
+    "eos_token_id": st.sampled_from([EOS, NEVER, [EOS, 5, 9], list(range(3, 30))]),
+    "repetition_penalty": st.sampled_from([0.7, 1.3]),
+    "no_repeat_ngram_size": st.integers(1, 3),
+    "bad_words_ids": st.sampled_from([[[5], [7, 8]], [[token] for token in range(10, 40)]]),
+    "suppress_tokens": st.sampled_from([[3, 4, 5]]),
+    "forced_eos_token_id": st.just(EOS),
+    "exponential_decay_length_penalty": st.just((2, 1.5)),
+    "sequence_bias": st.just([[[11], 4.0], [[12, 13], -3.0]]),
+    "prefix_allowed_tokens_fn": st.just(lambda row, text: [int(text[-1]) % VOCAB, *range(row + 3, VOCAB, 2)]),
+    "output_scores": st.booleans(),
+    "output_logits": st.booleans(),
+    "return_dict_in_generate": st.booleans(),
+    "pad_token_id": st.just(PAD),
+    "stopping_criteria": st.just([lambda ids, scores, **kwargs: ids[:, -1] % 7 == 3]),
+    "renormalize_logits": st.booleans(),
+    "remove_invalid_values": st.booleans(),
+    "use_cache": st.just(True),
+    "cache_implementation": st.just("dynamic"),
+    "num_beams": st.just(1),
+    "prefill_chunk_size": st.integers(1, 4),
+}
+UNSUPPORTED = {
+    "num_beams": st.just(2),
+    "use_cache": st.just(False),
+    "cache_implementation": st.sampled_from(["static", "offloaded", "quantized", "nonsense"]),
+    "output_attentions": st.just(True),
+    "output_hidden_states": st.just(True),
+    "num_return_sequences": st.just(2),
+    "max_new_tokens": st.sampled_from([0, -3]),
+    "min_new_tokens": st.just(-1),
+    "repetition_penalty": st.sampled_from([0.0, -1.0]),
+    "bad_words_ids": st.just([[]]),
+    "guidance_scale": st.just(1.5),
+    "use_mtp": st.just(True),
+    "assistant_ensemble_weight": st.just(0.5),
+    "synced_gpus": st.just(True),
+    "unknown_argument": st.just(1),
+    "inputs_embeds": st.just(torch.zeros(1, 3, 32)),
+    "attention_mask": st.sampled_from([torch.ones(1, 3), torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1, 1]])]),
+    "tree": st.sampled_from([0, True, "wide", 2.5]),
+    "rule": st.sampled_from(["nonsense", 3]),
+    "impl": st.sampled_from(["cuda", 1]),
+}
+OURS = {"drafter", "tree", "rule", "impl"}
+
+
+@st.composite
+def generate_calls(draw):
+    names = draw(st.lists(st.sampled_from(sorted(SUPPORTED)), max_size=5, unique=True))
+    options = {"max_new_tokens": 8, "eos_token_id": NEVER, "do_sample": False}
+    options |= {name: draw(SUPPORTED[name]) for name in names}
+    if draw(st.integers(0, 3)) == 0:
+        name = draw(st.sampled_from(sorted(UNSUPPORTED)))
+        options[name] = draw(UNSUPPORTED[name])
+    batch = draw(st.integers(1, 3))
+    inputs = prompt(batch, draw(st.integers(4, 12)), draw(st.integers(0, 3)), seed=draw(st.integers(0, 99)))
+    return {**inputs, **options}, draw(st.sampled_from(ASSISTANCE)), draw(st.sampled_from([None, "reference"]))
+
+
+def check_generate(call):
+    """Plain and speculative: the same output; or an error of ours that names what is refused; or the same error."""
+    options, assistance, impl = call
+    ours = {name: options.pop(name) for name in OURS & set(options)}
+    plain = failure = None
+    try:
+        plain = MODEL.generate(**options)
+    except Exception as error:  # whatever transformers makes of it
+        failure = error
+    before = snapshot(MODEL), snapshot(DRAFT)
+    patch = {"impl": impl} | {name: value for name, value in assistance.items() if name in OURS} | ours
+    asked = {name: value for name, value in assistance.items() if name not in OURS}
+    try:
+        with sdt.patched(MODEL, **patch):
+            result = MODEL.generate(**options, **asked)
+    except Exception as error:
+        refused = isinstance(error, ValueError) and ", got " in str(error)
+        same = type(error) is type(failure) and str(error) == str(failure)
+        assert refused or same, f"{error!r} against {failure!r}"
+    else:
+        assert failure is None, f"no error against {failure!r}"
+        assert_same(result, plain)
+    assert (snapshot(MODEL), snapshot(DRAFT)) == before
+
+
+def assert_same(ours, plain):
+    assert type(ours) is type(plain) or isinstance(ours, torch.Tensor) == isinstance(plain, torch.Tensor)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, plain)
+        return
+    assert torch.equal(ours.sequences, plain.sequences)
+    first = plain.sequences.shape[1] - len(plain.scores or plain.logits or ())
+    for name in ("scores", "logits"):
+        got, wanted = getattr(ours, name), getattr(plain, name)
+        assert (got is None) == (wanted is None)
+        for column, (one, other) in enumerate(zip(got or (), wanted or (), strict=True), first):
+            live = (plain.sequences[:, first:column] != EOS).all(1)
+            torch.testing.assert_close(one[live], other[live], rtol=1e-3, atol=1e-3)
+
+
+@given(call=generate_calls())
+@fuzz(40, derandomize=True)
+def test_generate(call):
+    check_generate(call)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@given(call=generate_calls())
+@fuzz(300)
+def test_generate_at_length(call):
+    check_generate(call)

@@ -8,7 +8,8 @@ is switched on around verify forwards only, since models built from one config s
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from types import CodeType
 
 import torch
 from torch import nn
@@ -17,12 +18,16 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from . import ops
+from .reference import TREE_FIELDS
 
 # one registered name an implementation, so that an explicit choice needs no global state
 NAMES = {None: "specdec_tree", "triton": "specdec_tree_triton", "reference": "specdec_tree_reference"}
 NOT_PASSED = "not passed"
+CORRECTED_MODULES = ("Llama4TextAttention",)  # they take positions from the cache: see _temperature_correction
 DENSE_MASK_MODELS = ("doge", "moshi")  # they make more of their dense mask than attention is told
 RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm", "hybrid")
+# kinds of layers whose visible keys follow from positions alone, and kinds without attention; any other is refused
+KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe", "dummy"}
 
 
 def tree_attention_forward(
@@ -64,7 +69,12 @@ def tree_attention_forward(
                 f"{type(module).__name__} that has a window of {sliding_window} in its dense mask only: decode it "
                 "without speculation"
             )
-    chunk_size = getattr(module.config, "attention_chunk_size", None) if getattr(module, "use_rope", False) else None
+    # Llama 4: chunks on layers with rope, a temperature on those without
+    use_rope = getattr(module, "use_rope", False)
+    chunk_size = getattr(module.config, "attention_chunk_size", None) if use_rope else None
+    if getattr(module, "attn_temperature_tuning", False) and not use_rope:
+        factor = _temperature_correction(module, attention_mask[:, 0], query.shape[2], key.shape[2])
+        query = (query * factor).to(query.dtype)
     output = ops.tree_attention(
         query,
         key,
@@ -78,6 +88,21 @@ def tree_attention_forward(
         impl=impl,
     )
     return output, None
+
+
+def _temperature_correction(module: nn.Module, packed_tree: torch.Tensor, rows: int, slots: int) -> torch.Tensor:
+    """What makes up for Llama 4's attention temperature at wrong positions: [B, 1, N, 1], a factor for each query.
+
+    It scales a query by its column (padding counts), which it takes to be the cache's length and on: here, after all
+    slots. A node stands at its sequence's length + depth.
+    """
+
+    def temperature(columns: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(torch.floor((columns.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    taken = slots + torch.arange(rows, device=packed_tree.device)
+    columns = (packed_tree[..., -1] + packed_tree[..., -TREE_FIELDS])[:, -rows:]
+    return (temperature(columns) / temperature(taken))[:, None, :, None]
 
 
 for _impl, _name in NAMES.items():
@@ -117,7 +142,8 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
     """Refuse, by name, what tree verification cannot serve.
 
     Raises:
-        ValueError: an encoder-decoder, a model with recurrent state, or one outside transformers' attention interface.
+        ValueError: an encoder-decoder, a model with recurrent state or with layers that choose their keys by content,
+            one outside transformers' attention interface, or one that does not tell it its positions or window.
     """
     name = type(model).__name__
     config = model.config.get_text_config()
@@ -134,6 +160,12 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
             f"patch: {role} must keep all its state in keys and values, got {name} with recurrent state{what}, which "
             "cannot be rolled back: decode it without speculation"
         )
+    unknown = sorted(set(layer_types) - KNOWN_LAYERS)
+    if unknown:
+        raise ValueError(
+            f"patch: {role} must attend to keys by their positions, got {name} with layers {', '.join(unknown)}, which "
+            "choose keys otherwise: decode it without speculation"
+        )
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"patch: {role} must take its attention from transformers' AttentionInterface, got {name}, which does not: "
@@ -144,9 +176,49 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
             f"patch: {role} must take position_ids and no more than a mask's visible slots, got {name}, which derives "
             "positions or attention from the cache or a dense mask: decode it without speculation"
         )
+    for module in model.modules():
+        _check_attention(module, role, name)
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:
         raise ValueError(
             f"patch: {role} must be on one device, with its weights there, got {name} on {sorted(map(str, devices))}: "
             "load it without offloading"
         )
+
+
+def _check_attention(module: nn.Module, role: str, name: str) -> None:
+    """Refuse an attention module whose call of the attention function leaves something out.
+
+    Only a forward would tell otherwise, so its compiled code is read.
+    """
+    words = _attention_words(type(module))
+    window = getattr(getattr(module, "config", None), "sliding_window", None)
+    if words and window is not None and "sliding_window" not in words:
+        raise ValueError(
+            f"patch: {role} must pass its sliding_window to the attention function, got {name}, whose "
+            f"{type(module).__name__} has a window of {window} in its dense mask only: decode it without speculation, "
+            "or load it with sliding_window=None if texts stay shorter"
+        )
+    if "get_seq_length" in words and type(module).__name__ not in CORRECTED_MODULES:
+        raise ValueError(
+            f"patch: {role} must take its positions from position_ids, got {name}, whose {type(module).__name__} takes "
+            "them from the cache: decode it without speculation"
+        )
+
+
+@cache
+def _attention_words(module_class: type[nn.Module]) -> frozenset:
+    """The names and constants in the code of `forward`, keywords of its calls among them, if it calls the attention
+    function; else nothing."""
+    code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
+    words = frozenset() if code is None else frozenset(_words(code))
+    return words if "ALL_ATTENTION_FUNCTIONS" in words else frozenset()
+
+
+def _words(code: CodeType) -> Iterator:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words(constant)
+        else:
+            yield from constant if isinstance(constant, tuple) else [constant]

@@ -159,7 +159,7 @@ class Speculation:
         self.budget = torch.full((batch,), self.max_length - prompt_length, device=model.device)
         by_default = self.impl is None and ops.implementation("tree_attention", model.device)[0] == "reference"
         self.plain_steps = by_default and not self.start.any()
-        self.runner = TreeRunner(model, self.start, self.max_length - 1, impl)
+        self.runner = TreeRunner(model, self.start, self.max_length - 1 - self.start, impl)
         self.context = DraftContext(
             tokens=torch.nn.functional.pad(self.input_ids, (0, self.max_length + 1 - prompt_length)),
             start=self.start,

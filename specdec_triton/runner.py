@@ -16,13 +16,16 @@ class TreeRunner:
     Args:
         model: the model, left as it is outside `forward`.
         start: [B] int64. First column that holds a real token.
-        last_position: largest position that may be fed; deeper nodes are clamped to it (they can never be emitted).
+        last_position: [B] int64, or one for all. Largest position that may be fed; deeper nodes, which can never be
+            emitted, are clamped to it.
         impl: implementation of the ops, see `ops`.
     """
 
-    def __init__(self, model: PreTrainedModel, start: torch.Tensor, last_position: int, impl: str | None = None):
+    def __init__(
+        self, model: PreTrainedModel, start: torch.Tensor, last_position: torch.Tensor | int, impl: str | None = None
+    ):
         self.model, self.start, self.impl = model, start, impl
-        self.last_position = last_position
+        self.last_position = torch.as_tensor(last_position, device=start.device).expand(len(start))
         self.cache: TreeCache | None = None
         self._configs = own_configs(model)
         # some mixtures of experts read the attention mask for a training loss when their config says so
@@ -65,7 +68,7 @@ class TreeRunner:
             outputs = self.model(
                 input_ids=tokens,
                 attention_mask=pack_tree(depth, ancestors, self.start, base)[:, None],
-                position_ids=position.clamp(max=self.last_position),
+                position_ids=torch.minimum(position, self.last_position[:, None]),
                 past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,

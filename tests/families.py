@@ -1,10 +1,12 @@
-"""Tiny random models of many families, and prompts for them."""
+"""Tiny random models of every family that is tried, and prompts for them."""
+
+from typing import NamedTuple
 
 import torch
 import transformers
 
 VOCAB, PAD, BOS, EOS = 61, 0, 1, 2
-WINDOW = 6
+WINDOW, CHUNK = 6, 8  # prompts and texts of the tests cross both
 NEVER = 10_000  # an EOS that no model here can emit (None means: as in the model's generation config)
 
 _COMMON = {
@@ -17,31 +19,150 @@ _COMMON = {
     "pad_token_id": PAD,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
+    "tie_word_embeddings": False,  # tied random embeddings repeat one token for ever
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
+_WINDOW = {**_GROUPED, "sliding_window": WINDOW}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MIXED = {**_WINDOW, "sliding_window_pattern": 2}
 
-# name -> model class, config class, options, attention implementation of the plain reference
+
+class Family(NamedTuple):
+    """How to make a model, and what its attention asks for beyond one key head for each query head, all of the past."""
+
+    model: str
+    options: dict
+    features: str = ""
+
+
 FAMILIES = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", _GROUPED),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _GROUPED),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_GROUPED, "head_dim": 8}),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**_GROUPED, "head_dim": 8, "sliding_window": WINDOW}),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_GROUPED, "head_dim": 8, "sliding_window": WINDOW}),
-    "mistral": ("MistralForCausalLM", "MistralConfig", {**_GROUPED, "sliding_window": WINDOW}),
-    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _COMMON),
+    "llama": Family("LlamaForCausalLM", _GROUPED, "GQA"),
+    "llama4": Family(
+        "Llama4ForCausalLM",
+        {
+            **_GROUPED,
+            **_EXPERTS,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": CHUNK,
+            "no_rope_layer_interval": 2,
+            "floor_scale": 4,
+        },
+        "GQA, chunks on layers with rope",
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _GROUPED, "GQA"),
+    "qwen2_window": Family(
+        "Qwen2ForCausalLM",
+        {**_WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+        "GQA, window on some layers",
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", {**_GROUPED, "head_dim": 8}, "GQA"),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {**_GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        "GQA",
+    ),
+    "mistral": Family("MistralForCausalLM", {**_GROUPED, "sliding_window": None}, "GQA"),
+    "mistral_window": Family("MistralForCausalLM", _WINDOW, "GQA, window"),
+    "mixtral": Family("MixtralForCausalLM", {**_GROUPED, **_EXPERTS}, "GQA"),
+    "gemma": Family("GemmaForCausalLM", {**_COMMON, "head_dim": 16, "num_key_value_heads": 1}, "MQA"),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {**_WINDOW, "head_dim": 8, "attn_logit_softcapping": 2.0},
+        "GQA, window on some layers, softcap",
+    ),
+    "gemma3": Family("Gemma3ForCausalLM", {**_MIXED, "head_dim": 8}, "GQA, window on some layers"),
+    "phi": Family("PhiForCausalLM", _COMMON),
+    "phi3": Family("Phi3ForCausalLM", {**_GROUPED, "sliding_window": None}, "GQA"),
+    "phi3_window": Family("Phi3ForCausalLM", _WINDOW, "GQA, window"),
+    "gpt_neox": Family("GPTNeoXForCausalLM", _COMMON),
+    "gpt2": Family("GPT2LMHeadModel", _COMMON, "learned positions"),
+    "gpt_bigcode": Family("GPTBigCodeForCausalLM", _COMMON, "MQA, learned positions"),
+    "opt": Family("OPTForCausalLM", {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}, "learned positions"),
+    "gpt_oss": Family("GptOssForCausalLM", {**_WINDOW, **_EXPERTS, "head_dim": 8}, "GQA, window on some layers, sinks"),
+    "cohere2": Family("Cohere2ForCausalLM", {**_MIXED}, "GQA, window on some layers"),
+    "olmo2": Family("Olmo2ForCausalLM", _GROUPED, "GQA"),
+    "granite": Family("GraniteForCausalLM", {**_GROUPED, "attention_multiplier": 0.2}, "GQA, a scale of its own"),
+    "starcoder2": Family("Starcoder2ForCausalLM", _WINDOW, "GQA, window"),
+    "stablelm": Family("StableLmForCausalLM", _GROUPED, "GQA"),
+    "smollm3": Family("SmolLM3ForCausalLM", {**_GROUPED, "no_rope_layer_interval": 2}, "GQA, layers without positions"),
+    "glm4": Family("Glm4ForCausalLM", {**_GROUPED, "head_dim": 8}, "GQA"),
+    "exaone4": Family("Exaone4ForCausalLM", {**_MIXED}, "GQA, window on some layers"),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        {
+            **_COMMON,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+        "MLA: values narrower than keys",
+    ),
+}
+# enough for tests of what does not depend on the family
+FEW = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral_window", "gpt_neox")
+
+_MAMBA = {"mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_n_groups": 1}
+_SEQ2SEQ = {"vocab_size": VOCAB, "d_model": 16}
+
+# name -> model, and why `patch` refuses it, in the words of its error
+REFUSED = {
+    "gptj": Family("GPTJForCausalLM", {**_COMMON, "rotary_dim": 4}, "AttentionInterface"),
+    "falcon": Family("FalconForCausalLM", _COMMON, "AttentionInterface"),
+    "bloom": Family("BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 4}, "AttentionInterface"),
+    "mpt": Family("MptForCausalLM", {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4}, "AttentionInterface"),
+    "mamba": Family(
+        "MambaForCausalLM", {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1}, "recurrent state"
+    ),
+    "jamba": Family("JambaForCausalLM", {**_GROUPED, "num_experts": 2, "use_mamba_kernels": False}, "recurrent state"),
+    "recurrent_gemma": Family(
+        "RecurrentGemmaForCausalLM", {**_GROUPED, "lru_width": 32, "attention_window_size": 8}, "recurrent state"
+    ),
+    "qwen3_next": Family(
+        "Qwen3NextForCausalLM",
+        {**_GROUPED, "num_hidden_layers": 4, "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
+        "recurrent state",
+    ),
+    "falcon_h1": Family("FalconH1ForCausalLM", {**_GROUPED, **_MAMBA}, "recurrent state"),
+    "t5": Family(
+        "T5ForConditionalGeneration",
+        {**_SEQ2SEQ, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2},
+        "decoder-only",
+    ),
+    "bart": Family(
+        "BartForConditionalGeneration",
+        {**_SEQ2SEQ, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+        "decoder-only",
+    ),
+    "deepseek_v32": Family(
+        "DeepseekV32ForCausalLM",
+        {**FAMILIES["deepseek_v3"].options, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
+        "indexed_attention",
+    ),
+    "phimoe_window": Family("PhimoeForCausalLM", {**_WINDOW, **_EXPERTS}, "sliding_window"),
 }
 
 
 def build(family: str, seed: int = 0, **options) -> transformers.PreTrainedModel:
-    """A model with weights large enough that its greedy text wanders."""
-    model_class, config_class, defaults = FAMILIES[family]
+    """A model with weights large enough that its greedy text wanders, and changes with anything that a layer sees."""
+    model_class, defaults, _ = (FAMILIES | REFUSED)[family]
+    model_class = getattr(transformers, model_class)
     torch.manual_seed(seed)
-    config = getattr(transformers, config_class)(**{**defaults, **options})
-    model = getattr(transformers, model_class)(config).eval()
+    model = model_class(model_class.config_class(**{**defaults, **options})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(3)
+                parameter.normal_(0, 2 / parameter.shape[-1] ** 0.5)
     if family == "gemma2":
         model.set_attn_implementation("eager")  # some releases drop the softcap under sdpa
     return model

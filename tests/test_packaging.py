@@ -22,7 +22,7 @@ ARROWS = {
     "reference": set(),
     "tree": {"reference"},
     "ops": {"reference", "kernels"},
-    "attention": {"ops", "tree"},
+    "attention": {"ops", "reference", "tree"},
     "cache": {"ops", "tree"},
     "runner": {"attention", "cache", "ops", "tree"},
     "drafters": {"attention", "cache", "drafters", "ops", "reference", "runner", "tree"},

@@ -314,14 +314,14 @@ def test_state_that_cannot_be_rolled_back_is_refused(model):
             model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)
 
 
-def test_a_window_that_attention_is_not_told_of_is_refused():
-    config = transformers.PhimoeConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2, sliding_window=6, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    other = transformers.PhimoeForCausalLM(config).eval()
-    with sdt.patched(other), pytest.raises(ValueError, match="sliding_window must be passed to the attention function"):
-        other.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)
+def test_a_window_that_attention_is_not_told_of_is_refused_in_the_call_too():
+    module = torch.nn.Linear(2, 2)
+    module.config = transformers.MistralConfig(sliding_window=6)
+    with pytest.raises(ValueError, match="sliding_window must be passed to the attention function, got a Linear"):
+        sdt.attention.tree_attention_forward(module, None, None, None, torch.zeros(1, 1, 1, 4, dtype=torch.int64))
+
+
+def test_positions_that_are_not_asked_for_are_refused():
     bart = transformers.BartForCausalLM(
         transformers.BartConfig(vocab_size=VOCAB, d_model=16, decoder_layers=1, decoder_attention_heads=2)
     )

@@ -96,7 +96,8 @@ class ModelSession(DraftSession):
         self._shares_cache, self._catch_up = shares_cache, 1 if shares_cache else CATCH_UP
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
         self._last_token = model.get_input_embeddings().num_embeddings - 1
-        self._runner = TreeRunner(model, context.start, min(limit, context.max_length) - 1, context.impl)
+        last = (context.max_length - context.start).clamp(max=limit) - 1
+        self._runner = TreeRunner(model, context.start, last, context.impl)
         if shares_cache:
             self._runner.cache = context.target.cache
         else:
@@ -110,7 +111,9 @@ class ModelSession(DraftSession):
         real = columns >= context.start[:, None]
         kwargs = {
             "attention_mask": real.long(),
-            "position_ids": (columns - context.start[:, None]).clamp(0, self._runner.last_position),
+            "position_ids": (columns - context.start[:, None])
+            .clamp(min=0)
+            .minimum(self._runner.last_position[:, None]),
         }
         if model._supports_logits_to_keep():
             kwargs["logits_to_keep"] = 1

@@ -93,7 +93,8 @@ FAMILIES = {
         "DeepseekV3ForCausalLM",
         {
             **_COMMON,
-            "num_key_value_heads": 4,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
             "moe_intermediate_size": 24,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
@@ -147,7 +148,7 @@ REFUSED = {
     "deepseek_v32": Family(
         "DeepseekV32ForCausalLM",
         {**FAMILIES["deepseek_v3"].options, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
-        "indexed_attention",
+        "by their positions",
     ),
     "phimoe_window": Family("PhimoeForCausalLM", {**_WINDOW, **_EXPERTS}, "sliding_window"),
 }

@@ -1,0 +1,134 @@
+"""Every family is exact, through the reference and through the kernels, or refused by name.
+
+`bench/families.py` runs this file under a version of transformers and makes the README's table of what came of it.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import specdec_triton as sdt
+from families import FAMILIES, NEVER, PAD, REFUSED, build, prompt
+from test_generate import TREES, oracle
+from test_patch import snapshot
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# all that attention is asked for: groups and chunks, softcap and window, sinks, narrow values, one key head
+QUICK_KERNELS = ("llama4", "gemma2", "gpt_oss", "deepseek_v3", "gemma")
+
+
+def quick(family: str, impl: str, penalty: float) -> bool:
+    return impl == "reference" or (family in QUICK_KERNELS and penalty > 1)
+
+
+CELLS = [
+    pytest.param(*cell, id="-".join(map(str, cell)), marks=[] if quick(*cell) else pytest.mark.slow)
+    for cell in itertools.product(FAMILIES, ("reference", "triton"), (1.0, 1.3))
+]
+
+
+@pytest.fixture
+def paths(monkeypatch):
+    """The accepted paths [B, D] of all rounds, each with which of its rows could emit."""
+    seen, accept = [], sdt.ops.accept_greedy
+
+    def spy(*args, **options):
+        accepted = accept(*args, **options)
+        seen.append((accepted.path.cpu(), options["budget"].cpu() > 0))
+        return accepted
+
+    monkeypatch.setattr(sdt.ops, "accept_greedy", spy)
+    return seen
+
+
+def ends_one_row(text: torch.Tensor) -> int:
+    """A token that one of two rows has in mid-text for the first time, and the other nowhere."""
+    columns = text.shape[1]
+    for row, other in ((0, 1), (1, 0)):
+        mine, theirs = text[row].tolist(), text[other].tolist()
+        for column in range(columns // 4, 3 * columns // 4):
+            if mine[column] != PAD and mine[column] not in mine[:column] + theirs:
+                return mine[column]
+    raise AssertionError(f"no token ends one row of {text.tolist()}")
+
+
+def perturbed(family: str, **options):
+    """The target's own weights with a little noise: a draft that is sometimes right."""
+    draft = build(family, **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator), alpha=0.05 * float(parameter.std(correction=0))
+            )
+    return draft.to(DEVICE)
+
+
+@pytest.mark.parametrize(("family", "impl", "penalty"), CELLS)
+def test_text_is_plain_generates(family, impl, penalty, paths):
+    through_kernels = impl == "triton"
+    size = {"num_hidden_layers": 2} if through_kernels else {}
+    model, inputs = build(family, **size).to(DEVICE), {name: tensor.to(DEVICE) for name, tensor in prompt().items()}
+    options = {"do_sample": False, "max_new_tokens": 8 if through_kernels else 30, "repetition_penalty": penalty}
+    first = inputs["input_ids"].shape[1]
+    options["eos_token_id"] = ends_one_row(model.generate(**inputs, **options, eos_token_id=NEVER)[:, first:])
+    plain = model.generate(**inputs, **options)
+    assert (plain[:, first:] == options["eos_token_id"]).sum() == 1
+
+    with sdt.patched(model, drafter=oracle(plain, 0.5, tree=TREES["skipping"]), impl=impl):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+    in_place = 1 + torch.arange(paths[-1][0].shape[1])
+    accepted = [path[live] for path, live in paths[1:]]
+    assert any((path >= 0).any() for path in accepted), "no draft was accepted"
+    assert any((path < 0).all(1).any() for path in accepted), "no draft was rejected at its first token"
+    assert any(((path >= 0) & (path != in_place)).any() for path in accepted), "no key was moved"
+
+    drafter = sdt.ModelDrafter(
+        perturbed(family, **size), tree=sdt.Topology.from_widths([2] if through_kernels else [2, 1])
+    )
+    with sdt.patched(model, drafter=drafter, impl=impl):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+    stats = sdt.stats(model)
+    assert 0 < stats.accepted < drafter.tree.max_depth * stats.row_rounds
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "learned positions" in FAMILIES[family].features])
+def test_the_last_learned_position_is_never_passed(family, padding):
+    """One more would be an index error. Padding takes no positions: a padded text may have as many columns more."""
+    limit, shape = 24, {"padding": 0, "length": 8 + padding}
+    model, inputs = build(family, max_position_embeddings=limit).to(DEVICE), prompt(**shape)
+    inputs["attention_mask"][:, :padding] = 0
+    inputs["attention_mask"][0, : padding + 2] = 0
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+    options = {"do_sample": False, "max_length": limit + padding, "eos_token_id": NEVER}
+    plain = model.generate(**inputs, **options)
+    draft = perturbed(family, max_position_embeddings=limit)
+    shorter = perturbed(family, max_position_embeddings=limit // 2)
+    for drafter in (
+        oracle(plain, tree=sdt.Topology.chain(9)),
+        oracle(plain, tree=TREES["skipping"]),
+        sdt.ModelDrafter(draft, tree=TREES["wide"]),
+        sdt.ModelDrafter(shorter, num_tokens=9),
+    ):
+        with sdt.patched(model, drafter=drafter):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_by_name(family, record_property):
+    model = build(family)
+    before = snapshot(model)
+    with pytest.raises(ValueError) as refusal:
+        sdt.patch(model)
+    assert snapshot(model) == before
+    message = str(refusal.value)
+    assert message.startswith("patch: the model must ") and f"got {type(model).__name__}" in message.replace(
+        "the encoder-decoder ", ""
+    )
+    assert REFUSED[family].features in message
+    assert "decode it without speculation" in message or "use transformers' own" in message
+    record_property("refusal", message)
+    with pytest.raises(ValueError, match="patch: the draft model must"):
+        sdt.ModelDrafter(model)

@@ -29,7 +29,7 @@ class Recorder:
     def __init__(self, kernels: str):
         self.kernels = kernels
         self.outcomes: dict[tuple[str, str], list[str]] = defaultdict(list)
-        self.messages: dict[str, str] = {}
+        self.messages: dict[str, str | None] = {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -43,7 +43,7 @@ class Recorder:
         )
         implementation = self.kernels if implementation == "triton" else implementation
         self.outcomes[family, implementation].append(report.outcome)
-        self.messages.update({family: text for name, text in report.user_properties if name == "refusal"})
+        self.messages[family] = dict(report.user_properties).get("refusal")
         return report
 
 
@@ -87,7 +87,7 @@ def table(rows: list[dict]) -> str:
     groups = defaultdict(list)
     for family, label, attention in _families(rows, refused=False):
         cells = [found.get((family, *column), {"result": "not run"})["result"] for column in columns]
-        groups[attention or "plain", *cells].append(label)
+        groups[(attention or "plain", *cells)].append(label)
     heads = ["attention", "models", *(f"{IMPLEMENTATIONS[how]}, {version}" for how, version in columns)]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for (attention, *cells), labels in sorted(groups.items()):
@@ -96,13 +96,15 @@ def table(rows: list[dict]) -> str:
     refusals = defaultdict(list)
     for family, label, message in _families(rows, refused=True):
         cells = [found.get((family, REFUSING, version), {"result": "not run"})["result"] for version in versions]
-        refusals[_reason(message), *cells].append(label)
+        refusals[(_reason(message), *cells)].append(label)
     heads = ["a model must", "or is refused when patched", *versions]
     lines += ["", _line(heads), _line(["---"] * len(heads))]
     lines += [_line([reason, ", ".join(labels), *cells]) for (reason, *cells), labels in sorted(refusals.items())]
 
-    lines += ["", f"transformers {' and '.join(versions)}; {_origin(rows)}; GQA: several query heads share a key head,"]
-    lines[-1] += " MQA: all do."
+    lines += [
+        "",
+        f"transformers {' and '.join(versions)}: {_origin(rows)}.",
+    ]
     return "\n".join(lines)
 
 
@@ -123,11 +125,13 @@ def _reason(message: str | None) -> str:
 
 def _origin(rows: list[dict]) -> str:
     """Where the rows are from, in words."""
-    facts = {name: sorted({row[name] for row in rows}) for name in ("device", "torch", "commit")}
+    devices, torches, commits = (
+        ", ".join(sorted({row[name] for row in rows})) for name in ("device", "torch", "commit")
+    )
     dates = sorted({row["date"][:10] for row in rows})
     return (
-        f"{sum(row['tests'] for row in rows)} tests on {', '.join(facts['device'])}, torch {', '.join(facts['torch'])}, "
-        f"{' to '.join(sorted({dates[0], dates[-1]}))}, commit {', '.join(facts['commit'])}"
+        f"{sum(row['tests'] for row in rows)} tests on {devices}, torch {torches}, "
+        f"{' to '.join(sorted({dates[0], dates[-1]}))}, commit {commits}"
     )
 
 

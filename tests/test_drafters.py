@@ -130,10 +130,10 @@ def assert_ranked_by(draft, target, drafter, monkeypatch):
         target.generate(**prompt(), do_sample=False, max_new_tokens=16, eos_token_id=NEVER)
     for tokens, length, budget, proposed in seen[:5]:
         proposed.check(torch.from_numpy(tokens[np.arange(2), length]), 61, "ModelDrafter")
-        for row, start in [(row, start) for row, start in ((0, 3), (1, 0)) if budget[row]]:
+        for row, start in ((0, 3), (1, 0)):
             for node, parent in enumerate(tree.limited(proposed.max_depth).parents):
-                if not node:
-                    continue
+                if not 0 < tree.depths[node] < budget[row]:
+                    continue  # the root, or too deep to be emitted
                 path, at = [], parent
                 while at > 0:
                     path.insert(0, int(proposed.tokens[row, at]))

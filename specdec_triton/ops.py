@@ -208,7 +208,8 @@ def accept_sample(
 
     Args:
         logits: [B, N, V] fp32, bf16 or fp16. The target's logits after the path that ends at each node.
-        tokens: [B, N] int64. Draft token of each node; node 0 is the root, the last emitted token.
+        tokens: [B, N] int64. Draft token of each node; node 0 is the root, the last emitted token. A node whose token
+            is not 0 to V - 1 is padding.
         parents: [B, N] int32. -1 at the root and at padding nodes (never reached), parents[:, i] < i elsewhere.
             Siblings count in index order: where they were drawn, that is the order in which they were drawn.
         rule: a name in `rules.RULES`; "typical" is lossy. For "rejection" and "block", nodes that do not continue the

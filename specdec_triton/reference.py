@@ -196,9 +196,11 @@ def accept_sample(
         def log_probs(node):
             return _row(all_log_probs, node).squeeze(1)
 
+    # the root's token is not looked up, and a node whose token the target does not know is padding
+    vocab = logits.shape[2]
     round = Round(
-        tokens=tokens,
-        parents=parents.long(),
+        tokens=tokens.clamp(0, vocab - 1),
+        parents=torch.where((tokens >= 0) & (tokens < vocab), parents.long(), -1),
         max_depth=max_depth,
         log_probs=log_probs,
         draft_probs=draft_probs,

@@ -34,6 +34,7 @@ ARROWS = {
     "generate": {"attention", "cache", "drafters", "ops", "processors", "reference", "runner", "transcript", "tree"},
     "patch": {"attention", "drafters", "generate", "tree"},
     "instruments": set(),
+    "proof": set(),
     "models": set(),
     "prompts": set(),
     # these two use the library as any user would: `import specdec_triton`
@@ -50,6 +51,7 @@ PACKAGES = {
     "tree": {"torch"},
     "ops": {"torch"},
     "instruments": {"torch"},
+    "proof": {"numpy", "torch"},
     "prompts": set(),
 }
 

@@ -147,6 +147,14 @@ def acceptance(siblings: Siblings, token: torch.Tensor) -> tuple[torch.Tensor, t
     return torch.where(wanted == 0, 0.0, ratio.clamp(max=1)), drawn
 
 
+def chance_of(siblings: Siblings) -> torch.Tensor:
+    """[B] fp32 chance of a node itself, once its children are rejected: its weight, if none was tried.
+
+    Nothing is short at the root, so its chance is 1 (or 0/0, which passes: see `passes`).
+    """
+    return siblings.mass / (siblings.mass + siblings.short)
+
+
 def rejected(siblings: Siblings, token: torch.Tensor, replaces: bool) -> Siblings:
     """After the child `token` [B] was rejected: residual <- max(residual - draft, 0), and the token leaves the draft.
 
@@ -175,7 +183,10 @@ def next_token(round: Round, node: torch.Tensor, siblings: Siblings) -> torch.Te
 
 
 def passes(round: Round, node: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """[B] bool: each row's `node` [B] passes a test of `chance` [B], by the node's own number in this round."""
+    """[B] bool: each row's `node` [B] passes a test of `chance` [B], by the node's own number in this round.
+
+    A chance of NaN passes.
+    """
     return ~(noise.uniform(round.seeds, round.position, node, noise.ACCEPT) >= chance)
 
 
@@ -241,9 +252,7 @@ def block(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
             siblings = _where(child_follows, rejected(siblings, token, replaces=True), siblings)
         # node - 1 is judged once it is known whether a child follows it: its residual is what the child leaves
         here = torch.full_like(last, node - 1)
-        passed = (
-            goes_on & passes(round, here, siblings.mass / (siblings.mass + siblings.short)) if node > 1 else goes_on
-        )
+        passed = goes_on & passes(round, here, chance_of(siblings))
         last, kept = torch.where(passed, here, last), _where(passed, siblings, kept)
         if not end:
             goes_on, weight = child_follows, chance
@@ -300,8 +309,7 @@ def traversal(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
         entered = entered | ((nodes == child[:, None]) & has_child[:, None])
 
         judged = ~has_child & ~done
-        chance_here = siblings.mass / (siblings.mass + siblings.short)
-        passed = judged & ((here == 0) | passes(round, here, chance_here))
+        passed = judged & passes(round, here, chance_of(siblings))
         failed = judged & ~passed
         done = done | passed
 

@@ -183,14 +183,31 @@ def test_exhausted_support(rule):
 
 
 def test_a_confident_draft_keeps_its_digits():
-    """After a token of mass 1 - 3e-7 was drawn and rejected, the rest of the draft is still known to a percent."""
-    rest = 1e-7
-    target, draft = logs(0.1, 0.3, 0.3, 0.3), logs(1 - 3 * rest, rest, rest, rest)
-    result = accept(
-        [target] * 3, [0, 0, 1], [-1, 0, 0], "multi_round", draft=[draft, None, None], rows=MANY, sampling="without"
-    )
+    """A token of mass 1 - 9e-8 was drawn and rejected: fp32 has no such number, and the rest of the draft counts."""
+    rest = 3e-8
+    target, draft = logs(0.1, 0.1, 0.4, 0.4), logs(1 - 3 * rest, rest, rest, rest)
+    result = accept([target] * 3, [0, 0, 1], [-1, 0, 0], "multi_round", draft=[draft, None, None], rows=MANY)
     assert share(result, 1)[0] == pytest.approx(0.1, **NEAR)
-    assert share(result, 2)[0] == pytest.approx(0.9, **NEAR)  # a third of what is left, drawn with a third
+    # 1/9 of what the target has left, drawn with 1/3
+    assert share(result, 2)[0] == pytest.approx(0.9 / 3, **NEAR)
+
+
+def test_nothing_left_by_rounding():
+    """A residual of no mass: no more children, and the next token is the target's own."""
+    target = torch.tensor([[0.25, 0.75, 0.0, 0.0]]).expand(MANY, -1)
+    for draft in (None, torch.full((MANY, 4), 0.25)):
+        zeros, ones = torch.zeros(MANY), torch.ones(MANY)
+        nothing = rules.Siblings(torch.zeros(MANY, 4), zeros, zeros, draft, ones, ones.bool())
+        chance, drawn = rules.acceptance(nothing, torch.ones(MANY).long())
+        assert bool(drawn.all()) and not chance.any()
+        nodes = torch.zeros(MANY, 1, dtype=torch.int64)
+        round = rules.Round(
+            tokens=nodes, parents=nodes - 1, max_depth=0, log_probs=lambda node: target.log(), draft_probs=None,
+            draft_row=None, replaces=True, seeds=torch.arange(MANY), position=torch.full((MANY,), 3),
+        )  # fmt: skip
+        assert bool(rules.passes(round, round.roots, rules.chance_of(nothing)).all())
+        following = torch.bincount(rules.next_token(round, round.roots, nothing), minlength=4) / MANY
+        assert following.tolist() == pytest.approx([0.25, 0.75, 0, 0], **NEAR)
 
 
 @pytest.mark.parametrize("rule", rules.RULES)

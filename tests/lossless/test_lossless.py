@@ -16,7 +16,7 @@ from specdec_triton.filters import filtered_log_probs
 
 from . import exact, sabotage, worlds
 
-SAMPLES, MANY_SAMPLES = 30_000, 300_000
+SAMPLES, MANY_SAMPLES = 20_000, 300_000
 RATE = 0.01  # of false alarms among alarms
 ALARM = 1e-6  # p-value of a copy made wrong: far below what any honest cell of these shows
 
@@ -41,9 +41,18 @@ def law(world, options: str):
 
 
 @functools.cache
-def run(world, rule, tree, options, samples=SAMPLES):
+def run(world, rule, tree, options):
     world, length = world
-    return worlds.generate(world, rule, tree, worlds.OPTIONS[options], length, samples)
+    return worlds.generate(world, rule, tree, worlds.OPTIONS[options], length, SAMPLES)
+
+
+@functools.cache
+def examined(world, rule, tree, options, samples):
+    if samples == SAMPLES:
+        counts = run(world, rule, tree, options).counts
+    else:  # too long to be kept
+        counts = worlds.generate(world[0], rule, tree, worlds.OPTIONS[options], world[1], samples).counts
+    return proof.examine(counts, law(world, options))
 
 
 @functools.cache
@@ -53,15 +62,14 @@ def bracket(world, options, samples):
 
 def hold(world, rule, tree, samples):
     for options in worlds.OPTIONS:
-        cell = proof.examine(run(world, rule, tree, options, samples).counts, law(world, options))
-        assert cell.low == 0 and cell.distance <= bracket(world, options, samples)[1], (
-            f"{rule}, {tree}, {options}: {cell}"
-        )
+        cell = examined(world, rule, tree, options, samples)
+        high = bracket(world, options, samples)[1]
+        assert cell.low == 0 and cell.distance <= high, f"{rule}, {tree}, {options}: {cell}"
 
 
 def hold_all(world, samples):
     cells = [(*pair, options) for pair in LEGAL for options in worlds.OPTIONS]
-    p_values = [proof.examine(run(world, *cell, samples).counts, law(world, cell[-1])).p_value for cell in cells]
+    p_values = [examined(world, *cell, samples).p_value for cell in cells]
     alarms = proof.benjamini_hochberg(p_values, RATE)
     assert not any(alarms), [cell for cell, alarm in zip(cells, alarms, strict=True) if alarm]
 

@@ -5,7 +5,7 @@
 called as registered ops (`torch.ops.specdec_triton`): torch.compile sees one opaque op with known outputs.
 
 Letters: B sequences, T tree nodes, N query rows, W = ceil(T/64) mask words, Hq/Hkv query/key-value heads, S cache
-slots, D head dim of keys, Dv of values, V vocabulary, P cache planes.
+slots, D head dim of keys, Dv of values, V vocabulary, P cache planes (in `accept_sample` expanded nodes).
 """
 
 import functools
@@ -20,9 +20,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import reference
+from .filters import Filters
 from .reference import TREE_FIELDS, WORD_BITS, Acceptance
+from .rules import WEIGHING_RULES, check_legal
 
-OPS = ("tree_attention", "accept_greedy", "compact_kv")
+OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
+# an op whose file is not there yet runs as its reference
+KERNELS = frozenset(op for op in OPS if importlib.util.find_spec(f"{__package__}.kernels.{op}"))
+FILTER_DTYPES = Filters(torch.float32, torch.int64, torch.float32, torch.float32)
+NO_FILTERS = Filters()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,13 +40,15 @@ def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
     device = torch.device(device)
     if device.type != "cuda":
         reason = f"tensors on {device.type}: Triton kernels run on CUDA GPUs"
+    elif op not in KERNELS:
+        reason = f"{op} has no Triton kernel yet"
     else:
         reason = "tensors on cuda" if HAS_TRITON else "triton is not installed"
-    return _default(device), reason
+    return _default(op, device), reason
 
 
-def _default(device: torch.device) -> str:
-    return "triton" if device.type == "cuda" and HAS_TRITON else "reference"
+def _default(op: str, device: torch.device) -> str:
+    return "triton" if device.type == "cuda" and HAS_TRITON and op in KERNELS else "reference"
 
 
 def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
@@ -50,11 +58,13 @@ def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
         ValueError: `impl` is unknown, or "triton" was asked for where it cannot run.
     """
     if impl is None:
-        impl = _default(device)
+        impl = _default(op, device)
     elif impl not in ("triton", "reference"):
         raise ValueError(f'{op}: impl must be None, "triton" or "reference", got {impl!r}')
     if impl == "reference":
         return getattr(reference, op)
+    if op not in KERNELS:
+        raise ValueError(f'{op}: impl="triton" was asked for, and {op} has no Triton kernel yet')
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f'{op}: impl="triton" needs tensors on a CUDA GPU (or TRITON_INTERPRET=1 set before triton is first '
@@ -214,6 +224,113 @@ def accept_greedy(
         ValueError: a shape, dtype, device or option is not the one above.
     """
     op = "accept_greedy"
+    budget = _check_acceptance(op, logits, tokens, parents, max_depth, budget, eos_ids)
+    return Acceptance(*resolve(op, impl, logits.device)(logits, tokens, parents, max_depth, budget, eos_ids))
+
+
+@_typed
+def accept_sample(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    *,
+    rule: str,
+    seeds: torch.Tensor,
+    position: torch.Tensor,
+    filters: Filters = NO_FILTERS,
+    max_depth: int,
+    budget: torch.Tensor | None = None,
+    eos_ids: torch.Tensor | None = None,
+    sampling: str = "none",
+    draft_logits: torch.Tensor | None = None,
+    draft_row: torch.Tensor | None = None,
+    draft_filters: Filters = NO_FILTERS,
+    impl: str | None = None,
+) -> Acceptance:
+    """Accept draft tokens by chance, so that what is emitted is distributed as the target's own samples.
+
+    Temperature, top-k, top-p and min-p are applied here, to the target's logits and to the draft's. The rules are
+    functions of `rules`, each citing its paper. All noise is a function of the row's seed, of `position` and of the
+    node (`noise`): a call has no state, and rows do not depend on each other.
+
+    The emitted tokens are the accepted ones and then `next_ids`; they end with the first EOS and with the budget, and
+    the last one that is left is `next_ids`. Nothing is read on the host.
+
+    Args:
+        logits: [B, N, V] fp32, bf16 or fp16. The target's logits after the path that ends at each node.
+        tokens: [B, N] int64. Draft token of each node; node 0 is the root, the last emitted token. A node whose token
+            is not 0 to V - 1 is padding.
+        parents: [B, N] int32. -1 at the root and at padding nodes (never reached), parents[:, i] < i elsewhere.
+            Siblings count in index order: where they were drawn, that is the order in which they were drawn.
+        rule: a name in `rules.RULES`; "typical" is lossy. For "rejection" and "block", nodes that do not continue the
+            one before are padding.
+        seeds: [B] int64.
+        position: [B] int64. Real tokens before the root.
+        filters: `Filters` of the target. A row of temperature 0 is greedy.
+        max_depth: D, edges on the longest path.
+        budget: [B] int64. Tokens a row may still emit; 0 freezes the row. Default: no limit.
+        eos_ids: [E] int64, or None.
+        sampling: how the tokens came about: "none" (chosen without chance), or siblings drawn from the draft's
+            filtered probabilities "with" or "without" replacement, nothing cut or reordered by value.
+        draft_logits: [B, P, V] fp32, bf16 or fp16. For drawn trees: the draft's logits at its P expanded nodes.
+        draft_row: [B, N] int32. The row of `draft_logits` that a node's children were drawn from, -1 for none. That
+            rows are below P is the caller's promise.
+        draft_filters: `Filters` with which they were drawn.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        `Acceptance`: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool. A row with a budget
+        emits length + 1 tokens.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is not the one above, or the rule cannot use such a tree.
+    """
+    op = "accept_sample"
+    if rule == "greedy":
+        raise ValueError(f'{op}: rule "greedy" is ops.accept_greedy')
+    try:
+        check_legal(rule, sampling, is_chain=True)
+    except ValueError as refusal:
+        raise ValueError(f"{op}: {refusal}") from None
+    budget = _check_acceptance(op, logits, tokens, parents, max_depth, budget, eos_ids)
+    batch, nodes, vocab = logits.shape
+    for name, tensor in (("seeds", seeds), ("position", position)):
+        if tensor.shape != (batch,) or tensor.dtype != torch.int64:
+            raise _refusal(op, name, f"torch.int64 [{batch}]", tensor)
+    _check_device(op, logits, seeds=seeds, position=position)
+    _check_filters(op, "filters", filters, logits)
+    if (draft_logits is None) != (draft_row is None):
+        raise ValueError(f"{op}: draft_logits and draft_row come together, got one of them")
+    if draft_logits is not None:
+        if sampling == "none":
+            raise ValueError(f'{op}: draft_logits are of trees that were drawn, got them with sampling="none"')
+        if (
+            draft_logits.dim() != 3
+            or draft_logits.dtype not in FLOAT_DTYPES
+            or draft_logits.shape[::2] != (batch, vocab)
+        ):
+            raise _refusal(op, "draft_logits", f"fp32, bf16 or fp16 [{batch}, P, {vocab}]", draft_logits)
+        if draft_row.shape != (batch, nodes) or draft_row.dtype != torch.int32:
+            raise _refusal(op, "draft_row", f"torch.int32 [{batch}, {nodes}]", draft_row)
+        _check_device(op, logits, draft_logits=draft_logits, draft_row=draft_row)
+        _check_filters(op, "draft_filters", draft_filters, logits)
+    elif sampling != "none" and rule in WEIGHING_RULES and nodes > 1:
+        raise ValueError(
+            f'{op}: rule "{rule}" weighs the tokens of a tree drawn {sampling} replacement by their draft '
+            "probabilities, and draft_logits is None"
+        )
+    if draft_logits is not None and not draft_logits.shape[1]:
+        draft_logits, draft_row, sampling = None, None, "none"
+    return Acceptance(
+        *resolve(op, impl, logits.device)(
+            logits, tokens, parents, rule, seeds, position, filters, max_depth, budget, eos_ids,
+            sampling, draft_logits, draft_row, draft_filters,
+        )
+    )  # fmt: skip
+
+
+def _check_acceptance(op, logits, tokens, parents, max_depth, budget, eos_ids) -> torch.Tensor:
+    """What the acceptance ops have in common; the budget, which may be None, comes back as a tensor."""
     if logits.dim() != 3 or logits.dtype not in FLOAT_DTYPES or not logits.numel():
         raise _refusal(op, "logits", "fp32, bf16 or fp16 [B, N, V], none of them 0", logits)
     batch, nodes, _ = logits.shape
@@ -232,7 +349,18 @@ def accept_greedy(
         if eos_ids.dim() != 1 or eos_ids.dtype != torch.int64:
             raise _refusal(op, "eos_ids", "torch.int64 [E]", eos_ids)
         _check_device(op, logits, eos_ids=eos_ids)
-    return Acceptance(*resolve(op, impl, logits.device)(logits, tokens, parents, max_depth, budget, eos_ids))
+    return budget
+
+
+def _check_filters(op: str, name: str, filters: Filters, logits: torch.Tensor) -> None:
+    if not isinstance(filters, Filters):
+        raise ValueError(f"{op}: {name} must be a Filters, got {type(filters).__name__}")
+    for field, dtype in FILTER_DTYPES._asdict().items():
+        option = getattr(filters, field)
+        if option is not None:
+            if option.shape != logits.shape[:1] or option.dtype != dtype:
+                raise _refusal(op, f"{name}.{field}", f"{dtype} [{logits.shape[0]}]", option)
+            _check_device(op, logits, **{f"{name}.{field}": option})
 
 
 @_typed
@@ -312,6 +440,10 @@ def _fake_accept_greedy(logits, tokens, parents, max_depth, budget, eos_ids):
     return path, length, next_ids, logits.new_empty(batch, dtype=torch.bool)
 
 
+def _fake_accept_sample(logits, tokens, parents, rule, seeds, position, filters, max_depth, budget, eos_ids, *draft):
+    return _fake_accept_greedy(logits, tokens, parents, max_depth, budget, eos_ids)
+
+
 def _fake_compact_kv(storage, widths, base, path):
     return None
 
@@ -325,5 +457,12 @@ _register(
     "accept_greedy(Tensor logits, Tensor tokens, Tensor parents, SymInt max_depth, Tensor budget, Tensor? eos_ids) "
     "-> (Tensor path, Tensor length, Tensor next_ids, Tensor has_nan)",
     _fake_accept_greedy,
+)
+# a `Filters` travels as the list of its fields
+_register(
+    "accept_sample(Tensor logits, Tensor tokens, Tensor parents, str rule, Tensor seeds, Tensor position, "
+    "Tensor?[] filters, SymInt max_depth, Tensor budget, Tensor? eos_ids, str sampling, Tensor? draft_logits, "
+    "Tensor? draft_row, Tensor?[] draft_filters) -> (Tensor path, Tensor length, Tensor next_ids, Tensor has_nan)",
+    _fake_accept_sample,
 )
 _register("compact_kv(Tensor(a!) storage, int[] widths, Tensor base, Tensor path) -> ()", _fake_compact_kv)

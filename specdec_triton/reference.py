@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .filters import Filters, filtered_log_probs
+from .rules import RULES, Round
+
 WORD_BITS = 64
 TREE_FIELDS = 3  # columns of a packed tree after its W ancestor words: depth, start, length
 
@@ -24,8 +27,8 @@ class Acceptance(NamedTuple):
         length: [B] int64. Accepted draft tokens, 0 to D.
         next_ids: [B] int64. The target's own token after the last accepted node: the recovered token where a draft
             was rejected, the bonus token where the whole path was accepted; -1 in a row that may emit nothing.
-        has_nan: [B] bool. The row may emit tokens, and the logits of the root or of a node on the path hold a NaN: the
-            row's other results mean nothing.
+        has_nan: [B] bool. The row may emit tokens, and the logits of the root or of a node on the path hold a NaN (when
+            sampling, also +inf, or nothing but -inf: no distribution): the row's other results mean nothing.
     """
 
     path: torch.Tensor
@@ -160,6 +163,104 @@ def accept_greedy(
         next_ids=torch.where(live, next_ids, -1),
         has_nan=live & (kept & best.isnan()).any(1),
     )
+
+
+def accept_sample(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    rule: str,
+    seeds: torch.Tensor,
+    position: torch.Tensor,
+    filters: Filters,
+    max_depth: int,
+    budget: torch.Tensor,
+    eos_ids: torch.Tensor | None,
+    sampling: str,
+    draft_logits: torch.Tensor | None,
+    draft_row: torch.Tensor | None,
+    draft_filters: Filters,
+) -> Acceptance:
+    """See `ops.accept_sample`. The rules are in `rules`; here is what they share."""
+    if sampling == "none" or draft_logits is None:
+        draft_probs, draft_row = None, None
+    else:
+        draft_probs, draft_row = filtered_log_probs(draft_logits, draft_filters).exp(), draft_row.long()
+    if rule == "coupled":  # looks at one node a depth: the others need not be filtered
+
+        def log_probs(node):
+            return filtered_log_probs(_row(logits, node), filters).squeeze(1)
+    else:
+        all_log_probs = filtered_log_probs(logits, filters)
+
+        def log_probs(node):
+            return _row(all_log_probs, node).squeeze(1)
+
+    # the root's token is not looked up, and a node whose token the target does not know is padding
+    vocab = logits.shape[2]
+    round = Round(
+        tokens=tokens.clamp(0, vocab - 1),
+        parents=torch.where((tokens >= 0) & (tokens < vocab), parents.long(), -1),
+        max_depth=max_depth,
+        log_probs=log_probs,
+        draft_probs=draft_probs,
+        draft_row=draft_row,
+        replaces=sampling == "with",
+        seeds=seeds,
+        position=position,
+    )
+    return _emitted(logits, round, *RULES[rule](round), budget, eos_ids)
+
+
+def _emitted(
+    logits: torch.Tensor,
+    round: Round,
+    last: torch.Tensor,
+    next_ids: torch.Tensor,
+    budget: torch.Tensor,
+    eos_ids: torch.Tensor | None,
+) -> Acceptance:
+    """The path to `last` [B] and `next_ids` [B] after it, cut at the first EOS, the budget and the depth.
+
+    Cut within the path, the last token that stays is `next_ids`: what the target said after the node before it.
+    """
+    batch, num_nodes = round.tokens.shape
+    nodes = torch.arange(num_nodes, device=last.device)
+    on_path, node = nodes == last[:, None], last[:, None]
+    for _ in range(num_nodes - 1):
+        node = round.parents.gather(1, node).clamp(min=0)
+        on_path = on_path | (nodes == node)
+    rank = on_path.cumsum(1) - 1  # depth, since parents come before children
+    accepted = rank[:, -1]
+
+    # emitted[b, k]: the k-th token of the row, accepted ones and then next_ids
+    emitted = torch.full((batch, num_nodes + 1), -1, dtype=torch.int64, device=last.device)
+    emitted.scatter_(1, torch.where(on_path & (nodes > 0), rank - 1, num_nodes), round.tokens)
+    emitted.scatter_(1, accepted[:, None], next_ids[:, None])
+    end = torch.minimum(accepted, budget - 1).clamp(min=0, max=round.max_depth)
+    if eos_ids is not None:
+        is_end = torch.isin(emitted, eos_ids)
+        is_end[:, -1] = True
+        end = torch.minimum(end, is_end.int().argmax(1))
+    live = budget > 0
+    length = torch.where(live, end, 0)
+
+    path = torch.full((batch, round.max_depth + 1), -1, dtype=torch.int32, device=last.device)
+    stays = on_path & (nodes > 0) & (rank <= length[:, None])
+    # the last column takes what is not on the path
+    path.scatter_(1, torch.where(stays, rank - 1, round.max_depth), nodes.int().expand(batch, -1))
+    without_distribution = ~logits.amax(-1).isfinite()
+    return Acceptance(
+        path=path[:, : round.max_depth].contiguous(),
+        length=length,
+        next_ids=torch.where(live, emitted.gather(1, end[:, None]).squeeze(1), -1),
+        has_nan=live & (without_distribution & (stays | (nodes == 0))).any(1),
+    )
+
+
+def _row(rows: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
+    """[B, N, V] and [B] nodes -> [B, 1, V]."""
+    return rows.gather(1, node[:, None, None].expand(-1, -1, rows.shape[2]))
 
 
 def compact_kv(storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor, path: torch.Tensor) -> None:

@@ -8,12 +8,14 @@ Letters: B sequences, N nodes, D edges on the longest path, W = ceil(N/64) words
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
 
+from .filters import Filters
 from .reference import WORD_BITS
+from .rules import SAMPLING
 
 # How often a drafter's candidate of each rank is the target's choice, for trees made from a node budget alone.
 RANK_ACCEPTANCE = (0.65, 0.12, 0.05, 0.03, 0.02, 0.01)
@@ -131,6 +133,12 @@ class DraftTree:
         ancestors: [B, N, W] int64. Bit j % 64 of word j // 64: node j is node i or an ancestor of it.
         max_depth: D, known on the host.
         is_chain: every node but padding continues the one before, in every sequence: accepted slots are in place.
+        sampling: how the tokens came about: "none", chosen without chance (ranked, cut, reordered as one likes); or
+            siblings drawn from the draft's probabilities "with" or "without" replacement, in index order, into a
+            shape that was fixed before (see `drawn`).
+        draft_logits: [B, P, V] fp32, bf16 or fp16. The draft's logits at its P expanded nodes; None without chance.
+        draft_row: [B, N] int32. The row of `draft_logits` that a node's children were drawn from; -1 for none.
+        draft_filters: the `Filters` with which they were drawn.
         has_nan: [B] bool or None. The logits that the row's tokens were drafted from hold a NaN.
     """
 
@@ -140,6 +148,10 @@ class DraftTree:
     ancestors: torch.Tensor
     max_depth: int
     is_chain: bool = False
+    sampling: str = "none"
+    draft_logits: torch.Tensor | None = None
+    draft_row: torch.Tensor | None = None
+    draft_filters: Filters | None = None
     has_nan: torch.Tensor | None = None
 
     @classmethod
@@ -244,6 +256,43 @@ class DraftTree:
             torch.cat(tokens, 1).gather(1, order), kept_parents.int(), min(max_depth, num_nodes - 1)
         )
 
+    def drawn(
+        self, sampling: str, draft_logits: torch.Tensor, draft_row: torch.Tensor, draft_filters: Filters | None = None
+    ) -> "DraftTree":
+        """This tree as one whose tokens were drawn from the draft's probabilities: for the fields see the class.
+
+        Only for a shape that did not depend on the tokens, and siblings in the order in which they were drawn: a drawn
+        tree that is cut or reordered by value afterwards biases every rule that weighs its tokens.
+
+        Raises:
+            ValueError: a shape, dtype, device or name is not the one above.
+        """
+        batch, num_nodes = self.tokens.shape
+        if sampling not in SAMPLING[1:]:
+            raise ValueError(f'DraftTree.drawn: sampling must be "with" or "without", got {sampling!r}')
+        if draft_logits.dim() != 3 or draft_logits.shape[0] != batch or not draft_logits.is_floating_point():
+            raise ValueError(
+                f"DraftTree.drawn: draft_logits must be float [{batch}, P, V], got {draft_logits.dtype} "
+                f"{list(draft_logits.shape)}"
+            )
+        if draft_row.shape != (batch, num_nodes) or draft_row.dtype != torch.int32:
+            raise ValueError(
+                f"DraftTree.drawn: draft_row must be torch.int32 [{batch}, {num_nodes}], got {draft_row.dtype} "
+                f"{list(draft_row.shape)}"
+            )
+        if not draft_logits.device == draft_row.device == self.tokens.device:
+            raise ValueError(
+                f"DraftTree.drawn: draft_logits and draft_row must be on {self.tokens.device}, got "
+                f"{draft_logits.device} and {draft_row.device}"
+            )
+        return replace(
+            self,
+            sampling=sampling,
+            draft_logits=draft_logits,
+            draft_row=draft_row,
+            draft_filters=Filters() if draft_filters is None else draft_filters,
+        )
+
     @property
     def num_nodes(self) -> int:
         return self.tokens.shape[1]
@@ -294,6 +343,11 @@ class DraftTree:
             "ancestors must be those of parents": (self.ancestors != _pack_bits(member)).any(-1).any(1),
             "is_chain must hold": (self.is_chain & (parents >= 0) & (parents != nodes - 1)).any(1),
         }
+        if self.sampling != "none":
+            expanded = self.draft_logits.shape[1]
+            faults[f"draft_row must be -1 or below {expanded}"] = (
+                (self.draft_row < -1) | (self.draft_row >= expanded)
+            ).any(1)
         for (fault, _), rows in zip(faults.items(), torch.stack(list(faults.values())).tolist(), strict=True):
             if any(rows):
                 raise ValueError(f"{source}: malformed draft tree in row {rows.index(True)}: {fault}")

@@ -19,9 +19,12 @@ PACKAGE = ROOT / "specdec_triton"
 # module or folder -> the modules of ours that it may import. Arrows point down only; ops alone reaches the kernels.
 ARROWS = {
     "kernels": {"kernels._common"},
-    "reference": set(),
-    "tree": {"reference"},
-    "ops": {"reference", "kernels"},
+    "noise": set(),
+    "filters": set(),
+    "rules": {"noise"},
+    "reference": {"filters", "rules"},
+    "tree": {"filters", "reference", "rules"},
+    "ops": {"filters", "reference", "rules", "kernels"},
     "attention": {"ops", "reference", "tree"},
     "cache": {"ops", "tree"},
     "runner": {"attention", "cache", "ops", "tree"},
@@ -31,6 +34,7 @@ ARROWS = {
     "generate": {"attention", "cache", "drafters", "ops", "processors", "reference", "runner", "transcript", "tree"},
     "patch": {"attention", "drafters", "generate", "tree"},
     "instruments": set(),
+    "proof": set(),
     "models": set(),
     "prompts": set(),
     # these two use the library as any user would: `import specdec_triton`
@@ -40,10 +44,14 @@ ARROWS = {
 # third-party packages, where they are limited
 PACKAGES = {
     "kernels": {"torch", "triton"},
+    "noise": {"torch"},
+    "filters": {"torch"},
+    "rules": {"torch"},
     "reference": {"torch"},
     "tree": {"torch"},
     "ops": {"torch"},
     "instruments": {"torch"},
+    "proof": {"numpy", "torch"},
     "prompts": set(),
 }
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec_triton import DraftTree, Topology
+from specdec_triton.filters import Filters
 
 
 @st.composite
@@ -108,3 +109,31 @@ def test_best_first_takes_the_likeliest_nodes(depth, width, nodes, seed, ties):
     ]
     wanted = torch.stack(every).sort(descending=True).values[:nodes]
     torch.testing.assert_close(torch.stack(list(mass.values())).sort(descending=True).values, wanted)
+
+
+def test_a_drawn_tree_carries_what_it_was_drawn_from():
+    tree = DraftTree.from_topology(Topology.chain(2), torch.zeros(3, 3, dtype=torch.int64))
+    assert tree.sampling == "none" and tree.draft_logits is None
+    logits, row = torch.zeros(3, 2, 7), torch.tensor([[0, 1, -1]] * 3, dtype=torch.int32)
+    drawn = tree.drawn("without", logits, row)
+    assert drawn.sampling == "without" and drawn.draft_logits is logits and drawn.draft_row is row
+    assert drawn.draft_filters == Filters() and drawn.is_chain and torch.equal(drawn.tokens, tree.tokens)
+    drawn.check(torch.zeros(3, dtype=torch.int64), 7, "Drafter")
+    with pytest.raises(ValueError, match="Drafter: malformed draft tree in row 0: draft_row must be -1 or below 1"):
+        tree.drawn("with", logits[:, :1], row).check(torch.zeros(3, dtype=torch.int64), 7, "Drafter")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": "none"}, 'sampling must be "with" or "without"'),
+        ({"draft_logits": torch.zeros(2, 2, 7)}, r"draft_logits must be float \[3, P, V\]"),
+        ({"draft_row": torch.zeros(3, 3)}, r"draft_row must be torch.int32 \[3, 3\]"),
+        ({"draft_logits": torch.zeros(3, 2, 7, device="meta")}, "must be on cpu, got meta"),
+    ],
+)
+def test_a_drawn_tree_refuses_what_does_not_fit(changes, message):
+    tree = DraftTree.from_topology(Topology.chain(2), torch.zeros(3, 3, dtype=torch.int64))
+    given = {"sampling": "with", "draft_logits": torch.zeros(3, 2, 7), "draft_row": tree.parents} | changes
+    with pytest.raises(ValueError, match=f"^DraftTree.drawn: .*{message}"):
+        tree.drawn(**given)

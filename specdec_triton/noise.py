@@ -1,0 +1,86 @@
+"""Random numbers without state: Philox4x32-10, keyed by a row's seed and counted by what the number is for.
+
+Every number is a function of (row seed, position, node, purpose, token) alone, so the host keeps nothing, rows do not
+depend on their neighbours, and whoever needs a number again computes it again. The integers are exact, here and in
+the Triton kernels: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+
+Letters: V vocabulary. Arguments that are tensors broadcast against each other.
+"""
+
+import torch
+
+# What a number is for. Two uses that share a stream are correlated, and the output is biased.
+COUPLED, DRAFT, ACCEPT, RECOVER, BONUS = range(5)
+
+WORD = 0xFFFFFFFF
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+LANES = 4
+BELOW_ONE = 1 - 2**-24  # the largest fp32 below 1
+
+
+def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10: four random words for each counter.
+
+    Args:
+        counter: four int64 tensors that broadcast, each of 32 bits (0 to 2^32 - 1).
+        key: two of them.
+
+    Returns:
+        Four int64 tensors of values in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # int64 products wrap, and the wrapped bits are those of the unsigned 64-bit product
+        first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((second >> 32) & WORD) ^ c1 ^ k0,
+            second & WORD,
+            ((first >> 32) & WORD) ^ c3 ^ k1,
+            first & WORD,
+        )
+        k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def _words(seeds, position, node, purpose, block) -> tuple[torch.Tensor, ...]:
+    """The four words of one counter. Position, node and purpose may be plain numbers."""
+    return philox((block, position & WORD, node & WORD, purpose & WORD), (seeds & WORD, (seeds >> 32) & WORD))
+
+
+def _unit(words: torch.Tensor) -> torch.Tensor:
+    """32 random bits -> fp32 strictly between 0 and 1."""
+    return ((words.float() + 0.5) * 2**-32).clamp(max=BELOW_ONE)
+
+
+def uniform(
+    seeds: torch.Tensor, position: torch.Tensor | int, node: torch.Tensor | int, purpose: torch.Tensor | int
+) -> torch.Tensor:
+    """One number in the open (0, 1) for each (seed, position, node, purpose): fp32, of the arguments' joint shape.
+
+    `seeds` is int64, all 64 bits of it the key; the others are int64 tensors or numbers, of which 32 bits count.
+    """
+    return _unit(_words(seeds, position, node, purpose, torch.zeros_like(seeds))[0])
+
+
+def gumbel(
+    seeds: torch.Tensor,
+    position: torch.Tensor | int,
+    node: torch.Tensor | int,
+    purpose: torch.Tensor | int,
+    vocab: int,
+) -> torch.Tensor:
+    """Gumbel noise for every token: fp32 [..., V], finite; argmax(log p + noise) is a draw from p.
+
+    Token t is lane t % 4 of counter block t // 4. The leading shape is the arguments' joint shape, as in `uniform`.
+    """
+    seeds, position, node, purpose = (
+        word[..., None] if torch.is_tensor(word) else word for word in (seeds, position, node, purpose)
+    )
+    blocks = torch.arange(-(-vocab // LANES), device=seeds.device)
+    words = torch.stack(torch.broadcast_tensors(*_words(seeds, position, node, purpose, blocks)), dim=-1)
+    # the least exponential wins, so it is the one that must be exact: log1p, from a uniform that is exact near 0
+    exponential = -torch.log1p(-_unit(words.flatten(-2)[..., :vocab]))
+    return -exponential.log()

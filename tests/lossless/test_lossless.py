@@ -1,0 +1,222 @@
+"""Every rule that is called lossless, on every tree that it takes, under every filter: is the law the target's own?
+
+All texts of a small world are enumerated. The samples are rows of a batch, generated over several rounds. Teeth: copies
+made wrong are rejected at the same sample size, in the same world.
+"""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from specdec_triton import proof, rules
+from specdec_triton.filters import filtered_log_probs
+
+from . import exact, sabotage, worlds
+
+SAMPLES, MANY_SAMPLES = 20_000, 300_000
+RATE = 0.01  # of false alarms among alarms
+ALARM = 1e-6  # p-value of a copy made wrong: far below what any honest cell of these shows
+
+# the draft knows nothing of this target: rejections abound, and with them residuals
+WIDE = worlds.World.random(vocab=5, seed=2, spread=1.0, agreement=0.0), 2
+# longer texts and more -inf, ties and equal distributions
+LONG = worlds.World.random(vocab=3, seed=1, spread=1.5, agreement=0.3), 3
+
+CHAINS = ("sampled chain", "sampled chain without", "one-hot chain")
+TREES = ("tree with replacement", "tree without replacement", "ranked tree")
+LEGAL = [
+    *itertools.product(("coupled", "multi_round", "traversal"), ("sampled chain", "one-hot chain", *TREES)),
+    *itertools.product(("rejection", "block"), CHAINS),
+    ("coupled", "no draft"),
+]
+
+
+@functools.cache
+def law(world, options: str):
+    world, length = world
+    return world.law(worlds.OPTIONS[options], length)
+
+
+@functools.cache
+def run(world, rule, tree, options):
+    world, length = world
+    return worlds.generate(world, rule, tree, worlds.OPTIONS[options], length, SAMPLES)
+
+
+@functools.cache
+def examined(world, rule, tree, options, samples):
+    if samples == SAMPLES:
+        counts = run(world, rule, tree, options).counts
+    else:  # too long to be kept
+        counts = worlds.generate(world[0], rule, tree, worlds.OPTIONS[options], world[1], samples).counts
+    return proof.examine(counts, law(world, options))
+
+
+@functools.cache
+def bracket(world, options, samples):
+    return proof.null_bracket(law(world, options), samples, confidence=1 - 1e-4)
+
+
+def hold(world, rule, tree, samples):
+    for options in worlds.OPTIONS:
+        cell = examined(world, rule, tree, options, samples)
+        high = bracket(world, options, samples)[1]
+        assert cell.low == 0 and cell.distance <= high, f"{rule}, {tree}, {options}: {cell}"
+
+
+def hold_all(world, samples):
+    cells = [(*pair, options) for pair in LEGAL for options in worlds.OPTIONS]
+    p_values = [examined(world, *cell, samples).p_value for cell in cells]
+    alarms = proof.benjamini_hochberg(p_values, RATE)
+    assert not any(alarms), [cell for cell, alarm in zip(cells, alarms, strict=True) if alarm]
+
+
+@pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
+def test_total_variation_is_what_sampling_makes(rule, tree):
+    hold(WIDE, rule, tree, SAMPLES)
+
+
+def test_g_tests_over_all_cells():
+    hold_all(WIDE, SAMPLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [WIDE, LONG], ids=["wide", "long"])
+@pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
+def test_many_samples(rule, tree, world):
+    hold(world, rule, tree, MANY_SAMPLES)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("world", [WIDE, LONG], ids=["wide", "long"])
+def test_g_tests_of_many_samples(world):
+    hold_all(world, MANY_SAMPLES)
+
+
+@pytest.mark.parametrize("options", worlds.OPTIONS)
+def test_coupled_writes_the_same_text_with_any_tree_and_none(options):
+    wanted = run(WIDE, "coupled", "no draft", options).text
+    for rule, tree in LEGAL:
+        if rule == "coupled":
+            assert torch.equal(run(WIDE, rule, tree, options).text, wanted), tree
+
+
+def wrong_runs(cases, patched):
+    for name, (_, names, tree, options) in cases.items():
+        for rule in names:
+            yield pytest.param(name, rule, tree, options, patched, id=f"{name}-{rule}".replace(" ", "-"))
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "tree", "options", "patched"),
+    [*wrong_runs(sabotage.PATCHES, True), *wrong_runs(sabotage.DRAFTS, False)],
+)
+def test_copies_made_wrong_are_rejected(monkeypatch, name, rule, tree, options, patched):
+    world, length = WIDE
+    if patched:
+        sabotage.PATCHES[name][0](monkeypatch)
+        found = worlds.generate(world, rule, tree, worlds.OPTIONS[options], length, SAMPLES)
+    else:
+        wrong = sabotage.DRAFTS[name][0]
+        found = worlds.generate(world, rule, tree, worlds.OPTIONS[options], length, SAMPLES, draft=wrong)
+    cell = proof.examine(found.counts, law(WIDE, options))
+    assert cell.p_value < ALARM and cell.distance > bracket(WIDE, options, SAMPLES)[1], cell
+
+
+@pytest.mark.parametrize("tree", ["sampled chain", *TREES])
+@pytest.mark.parametrize("options", worlds.OPTIONS)
+def test_typical_acceptance_is_rejected(options, tree):
+    world, length = WIDE
+    found = worlds.generate(world, "typical", tree, worlds.OPTIONS[options], length, SAMPLES)
+    cell = proof.examine(found.counts, law(WIDE, options))
+    assert cell.p_value < ALARM and cell.low > 0, cell
+
+
+# What rounds do exactly: no sampling, every draft and every outcome of chance enumerated in float64
+
+
+def distributions(world, options=None):
+    """text -> [V] float64: the target's and the draft's distributions after it."""
+    world, _ = world
+    given = worlds.filters(options or {}, 1)
+
+    def probs(table):
+        def after(text):
+            earlier, later = (world.vocab, world.vocab, *text)[-2:]
+            row = filtered_log_probs(table[earlier, later][None, None], given)[0, 0].double().exp().numpy()
+            return row / row.sum()
+
+        return functools.cache(after)
+
+    return probs(world.target), probs(world.draft)
+
+
+@functools.cache
+def exactly(world, rule, tree, options="plain", horizon=1):
+    topology, _, sampling = worlds.TREES[tree]
+    target_of, draft_of = distributions(world, worlds.OPTIONS[options])
+    return exact.one_round(exact.RULES[rule], topology.parents, target_of, draft_of, sampling, horizon)
+
+
+DRAWN = [
+    *itertools.product(("rejection", "block", "multi_round", "traversal"), ("sampled chain",)),
+    *itertools.product(("multi_round", "traversal"), ("tree with replacement", "tree without replacement")),
+]
+
+
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize(("rule", "tree"), DRAWN, ids=lambda name: name.replace(" ", "-"))
+def test_the_rules_are_exact_on_paper(rule, tree, options):
+    _, found = exactly(LONG, rule, tree, options, 3)
+    np.testing.assert_allclose(found.flatten(), law(LONG, options), atol=1e-7)  # the world's logits are fp32
+    assert found.sum() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize(("rule", "tree"), DRAWN, ids=lambda name: name.replace(" ", "-"))
+def test_acceptance_is_what_the_rule_gives_exactly(rule, tree):
+    for options in ("plain", "all"):
+        wanted, _ = exactly(WIDE, rule, tree, options)
+        measured = run(WIDE, rule, tree, options).accepted.double()
+        assert float(measured.mean()) == pytest.approx(wanted, abs=4 * float(measured.std()) / SAMPLES**0.5)
+
+
+@pytest.mark.parametrize("world", [WIDE, LONG], ids=["wide", "long"])
+def test_on_chains_block_accepts_most_and_traversal_is_block(world):
+    accepted = {rule: exactly(world, rule, "sampled chain")[0] for rule in exact.RULES}
+    assert accepted["block"] > accepted["rejection"]
+    assert accepted["multi_round"] == pytest.approx(accepted["rejection"], abs=1e-12)
+    assert accepted["traversal"] == pytest.approx(accepted["block"], abs=1e-12)
+
+
+def test_traversal_is_block_on_chains_token_for_token():
+    for tree in CHAINS:
+        block, traversal = (worlds.generate(WIDE[0], rule, tree, {}, 2, 2000).text for rule in ("block", "traversal"))
+        assert torch.equal(block, traversal)
+
+
+def test_every_illegal_combination_is_refused():
+    refused = []
+    for rule, (tree, (topology, _, sampling)) in itertools.product(rules.RULES, worlds.TREES.items()):
+        try:
+            rules.check_legal(rule, sampling, topology.is_chain)
+        except ValueError as refusal:
+            assert rule in str(refusal) and "tree" in str(refusal)
+            refused.append((rule, tree))
+    assert refused == [*itertools.product(("rejection", "block"), TREES)]
+
+
+def test_filters_that_differ_on_the_two_sides_are_no_fault():
+    """A draft may be drawn under filters of its own, as long as the rule knows them."""
+    world, length = WIDE
+    options = {"temperature": 0.7, "top_k": 3}
+
+    def draft(world, tree, root, seeds, position, _):
+        return worlds.draft_tree(world, tree, root, seeds, position, options)
+
+    for rule, tree in (("block", "sampled chain"), ("traversal", "tree without replacement")):
+        found = worlds.generate(world, rule, tree, {}, length, SAMPLES, draft=draft)
+        assert proof.examine(found.counts, law(WIDE, "plain")).p_value > 1e-3

@@ -1,0 +1,212 @@
+"""A target and a draft that are tables, drafting functions for every kind of tree, and many rows that generate at once.
+
+The logits after a text depend on its last two tokens. Each row of a batch is one independent sample, with a seed of its
+own; rounds follow each other until every row has its tokens. Letters: B rows, N nodes, V vocabulary, L length.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from specdec_triton import Topology, noise, ops
+from specdec_triton.filters import Filters, filtered_log_probs
+
+START = 3  # real tokens before the first sampled one
+
+OPTIONS = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "top_k": {"top_k": 2},
+    "top_p": {"top_p": 0.75},
+    "min_p": {"min_p": 0.3},
+    "all": {"temperature": 1.3, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
+}
+DTYPES = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+
+
+def filters(options: dict, batch: int) -> Filters:
+    return Filters(**{name: torch.full((batch,), value, dtype=DTYPES[name]) for name, value in options.items()})
+
+
+@dataclass(frozen=True)
+class World:
+    """target, draft: [V + 1, V + 1, V] fp32 logits by the last two tokens, V standing for what came before."""
+
+    target: torch.Tensor
+    draft: torch.Tensor
+
+    @classmethod
+    def random(cls, vocab: int, seed: int, spread: float = 1.5, agreement: float = 0.3) -> "World":
+        """Draft logits share a part of the target's; some tokens are impossible for one of the two, or tie."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (vocab + 1, vocab + 1, vocab)
+        target, other = (spread * torch.randn(shape, generator=generator) for _ in range(2))
+        draft = agreement * target + (1 - agreement) * other
+        target[0, 1, 0], draft[1, 0, 1], draft[0, 0] = -torch.inf, -torch.inf, target[0, 0]
+        target[1, 1, :2] = target[1, 1, 2]
+        return cls(target, draft)
+
+    @property
+    def vocab(self) -> int:
+        return self.target.shape[-1]
+
+    def law(self, options: dict, length: int) -> torch.Tensor:
+        """[V ** L] float64: the exact probability of every text of L tokens, the first token the slowest index."""
+        table = self.target.flatten(0, 1)[:, None]
+        probs = filtered_log_probs(table, filters(options, len(table))).double().exp().view_as(self.target)
+        probs = probs / probs.sum(-1, keepdim=True)
+        law = probs[self.vocab, self.vocab]
+        context = torch.tensor([[self.vocab, token] for token in range(self.vocab)])
+        for _ in range(length - 1):
+            law = (law.flatten()[:, None] * probs[context[:, 0], context[:, 1]]).flatten()
+            tokens = torch.arange(self.vocab)
+            context = torch.stack([context[:, 1].repeat_interleave(self.vocab), tokens.repeat(len(context))], dim=1)
+        return law
+
+
+@dataclass
+class Draft:
+    """A drawn tree, as the op takes it. contexts: [B, N, 2], the last two tokens after each node."""
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    contexts: torch.Tensor
+    sampling: str = "none"
+    draft_row: torch.Tensor | None = None
+    draft_filters: Filters = field(default_factory=Filters)
+
+
+def grow(world: World, topology: Topology, root: torch.Tensor, choose: Callable) -> Draft:
+    """A tree whose nodes are chosen one after the other.
+
+    Args:
+        root: [B, 2]. The last two tokens.
+        choose: (node, its rank among siblings, log-probs' context [B, 2]) -> token [B], -1 where there is none.
+    """
+    batch, num_nodes = len(root), topology.num_nodes
+    tokens, parents, contexts = [root[:, 1]], [torch.full((batch,), -1)], [root]
+    for node in range(1, num_nodes):
+        parent = topology.parents[node]
+        token = choose(node, topology.ranks[node], contexts[parent])
+        # below padding all is padding
+        real = (token >= 0) & ((parents[parent] >= 0) if parent else torch.ones(batch, dtype=torch.bool))
+        tokens.append(token.clamp(min=0))
+        parents.append(torch.where(real, parent, -1))
+        contexts.append(torch.stack([contexts[parent][:, 1], tokens[-1]], dim=1))
+    return Draft(torch.stack(tokens, 1), torch.stack(parents, 1).int(), torch.stack(contexts, 1))
+
+
+def sampled(
+    world: World, topology: Topology, root: torch.Tensor, seeds: torch.Tensor, position: torch.Tensor, options: dict,
+    sampling: str,
+) -> Draft:  # fmt: skip
+    """Children drawn from the draft's filtered probabilities, by the library's own noise keys."""
+    given = filters(options, len(root))
+
+    def choose(node, rank, context):
+        logits = world.draft[context[:, 0], context[:, 1]][:, None]
+        log_probs = filtered_log_probs(logits, given).squeeze(1)
+        if sampling == "with":
+            return (log_probs + noise.gumbel(seeds, position, node, noise.DRAFT, world.vocab)).argmax(-1)
+        key = topology.parents[node]
+        ranked, order = (log_probs + noise.gumbel(seeds, position, key, noise.DRAFT, world.vocab)).sort(descending=True)
+        if rank >= world.vocab:
+            return torch.full_like(seeds, -1)
+        return torch.where(ranked[:, rank].isfinite(), order[:, rank], -1)
+
+    draft = grow(world, topology, root, choose)
+    draft.sampling, draft.draft_filters = sampling, given
+    draft.draft_row = torch.arange(topology.num_nodes).int().expand(len(root), -1).contiguous()
+    return draft
+
+
+def ranked(world: World, topology: Topology, root: torch.Tensor, *_) -> Draft:
+    """Children are the draft's likeliest tokens: no chance in it."""
+
+    def choose(node, rank, context):
+        logits = world.draft[context[:, 0], context[:, 1]]
+        return logits.sort(descending=True, stable=True).indices[:, min(rank, world.vocab - 1)]
+
+    return grow(world, topology, root, choose)
+
+
+CHAIN = Topology.chain(2)
+BRANCHES = Topology((-1, 0, 0, 1, 1, 2), (0, 0, 1, 0, 1, 0))
+# name -> (topology, drafting function, sampling)
+TREES = {
+    "sampled chain": (CHAIN, sampled, "with"),
+    "sampled chain without": (CHAIN, sampled, "without"),  # the same distribution by other noise keys
+    "one-hot chain": (CHAIN, ranked, "none"),
+    "tree with replacement": (BRANCHES, sampled, "with"),
+    "tree without replacement": (BRANCHES, sampled, "without"),
+    "ranked tree": (BRANCHES, ranked, "none"),
+    "no draft": (Topology.chain(0), ranked, "none"),
+}
+
+
+def draft_tree(world, tree, root, seeds, position, options) -> Draft:
+    topology, draw, sampling = TREES[tree]
+    return draw(world, topology, root, seeds, position, options, sampling)
+
+
+class Run(NamedTuple):
+    """counts: [V ** L] of each text. text: [B, L]. accepted: [B] accepted tokens of each row's first round."""
+
+    counts: torch.Tensor
+    text: torch.Tensor
+    accepted: torch.Tensor
+
+
+def generate(
+    world: World, rule: str, tree: str, options: dict, length: int, samples: int, seed: int = 0, draft=draft_tree
+) -> Run:
+    """Round after round until each of `samples` rows has `length` tokens.
+
+    Args:
+        draft: (world, tree, root, seeds, position, options) -> `Draft`; another one is how drafts are made wrong.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(-(2**62), 2**62, (samples,), generator=generator)
+    # two tokens before the first, and a column that takes what lies beyond the end
+    text = torch.full((samples, length + 3), world.vocab)
+    done = torch.zeros(samples, dtype=torch.int64)
+    first_accepted = None
+    for _ in range(length):  # a round emits a token at least
+        position, root = START + done, text.gather(1, done[:, None] + torch.arange(2))
+        drafted = draft(world, tree, root, seeds, position, options)
+        earlier, later = drafted.contexts.unbind(-1)
+        drawn = {}
+        if drafted.sampling != "none":
+            drawn = {
+                "draft_logits": world.draft[earlier, later],
+                "draft_row": drafted.draft_row,
+                "draft_filters": drafted.draft_filters,
+            }
+        num_nodes = drafted.tokens.shape[1]
+        result = ops.accept_sample(
+            world.target[earlier, later],
+            drafted.tokens,
+            drafted.parents,
+            rule=rule,
+            seeds=seeds,
+            position=position,
+            filters=filters(options, samples),
+            max_depth=num_nodes - 1,
+            # the first round is measured, so it is not cut
+            budget=torch.full_like(done, num_nodes) if first_accepted is None else length - done,
+            sampling=drafted.sampling,
+            **drawn,
+        )
+        first_accepted = result.length if first_accepted is None else first_accepted
+        emitted = torch.cat([drafted.tokens.gather(1, result.path.long().clamp(min=0)), root[:, :1]], dim=1)
+        emitted.scatter_(1, result.length[:, None], result.next_ids[:, None])
+        step = torch.arange(num_nodes)
+        count = torch.where(done < length, result.length + 1, 0)
+        place = done[:, None] + step
+        text.scatter_(1, torch.where((step < count[:, None]) & (place < length), place, length) + 2, emitted)
+        done = (done + count).clamp(max=length)
+    text = text[:, 2:-1]
+    powers = world.vocab ** torch.arange(length - 1, -1, -1)
+    return Run(torch.bincount((text * powers).sum(1), minlength=world.vocab**length), text, first_accepted)

@@ -1,0 +1,112 @@
+"""Temperature, top-k, top-p and min-p against transformers' own, alone and together, each row with its own."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from specdec_triton.filters import Filters, filtered_log_probs
+
+INF, NAN = float("inf"), float("nan")
+WARPERS = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+}
+DTYPES = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+
+
+def made(**options):
+    return Filters(**{name: torch.tensor(values, dtype=DTYPES[name]) for name, values in options.items()})
+
+
+def filtered(logits, **options):
+    """Of one node: a list of numbers in, its log-probabilities out."""
+    given = made(**{name: [value] for name, value in options.items()})
+    return filtered_log_probs(torch.tensor(logits)[None, None], given)[0, 0]
+
+
+def kept(logits, **options):
+    return filtered(logits, **options).isfinite().nonzero().flatten().tolist()
+
+
+def test_by_hand():
+    logits = [math.log(x) for x in (0.5, 0.25, 0.125, 0.0625, 0.0625)]
+    assert filtered(logits).exp().tolist() == pytest.approx([0.5, 0.25, 0.125, 0.0625, 0.0625])
+    assert filtered(logits, temperature=0.5).exp()[:2].tolist() == pytest.approx([64 / 86, 16 / 86])
+    assert filtered(logits, top_k=2).exp().tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0, 0])
+    assert kept(logits, top_p=0.75) == [0, 1] and kept(logits, top_p=0.76) == [0, 1, 2]
+    assert kept(logits, min_p=0.24) == [0, 1, 2] and kept(logits, min_p=1.0) == [0]
+    assert kept(logits, top_k=1) == kept(logits, top_p=0.0) == [0]
+    assert kept(logits, top_k=99) == kept(logits, top_k=0, top_p=1.0, min_p=0.0) == [0, 1, 2, 3, 4]
+
+
+def test_ties():
+    tied = [1.0, 0.0, 1.0, 1.0, 0.0]
+    assert kept(tied, top_k=1) == kept(tied, top_k=2) == [0, 2, 3]  # all that tie with the k-th stay
+    assert kept(tied, top_k=4) == [0, 1, 2, 3, 4]
+    assert kept([0.0] * 4, top_p=0.5) == [2, 3] and kept([0.0] * 4, top_p=0.2) == [3]  # the lowest ids go first
+    assert kept(tied, top_k=1, top_p=0.6) == [2, 3]
+    assert kept(tied, temperature=0.0) == [0]
+
+
+def test_what_is_impossible_stays_so_and_a_greedy_row_is_certain():
+    assert kept([-INF, 0.0, -INF], top_k=3, top_p=0.99, min_p=0.01, temperature=2.0) == [1]
+    assert filtered([-INF, 3.0, -INF, -INF]).tolist() == [-INF, 0.0, -INF, -INF]
+    assert filtered([1.0, 5.0, 5.0], temperature=0.0, top_k=2).tolist() == [-INF, 0.0, -INF]
+    assert filtered([NAN, 1.0]).isnan().any() and filtered([-INF, -INF]).isnan().any()
+
+
+def test_each_row_has_its_own():
+    logits = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
+    options = {"temperature": [0.0, 1.0, 0.5, 2.0], "top_k": [5, 0, 3, 40], "top_p": [0.9, 1.0, 0.5, 0.8]}
+    options["min_p"] = [0.0, 0.2, 0.0, 0.05]
+    together = filtered_log_probs(logits, made(**options))
+    for row in range(4):
+        alone = made(**{name: values[row : row + 1] for name, values in options.items()})
+        assert torch.equal(together[row], filtered_log_probs(logits[row : row + 1], alone)[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    vocab=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    impossible=st.floats(0, 0.9),
+    temperature=st.none() | st.floats(0.0625, 5, width=32),
+    top_k=st.none() | st.integers(1, 80),
+    top_p=st.none() | st.floats(0.0625, 0.9375, width=32),
+    min_p=st.none() | st.floats(0.0, 1.0, width=32),
+)
+def test_as_transformers_does_it(seed, vocab, dtype, impossible, **options):
+    generator = torch.Generator().manual_seed(seed)
+    # no two logits tie: transformers' own top-p has no order among them
+    logits = (torch.stack([torch.randperm(vocab, generator=generator) for _ in range(6)]) / 8).to(dtype)
+    logits[torch.rand(6, vocab, generator=generator) < impossible] = -INF
+    logits[:, vocab // 2] = vocab / 8
+    options = {name: value for name, value in options.items() if value is not None}
+    warpers = LogitsProcessorList([WARPERS[name](options[name]) for name in WARPERS if name in options])
+    wanted = warpers(None, logits.float())
+    got = filtered_log_probs(logits.view(2, 3, vocab), made(**{name: [value] * 2 for name, value in options.items()}))
+    wanted = wanted.log_softmax(-1).view_as(got)
+    assert torch.equal(got.isfinite(), wanted.isfinite())
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_ties_keep_as_much_as_transformers_does():
+    logits = torch.randint(0, 4, (200, 12), generator=torch.Generator().manual_seed(1)).float()
+    for top_p in (0.3, 0.6, 0.85):
+        wanted = TopPLogitsWarper(top_p)(None, logits).log_softmax(-1)
+        got = filtered_log_probs(logits[:, None], made(top_p=[top_p] * 200)).squeeze(1)
+        assert torch.equal(got.isfinite().sum(-1), wanted.isfinite().sum(-1))
+        torch.testing.assert_close(got.sort(-1).values, wanted.sort(-1).values)

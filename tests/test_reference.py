@@ -188,7 +188,7 @@ def valid_arguments():
     [
         (
             {"query": torch.zeros(2, 4, 8)},
-            r"query must be fp32, bf16 or fp16 \[B, Hq, N, D\], got torch.float32 \[2, 4, 8\] on cpu",
+            r"query must be fp32, bf16 or fp16 \[B, Hq, N, D\], none of them 0, got torch.float32 \[2, 4, 8\] on cpu",
         ),
         ({"query": torch.zeros(2, 4, 10, 8, dtype=torch.float64)}, "query must be fp32, bf16 or fp16"),
         ({"key": torch.zeros(2, 2, 40, 9)}, r"key must be torch.float32 \[2, Hkv, S, 8\]"),
@@ -216,7 +216,7 @@ def test_tree_attention_refuses_bad_arguments(changes, message):
     [
         ({"logits": torch.zeros(1, 3)}, r"logits must be fp32, bf16 or fp16 \[B, N, V\]"),
         ({"logits": torch.zeros(1, 3, 4, dtype=torch.int64)}, "logits must be fp32"),
-        ({"logits": torch.zeros(1, 0, 4)}, r"logits must be fp32, bf16 or fp16 \[B, N, V\] with N > 0"),
+        ({"logits": torch.zeros(1, 0, 4)}, r"logits must be fp32, bf16 or fp16 \[B, N, V\], none of them 0"),
         ({"tokens": torch.zeros(1, 2, dtype=torch.int64)}, r"tokens must be torch.int64 \[1, 3\]"),
         ({"parents": torch.zeros(1, 3, dtype=torch.int64)}, r"parents must be torch.int32 \[1, 3\]"),
         ({"max_depth": 3}, "max_depth must be 0 to 2 for 3 nodes, got 3"),

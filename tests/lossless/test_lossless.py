@@ -16,7 +16,7 @@ from specdec_triton.filters import filtered_log_probs
 
 from . import exact, sabotage, worlds
 
-SAMPLES, MANY_SAMPLES = 20_000, 300_000
+SAMPLES, MANY_SAMPLES = 20_000, 100_000
 RATE = 0.01  # of false alarms among alarms
 ALARM = 1e-6  # p-value of a copy made wrong: far below what any honest cell of these shows
 

@@ -1,4 +1,4 @@
-"""The command `specdec-triton`: demo, generate, doctor."""
+"""The command `specdec-triton`: demo, generate, prove, doctor."""
 
 import argparse
 import importlib.metadata
@@ -14,14 +14,17 @@ from transformers import TextStreamer
 import specdec_triton as sdt
 
 from . import models, ops
+from .prove import exact_law, prove
+from .rules import CHAIN_RULES, LOSSY_RULES, RULES
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "gguf", "platformdirs", "rich")
 PROMPT_LOOKUP = 10
 INTERRUPTED = 130
+PROOF_ROWS = 500  # sampled in a batch
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 (the demo's texts differ), 2 (an error), 130 (interrupted)."""
+    """Run one command and return its exit code: 0, 1 (the demo's texts or a proof's counts differ), 2 (an error), 130 (interrupted)."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -66,6 +69,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
 
+    proof = commands.add_parser(
+        "prove", help="sample with speculation and hold the counts against the exact distribution"
+    )
+    proof.add_argument(
+        "--rule", choices=[*RULES, "all"], default="coupled", help="acceptance rule (%(default)s); typical must fail"
+    )
+    proof.add_argument("--model", help=f"the target (default: a tiny random one): {model_help}")
+    proof.add_argument("--draft", help=f"drafts (default: the target's first half): {model_help}")
+    proof.add_argument("--prompt", default="The quick brown", help="what is continued (%(default)r)")
+    proof.add_argument("--tree", type=positive_int, default=5, metavar="N", help="nodes, root included (%(default)s)")
+    proof.add_argument("--tokens", type=positive_int, default=3, metavar="L", help="to sample (%(default)s)")
+    proof.add_argument("--samples", type=positive_int, default=2000, metavar="N", help="(%(default)s)")
+    proof.add_argument("--temperature", type=float, default=1.0, help="(%(default)s)")
+    proof.add_argument("--top-k", type=positive_int, default=4, help="keeps the enumeration small (%(default)s)")
+    proof.add_argument("--top-p", type=float, default=1.0, help="(%(default)s)")
+    proof.add_argument("--min-p", type=float, help="(off)")
+    proof.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    proof.add_argument("--dtype", choices=models.DTYPES, default="float32", help="of the weights (%(default)s)")
+    proof.set_defaults(run=_prove)
+
     doctor = commands.add_parser("doctor", help="what is installed, and which implementation each op will use")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -109,6 +132,53 @@ def _generate(args: argparse.Namespace) -> int:
     if not args.plain:
         _say(_stats_lines(sdt.stats(model)))
     return 0
+
+
+def _prove(args: argparse.Namespace) -> int:
+    device = models.default_device()
+    if args.model:
+        model, tokenizer, description = models.load(args.model, args.dtype, _say)
+        _say(f"target: {description}")
+        input_ids = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
+    else:
+        model, input_ids = models.tiny(), torch.tensor([[3, 4, 5, 3]], device=device)
+        _say("target: a tiny random Llama (no --model)")
+    model.to(device)
+    draft = None
+    if args.draft:
+        draft, _, description = models.load(args.draft, args.dtype, _say)
+        draft.to(device)
+    layers = max(model.config.get_text_config().num_hidden_layers // 2, 1)
+    _say(f"draft: {description if args.draft else f'the first {layers} layers of the target (no --draft)'}")
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
+    law = exact_law(model, input_ids, args.tokens, **options)
+    print(f"{'rule':12}outcomes  total variation (of honest samples)   p-value  acceptance length")
+    agrees = True
+    for rule in RULES if args.rule == "all" else [args.rule]:
+        tree = _bushy(args.tree) if rule not in CHAIN_RULES else args.tree
+        drafter = sdt.ModelDrafter(draft, tree=tree) if draft else sdt.EarlyExitDrafter(layers, tree=tree)
+        found = prove(
+            model, drafter, rule, input_ids,
+            tokens=args.tokens, samples=args.samples, rows=PROOF_ROWS, seed=args.seed, law=law, **options,
+        )  # fmt: skip
+        low, high = found.null
+        verdict = "agrees" if found.agrees else "DIFFERS"
+        if rule in LOSSY_RULES:
+            verdict += " (lossy by design)"
+        print(
+            f"{rule:12}{found.outcomes:8}  {found.cell.distance:.4f}          ({low:.4f} to {high:.4f})   "
+            f"{found.cell.p_value:7.2g}  {found.acceptance_length:17.2f}  {verdict}"
+        )
+        agrees &= found.agrees or rule in LOSSY_RULES
+    return 0 if agrees else 1
+
+
+def _bushy(nodes: int) -> sdt.Topology:
+    """Two children a node, so that a second sibling is tried; level by level, cut at so many nodes."""
+    return sdt.Topology(
+        tuple((node - 1) // 2 if node else -1 for node in range(nodes)),
+        tuple((node - 1) % 2 if node else 0 for node in range(nodes)),
+    )
 
 
 def _stats_lines(stats) -> str:

@@ -10,7 +10,7 @@ Everything a round needs is on the device; the host reads one small tensor a rou
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 
@@ -27,8 +27,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import ops
 from .drafters import DraftContext, Drafter, DraftSession
-from .processors import process_path
+from .drafters.base import check_rule
+from .filters import Filters
+from .noise import row_seeds
+from .processors import process_path, split_processors
 from .reference import Acceptance
+from .rules import LOSSY_RULES
 from .runner import TreeRunner
 from .transcript import Transcript
 from .tree import DraftTree, Topology
@@ -94,6 +98,9 @@ class Speculation:
         model: the target.
         drafter: proposes.
         tree: shape asked of the drafter, or None for its own.
+        rule: acceptance rule of a call that samples, see `rules`; others are greedy.
+        seed: what the noise is keyed by: a number, a list of one for each row, or None to draw one from torch's global
+            generator.
         impl: implementation of the ops, see `ops`.
         input_ids: [B, T] int64, left-padded.
         logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as `generate` prepared them.
@@ -107,6 +114,8 @@ class Speculation:
         model: PreTrainedModel,
         drafter: Drafter,
         tree: Topology | int | None,
+        rule: str,
+        seed: int | Sequence[int] | None,
         impl: str | None,
         input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
@@ -118,8 +127,8 @@ class Speculation:
         self.model, self.drafter, self.tree, self.impl = model, drafter, tree, impl
         self.input_ids = input_ids.to(model.device).long()
         self.config, self.processors, self.streamer = generation_config, logits_processor, streamer
+        self.rule, self.filters, self.warpers = "greedy", Filters(), LogitsProcessorList()
         self.model_kwargs = {key: value for key, value in model_kwargs.items() if value is not None}
-        self.stats = Stats(rule="greedy")
         for processor in logits_processor:
             if isinstance(processor, STATEFUL):
                 raise ValueError(
@@ -132,6 +141,11 @@ class Speculation:
                 "model in the dtype wanted instead"
             )
         batch, prompt_length = self.input_ids.shape
+        self.seeds = None
+        if generation_config.do_sample:
+            self.rule, self.seeds = rule, row_seeds_of(seed, batch).to(model.device)
+            self.processors, self.filters, self.warpers = split_processors(logits_processor, batch, model.device)
+        self.stats = Stats(rule=self.rule, lossless=self.rule not in LOSSY_RULES)
         # a criterion of the caller's replaces the one that the generation config would have made
         limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
         self.max_length = max(min(limits, default=generation_config.max_length), prompt_length + 1)
@@ -170,6 +184,9 @@ class Speculation:
             max_length=self.max_length,
             vocab_size=model.config.get_text_config().vocab_size,
             target=self.runner,
+            rule=self.rule,
+            seeds=self.seeds,
+            filters=self.filters,
             impl=impl,
         )
 
@@ -221,6 +238,7 @@ class Speculation:
             if not isinstance(tree, DraftTree):
                 raise ValueError(f"{name}: draft must return a DraftTree, got {type(tree).__name__}")
             tree.check(self.context.root, self.context.vocab_size, name)
+            check_rule(self.drafter, self.rule, tree.is_chain, tree.sampling)
         return tree
 
     @timed("verify")
@@ -238,15 +256,24 @@ class Speculation:
     def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, dict[str, torch.Tensor]]:
         """The accepted path, and the scores to keep: [B, D + 1, V] at the root and along the path."""
         scores = self.process(tree, logits) if self.processors else logits
-        accepted = ops.accept_greedy(
-            scores,
-            tree.tokens,
-            tree.parents,
-            max_depth=tree.max_depth,
-            budget=self.budget,
-            eos_ids=self.eos_ids,
-            impl=self.impl,
-        )
+        shape = {"max_depth": tree.max_depth, "budget": self.budget, "eos_ids": self.eos_ids, "impl": self.impl}
+        if self.rule == "greedy":
+            accepted = ops.accept_greedy(scores, tree.tokens, tree.parents, **shape)
+        else:
+            accepted = ops.accept_sample(
+                scores,
+                tree.tokens,
+                tree.parents,
+                rule=self.rule,
+                seeds=self.seeds,
+                position=self.context.position,
+                filters=self.filters,
+                sampling=tree.sampling,
+                draft_logits=tree.draft_logits,
+                draft_row=tree.draft_row,
+                draft_filters=tree.draft_filters or Filters(),
+                **shape,
+            )
         nodes = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
         return accepted, self.kept_at(nodes, scores, logits)
 
@@ -254,7 +281,10 @@ class Speculation:
         """Of the scores to keep, those of `nodes` [B, K]: [B, K, V] by name."""
         sources = {"scores": scores, "logits": logits}
         places = nodes[:, :, None].expand(-1, -1, logits.shape[-1])
-        return {name: sources[name].gather(1, places).float() for name in self.transcript.columns_kept}
+        kept = {name: sources[name].gather(1, places).float() for name in self.transcript.columns_kept}
+        if "scores" in kept and self.warpers:
+            kept["scores"] = self.warpers(None, kept["scores"].flatten(0, 1)).view_as(kept["scores"])
+        return kept
 
     def process(self, tree: DraftTree, logits: torch.Tensor) -> torch.Tensor:
         """Processed scores [B, N, V] along the path that will be accepted.
@@ -345,6 +375,22 @@ class Speculation:
             logits=kept.get("logits"),
             past_key_values=self.runner.cache.to_dynamic(sequences.shape[1] - 1),
         )
+
+
+def row_seeds_of(seed: int | Sequence[int] | None, batch: int) -> torch.Tensor:
+    """[B] int64. A list is taken as it is.
+
+    Raises:
+        ValueError: a list is not of one seed for each row.
+    """
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != batch:
+            raise ValueError(
+                f"generate: seed must be a number or a list of one for each of the {batch} rows (each prompt's "
+                f"num_return_sequences among them), got {len(seed)}"
+            )
+        return torch.tensor(seed, dtype=torch.int64)
+    return row_seeds(int(torch.randint(2**62, ())) if seed is None else seed, batch)
 
 
 def left_padding(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:

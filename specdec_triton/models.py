@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 HUB_DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # a package that carries the default model as a GGUF file; only ever looked at, never imported
@@ -67,6 +67,22 @@ def load(
         )
     report(f"loading {name_or_path} from the hub")
     return *_load_from_hub(str(name_or_path), dtype), f"{name_or_path} (from the hub)"
+
+
+def tiny(vocab_size: int = 6) -> PreTrainedModel:
+    """A random Llama of a few tokens, in fp32: for experiments whose outcomes can be counted."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,  # so that its probabilities are neither flat nor certain
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
 
 
 def find_default_model(explicit: str | None = None, dtype: torch.dtype | str = torch.float32) -> str:

@@ -84,3 +84,11 @@ def gumbel(
     # the least exponential wins, so it is the one that must be exact: log1p, from a uniform that is exact near 0
     exponential = -torch.log1p(-_unit(words.flatten(-2)[..., :vocab]))
     return -exponential.log()
+
+
+def row_seeds(seed: int, rows: int) -> torch.Tensor:
+    """A seed for each row of a batch: [B] int64, a function of (seed, row) alone."""
+    numbers = torch.arange(rows)
+    key = torch.tensor(seed & WORD), torch.tensor((seed >> 32) & WORD)
+    low, high, _, _ = philox((numbers, numbers * 0, numbers * 0, numbers * 0), key)
+    return low | (high << 32)

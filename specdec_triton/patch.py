@@ -18,9 +18,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from .attention import check_supported
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .generate import Speculation, Stats
+from .rules import RULES
 from .tree import Topology
 
-RULES = ("greedy",)
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
@@ -31,9 +31,12 @@ class Options:
 
     Attributes:
         drafter: drafts for every `generate`; None: as the call's own assistance arguments say.
-        rule: "greedy", or None for the rule that fits the call.
+        rule: how draft tokens of calls that sample are accepted: "coupled" (None), "rejection", "block",
+            "multi_round", "traversal", or "typical", which is lossy. Calls that do not sample are greedy, whatever it
+            says; "greedy" refuses the others.
         tree: a `Topology`, a number of nodes (root included), or None for the drafter's own shape.
-        seed: accepted for sampling rules; greedy decoding has no use for it.
+        seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
+            (after expansion by num_return_sequences); None draws one from torch's global generator at each call.
         cuda_graphs: "auto" or False.
         compile: False.
         impl: implementation of the ops: None, "triton" or "reference".
@@ -50,16 +53,16 @@ class Options:
     def __post_init__(self):
         if self.drafter is not None and not isinstance(self.drafter, Drafter):
             raise ValueError(f"patch: drafter must be a Drafter or None, got {type(self.drafter).__name__}")
-        if self.rule is not None and self.rule not in RULES:
-            raise ValueError(f"patch: rule must be None or one of {RULES}, got {self.rule!r}")
+        if self.rule not in (None, "greedy", *RULES):
+            raise ValueError(f"patch: rule must be None, greedy or one of {', '.join(RULES)}, got {self.rule!r}")
         if self.tree is not None and not isinstance(self.tree, Topology):
             if isinstance(self.tree, bool) or not isinstance(self.tree, int) or self.tree < 1:
                 raise ValueError(
                     f"patch: tree must be None, a Topology or a number of nodes of at least 1, got {self.tree!r}"
                 )
         seeds = self.seed if isinstance(self.seed, (list, tuple)) else [] if self.seed is None else [self.seed]
-        if any(isinstance(seed, bool) or not isinstance(seed, int) for seed in seeds):
-            raise ValueError(f"patch: seed must be None, an integer or a list of integers, got {self.seed!r}")
+        if any(isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63 for seed in seeds):
+            raise ValueError(f"patch: seed must be None, a 64-bit integer or a list of them, got {self.seed!r}")
         if self.cuda_graphs not in ("auto", False):
             raise ValueError(
                 f'patch: cuda_graphs must be "auto" or False (rounds are not captured yet), got {self.cuda_graphs!r}'
@@ -80,7 +83,8 @@ def patch(model: PreTrainedModel, **options) -> None:
     """Make this model's `generate` speculative, until `unpatch`.
 
     Without a `drafter`, calls that ask for assistance (`assistant_model`, `prompt_lookup_num_tokens`,
-    `assistant_early_exit`) are served and all others are untouched; with one, every greedy call is. On a patched model
+    `assistant_early_exit`) are served and all others are untouched; with one, every call that decodes greedily
+    or samples is. On a patched model
     the options are replaced.
 
     Args:
@@ -95,7 +99,7 @@ def patch(model: PreTrainedModel, **options) -> None:
     chosen = _make_options(options)
     check_supported(target)
     if chosen.drafter is not None:
-        chosen.drafter.check(target)
+        chosen.drafter.check(target, chosen.rule, chosen.tree)
     with _PATCHING:
         _check_holder("patch", target)
         if not isinstance(target, SpeculativeModel):
@@ -194,7 +198,7 @@ class SpeculativeGenerate:
         asked = _asked(generation_config, model_kwargs)
         if asked:
             raise ValueError(f"SpeculativeGenerate: assistance must be given as its drafter, got {', '.join(asked)}")
-        _check_call(generation_config, {})
+        _check_call(generation_config, {}, self.options)
         check_supported(model)
         options = self.options if self.options.drafter else replace(self.options, drafter=NoDrafter())
         return _speculate(
@@ -221,7 +225,7 @@ class SpeculativeModel(GenerationMixin):
                 f"generate: speculative decoding must run greedy search or sampling, got {generation_mode.value} "
                 f"(num_beams={generation_config.num_beams}): call it without assistance, or with num_beams=1"
             )
-        _check_call(generation_config, generation_mode_kwargs)
+        _check_call(generation_config, generation_mode_kwargs, _options[self])
 
     def _assisted_decoding(
         self,
@@ -332,7 +336,7 @@ def _asked(generation_config: GenerationConfig, arguments: dict) -> list[str]:
     return asked
 
 
-def _check_call(config: GenerationConfig, arguments: dict) -> None:
+def _check_call(config: GenerationConfig, arguments: dict, options: Options) -> None:
     """Refuse, by name, what a speculative call cannot honour."""
     asked = _asked(config, arguments)
     unsupported = sorted(set(asked) - set(ASSISTANCE))
@@ -343,10 +347,10 @@ def _check_call(config: GenerationConfig, arguments: dict) -> None:
         )
     if len(asked) > 1:
         raise ValueError(f"generate: one kind of assistance must be asked for, got {', '.join(asked)}")
-    if config.do_sample:
+    if config.do_sample and options.rule == "greedy":
         raise ValueError(
-            "generate: do_sample must be False with speculative decoding (sampling rules are not available yet), got "
-            "True: unpatch the model, or sample without assistance"
+            'generate: rule must be None or a sampling rule with do_sample=True, got "greedy": set do_sample=False, or '
+            "patch the model with another rule"
         )
     if (config.num_beams or 1) > 1:
         raise ValueError(
@@ -381,11 +385,14 @@ def _speculate(
     cache = model_kwargs.get("past_key_values")
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
         raise ValueError("generate: past_key_values must be None with speculative decoding, got the caller's cache")
-    options.drafter.check(model)
+    rule = (options.rule or "coupled") if generation_config.do_sample else "greedy"
+    options.drafter.check(model, rule, options.tree)
     speculation = Speculation(
         model,
         options.drafter,
         options.tree,
+        rule,
+        options.seed,
         options.impl,
         input_ids,
         logits_processor,

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..filters import Filters
 from ..reference import Acceptance
+from ..rules import CHAIN_RULES, check_legal
 from ..runner import TreeRunner
 from ..tree import DraftTree, Topology
 
@@ -32,6 +34,9 @@ class DraftContext:
         vocab_size: draft tokens must be below it.
         target: the target with its cache. A drafter that runs a part of the target may write keys and values from slot
             `length` on: verification overwrites them.
+        rule: acceptance rule of the call.
+        seeds: [B] int64. What each row's noise is keyed by; None with "greedy".
+        filters: the call's temperature, top-k, top-p and min-p.
         impl: implementation of the ops that was asked for.
     """
 
@@ -44,12 +49,20 @@ class DraftContext:
     max_length: int
     vocab_size: int
     target: TreeRunner
+    rule: str = "greedy"
+    seeds: torch.Tensor | None = None
+    filters: Filters = Filters()
     impl: str | None = None
 
     @property
     def root(self) -> torch.Tensor:
         """[B] int64. The last emitted tokens."""
         return self.tokens.gather(1, self.length[:, None]).squeeze(1)
+
+    @property
+    def position(self) -> torch.Tensor:
+        """[B] int64. The roots' positions: real tokens before them."""
+        return self.length - self.start
 
     @property
     def useful_depth(self) -> int:
@@ -79,8 +92,15 @@ class DraftSession(ABC):
 
 
 class Drafter(ABC):
-    def check(self, model: PreTrainedModel) -> None:  # noqa: B027, most serve every target
-        """Refuse a target that this drafter cannot draft for; asked in `patch` and before each `generate`.
+    def check(  # noqa: B027, most serve every target
+        self, model: PreTrainedModel, rule: str | None = None, tree: Topology | int | None = None
+    ) -> None:
+        """Refuse what this drafter cannot draft for; asked in `patch` and before each `generate`.
+
+        Args:
+            model: the target.
+            rule: acceptance rule, or None where the call decides.
+            tree: as in `start`.
 
         Raises:
             ValueError: names the drafter, what is wanted and what came.
@@ -100,11 +120,22 @@ class Drafter(ABC):
         """
 
 
-def topology_of(tree: Topology | int | None, default: Topology) -> Topology:
-    """The topology that `tree` asks for: itself, the likeliest of so many nodes, or the drafter's default."""
+def topology_of(tree: Topology | int | None, default: Topology, rule: str | None = None) -> Topology:
+    """The topology that `tree` asks for: itself, the likeliest of so many nodes (a chain where the rule takes no
+    other), or the drafter's default."""
     if tree is None:
         return default
-    return Topology.from_budget(tree) if isinstance(tree, int) else tree
+    if not isinstance(tree, int):
+        return tree
+    return Topology.chain(tree - 1) if rule in CHAIN_RULES else Topology.from_budget(tree)
+
+
+def check_rule(drafter: Drafter, rule: str | None, is_chain: bool, sampling: str = "none") -> None:
+    """Refuse a rule that cannot use, or would be biased on, the trees that `drafter` makes."""
+    try:
+        check_legal(rule or "greedy", sampling, is_chain)
+    except ValueError as refusal:
+        raise ValueError(f"{type(drafter).__name__}: {refusal}") from None
 
 
 class NoDrafter(Drafter):

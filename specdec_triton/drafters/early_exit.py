@@ -24,6 +24,7 @@ class EarlyExitDrafter(Drafter):
         skip: or which layers to leave out, by index.
         num_tokens: length of a chain; default the model's own `generation_config.num_assistant_tokens`, else 20.
         tree: a topology, or a number of nodes (root included); instead of a chain.
+        replacement: see `ModelDrafter`.
 
     Raises:
         ValueError: not exactly one of `num_layers` and `skip`, both shapes are given, or a number is below 1.
@@ -35,6 +36,7 @@ class EarlyExitDrafter(Drafter):
         skip: Sequence[int] | None = None,
         num_tokens: int | None = None,
         tree: Topology | int | None = None,
+        replacement: bool = False,
     ):
         if (num_layers is None) == (skip is None):
             raise ValueError(
@@ -46,10 +48,11 @@ class EarlyExitDrafter(Drafter):
             raise ValueError(f"EarlyExitDrafter: skip must be a list of layer indices, got {skip!r}")
         check_shape("EarlyExitDrafter", num_tokens, tree)
         self.num_layers, self.skip = num_layers, None if skip is None else sorted(set(skip))
-        self.num_tokens, self.tree = num_tokens, tree
+        self.num_tokens, self.tree, self.replacement = num_tokens, tree, replacement
 
-    def check(self, model):
+    def check(self, model, rule=None, tree=None):
         self._kept(model)
+        draft_shape(self, tree, model, rule, model.config.get_text_config().vocab_size)
 
     def _kept(self, model: PreTrainedModel) -> list[int]:
         """Indices of the layers that draft."""
@@ -74,7 +77,8 @@ class EarlyExitDrafter(Drafter):
         kept = self._kept(model)
         draft = with_layers(model, kept)
         shares_cache = kept == list(range(len(kept)))
-        return ModelSession(draft, context, draft_shape(self, tree, draft, context), shares_cache)
+        shape = draft_shape(self, tree, model, context.rule, context.vocab_size)
+        return ModelSession(draft, context, shape, shares_cache, self.replacement)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -4,13 +4,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..attention import check_supported
+from ..filters import filtered_log_probs
+from ..noise import COUPLED, DRAFT, gumbel
 from ..reference import Acceptance
+from ..rules import WEIGHING_RULES
 from ..runner import TreeRunner
 from ..tree import DraftTree, Topology, topology_tensors
-from .base import DraftContext, Drafter, DraftSession, topology_of
+from .base import DraftContext, Drafter, DraftSession, check_rule, topology_of
 
 # The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
 CATCH_UP = 2
@@ -21,27 +25,39 @@ DEFAULT_TOKENS = 20  # as in transformers, where a generation config says nothin
 class ModelDrafter(Drafter):
     """A draft model with the target's tokenizer.
 
-    Each node's children are the draft's likeliest tokens, by rank. The draft keeps its own tree cache through the
-    call: a token's keys and values are computed once (the last one twice, to keep shapes fixed).
+    A node's children are what the call's acceptance rule has use for: the draft's likeliest tokens, by rank; under
+    "coupled" the likeliest with the target's own noise added; under the rules that weigh a token by its draft
+    probability, draws from the draft's distribution, filtered as the target's is.
+
+    The draft keeps its own tree cache through the call: a token's keys and values are computed once (the last one
+    twice, to keep shapes fixed).
 
     Args:
         model: decoder-only, in transformers' attention interface, on the target's device.
         num_tokens: length of a chain; default the model's own `generation_config.num_assistant_tokens`,
             else 20.
         tree: a topology, or a number of nodes (root included); instead of a chain.
+        replacement: siblings that are drawn may be equal; else the draft's distribution loses a token once drawn.
 
     Raises:
         ValueError: the model cannot draft, both shapes are given, or a number is below 1.
     """
 
-    def __init__(self, model: PreTrainedModel, num_tokens: int | None = None, tree: Topology | int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_tokens: int | None = None,
+        tree: Topology | int | None = None,
+        replacement: bool = False,
+    ):
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"ModelDrafter: model must be a transformers PreTrainedModel, got {type(model).__name__}")
         check_supported(model, "the draft model")
         check_shape("ModelDrafter", num_tokens, tree)
-        self.model, self.num_tokens, self.tree = model, num_tokens, tree
+        self.model, self.num_tokens, self.tree, self.replacement = model, num_tokens, tree, replacement
 
-    def check(self, model):
+    def check(self, model, rule=None, tree=None):
+        draft_shape(self, tree, self.model, rule, model.config.get_text_config().vocab_size)
         if self.model.device != model.device:
             raise ValueError(f"ModelDrafter: the draft model must be on {model.device}, got {self.model.device}")
         sizes = [each.config.get_text_config().vocab_size for each in (model, self.model)]
@@ -52,7 +68,8 @@ class ModelDrafter(Drafter):
             )
 
     def start(self, context, tree=None):
-        return ModelSession(self.model, context, draft_shape(self, tree, self.model, context))
+        shape = draft_shape(self, tree, self.model, context.rule, context.vocab_size)
+        return ModelSession(self.model, context, shape, replacement=self.replacement)
 
 
 def check_shape(drafter: str, num_tokens: int | None, tree: Topology | int | None) -> None:
@@ -64,15 +81,20 @@ def check_shape(drafter: str, num_tokens: int | None, tree: Topology | int | Non
 
 
 def draft_shape(
-    drafter: Drafter, tree: Topology | int | None, model: PreTrainedModel, context: DraftContext
+    drafter: Drafter, tree: Topology | int | None, model: PreTrainedModel, rule: str | None, vocab_size: int
 ) -> Topology:
-    """The tree asked for in the call, else the drafter's, else a chain as long as the drafter or `model` says."""
+    """The tree asked for in the call, else the drafter's, else a chain as long as the drafter or `model` says.
+
+    Raises:
+        ValueError: the rule cannot use it, or it has more children a node than there are tokens.
+    """
     length = drafter.num_tokens or model.generation_config.num_assistant_tokens or DEFAULT_TOKENS
-    shape = topology_of(drafter.tree if tree is None else tree, Topology.chain(length))
-    if max(shape.ranks) >= context.vocab_size:
+    shape = topology_of(drafter.tree if tree is None else tree, Topology.chain(length), rule)
+    check_rule(drafter, rule, shape.is_chain, "without")
+    if max(shape.ranks) >= vocab_size:
         raise ValueError(
-            f"{type(drafter).__name__}: tree must not have more children a node than the vocabulary's "
-            f"{context.vocab_size} tokens, got a rank of {max(shape.ranks)}"
+            f"{type(drafter).__name__}: tree must not have more children a node than the vocabulary's {vocab_size} "
+            f"tokens, got a rank of {max(shape.ranks)}"
         )
     return shape
 
@@ -86,13 +108,22 @@ class ModelSession(DraftSession):
         topology: what to draft.
         shares_cache: the model is made of the target's first layers, and the target's keys and values are its own:
             there is no prompt to run and nothing to catch up with.
+        replacement: see `ModelDrafter`.
     """
 
     trusted = True
 
-    def __init__(self, model: PreTrainedModel, context: DraftContext, topology: Topology, shares_cache: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        context: DraftContext,
+        topology: Topology,
+        shares_cache: bool = False,
+        replacement: bool = False,
+    ):
         self.context, self.topology = context, topology
         self.max_nodes, self.max_depth = topology.num_nodes, topology.max_depth
+        self._replacement = replacement
         self._shares_cache, self._catch_up = shares_cache, 1 if shares_cache else CATCH_UP
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
         self._last_token = model.get_input_embeddings().num_embeddings - 1
@@ -134,15 +165,50 @@ class ModelSession(DraftSession):
         fed = context.tokens.gather(1, columns)
         tokens, has_nan = [fed[:, -1:]], torch.zeros_like(first, dtype=torch.bool)
         plan = _plan(topology, self._catch_up, first.device)
+        drawn_from = []
         for level in plan.levels:
             depth, ancestors = (part.expand(len(first), *part.shape[1:]) for part in (level.depth, level.ancestors))
             logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
-            best, ranked = logits[:, -level.num_parents :, : context.vocab_size].topk(level.num_ranks, dim=-1)
-            has_nan |= best[:, :, 0].isnan().any(1)  # a NaN ranks first
-            children = ranked[:, level.parent_rows, level.ranks]
+            logits = logits[:, -level.num_parents :, : context.vocab_size]
+            best, children = self._children(level, logits)
+            has_nan |= best.isnan().any(1)
             tokens.append(children)
             fed = children[:, level.expanded]
-        return DraftTree.from_topology(topology, torch.cat(tokens, 1)[:, plan.order], has_nan)
+            drawn_from.append(logits)
+        tree = DraftTree.from_topology(topology, torch.cat(tokens, 1)[:, plan.order], has_nan)
+        if context.rule not in WEIGHING_RULES or not drawn_from:
+            return tree
+        unknown = context.vocab_size - drawn_from[0].shape[-1]  # padding of a larger vocabulary, never drawn
+        return tree.drawn(
+            "with" if self._replacement else "without",
+            pad(torch.cat(drawn_from, 1), (0, unknown), value=float("-inf")),
+            plan.draft_row.expand(len(first), -1),
+            context.filters,
+        )
+
+    def _children(self, level: "_Level", logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The level's candidates from its parents' logits [B, parents, V].
+
+        Returns:
+            [B, parents], the best score at each parent: a NaN ranks first; [B, children] int64, the tokens.
+        """
+        context = self.context
+        if context.rule == "coupled":
+            row = context.seeds, context.position + level.depth_below
+            noise = gumbel(*row, 0, COUPLED, logits.shape[-1])[:, None]
+            logits = filtered_log_probs(logits, context.filters) + noise
+        elif context.rule in WEIGHING_RULES:
+            log_probs = filtered_log_probs(logits, context.filters)
+            row = context.seeds[:, None], context.position[:, None]
+            if self._replacement:
+                noise = gumbel(*row, level.children, DRAFT, logits.shape[-1])
+                tokens = (log_probs[:, level.parent_rows] + noise).argmax(-1)
+                return log_probs.amax(-1), tokens
+            logits = log_probs + gumbel(*row, level.parents, DRAFT, logits.shape[-1])
+            best, drawn = logits.topk(level.num_draws, dim=-1)
+            return best[:, :, 0], drawn[:, level.parent_rows, level.draws]
+        best, ranked = logits.topk(level.num_ranks, dim=-1)
+        return best[:, :, 0], ranked[:, level.parent_rows, level.ranks]
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
         if self._shares_cache or tree.is_chain or tree.max_depth == 0:
@@ -158,19 +224,26 @@ class _Level:
 
     Attributes:
         num_parents: nodes expanded; the last rows of the forward.
-        num_ranks: candidates wanted of each.
-        parent_rows, ranks: [children] int64. Which expanded node, and which of its candidates, each child is.
+        num_ranks, num_draws: candidates wanted of each, by rank or by drawing them.
+        parent_rows, ranks, draws: [children] int64. Which expanded node, and which of its candidates, each child is.
         expanded: [next level's parents] int64. Which children are expanded in their turn.
         depth, ancestors: [1, T], [1, T, W] int64. The draft cache's tree so far: catch-up tokens and expanded nodes.
+        parents, children: [parents], [children] int64. Their nodes in the tree.
+        depth_below: depth of the children.
     """
 
     num_parents: int
     num_ranks: int
+    num_draws: int
     parent_rows: torch.Tensor
     ranks: torch.Tensor
+    draws: torch.Tensor
     expanded: torch.Tensor
     depth: torch.Tensor
     ancestors: torch.Tensor
+    parents: torch.Tensor
+    children: torch.Tensor
+    depth_below: int
 
 
 @dataclass(frozen=True)
@@ -181,11 +254,13 @@ class _Plan:
         levels: forwards in order.
         order: [N] int64. Where each node's token stands when root and levels are put one after another.
         slots: [N] int64. Slot of each expanded node in the draft's cache, from the root's; -1: never forwarded.
+        draft_row: [1, N] int32. Place of each node among the expanded ones, -1: not expanded.
     """
 
     levels: tuple[_Level, ...]
     order: torch.Tensor
     slots: torch.Tensor
+    draft_row: torch.Tensor
 
 
 @lru_cache(maxsize=64)
@@ -195,30 +270,41 @@ def _plan(topology: Topology, catch_up: int, device: torch.device) -> _Plan:
     inner = set(parents)
     slots, levels = {0: 0}, []
     cache_parents, cache_ranks = list(range(-1, catch_up - 1)), [0] * catch_up
-    for level, children in zip(by_depth, by_depth[1:], strict=False):
+    for below, (level, children) in enumerate(zip(by_depth, by_depth[1:], strict=False), 1):
         expanded = [node for node in level if node in inner]
         for node in expanded:
             if node:
                 slots[node] = len(slots)
                 cache_parents.append(slots[parents[node]] + catch_up - 1)
                 cache_ranks.append(topology.ranks[node])
+        of_parent = [parents[node] for node in children]
+        draws = [of_parent[:place].count(parent) for place, parent in enumerate(of_parent)]
         _, depth, ancestors = topology_tensors(Topology(tuple(cache_parents), tuple(cache_ranks)), device)
         levels.append(
             _Level(
                 num_parents=len(expanded),
                 num_ranks=1 + max(topology.ranks[node] for node in children),
-                parent_rows=torch.tensor([expanded.index(parents[node]) for node in children], device=device),
+                num_draws=1 + max(draws),
+                parent_rows=torch.tensor([expanded.index(parent) for parent in of_parent], device=device),
                 ranks=torch.tensor([topology.ranks[node] for node in children], device=device),
+                draws=torch.tensor(draws, device=device),
                 expanded=torch.tensor(
                     [place for place, node in enumerate(children) if node in inner], dtype=torch.int64, device=device
                 ),
                 depth=depth,
                 ancestors=ancestors,
+                parents=torch.tensor(expanded, device=device),
+                children=torch.tensor(children, device=device),
+                depth_below=below,
             )
         )
+    rows = {node: row for row, node in enumerate(node for level in by_depth for node in level if node in inner)}
     listed = [node for level in by_depth for node in level]
     return _Plan(
         levels=tuple(levels),
         order=torch.tensor([listed.index(node) for node in range(topology.num_nodes)], device=device),
         slots=torch.tensor([slots.get(node, -1) for node in range(topology.num_nodes)], device=device),
+        draft_row=torch.tensor(
+            [[rows.get(node, -1) for node in range(topology.num_nodes)]], dtype=torch.int32, device=device
+        ),
     )

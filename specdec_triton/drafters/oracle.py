@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from ..tree import DraftTree, Topology
-from .base import DraftContext, Drafter, DraftSession, topology_of
+from .base import DraftContext, Drafter, DraftSession, check_rule, topology_of
+
+DEFAULT_TOKENS = 5
 
 
 class OracleDrafter(Drafter):
@@ -30,14 +32,19 @@ class OracleDrafter(Drafter):
             raise ValueError(f"OracleDrafter: error_rate must be 0 to 1, got {error_rate}")
         self.text, self.error_rate, self.tree, self.seed = text.cpu().numpy(), error_rate, tree, seed
 
+    def check(self, model, rule=None, tree=None):
+        check_rule(self, rule, self._shape(tree, rule).is_chain)
+
+    def _shape(self, tree: Topology | int | None, rule: str | None) -> Topology:
+        return topology_of(self.tree if tree is None else tree, Topology.chain(DEFAULT_TOKENS), rule)
+
     def start(self, context, tree=None):
-        shape = topology_of(self.tree if tree is None else tree, Topology.chain(5))
         if self.text.shape[0] != context.tokens.shape[0]:
             raise ValueError(
                 f"OracleDrafter: text must have a row for each of the {context.tokens.shape[0]} sequences, got "
                 f"{self.text.shape[0]}"
             )
-        return _OracleSession(self, context, shape)
+        return _OracleSession(self, context, self._shape(tree, context.rule))
 
 
 class _OracleSession(DraftSession):

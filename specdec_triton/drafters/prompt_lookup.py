@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..tree import DraftTree, Topology
-from .base import DraftContext, Drafter, DraftSession
+from .base import DraftContext, Drafter, DraftSession, check_rule
 
 FIRST_NEEDED = 2  # tokens that a match must have at first: one alone is mostly chance
 # trees are padded to a multiple: on CPUs a product over 11 rows takes longer than over 12, and fewer widths mean fewer
@@ -37,6 +37,9 @@ class PromptLookupDrafter(Drafter):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"PromptLookupDrafter: {name} must be an integer of at least 1, got {number!r}")
         self.num_tokens, self.max_ngram, self.branches, self.adaptive = num_tokens, max_ngram, branches, adaptive
+
+    def check(self, model, rule=None, tree=None):
+        check_rule(self, rule, is_chain=self.branches == 1)
 
     def start(self, context, tree=None):
         if isinstance(tree, Topology) and not tree.is_chain:

@@ -1,0 +1,144 @@
+"""Does speculation leave a model's output distribution as it is? Counted, on any pair of models.
+
+Every continuation of a prompt is enumerated with its exact probability, from the target alone under transformers' own
+logits processors. Then speculative `generate` samples the same prompt many times, and the counts are held against the
+probabilities. Filters that leave few tokens (a small top-k) keep the enumeration small.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+
+import specdec_triton as sdt
+
+from .drafters import Drafter
+from .proof import Cell, examine, null_bracket
+
+MOST_OUTCOMES = 20_000
+FORWARD_ROWS = 256  # sequences a forward, when enumerating
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one experiment showed.
+
+    Attributes:
+        rule: acceptance rule.
+        outcomes: continuations of nonzero probability.
+        cell: counts against probabilities, see `proof.examine`.
+        null: between which total variations honest samples of this number lie, at 99.9%.
+        acceptance_length: tokens a row emitted in a round, on average.
+        agrees: p-value and total variation are those of honest samples.
+    """
+
+    rule: str
+    outcomes: int
+    cell: Cell
+    null: tuple[float, float]
+    acceptance_length: float
+    agrees: bool
+
+
+def prove(
+    model: PreTrainedModel,
+    drafter: Drafter,
+    rule: str,
+    input_ids: torch.Tensor,
+    *,
+    tokens: int = 3,
+    samples: int = 2000,
+    rows: int = 500,
+    seed: int = 0,
+    law: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **options,
+) -> Finding:
+    """Sample `tokens` tokens after `input_ids` [1, T] with speculation, and compare with the exact distribution.
+
+    Args:
+        model: the target.
+        drafter: drafts.
+        rule: see `Options`.
+        tokens: L, length of the continuations.
+        samples: how many to draw, `rows` in a batch.
+        seed: of the first batch; the following count up.
+        law: from `exact_law`, where it is known already.
+        **options: sampling options of `generate`.
+
+    Raises:
+        ValueError: there are too many outcomes to enumerate.
+    """
+    sequences, probs = law or exact_law(model, input_ids, tokens, **options)
+    index = {tuple(sequence): place for place, sequence in enumerate(sequences.tolist())}
+    counts = torch.zeros(len(index) + 1)  # the last: what should be impossible
+    rounds = emitted = 0
+    for batch, first in enumerate(range(0, samples, rows)):
+        prompts = input_ids.expand(min(rows, samples - first), -1)
+        with sdt.patched(model, drafter=drafter, rule=rule, seed=seed + batch):
+            text = model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), **sampling_call(model, tokens), **options
+            )
+        for sequence in text[:, input_ids.shape[1] :].tolist():
+            counts[index.get(tuple(sequence), -1)] += 1
+        stats = sdt.stats(model)
+        rounds, emitted = rounds + stats.row_rounds, emitted + stats.accepted + stats.row_rounds
+    cell = examine(counts, torch.cat([probs, torch.zeros(1)]))
+    null = null_bracket(probs, samples)
+    agrees = cell.p_value > 1e-3 and cell.distance <= null[1]
+    return Finding(rule, len(index), cell, null, emitted / rounds if rounds else 0.0, agrees)
+
+
+def sampling_call(model: PreTrainedModel, tokens: int) -> dict:
+    """Options of `generate` for exactly so many sampled tokens: no token ends the text."""
+    nothing = model.config.get_text_config().vocab_size + 1
+    return {"do_sample": True, "max_new_tokens": tokens, "eos_token_id": nothing, "pad_token_id": 0}
+
+
+@torch.no_grad()
+def exact_law(
+    model: PreTrainedModel, input_ids: torch.Tensor, tokens: int, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every continuation that sampling may give, and how likely it is.
+
+    Args:
+        model: the target; runs without speculation and without a cache.
+        input_ids: [1, T] int64.
+        tokens: L.
+        **options: sampling options of `generate`.
+
+    Returns:
+        [K, L] int64 and [K] float64.
+
+    Raises:
+        ValueError: K would pass 20,000.
+    """
+    processors = _prepared_processors(model, input_ids, tokens, options)
+    prefixes, probs = input_ids, torch.ones(1, dtype=torch.float64)
+    for _ in range(tokens):
+        rows = []
+        for part in prefixes.split(FORWARD_ROWS):
+            logits = model(part, attention_mask=torch.ones_like(part), use_cache=False).logits[:, -1].float()
+            rows.append(processors(part, logits).double().softmax(-1).cpu())
+        joint = probs[:, None] * torch.cat(rows)
+        kept = joint.nonzero()
+        if len(kept) > MOST_OUTCOMES:
+            raise ValueError(
+                f"prove: the continuations to enumerate must be at most {MOST_OUTCOMES}, got {len(kept)}: use a smaller "
+                "top_k, or fewer tokens"
+            )
+        probs = joint[kept[:, 0], kept[:, 1]]
+        prefixes = torch.cat([prefixes[kept[:, 0]], kept[:, 1:].to(prefixes.device)], dim=1)
+    return prefixes[:, input_ids.shape[1] :].cpu(), probs / probs.sum()
+
+
+def _prepared_processors(model, input_ids, tokens, options) -> LogitsProcessorList:
+    """What `generate` would apply to every row of scores, warpers and all."""
+    caught = []
+
+    def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        caught.append(logits_processor)
+        return input_ids
+
+    mask = torch.ones_like(input_ids)
+    model.generate(input_ids, attention_mask=mask, custom_generate=catch, **sampling_call(model, tokens), **options)
+    return caught[0]

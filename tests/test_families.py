@@ -136,3 +136,12 @@ def test_a_softcap_that_sdpa_would_drop_is_refused():
     model.set_attn_implementation("eager")
     with sdt.patched(model):
         pass
+
+
+def test_positions_from_the_cache_are_refused_unless_corrected():
+    """Llama 4's attention is one that is corrected, by its name; another that did the same would be wrong."""
+    model = build("llama4")
+    attention = model.model.layers[0].self_attn
+    attention.__class__ = type("OtherAttention", (type(attention),), {})
+    with pytest.raises(ValueError, match="positions from position_ids, got Llama4ForCausalLM, whose OtherAttention"):
+        sdt.patch(model)

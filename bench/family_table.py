@@ -34,9 +34,9 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        if report.when != "call" and report.outcome == "passed":
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        if not parameters or (report.when != "call" and report.outcome == "passed"):
             return report
-        parameters = item.callspec.params
         family = parameters["family"]
         implementation = parameters.get(
             "impl", REFUSING if item.originalname == "test_refused_by_name" else "reference"

@@ -143,7 +143,7 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
 
     Raises:
         ValueError: an encoder-decoder, a model with recurrent state or with layers that choose their keys by content,
-            one outside transformers' attention interface, or one that does not tell it its positions or window.
+            one outside the attention interface, or one whose positions, window or softcap attention is not told.
     """
     name = type(model).__name__
     config = model.config.get_text_config()
@@ -175,6 +175,11 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
         raise ValueError(
             f"patch: {role} must take position_ids and no more than a mask's visible slots, got {name}, which derives "
             "positions or attention from the cache or a dense mask: decode it without speculation"
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        raise ValueError(
+            f"patch: {role} must apply its softcap, got {name} under sdpa, which drops it: call "
+            "model.set_attn_implementation('eager') first"
         )
     for module in model.modules():
         _check_attention(module, role, name)

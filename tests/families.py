@@ -69,7 +69,7 @@ FAMILIES = {
     "gemma": Family("GemmaForCausalLM", {**_COMMON, "head_dim": 16, "num_key_value_heads": 1}, "MQA"),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        {**_WINDOW, "head_dim": 8, "attn_logit_softcapping": 2.0},
+        {**_WINDOW, "head_dim": 8, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 8},
         "GQA, window on some layers, softcap",
     ),
     "gemma3": Family("Gemma3ForCausalLM", {**_MIXED, "head_dim": 8}, "GQA, window on some layers"),

@@ -1,0 +1,136 @@
+"""How many tokens a round emits when a real pair samples: by rule, temperature and shape of the draft.
+
+    python bench/bench_sampling.py TARGET DRAFT --prompts prompts.jsonl --out bench/results/sampling/pair.json
+
+The prompts run as one batch, every cell with the same seeds. Acceptance does not depend on the machine, so a CPU
+measures it as well as a GPU; no times are reported. Cells in `--out` are kept, so a run can be continued. With
+`--flips` instead: how many tokens of `coupled` texts in bf16 differ once a draft is verified, beside how many differ
+between two batch sizes without any draft.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from _common import provenance
+from bench_acceptance import one_per_task
+from rich.progress import track
+
+import specdec_triton as sdt
+from specdec_triton import models
+from specdec_triton.drafters import NoDrafter
+
+TEMPERATURES = (0.5, 0.7, 1.0)
+CHAIN = sdt.Topology.chain(5)
+TREE = sdt.Topology.from_paths([(0, 0, 0, 0, 0), (1, 0, 0), (0, 1), (2,), (0, 0, 1)])
+DRAFTS = {
+    ("coupled", "chain of 5"): CHAIN,
+    ("rejection", "chain of 5"): CHAIN,
+    ("block", "chain of 5"): CHAIN,
+    ("coupled", "tree of 11"): TREE,
+    ("multi_round", "tree of 11"): TREE,
+    ("traversal", "tree of 11"): TREE,
+}
+
+
+def encode(tokenizer, prompts: list[dict], device: torch.device) -> dict[str, torch.Tensor]:
+    """The prompts as one batch, padded on the left."""
+    texts = [models.encode_chat(tokenizer, prompt["prompt"], device)["input_ids"][0] for prompt in prompts]
+    longest = max(len(text) for text in texts)
+    pad = tokenizer.pad_token_id or 0
+    rows = [torch.nn.functional.pad(text, (longest - len(text), 0), value=pad) for text in texts]
+    masks = [torch.arange(longest, device=device) >= longest - len(text) for text in texts]
+    return {"input_ids": torch.stack(rows), "attention_mask": torch.stack(masks).long()}
+
+
+def measure(target, draft, inputs, rule: str, topology, temperature: float, max_new_tokens: int) -> dict:
+    options = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": max_new_tokens}
+    with sdt.patched(target, drafter=sdt.ModelDrafter(draft, tree=topology), rule=rule, seed=0):
+        target.generate(**inputs, **options)
+    stats = sdt.stats(target)
+    return {
+        "nodes": topology.num_nodes,
+        "acceptance_length": round(stats.acceptance_length, 3),
+        "row_rounds": stats.row_rounds,
+        "emitted": stats.emitted,
+    }
+
+
+def flips(model, inputs, max_new_tokens: int, seeds: list[int]) -> dict:
+    """Of `coupled` tokens in the model's dtype, how many are other ones once verified several at a time; and the null:
+    how many are when each row is decoded alone. Counted up to and with the first difference of each text."""
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens}
+    prompt = inputs["input_ids"].shape[1]
+
+    def sample(drafter, rows=slice(None)):
+        with sdt.patched(model, drafter=drafter, seed=seeds[rows]):
+            part = {name: value[rows] for name, value in inputs.items()}
+            return model.generate(**part, **options)[:, prompt:]
+
+    plain = sample(NoDrafter())
+    drafted = sample(sdt.EarlyExitDrafter(model.config.num_hidden_layers * 3 // 4, num_tokens=4))
+    alone = [sample(NoDrafter(), slice(row, row + 1))[0] for row in range(len(plain))]
+    return {
+        "drafted": _differences(plain, drafted),
+        "null": _differences(plain, alone),
+        "acceptance_length": round(sdt.stats(model).acceptance_length, 3),
+    }
+
+
+def _differences(texts, others) -> dict:
+    flipped = compared = 0
+    for text, other in zip(texts, others, strict=True):
+        length = min(len(text), len(other))
+        differ = (text[:length] != other[:length]).nonzero()
+        flipped += len(differ) > 0
+        compared += int(differ[0]) + 1 if len(differ) else length
+    return {"flipped": flipped, "tokens": compared, "rate": round(flipped / compared, 5)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("draft", nargs="?")
+    parser.add_argument("--names", nargs="+", help="official names for the report")
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--flips", action="store_true")
+    arguments = parser.parse_args()
+
+    device = models.default_device()
+    target, tokenizer, _ = models.load(arguments.target, arguments.dtype)
+    target.to(device)
+    lines = [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
+    inputs = encode(tokenizer, one_per_task(lines, arguments.count), device)
+    names = arguments.names or [arguments.target, arguments.draft]
+    report = {"target": names[0], "dtype": arguments.dtype, "prompts": arguments.count}
+    report |= {"max_new_tokens": arguments.max_new_tokens, **provenance(device)}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.flips:
+        report["what"] = "tokens of coupled sampling that differ when verified with a draft, and alone (null)"
+        report |= flips(target, inputs, arguments.max_new_tokens, list(range(arguments.count)))
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps(report, indent=1))
+        return
+
+    draft, _, _ = models.load(arguments.draft, arguments.dtype)
+    draft.to(device)
+    report |= {"what": "acceptance of a real pair, sampled, real inputs", "draft": names[1]}
+    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    done = {(row["rule"], row["shape"], row["temperature"]) for row in rows}
+    cells = [(rule, shape, temperature) for temperature in TEMPERATURES for rule, shape in DRAFTS]
+    for rule, shape, temperature in track([cell for cell in cells if cell not in done], "cells"):
+        topology = DRAFTS[rule, shape]
+        found = measure(target, draft, inputs, rule, topology, temperature, arguments.max_new_tokens)
+        rows.append({"rule": rule, "shape": shape, "temperature": temperature, **found})
+        arguments.out.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

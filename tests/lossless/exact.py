@@ -173,7 +173,10 @@ def drafts(parents, draft_of, sampling):
         draft = draft_of(prefix)
         if sampling == "without":
             draft = draft.copy()
-            draft[list(used.get(parents[node], ()))] = 0
+            drawn = list(used.get(parents[node], ()))
+            draft[drawn] = 0
+            if not draft.sum():  # exhausted: a token that cannot be drawn counts as padding
+                draft[drawn[:1]] = 1
             draft = draft / draft.sum()
         for token in np.flatnonzero(draft):
             token = int(token)

@@ -27,6 +27,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import ops
 from .drafters import DraftContext, Drafter, DraftSession
+from .penalties import is_vectorised, process_nodes
 from .processors import process_path
 from .reference import Acceptance
 from .runner import TreeRunner
@@ -257,13 +258,16 @@ class Speculation:
         return {name: sources[name].gather(1, places).float() for name in self.transcript.columns_kept}
 
     def process(self, tree: DraftTree, logits: torch.Tensor) -> torch.Tensor:
-        """Processed scores [B, N, V] along the path that will be accepted.
+        """Processed scores [B, N, V] along the path that will be accepted, or everywhere where the device can do it.
 
         Where a processor raises, the tokens chosen before it did are still criteria's and the streamer's: plain
         `generate` had handed them on by then. What a criterion stops among them, no processor would have seen: the
         text is then complete, and the exception does not count.
         """
-        context, scores = self.context, logits.to(torch.float32, copy=True)
+        context = self.context
+        if is_vectorised(self.processors):
+            return process_nodes(self.processors, tree, logits, context.tokens, context.length)
+        scores = logits.to(torch.float32, copy=True)
         chosen = [[] for _ in logits]
         host = context.host_tokens, context.host_length, context.host_budget, self.transcript.eos_ids
         try:

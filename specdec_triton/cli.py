@@ -24,7 +24,8 @@ PROOF_ROWS = 500  # sampled in a batch
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 (the demo's texts or a proof's counts differ), 2 (an error), 130 (interrupted)."""
+    """Run one command and return its exit code: 0, 1 (the demo's texts or a proof's counts differ), 2 (an error),
+    130 (interrupted)."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)

@@ -28,9 +28,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from . import ops
 from .drafters import DraftContext, Drafter, DraftSession
 from .drafters.base import check_rule
-from .filters import Filters
-from .noise import row_seeds
-from .processors import process_path, split_processors
+from .filters import Filters, filtered_log_probs
+from .noise import COUPLED, gumbel, row_seeds
+from .penalties import is_vectorised, process_nodes
+from .processors import first_choice, process_each, process_path, split_processors
 from .reference import Acceptance
 from .rules import LOSSY_RULES
 from .runner import TreeRunner
@@ -287,17 +288,25 @@ class Speculation:
         return kept
 
     def process(self, tree: DraftTree, logits: torch.Tensor) -> torch.Tensor:
-        """Processed scores [B, N, V] along the path that will be accepted.
+        """Processed scores [B, N, V]: everywhere where the device can do it, else where acceptance may get to.
+        Rules that make one choice at a node are walked, and only the path that will be accepted is processed.
 
         Where a processor raises, the tokens chosen before it did are still criteria's and the streamer's: plain
         `generate` had handed them on by then. What a criterion stops among them, no processor would have seen: the
         text is then complete, and the exception does not count.
         """
-        context, scores = self.context, logits.to(torch.float32, copy=True)
+        context = self.context
+        if is_vectorised(self.processors):
+            return process_nodes(self.processors, tree, logits, context.tokens, context.length)
+        scores = logits.to(torch.float32, copy=True)
         chosen = [[] for _ in logits]
         host = context.host_tokens, context.host_length, context.host_budget, self.transcript.eos_ids
+        if self.rule not in ("greedy", "coupled"):
+            process_each(self.processors, tree, scores, *host)
+            return scores
+        choose = first_choice if self.rule == "greedy" else self.coupled_choice
         try:
-            for choices in process_path(self.processors, tree, scores, *host):
+            for choices in process_path(self.processors, tree, scores, *host, choose):
                 for row, choice in choices.items():
                     chosen[row].append(choice)
         except BaseException as error:
@@ -310,6 +319,13 @@ class Speculation:
             if not (self.transcript.done and isinstance(error, Exception)):
                 raise
         return scores
+
+    def coupled_choice(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
+        """What `rules.coupled` samples from processed scores [R, V] at these depths of these rows."""
+        filters = Filters(*(None if option is None else option[rows] for option in self.filters))
+        position = self.context.position[rows] + 1 + torch.tensor(depth, device=scores.device)
+        noise = gumbel(self.seeds[rows], position, 0, COUPLED, scores.shape[-1])
+        return (filtered_log_probs(scores[:, None], filters).squeeze(1) + noise).argmax(-1).tolist()
 
     @timed("compact")
     def compact(self, tree: DraftTree, accepted: Acceptance) -> None:

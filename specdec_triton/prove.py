@@ -123,8 +123,8 @@ def exact_law(
         kept = joint.nonzero()
         if len(kept) > MOST_OUTCOMES:
             raise ValueError(
-                f"prove: the continuations to enumerate must be at most {MOST_OUTCOMES}, got {len(kept)}: use a smaller "
-                "top_k, or fewer tokens"
+                f"prove: the continuations to enumerate must be at most {MOST_OUTCOMES}, got {len(kept)}: use a "
+                "smaller top_k, or fewer tokens"
             )
         probs = joint[kept[:, 0], kept[:, 1]]
         prefixes = torch.cat([prefixes[kept[:, 0]], kept[:, 1:].to(prefixes.device)], dim=1)

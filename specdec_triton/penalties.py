@@ -1,0 +1,261 @@
+"""Logits processors of transformers over all nodes of a draft tree at once, on the device.
+
+Every node gets the row that plain `generate` would give it: its text is the row's columns, left padding included, up
+to its root's, then its own path.
+
+Letters: B sequences, N tree nodes, V vocabulary, C columns of text, G sequences of tokens of one length.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from .reference import WORD_BITS
+from .tree import DraftTree
+
+NEVER = float("-inf")
+
+
+def is_vectorised(processors: LogitsProcessorList) -> bool:
+    """`process_nodes` can do them all: each is exactly of a type that it knows (a subclass may do anything)."""
+    return all(type(processor) in _OVER_NODES for processor in processors)
+
+
+def process_nodes(
+    processors: LogitsProcessorList, tree: DraftTree, logits: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor
+) -> torch.Tensor:
+    """Processed scores of every node: [B, N, V] fp32, new. Nothing is read on the host.
+
+    Padding nodes, and rows that have ended, get scores of some text.
+
+    Args:
+        processors: such that `is_vectorised`.
+        tree: N nodes.
+        logits: [B, N, V] floating point. The target's.
+        tokens: [B, C] int64. Prompt and emitted tokens; anything beyond.
+        length: [B] int64. Column of each root.
+    """
+    texts = _Texts(tree, tokens, length)
+    scores = logits.to(torch.float32, copy=True)
+    for processor in processors:
+        scores = _OVER_NODES[type(processor)](processor, scores, texts)
+    return scores
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The texts that end in each node: arguments of `process_nodes`."""
+
+    tree: DraftTree
+    tokens: torch.Tensor
+    length: torch.Tensor
+
+    @cached_property
+    def count(self) -> torch.Tensor:
+        """[B, N] int64. Columns of each text."""
+        return self.length[:, None] + self.tree.depth + 1
+
+    @cached_property
+    def columns(self) -> torch.Tensor:
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device)
+
+    @cached_property
+    def on_path(self) -> torch.Tensor:
+        """[B, N, N] bool. Column j of row i: the text of i goes through j, or ends there."""
+        bits = torch.arange(WORD_BITS, device=self.tokens.device)
+        return ((self.tree.ancestors[..., None] >> bits) & 1).bool().flatten(-2)[..., : self.tree.num_nodes]
+
+    def last(self, size: int) -> torch.Tensor:
+        """[B, N, size] int64. The last tokens of each text, in order; -1 before its first."""
+        node = torch.arange(self.tree.num_nodes, device=self.tokens.device).expand_as(self.tree.tokens)
+        column = self.length[:, None] + self.tree.depth
+        last = []
+        for _ in range(size):
+            emitted = self.tokens.gather(1, column.clamp(0, self.tokens.shape[1] - 1)).masked_fill(column < 0, -1)
+            last.append(torch.where(column > self.length[:, None], self.tree.tokens.gather(1, node), emitted))
+            node = self.tree.parents.long().gather(1, node).clamp(min=0)
+            column = column - 1
+        return torch.stack(last[::-1], dim=-1)
+
+    def occurring(self, columns: torch.Tensor, nodes: torch.Tensor, vocab: int) -> torch.Tensor:
+        """[B, N, V] bool. The tokens found, for each text, in the columns [B, N or 1, C] and nodes [B, N, N] marked."""
+        # a spare token V stands for what is not marked, and for ids beyond the logits
+        found = columns.new_zeros(*columns.shape[:2], vocab + 1)
+        found.scatter_(2, torch.where(columns, self.tokens[:, None].clamp(max=vocab), vocab), True)
+        found = found.expand(-1, self.tree.num_nodes, -1)
+        return found.scatter(2, torch.where(nodes, self.tree.tokens[:, None].clamp(max=vocab), vocab), True)[
+            ..., :vocab
+        ]
+
+
+def _repetition(processor: hf.RepetitionPenaltyLogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    ignored = processor.prompt_ignore_length  # of each row, of all, or None
+    if isinstance(ignored, torch.Tensor):
+        ignored = ignored.to(scores.device, non_blocking=True)[:, None, None]
+    ignored = 0 if ignored is None else ignored
+    columns = (texts.columns <= texts.length[:, None, None]) & (texts.columns >= ignored)
+    nodes = texts.on_path & (texts.count[:, None] > ignored)
+    penalised = torch.where(scores < 0, scores * processor.penalty, scores / processor.penalty)
+    return torch.where(texts.occurring(columns, nodes, scores.shape[-1]), penalised, scores)
+
+
+def _no_repeat_ngram(processor: hf.NoRepeatNGramLogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    size = processor.ngram_size
+    last = texts.last(size)
+    # an n-gram of the text bans its last token where its others are what the text ends in
+    columns = ((texts.columns <= texts.length[:, None]) & (texts.columns >= size - 1))[:, None]
+    nodes = texts.on_path
+    for back in range(1, size):
+        wanted = last[:, :, None, -back]
+        columns = columns & (texts.tokens.roll(back, 1)[:, None] == wanted)
+        nodes = nodes & (last[:, None, :, -back - 1] == wanted)
+    return scores.masked_fill(texts.occurring(columns, nodes, scores.shape[-1]), NEVER)
+
+
+# processor -> device -> what `_prefixed` makes of it; a copy to the device makes the host wait
+_prefixed_made: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _prefixed(
+    processor: hf.SequenceBiasLogitsProcessor, device: torch.device
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Sequences of two tokens and more by their length: [G, length - 1] and [G] int64 their tokens, [G] fp32 bias."""
+    made = _prefixed_made.setdefault(processor, {})
+    if device not in made:
+        by_length = {}
+        for sequence, bias in processor.sequence_bias.items():
+            if len(sequence) > 1:
+                by_length.setdefault(len(sequence), []).append((sequence[:-1], sequence[-1], bias))
+        dtypes = torch.int64, torch.int64, torch.float32
+        made[device] = [
+            tuple(
+                torch.tensor(column, dtype=dtype, device=device)
+                for column, dtype in zip(zip(*group, strict=True), dtypes, strict=True)
+            )
+            for group in by_length.values()
+        ]
+    return made[device]
+
+
+def _sequence_bias(processor: hf.SequenceBiasLogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    if processor.length_1_bias is None:
+        processor(texts.tokens[:, :1], scores[:, 0])  # it prepares itself, or refuses ids beyond the logits
+    bias = torch.zeros_like(scores) + processor.length_1_bias
+    # 5.17 ignores a sequence that is longer than the text, not only one that cannot end there
+    spare = 0 if hasattr(processor, "multi_token_biases") else 1
+    for prefixes, ends, biases in _prefixed(processor, scores.device):
+        size = prefixes.shape[1]
+        last = texts.last(size)
+        matching = (texts.count >= size + spare)[..., None]
+        for place in range(size):
+            matching = matching & (last[..., place, None] == prefixes[:, place])
+        bias.index_add_(2, ends, torch.where(matching, biases, 0.0))
+    return scores + bias
+
+
+def _ids(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """[V] bool: the ids listed. (`torch.isin` may read on the host.)"""
+    vocab = torch.arange(scores.shape[-1], device=scores.device)
+    return (vocab == ids.to(scores.device, non_blocking=True).view(-1, 1)).any(0)
+
+
+def _min_length(processor: hf.MinLengthLogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    short = (texts.count < processor.min_length)[..., None]
+    return scores.masked_fill(short & _ids(processor.eos_token_id, scores), NEVER)
+
+
+def _min_new_tokens(
+    processor: hf.MinNewTokensLengthLogitsProcessor, scores: torch.Tensor, texts: _Texts
+) -> torch.Tensor:
+    short = (texts.count - processor.prompt_length_to_skip < processor.min_new_tokens)[..., None]
+    return scores.masked_fill(short & _ids(processor.eos_token_id, scores), NEVER)
+
+
+def _suppress(processor: hf.SuppressTokensLogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    return scores.masked_fill(_ids(processor.suppress_tokens, scores), NEVER)
+
+
+def _suppress_at_begin(
+    processor: hf.SuppressTokensAtBeginLogitsProcessor, scores: torch.Tensor, texts: _Texts
+) -> torch.Tensor:
+    begins = (texts.count == processor.begin_index)[..., None]
+    return scores.masked_fill(begins & _ids(processor.begin_suppress_tokens, scores), NEVER)
+
+
+def _forced_eos(processor: hf.ForcedEOSTokenLogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    ends = (texts.count == processor.max_length - 1)[..., None]
+    forced = torch.where(_ids(processor.eos_token_id, scores), 0.0, NEVER)
+    return torch.where(ends, forced, scores)
+
+
+def _decaying_length(processor: hf.ExponentialDecayLengthPenalty, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    beyond = (texts.count - processor.regulation_start).clamp(min=0)
+    # as a Python float has it, before it meets fp32
+    factor = (torch.pow(float(processor.regulation_factor), beyond.double()) - 1).float()[..., None]
+    # what is impossible stays so: 5.17 made it NaN
+    raised = (factor != 0) & scores.isfinite() & _ids(processor.eos_token_id, scores)
+    return torch.where(raised, scores + scores.abs() * factor, scores)
+
+
+def _finite(processor: hf.InfNanRemoveLogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    return scores.nan_to_num(0.0)
+
+
+def _normalised(processor: hf.LogitNormalization, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    return scores.log_softmax(-1)
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    """[..., 1]. `torch.distributions` would read the logits on the host, and raise for a NaN at any node."""
+    log_probs = logits - logits.logsumexp(-1, keepdim=True)
+    return -(log_probs.clamp(min=torch.finfo(logits.dtype).min) * log_probs.softmax(-1)).sum(-1, keepdim=True)
+
+
+def _top_h(processor: hf.TopHLogitsWarper, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    best, order = scores.topk(min(processor.top_n, scores.shape[-1]), dim=-1)
+    probs = (best - best.logsumexp(-1, keepdim=True)).softmax(-1)
+    within = (-probs * probs.log()).cumsum(-1) <= _entropy(best) * processor.top_h
+    within[..., 0] = True
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, within)
+    return scores.masked_fill(~kept, processor.filter_value)
+
+
+def _eta(processor: hf.EtaLogitsWarper, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    epsilon = processor.epsilon.to(scores.device, non_blocking=True)
+    eta = torch.minimum(epsilon, epsilon.sqrt() * (-_entropy(scores)).exp())
+    least = scores.topk(min(processor.min_tokens_to_keep, scores.shape[-1]), dim=-1).values[..., -1:]
+    return scores.masked_fill((scores.softmax(-1) < eta) & (scores < least), processor.filter_value)
+
+
+def _of_scores_alone(processor: hf.LogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
+    """Its own code, which looks at one row of scores at a time and at no text."""
+    return processor(None, scores.flatten(0, 1)).view_as(scores)
+
+
+_OVER_NODES: dict[type, Callable[[hf.LogitsProcessor, torch.Tensor, _Texts], torch.Tensor]] = {
+    hf.RepetitionPenaltyLogitsProcessor: _repetition,
+    hf.NoRepeatNGramLogitsProcessor: _no_repeat_ngram,
+    hf.SequenceBiasLogitsProcessor: _sequence_bias,
+    hf.NoBadWordsLogitsProcessor: _sequence_bias,
+    hf.MinLengthLogitsProcessor: _min_length,
+    hf.MinNewTokensLengthLogitsProcessor: _min_new_tokens,
+    hf.SuppressTokensLogitsProcessor: _suppress,
+    hf.SuppressTokensAtBeginLogitsProcessor: _suppress_at_begin,
+    hf.ForcedEOSTokenLogitsProcessor: _forced_eos,
+    hf.ExponentialDecayLengthPenalty: _decaying_length,
+    hf.InfNanRemoveLogitsProcessor: _finite,
+    hf.LogitNormalization: _normalised,
+    hf.TemperatureLogitsWarper: _of_scores_alone,
+    hf.TopKLogitsWarper: _of_scores_alone,
+    hf.TopPLogitsWarper: _of_scores_alone,
+    hf.MinPLogitsWarper: _of_scores_alone,
+    hf.TypicalLogitsWarper: _of_scores_alone,
+    hf.EpsilonLogitsWarper: _of_scores_alone,
+    hf.TopHLogitsWarper: _top_h,
+    hf.EtaLogitsWarper: _eta,
+}

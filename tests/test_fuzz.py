@@ -323,6 +323,8 @@ def generate_calls(draw):
     names = draw(st.lists(st.sampled_from(sorted(SUPPORTED)), max_size=5, unique=True))
     options = {"max_new_tokens": 8, "eos_token_id": NEVER, "do_sample": False}
     options |= {name: draw(SUPPORTED[name]) for name in names}
+    if "exponential_decay_length_penalty" in options and options["eos_token_id"] == NEVER:
+        options["eos_token_id"] = EOS  # plain generate looks the id up
     if draw(st.integers(0, 3)) == 0:
         name = draw(st.sampled_from(sorted(UNSUPPORTED)))
         options[name] = draw(UNSUPPORTED[name])

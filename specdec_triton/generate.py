@@ -190,6 +190,7 @@ class Speculation:
             filters=self.filters,
             impl=impl,
         )
+        self.over_nodes = is_vectorised(logits_processor, self.context.vocab_size)
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The whole call: what `generate` returns. Calls from several threads take turns."""
@@ -296,7 +297,7 @@ class Speculation:
         text is then complete, and the exception does not count.
         """
         context = self.context
-        if is_vectorised(self.processors):
+        if self.over_nodes:
             return process_nodes(self.processors, tree, logits, context.tokens, context.length)
         scores = logits.to(torch.float32, copy=True)
         chosen = [[] for _ in logits]

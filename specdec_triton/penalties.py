@@ -21,9 +21,17 @@ from .tree import DraftTree
 NEVER = float("-inf")
 
 
-def is_vectorised(processors: LogitsProcessorList) -> bool:
-    """`process_nodes` can do them all: each is exactly of a type that it knows (a subclass may do anything)."""
-    return all(type(processor) in _OVER_NODES for processor in processors)
+def is_vectorised(processors: LogitsProcessorList, vocab_size: int) -> bool:
+    """`process_nodes` can do them all. May read on the host: to be asked once a generation.
+
+    Each must be exactly of a type that it knows (a subclass may do anything), and not bound to raise in mid-text.
+    """
+    indexing = hf.ForcedEOSTokenLogitsProcessor, hf.ExponentialDecayLengthPenalty
+    return all(
+        type(processor) in _OVER_NODES
+        and not (type(processor) in indexing and (processor.eos_token_id >= vocab_size).any())
+        for processor in processors
+    )
 
 
 def process_nodes(

@@ -136,7 +136,7 @@ def by_hand(processors, tree, logits, tokens, length):
 
 
 def check(processors, tree, logits, tokens, length):
-    assert is_vectorised(processors)
+    assert is_vectorised(processors, logits.shape[-1])
     wanted = by_hand(processors, tree, logits, tokens, length)
     before = logits.clone()
     got = process_nodes(processors, tree, logits, tokens, length)
@@ -244,9 +244,12 @@ def test_only_what_is_known_is_vectorised():
         pass
 
     warper = hf.TemperatureLogitsWarper(0.5)
-    assert is_vectorised(LogitsProcessorList()) and is_vectorised(LogitsProcessorList([warper]))
+    assert is_vectorised(LogitsProcessorList(), 9) and is_vectorised(LogitsProcessorList([warper]), 9)
     for other in (Mine(0.5), lambda ids, scores: scores, PrefixConstrainedLogitsProcessor(None, 1)):
-        assert not is_vectorised(LogitsProcessorList([warper, other]))
+        assert not is_vectorised(LogitsProcessorList([warper, other]), 9)
+    for last in (hf.ForcedEOSTokenLogitsProcessor(9, [2, 8]), hf.ExponentialDecayLengthPenalty((1, 2.0), [8], 4)):
+        assert is_vectorised(LogitsProcessorList([last]), 9)
+        assert not is_vectorised(LogitsProcessorList([last]), 8)  # they raise where they reach that length
 
 
 class Calls(TorchDispatchMode):

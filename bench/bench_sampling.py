@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--max-prompt-tokens", type=int, default=160, help="longer ones are left out")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--flips", action="store_true")
@@ -105,9 +106,11 @@ def main() -> None:
     target, tokenizer, _ = models.load(arguments.target, arguments.dtype)
     target.to(device)
     lines = [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
-    inputs = encode(tokenizer, one_per_task(lines, arguments.count), device)
+    short = [line for line in lines if len(tokenizer(line["prompt"])["input_ids"]) <= arguments.max_prompt_tokens]
+    inputs = encode(tokenizer, one_per_task(short, arguments.count), device)
     names = arguments.names or [arguments.target, arguments.draft]
     report = {"target": names[0], "dtype": arguments.dtype, "prompts": arguments.count}
+    report |= {"max_prompt_tokens": arguments.max_prompt_tokens}
     report |= {"max_new_tokens": arguments.max_new_tokens, **provenance(device)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.flips:

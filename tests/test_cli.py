@@ -12,7 +12,8 @@ import torch
 
 import specdec_triton as sdt
 import tiny
-from specdec_triton import cli, demo, models, ops, prompts
+from specdec_triton import cli, demo, models, ops, prompts, rules
+from specdec_triton.rules import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -253,3 +254,36 @@ def test_real_engine_generate(target, draft, capsys, way):
     out, err = capsys.readouterr()
     assert out == plain_text(target, "hello hello") + "\n"
     assert "acceptance length" in err and "rule greedy (lossless)" in err
+
+
+def test_prove_holds_every_rule_against_the_law(capsys):
+    """Typical acceptance must fail, and does not make the command fail; see the next test for what does."""
+    assert cli.main(["prove", "--rule", "all", "--samples", "600"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(RULES)
+    for line in lines:
+        assert line.endswith("DIFFERS (lossy by design)" if line.startswith("typical") else "agrees"), line
+
+
+def test_prove_finds_a_rule_that_is_wrong(capsys, monkeypatch):
+    """Recovered tokens from the target's own distribution instead of the residual."""
+    honest = rules.next_token
+
+    def no_residual(round, node, siblings):
+        return honest(round, node, rules.first_of(round, node, torch.ones_like(siblings.mass)))
+
+    monkeypatch.setattr(rules, "next_token", no_residual)
+    assert cli.main(["prove", "--rule", "rejection", "--samples", "1500"]) == 1
+    assert capsys.readouterr().out.splitlines()[1].endswith("DIFFERS")
+
+
+def test_prove_takes_a_pair_of_ones_own(target, draft, capsys):
+    options = ["--samples", "300", "--tokens", "2", "--top-k", "3", "--prompt", "ab", "--temperature", "0.8"]
+    assert cli.main(["prove", "--model", target, "--draft", draft, "--rule", "multi_round", *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1].split()[:2] == ["multi_round", "9"] and target in captured.err
+
+
+def test_prove_refuses_what_it_cannot_enumerate(target, capsys):
+    assert cli.main(["prove", "--model", target, "--top-k", "200", "--tokens", "3", "--prompt", "ab"]) == 2
+    assert "use a smaller top_k, or fewer tokens" in capsys.readouterr().err

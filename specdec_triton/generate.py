@@ -190,7 +190,7 @@ class Speculation:
             filters=self.filters,
             impl=impl,
         )
-        self.over_nodes = is_vectorised(logits_processor, self.context.vocab_size)
+        self.over_nodes = is_vectorised(self.processors, self.context.vocab_size)
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The whole call: what `generate` returns. Calls from several threads take turns."""

@@ -257,15 +257,15 @@ class Speculation:
     @timed("accept")
     def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, dict[str, torch.Tensor]]:
         """The accepted path, and the scores to keep: [B, D + 1, V] at the root and along the path."""
-        scores = self.process(tree, logits) if self.processors else logits
+        scores, parents = self.process(tree, logits) if self.processors else (logits, tree.parents)
         shape = {"max_depth": tree.max_depth, "budget": self.budget, "eos_ids": self.eos_ids, "impl": self.impl}
         if self.rule == "greedy":
-            accepted = ops.accept_greedy(scores, tree.tokens, tree.parents, **shape)
+            accepted = ops.accept_greedy(scores, tree.tokens, parents, **shape)
         else:
             accepted = ops.accept_sample(
                 scores,
                 tree.tokens,
-                tree.parents,
+                parents,
                 rule=self.rule,
                 seeds=self.seeds,
                 position=self.context.position,
@@ -288,9 +288,11 @@ class Speculation:
             kept["scores"] = self.warpers(None, kept["scores"].flatten(0, 1)).view_as(kept["scores"])
         return kept
 
-    def process(self, tree: DraftTree, logits: torch.Tensor) -> torch.Tensor:
-        """Processed scores [B, N, V]: everywhere where the device can do it, else where acceptance may get to.
-        Rules that make one choice at a node are walked, and only the path that will be accepted is processed.
+    def process(self, tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Processed scores [B, N, V], and parents [B, N] for acceptance, where what was not processed is padding.
+
+        The device processes every node, where it can. Else the host asks node by node: along the path that will be
+        accepted, for rules that make one choice at a node; for the others, wherever the target may get to.
 
         Where a processor raises, the tokens chosen before it did are still criteria's and the streamer's: plain
         `generate` had handed them on by then. What a criterion stops among them, no processor would have seen: the
@@ -298,13 +300,13 @@ class Speculation:
         """
         context = self.context
         if self.over_nodes:
-            return process_nodes(self.processors, tree, logits, context.tokens, context.length)
+            return process_nodes(self.processors, tree, logits, context.tokens, context.length), tree.parents
         scores = logits.to(torch.float32, copy=True)
         chosen = [[] for _ in logits]
         host = context.host_tokens, context.host_length, context.host_budget, self.transcript.eos_ids
         if self.rule not in ("greedy", "coupled"):
             process_each(self.processors, tree, scores, *host)
-            return scores
+            return scores, tree.parents
         choose = first_choice if self.rule == "greedy" else self.coupled_choice
         try:
             for choices in process_path(self.processors, tree, scores, *host, choose):
@@ -319,7 +321,10 @@ class Speculation:
                 self.transcript.append(tokens, counts, self.kept_at(nodes, scores, logits))
             if not (self.transcript.done and isinstance(error, Exception)):
                 raise
-        return scores
+        walked = np.zeros(tree.tokens.shape, dtype=bool)
+        for row, choices in enumerate(chosen):
+            walked[row, [node for node, _ in choices]] = True
+        return scores, torch.where(torch.from_numpy(walked).to(logits.device), tree.parents, -1)
 
     def coupled_choice(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
         """What `rules.coupled` samples from processed scores [R, V] at these depths of these rows."""

@@ -59,7 +59,8 @@ def tree_attention_forward(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         got = "None" if attention_mask is None else f"{attention_mask.dtype} {list(attention_mask.shape)}"
         raise ValueError(
-            f"{NAMES[impl]}: attention_mask must be a packed tree, torch.int64 [B, 1, N, W + 3], got {got}"
+            f"{NAMES[impl]}: attention_mask must be a packed tree, torch.int64 [B, 1, N, W + 3], got {got}: is another "
+            "thread running a model that shares its config with one that is verifying drafts?"
         )
     if sliding_window == NOT_PASSED:
         sliding_window = getattr(module.config, "sliding_window", None)
@@ -189,6 +190,26 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
             f"patch: {role} must be on one device, with its weights there, got {name} on {sorted(map(str, devices))}: "
             "load it without offloading"
         )
+
+
+def constant_rope_limit(model: PreTrainedModel, prompt_length: int) -> int | None:
+    """How long a text may become before the model's rotary embedding changes with its length; None: it never does.
+
+    "dynamic" rope changes with every token beyond a length. "longrope" has one set of frequencies up to a length and
+    another beyond, where a prompt of `prompt_length` may be already. A draft tree reaches ahead of the text, so what it
+    would change must not be reached at all.
+    """
+    limits = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind == "dynamic":
+                limits.append(module.original_max_seq_len)
+            elif kind == "longrope":
+                options = module.config.rope_parameters
+                length = (options if layer is None else options[layer])["original_max_position_embeddings"]
+                limits += [length] if prompt_length <= length else []
+    return min(limits, default=None)
 
 
 def _check_attention(module: nn.Module, role: str, name: str) -> None:

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     proof.add_argument("--model", help=f"the target (default: a tiny random one): {model_help}")
     proof.add_argument("--draft", help=f"drafts (default: the target's first half): {model_help}")
     proof.add_argument("--prompt", default="The quick brown", help="what is continued (%(default)r)")
-    proof.add_argument("--tree", type=positive_int, default=5, metavar="N", help="nodes, root included (%(default)s)")
+    proof.add_argument("--tree", type=positive_int, default=5, metavar="N", help="nodes, the root too (%(default)s)")
     proof.add_argument("--tokens", type=positive_int, default=3, metavar="L", help="to sample (%(default)s)")
     proof.add_argument("--samples", type=positive_int, default=2000, metavar="N", help="(%(default)s)")
     proof.add_argument("--temperature", type=float, default=1.0, help="(%(default)s)")
@@ -136,6 +136,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _prove(args: argparse.Namespace) -> int:
+    if args.tree < 2 or args.tokens < 2:
+        raise ValueError("--tree and --tokens must be at least 2: nothing would be drafted and verified otherwise")
     device = models.default_device()
     if args.model:
         model, tokenizer, description = models.load(args.model, args.dtype, _say)
@@ -170,7 +172,7 @@ def _prove(args: argparse.Namespace) -> int:
             f"{rule:12}{found.outcomes:8}  {found.cell.distance:.4f}          ({low:.4f} to {high:.4f})   "
             f"{found.cell.p_value:7.2g}  {found.acceptance_length:17.2f}  {verdict}"
         )
-        agrees &= found.agrees or rule in LOSSY_RULES
+        agrees &= found.agrees != (rule in LOSSY_RULES)
     return 0 if agrees else 1
 
 

@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import ops
+from .attention import constant_rope_limit
 from .drafters import DraftContext, Drafter, DraftSession
 from .drafters.base import check_rule
 from .filters import Filters, filtered_log_probs
@@ -39,8 +40,9 @@ from .transcript import Transcript
 from .tree import DraftTree, Topology
 
 # The attention implementation is a setting of the config, which models may share: one call at a time may switch it.
-_TURN = threading.RLock()
+TURN = threading.RLock()
 STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+LEAST_TEMPERATURE = 1e-20
 FIRST_RESERVE = 512  # new tokens that the first cache buffer has room for
 
 
@@ -143,6 +145,11 @@ class Speculation:
             )
         batch, prompt_length = self.input_ids.shape
         self.seeds = None
+        if generation_config.do_sample and (generation_config.temperature or 1.0) < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"generate: temperature must be at least {LEAST_TEMPERATURE} with speculative decoding, got "
+                f"{generation_config.temperature}: logits divided by it would overflow; use do_sample=False"
+            )
         if generation_config.do_sample:
             self.rule, self.seeds = rule, row_seeds_of(seed, batch).to(model.device)
             self.processors, self.filters, self.warpers = split_processors(logits_processor, batch, model.device)
@@ -150,6 +157,13 @@ class Speculation:
         # a criterion of the caller's replaces the one that the generation config would have made
         limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
         self.max_length = max(min(limits, default=generation_config.max_length), prompt_length + 1)
+        limit = constant_rope_limit(model, prompt_length)
+        if limit is not None and self.max_length > limit:
+            raise ValueError(
+                f"generate: the text must be at most {limit} tokens with speculative decoding, got {self.max_length}: "
+                f"from there on the rope of {type(model).__name__} changes with the length, and draft tokens would "
+                "change it too early"
+            )
         ends = [c.eos_token_id.view(-1) for c in stopping_criteria if type(c) is EosTokenCriteria]
         self.eos_ids = torch.cat(ends).to(model.device).long() if ends else None
         self.start = left_padding(self.input_ids, self.model_kwargs)
@@ -194,7 +208,7 @@ class Speculation:
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The whole call: what `generate` returns. Calls from several threads take turns."""
-        with _TURN:
+        with TURN:
             return self._run()
 
     def _run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
@@ -365,13 +379,14 @@ class Speculation:
         fields = torch.stack([count, drafted, self.budget, accepted.has_nan, draft_nan], dim=1)
         report = torch.cat([emitted, fields], dim=1).tolist()  # the one host read
         counts, drafted, budget, has_nan, draft_nan = ([row[field] for row in report] for field in range(-5, 0))
+        op = "accept_greedy" if self.rule == "greedy" else "accept_sample"
         for source, rows in (
-            (f"accept_greedy: logits of {type(self.model).__name__}", has_nan),
+            (f"{op}: logits of {type(self.model).__name__}", has_nan),
             (f"{type(self.drafter).__name__}: the draft's logits", draft_nan),
         ):
             if any(rows):
                 raise RuntimeError(
-                    f"{source} must be numbers, got NaN in row {rows.index(True)} of {batch} in round "
+                    f"{source} must be finite numbers, got NaN or inf in row {rows.index(True)} of {batch} in round "
                     f"{self.stats.rounds}"
                 )
         self.stats.emitted += sum(counts)

@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import inspect
 import itertools
-import math
 import os
 import typing
 from collections.abc import Callable, Sequence
@@ -74,13 +73,13 @@ def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
 
 
 def _is_number(value: object, kinds: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kinds) and not isinstance(value, bool) and -(2.0**63) <= value < 2.0**63
 
 
 # annotation -> what an argument must be, in words, and whether a value is
 KINDS = {
     torch.Tensor: ("a tensor", lambda value: isinstance(value, torch.Tensor)),
-    int: ("an integer", lambda value: isinstance(value, torch.SymInt) or _is_number(value, int)),
+    int: ("an integer of 64 bits", lambda value: isinstance(value, torch.SymInt) or _is_number(value, int)),
     float: ("a finite number", lambda value: _is_number(value, (int, float))),
     str: ("a string", lambda value: isinstance(value, str)),
     Sequence[int]: (
@@ -299,6 +298,7 @@ def accept_sample(
             raise _refusal(op, name, f"torch.int64 [{batch}]", tensor)
     _check_device(op, logits, seeds=seeds, position=position)
     _check_filters(op, "filters", filters, logits)
+    _check_filters(op, "draft_filters", draft_filters, logits)
     if (draft_logits is None) != (draft_row is None):
         raise ValueError(f"{op}: draft_logits and draft_row come together, got one of them")
     if draft_logits is not None:
@@ -313,7 +313,6 @@ def accept_sample(
         if draft_row.shape != (batch, nodes) or draft_row.dtype != torch.int32:
             raise _refusal(op, "draft_row", f"torch.int32 [{batch}, {nodes}]", draft_row)
         _check_device(op, logits, draft_logits=draft_logits, draft_row=draft_row)
-        _check_filters(op, "draft_filters", draft_filters, logits)
     elif sampling != "none" and rule in WEIGHING_RULES and nodes > 1:
         raise ValueError(
             f'{op}: rule "{rule}" weighs the tokens of a tree drawn {sampling} replacement by their draft '
@@ -358,6 +357,8 @@ def _check_filters(op: str, name: str, filters: Filters, logits: torch.Tensor) -
     for field, dtype in FILTER_DTYPES._asdict().items():
         option = getattr(filters, field)
         if option is not None:
+            if not isinstance(option, torch.Tensor):
+                raise ValueError(f"{op}: {name}.{field} must be a tensor or None, got {type(option).__name__}")
             if option.shape != logits.shape[:1] or option.dtype != dtype:
                 raise _refusal(op, f"{name}.{field}", f"{dtype} [{logits.shape[0]}]", option)
             _check_device(op, logits, **{f"{name}.{field}": option})

@@ -17,7 +17,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import check_supported
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
-from .generate import Speculation, Stats
+from .drafters.base import check_tree
+from .generate import TURN, Speculation, Stats
 from .rules import RULES
 from .tree import Topology
 
@@ -36,7 +37,8 @@ class Options:
             says; "greedy" refuses the others.
         tree: a `Topology`, a number of nodes (root included), or None for the drafter's own shape.
         seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
-            (after expansion by num_return_sequences); None draws one from torch's global generator at each call.
+            (after expansion by num_return_sequences); None draws one from torch's global generator at each call. Calls
+            that stay plain have no use for it: the seeded text without a draft is that of `SpeculativeGenerate()`.
         cuda_graphs: "auto" or False.
         compile: False.
         impl: implementation of the ops: None, "triton" or "reference".
@@ -55,11 +57,7 @@ class Options:
             raise ValueError(f"patch: drafter must be a Drafter or None, got {type(self.drafter).__name__}")
         if self.rule not in (None, "greedy", *RULES):
             raise ValueError(f"patch: rule must be None, greedy or one of {', '.join(RULES)}, got {self.rule!r}")
-        if self.tree is not None and not isinstance(self.tree, Topology):
-            if isinstance(self.tree, bool) or not isinstance(self.tree, int) or self.tree < 1:
-                raise ValueError(
-                    f"patch: tree must be None, a Topology or a number of nodes of at least 1, got {self.tree!r}"
-                )
+        check_tree("patch", self.tree)
         seeds = self.seed if isinstance(self.seed, (list, tuple)) else [] if self.seed is None else [self.seed]
         if any(isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63 for seed in seeds):
             raise ValueError(f"patch: seed must be None, a 64-bit integer or a list of them, got {self.seed!r}")
@@ -124,15 +122,20 @@ def unpatch(model: PreTrainedModel) -> None:
                 "what changed it first"
             )
         _check_holder("unpatch", target)
-        target.__class__ = type(target).__bases__[1]
-        del _options[target]
+        _remove(target)
+
+
+def _remove(model: PreTrainedModel) -> None:
+    model.__class__ = type(model).__bases__[1]
+    del _options[model]
 
 
 @contextmanager
 def patched(model: PreTrainedModel, **options) -> Iterator[PreTrainedModel]:
     """`patch` for a `with` block; afterwards the model is as it was on entry, patched or not.
 
-    Inside, `generate` may be called from any thread, but the thread that entered alone may patch or unpatch the model.
+    Inside, `generate` may be called from any thread (calls take turns), but the thread that entered alone may patch or
+    unpatch the model.
 
     Args:
         model, **options: see `patch`.
@@ -146,13 +149,26 @@ def patched(model: PreTrainedModel, **options) -> Iterator[PreTrainedModel]:
         yield model
     finally:
         with _PATCHING:
-            # the body may have patched or unpatched by itself
-            if before is not None:
-                patch(target, **vars(before))
-            elif target in _options:
-                unpatch(target)
-            if outer is None:
-                del _holders[target]
+            try:
+                _restore(target, before)
+            finally:
+                if outer is None:
+                    del _holders[target]
+                else:
+                    _holders[target] = outer
+
+
+def _restore(model: PreTrainedModel, before: Options | None) -> None:
+    """What was there before a `patched` block, whatever its body did and whichever thread leaves it. Nothing is checked
+    again: it was good once."""
+    if before is None and model in _options:
+        if not _is_ours(type(model)):
+            unpatch(model)  # says what is wrong
+        _remove(model)
+    elif before is not None:
+        if model not in _options:
+            model.__class__ = _speculative_class(type(model))
+        _options[model] = before
 
 
 def _check_holder(what: str, model: PreTrainedModel) -> None:
@@ -267,15 +283,16 @@ class SpeculativeModel(GenerationMixin):
     ):
         options = _options[self]
         if options.drafter is None:
-            return super()._sample(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
+            with TURN:  # not while another thread's call has the attention swapped
+                return super()._sample(
+                    input_ids,
+                    logits_processor=logits_processor,
+                    stopping_criteria=stopping_criteria,
+                    generation_config=generation_config,
+                    synced_gpus=synced_gpus,
+                    streamer=streamer,
+                    **model_kwargs,
+                )
         return _speculate(
             self, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer
         )

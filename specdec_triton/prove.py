@@ -13,9 +13,10 @@ from transformers import LogitsProcessorList, PreTrainedModel
 import specdec_triton as sdt
 
 from .drafters import Drafter
-from .proof import Cell, examine, null_bracket
+from .proof import LEAST_EXPECTED, Cell, examine, null_bracket
 
 MOST_OUTCOMES = 20_000
+LEAST_SAMPLES = 10  # for each outcome, where outcomes are few
 FORWARD_ROWS = 256  # sequences a forward, when enumerating
 
 
@@ -66,7 +67,7 @@ def prove(
         **options: sampling options of `generate`.
 
     Raises:
-        ValueError: there are too many outcomes to enumerate.
+        ValueError: there are too many outcomes to enumerate, or too few samples to tell anything.
     """
     sequences, probs = law or exact_law(model, input_ids, tokens, **options)
     index = {tuple(sequence): place for place, sequence in enumerate(sequences.tolist())}
@@ -82,6 +83,11 @@ def prove(
             counts[index.get(tuple(sequence), -1)] += 1
         stats = sdt.stats(model)
         rounds, emitted = rounds + stats.row_rounds, emitted + stats.accepted + stats.row_rounds
+    if probs.max() * samples > samples - LEAST_EXPECTED or samples < LEAST_SAMPLES * min(len(probs), LEAST_SAMPLES):
+        raise ValueError(
+            f"prove: samples must be many more than the {len(probs)} outcomes, none of them nearly certain, got "
+            f"{samples}: nothing could be told from them"
+        )
     cell = examine(counts, torch.cat([probs, torch.zeros(1)]))
     null = null_bracket(probs, samples)
     agrees = cell.p_value > 1e-3 and cell.distance <= null[1]
@@ -123,7 +129,7 @@ def exact_law(
         kept = joint.nonzero()
         if len(kept) > MOST_OUTCOMES:
             raise ValueError(
-                f"prove: the continuations to enumerate must be at most {MOST_OUTCOMES}, got {len(kept)}: use a "
+                f"exact_law: the continuations to enumerate must be at most {MOST_OUTCOMES}, got {len(kept)}: use a "
                 "smaller top_k, or fewer tokens"
             )
         probs = joint[kept[:, 0], kept[:, 1]]

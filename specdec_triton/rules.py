@@ -55,7 +55,8 @@ def check_legal(rule: str, sampling: str, is_chain: bool) -> None:
             "without": "a tree drawn without replacement",
         }
         raise ValueError(
-            f'rule "{rule}" takes a chain, got {drawn[sampling]}: use "multi_round" or "traversal", or a chain'
+            f'rule "{rule}" takes a chain, got {drawn[sampling]}: use "multi_round" or "traversal", or a chain '
+            "(DraftTree's is_chain says that it is one)"
         )
 
 

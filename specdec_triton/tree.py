@@ -326,6 +326,16 @@ class DraftTree:
                     f"{source}: malformed draft tree: {name} must be {dtype} {list(wanted)} on {root.device}, got "
                     f"{got.dtype} {list(got.shape)} on {got.device}"
                 )
+        drawn = self.sampling != "none"
+        if (
+            self.sampling not in SAMPLING
+            or drawn != (self.draft_logits is not None)
+            or drawn != (self.draft_row is not None)
+        ):
+            raise ValueError(
+                f"{source}: malformed draft tree: sampling must be one of {', '.join(SAMPLING)}, with draft_logits and "
+                f"draft_row where tokens were drawn (see DraftTree.drawn), got {self.sampling!r}"
+            )
         nodes = torch.arange(self.num_nodes, device=self.tokens.device)
         parents = self.parents
         member = _ancestor_matrix(parents)
@@ -343,7 +353,7 @@ class DraftTree:
             "ancestors must be those of parents": (self.ancestors != _pack_bits(member)).any(-1).any(1),
             "is_chain must hold": (self.is_chain & (parents >= 0) & (parents != nodes - 1)).any(1),
         }
-        if self.sampling != "none":
+        if drawn:
             expanded = self.draft_logits.shape[1]
             faults[f"draft_row must be -1 or below {expanded}"] = (
                 (self.draft_row < -1) | (self.draft_row >= expanded)

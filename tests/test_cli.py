@@ -284,6 +284,19 @@ def test_prove_takes_a_pair_of_ones_own(target, draft, capsys):
     assert captured.out.splitlines()[1].split()[:2] == ["multi_round", "9"] and target in captured.err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "5"], "samples must be many more than the 64 outcomes"),
+        (["--tree", "1"], "--tree and --tokens must be at least 2"),
+        (["--top-k", "1"], "samples must be many more than the 1 outcomes, none of them nearly certain"),
+    ],
+)
+def test_prove_does_not_agree_where_it_can_see_nothing(options, message, capsys):
+    assert cli.main(["prove", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_prove_refuses_what_it_cannot_enumerate(target, capsys):
     assert cli.main(["prove", "--model", target, "--top-k", "200", "--tokens", "3", "--prompt", "ab"]) == 2
     assert "use a smaller top_k, or fewer tokens" in capsys.readouterr().err

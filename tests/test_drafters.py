@@ -192,6 +192,10 @@ def test_assistant_early_exit():
 
 def test_what_an_early_exit_cannot_draft_for():
     model = build("llama")
+    model.config.num_kv_shared_layers = 1
+    with pytest.raises(ValueError, match="EarlyExitDrafter: layers must not have inputs or caches of each other"):
+        sdt.patch(model, drafter=sdt.EarlyExitDrafter(2))
+    model.config.num_kv_shared_layers = 0
     with pytest.raises(ValueError, match=r"EarlyExitDrafter: skip must name some of the layers 0 to 2.*got \[0, 3\]"):
         sdt.patch(model, drafter=sdt.EarlyExitDrafter(skip=[0, 3]))
     with pytest.raises(ValueError, match=r"EarlyExitDrafter: skip must name some.*not all, got \[0, 1, 2\]"):
@@ -200,8 +204,8 @@ def test_what_an_early_exit_cannot_draft_for():
         sdt.patch(model, drafter=sdt.EarlyExitDrafter(0))
     assert type(model) is transformers.LlamaForCausalLM
     model.model.forward = model.model.forward
-    with sdt.patched(model, drafter=sdt.EarlyExitDrafter(1)), pytest.raises(ValueError, match="forward was replaced"):
-        model.generate(**prompt(), max_new_tokens=4)
+    with pytest.raises(ValueError, match="forward was replaced"):
+        sdt.patch(model, drafter=sdt.EarlyExitDrafter(1))
     model.model.other = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
     with pytest.raises(ValueError, match="must have one list of its 3 layers, got LlamaForCausalLM with"):
         sdt.patch(model, drafter=sdt.EarlyExitDrafter(1))
@@ -235,6 +239,16 @@ def test_what_an_early_exit_cannot_draft_for():
         (lambda: sdt.EarlyExitDrafter(), "EarlyExitDrafter: give num_layers .* or skip"),
         (lambda: sdt.EarlyExitDrafter(1, skip=[2]), "EarlyExitDrafter: give num_layers .* or skip"),
         (lambda: sdt.EarlyExitDrafter(1.5), "EarlyExitDrafter: num_layers must be an integer, got 1.5"),
+        (lambda: sdt.EarlyExitDrafter(skip=5), "EarlyExitDrafter: skip must be a list of layer indices, got 5"),
+        (lambda: sdt.EarlyExitDrafter(1, tree=0), "EarlyExitDrafter: tree must be None, a Topology or a number"),
+        (lambda: sdt.EarlyExitDrafter(1, replacement="no"), "EarlyExitDrafter: replacement must be True or False"),
+        (lambda: sdt.ModelDrafter(build("llama"), tree="x"), "ModelDrafter: tree must be None, a Topology or a number"),
+        (lambda: sdt.ModelDrafter(build("llama"), num_tokens=True), "ModelDrafter: num_tokens must be an integer"),
+        (lambda: sdt.OracleDrafter(torch.zeros(2, 3), tree=2.5), "OracleDrafter: tree must be None, a Topology"),
+        (
+            lambda: sdt.patch(build("llama"), drafter=sdt.PromptLookupDrafter(), tree=sdt.Topology.from_widths([2])),
+            "PromptLookupDrafter: tree must be None, a number of nodes or a chain",
+        ),
         (lambda: sdt.EarlyExitDrafter(skip=["1"]), "EarlyExitDrafter: skip must be a list of layer indices"),
         (lambda: sdt.EarlyExitDrafter(1, num_tokens=3, tree=4), "EarlyExitDrafter: give num_tokens"),
     ],

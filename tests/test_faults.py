@@ -139,7 +139,7 @@ def test_nothing_is_left_behind(place, at, error, monkeypatch):
     assert raised.value is error
     assert (snapshot(model), snapshot(draft)) == before_fault
     text = sum(options["streamer"].got, [])
-    assert text == plain[0, : len(text)].tolist()
+    assert text == plain[0, : len(text)].tolist() and (text or at == "first" or "streamer" in arguments)
     assert torch.equal(model.generate(**inputs, **OPTIONS, assistant_model=draft), plain)
     sdt.unpatch(model)
     assert torch.equal(model.generate(**inputs, **OPTIONS), plain)
@@ -172,6 +172,52 @@ def test_the_text_before_a_callback_raised_is_streamed(batch, where, calls):
             model.generate(**inputs, **OPTIONS, streamer=streamer, **{where: [make(Countdown(calls))]})
         got.append(streamer.got)
     assert got[0] == got[1] and len(got[0]) >= calls
+
+
+@pytest.mark.parametrize("place", ["acceptance", "drafter", "target forward", "processor"])
+@pytest.mark.parametrize("rule", ["coupled", "multi_round"])
+def test_nothing_is_left_behind_by_sampling(rule, place, monkeypatch):
+    model, draft, inputs, error = build("llama"), build("llama", seed=1), prompt(), KeyboardInterrupt()
+    options = {**OPTIONS, "do_sample": True, "top_k": 30}
+    sdt.patch(model, drafter=sdt.ModelDrafter(draft, tree=sdt.Topology.from_widths([2, 1])), rule=rule, seed=4)
+    text = model.generate(**inputs, **options)
+    places = {**PLACES, "acceptance": in_function(sdt.ops, "accept_sample")}
+    state = snapshot(model), snapshot(draft)
+    del sdt.patch.__globals__["_stats"][model]
+    arguments, remove = places[place](Tripwire(model, 2, error), model, draft, monkeypatch)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        model.generate(**inputs, **options, **arguments)
+    remove()
+    assert raised.value is error and (snapshot(model), snapshot(draft)) == state
+    assert torch.equal(model.generate(**inputs, **options), text)
+
+
+def test_an_interrupt_after_the_end_is_heard():
+    """It is not a processor's error, and somebody pressed the key."""
+    model, inputs = build("llama"), prompt(batch=1)
+    text = model.generate(**inputs, **OPTIONS)
+    stop = {"stopping_criteria": [lambda ids, scores, **k: torch.tensor([ids.shape[1] >= 12])]}
+    with sdt.patched(model, drafter=sdt.OracleDrafter(text)), pytest.raises(KeyboardInterrupt):
+        model.generate(**inputs, **OPTIONS, **stop, logits_processor=[processor(Countdown(4, KeyboardInterrupt))])
+
+
+def test_scores_of_the_text_before_a_processor_raised():
+    """A criterion sees them."""
+    model, inputs, seen = build("llama"), prompt(batch=1), ([], [])
+    text = model.generate(**inputs, **OPTIONS)
+    options = {"output_scores": True, "return_dict_in_generate": True}
+    for context, got in zip((nullcontext(), sdt.patched(model, drafter=sdt.OracleDrafter(text))), seen, strict=True):
+
+        def ask(ids, scores, got=got, **kwargs):
+            got.append(scores[-1].clone())
+            return torch.zeros(1, dtype=torch.bool)
+
+        with context, pytest.raises(Fault):
+            wire = processor(Countdown(5))
+            model.generate(**inputs, **OPTIONS, **options, logits_processor=[wire], stopping_criteria=[ask])
+    assert len(seen[0]) == len(seen[1]) == 4
+    for plain, ours in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_a_processor_that_raises_after_the_end_is_not_heard():
@@ -229,6 +275,8 @@ def chain(tokens, parents=(-1, 0, 1, 2), **changes):
         (lambda t: chain(t.repeat(2, 1)), r"tokens must be torch.int64 \[1, 4\] on cpu, got torch.int64 \[2, 4\]"),
         (lambda t: replace(chain(t), tokens=t.int()), "tokens must be torch.int64 .*got torch.int32"),
         (lambda t: chain(t, ancestors=torch.zeros(1, 4, 2, dtype=torch.int64)), r"ancestors must be .*\[1, 4, 1\]"),
+        (lambda t: chain(t, sampling="without"), "sampling must be one of none, with, without, with draft_logits and"),
+        (lambda t: chain(t, sampling="junk"), "sampling must be one of none, with, without.*got 'junk'"),
     ],
 )
 def test_a_drafters_garbage_is_refused_by_name(spoil, message):

@@ -318,6 +318,80 @@ def test_another_threads_patched_block_is_not_disturbed(model):
         pool.submit(sdt.unpatch, model).result()
 
 
+def test_plain_calls_take_turns_with_speculative_ones(model):
+    """The attention is swapped while drafts are verified; a plain call of the same model waits."""
+    plain = model.generate(**prompt(), **OPTIONS)
+    with sdt.patched(model), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assisted = [pool.submit(model.generate, **prompt(), **OPTIONS, prompt_lookup_num_tokens=3) for _ in range(8)]
+        unassisted = [pool.submit(model.generate, **prompt(), **OPTIONS) for _ in range(8)]
+        assert all(torch.equal(call.result(), plain) for call in (*assisted, *unassisted))
+
+
+def test_a_patched_block_may_be_left_by_another_thread(model):
+    """As a generator closed elsewhere does."""
+    block = sdt.patched(model, drafter=sdt.PromptLookupDrafter())
+    block.__enter__()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(block.__exit__, None, None, None).result()
+        assert type(model) is transformers.LlamaForCausalLM
+        pool.submit(sdt.patch, model).result()
+    sdt.unpatch(model)
+
+
+def test_leaving_a_patched_block_checks_nothing_again(model):
+    draft = build("llama", seed=1)
+    with sdt.patched(model, drafter=sdt.ModelDrafter(draft)):
+        outer = sdt.patch.__globals__["_options"][model]
+        with sdt.patched(model, tree=5):
+            draft.to("meta")  # the outer drafter would be refused now
+        assert sdt.patch.__globals__["_options"][model] is outer
+    assert type(model) is transformers.LlamaForCausalLM
+
+
+def test_a_class_changed_inside_a_patched_block_locks_nothing():
+    model = build("llama")
+    with pytest.raises(ValueError, match="the model's class must be the one that patch gave it"), sdt.patched(model):
+        ours = type(model)
+        model.__class__ = type("Wrapped", (ours,), {})
+    model.__class__ = ours
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(sdt.unpatch, model).result()
+    assert type(model) is transformers.LlamaForCausalLM
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 20,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+    },
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_a_rope_that_changes_with_the_length(rope):
+    """Draft tokens would reach its change before the text does."""
+    longest = 20 if rope == "dynamic" else 256
+    model = build("llama", rope_parameters=ROPES[rope], max_position_embeddings=longest)
+    within, beyond = {**OPTIONS, "max_new_tokens": 11}, {**OPTIONS, "max_new_tokens": 12}
+    plain = model.generate(**prompt(), **within)
+    with sdt.patched(model):
+        assert torch.equal(model.generate(**prompt(), **within, assistant_model=build("llama")), plain)
+        with pytest.raises(
+            ValueError, match="generate: the text must be at most 20 tokens .*got 21: from there on the"
+        ):
+            model.generate(**prompt(), **beyond, assistant_model=build("llama"))
+        if rope == "longrope":  # a prompt beyond it stays beyond it
+            inputs = prompt(length=24)
+            plain = model.generate(**inputs, **beyond)
+            model.generate(**prompt(), **within, prompt_lookup_num_tokens=2)
+            assert torch.equal(model.generate(**inputs, **beyond, assistant_model=build("llama")), plain)
+
+
 def test_the_body_of_patched_may_unpatch(model):
     with sdt.patched(model):
         sdt.unpatch(model)

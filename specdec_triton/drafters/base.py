@@ -130,6 +130,17 @@ def topology_of(tree: Topology | int | None, default: Topology, rule: str | None
     return Topology.chain(tree - 1) if rule in CHAIN_RULES else Topology.from_budget(tree)
 
 
+def check_tree(owner: str, tree: Topology | int | None) -> None:
+    """Refuse what is no shape of a tree.
+
+    Raises:
+        ValueError: names `owner`.
+    """
+    is_number = isinstance(tree, int) and not isinstance(tree, bool) and tree >= 1
+    if tree is not None and not isinstance(tree, Topology) and not is_number:
+        raise ValueError(f"{owner}: tree must be None, a Topology or a number of nodes of at least 1, got {tree!r}")
+
+
 def check_rule(drafter: Drafter, rule: str | None, is_chain: bool, sampling: str = "none") -> None:
     """Refuse a rule that cannot use, or would be biased on, the trees that `drafter` makes."""
     try:

@@ -10,6 +10,8 @@ from ..tree import Topology
 from .base import Drafter
 from .model import ModelSession, check_shape, draft_shape
 
+PER_LAYER_OPTIONS = ("hidden_size_per_layer_input", "num_kv_shared_layers")
+
 
 class EarlyExitDrafter(Drafter):
     """The target without some of its layers: its last ones (LayerSkip, Elhoushi et al. 2024), or any that are named
@@ -44,14 +46,25 @@ class EarlyExitDrafter(Drafter):
             )
         if num_layers is not None and (isinstance(num_layers, bool) or not isinstance(num_layers, int)):
             raise ValueError(f"EarlyExitDrafter: num_layers must be an integer, got {num_layers!r}")
-        if skip is not None and not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in skip):
+        if skip is not None and (
+            not isinstance(skip, (list, tuple, set, range))
+            or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in skip)
+        ):
             raise ValueError(f"EarlyExitDrafter: skip must be a list of layer indices, got {skip!r}")
-        check_shape("EarlyExitDrafter", num_tokens, tree)
         self.num_layers, self.skip = num_layers, None if skip is None else sorted(set(skip))
         self.num_tokens, self.tree, self.replacement = num_tokens, tree, replacement
+        check_shape(self)
 
     def check(self, model, rule=None, tree=None):
-        self._kept(model)
+        kept = self._kept(model)
+        with_layers(model, kept)
+        config = model.config.get_text_config()
+        uneven = [name for name in PER_LAYER_OPTIONS if getattr(config, name, None)]
+        if uneven and len(kept) < config.num_hidden_layers:
+            raise ValueError(
+                f"EarlyExitDrafter: layers must not have inputs or caches of each other, got {type(model).__name__} "
+                f"with {', '.join(uneven)}: use another drafter"
+            )
         draft_shape(self, tree, model, rule, model.config.get_text_config().vocab_size)
 
     def _kept(self, model: PreTrainedModel) -> list[int]:

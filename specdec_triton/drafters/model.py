@@ -14,7 +14,7 @@ from ..reference import Acceptance
 from ..rules import WEIGHING_RULES
 from ..runner import TreeRunner
 from ..tree import DraftTree, Topology, topology_tensors
-from .base import DraftContext, Drafter, DraftSession, check_rule, topology_of
+from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, topology_of
 
 # The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
 CATCH_UP = 2
@@ -53,11 +53,10 @@ class ModelDrafter(Drafter):
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"ModelDrafter: model must be a transformers PreTrainedModel, got {type(model).__name__}")
         check_supported(model, "the draft model")
-        check_shape("ModelDrafter", num_tokens, tree)
         self.model, self.num_tokens, self.tree, self.replacement = model, num_tokens, tree, replacement
+        check_shape(self)
 
     def check(self, model, rule=None, tree=None):
-        draft_shape(self, tree, self.model, rule, model.config.get_text_config().vocab_size)
         if self.model.device != model.device:
             raise ValueError(f"ModelDrafter: the draft model must be on {model.device}, got {self.model.device}")
         sizes = [each.config.get_text_config().vocab_size for each in (model, self.model)]
@@ -66,18 +65,23 @@ class ModelDrafter(Drafter):
                 f"ModelDrafter: the draft model must have the target's vocabulary of {sizes[0]} tokens, up to "
                 f"{VOCABULARY_PADDING:.0%} of padding, got {sizes[1]}"
             )
+        draft_shape(self, tree, self.model, rule, min(sizes))
 
     def start(self, context, tree=None):
         shape = draft_shape(self, tree, self.model, context.rule, context.vocab_size)
         return ModelSession(self.model, context, shape, replacement=self.replacement)
 
 
-def check_shape(drafter: str, num_tokens: int | None, tree: Topology | int | None) -> None:
-    """Refuse both shapes at once, and what is none."""
-    if num_tokens is not None and tree is not None:
-        raise ValueError(f"{drafter}: give num_tokens (a chain) or tree, got both")
-    if num_tokens is not None and (not isinstance(num_tokens, int) or num_tokens < 1):
-        raise ValueError(f"{drafter}: num_tokens must be an integer of at least 1, got {num_tokens!r}")
+def check_shape(drafter: Drafter) -> None:
+    """Refuse a drafter's options: both shapes at once, and what is none."""
+    name, length = type(drafter).__name__, drafter.num_tokens
+    if length is not None and drafter.tree is not None:
+        raise ValueError(f"{name}: give num_tokens (a chain) or tree, got both")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise ValueError(f"{name}: num_tokens must be an integer of at least 1, got {length!r}")
+    check_tree(name, drafter.tree)
+    if not isinstance(drafter.replacement, bool):
+        raise ValueError(f"{name}: replacement must be True or False, got {drafter.replacement!r}")
 
 
 def draft_shape(

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from ..tree import DraftTree, Topology
-from .base import DraftContext, Drafter, DraftSession, check_rule, topology_of
+from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, topology_of
 
 DEFAULT_TOKENS = 5
 
@@ -30,6 +30,7 @@ class OracleDrafter(Drafter):
             raise ValueError(f"OracleDrafter: text must be [B, L], got {list(text.shape)}")
         if not 0 <= error_rate <= 1:
             raise ValueError(f"OracleDrafter: error_rate must be 0 to 1, got {error_rate}")
+        check_tree("OracleDrafter", tree)
         self.text, self.error_rate, self.tree, self.seed = text.cpu().numpy(), error_rate, tree, seed
 
     def check(self, model, rule=None, tree=None):

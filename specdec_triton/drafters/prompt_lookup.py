@@ -40,13 +40,13 @@ class PromptLookupDrafter(Drafter):
 
     def check(self, model, rule=None, tree=None):
         check_rule(self, rule, is_chain=self.branches == 1)
-
-    def start(self, context, tree=None):
         if isinstance(tree, Topology) and not tree.is_chain:
             raise ValueError(
                 "PromptLookupDrafter: tree must be None, a number of nodes or a chain (its branches come from the "
                 f"matches in the text), got a topology of {tree.num_nodes} nodes"
             )
+
+    def start(self, context, tree=None):
         if isinstance(tree, Topology):
             tree = tree.num_nodes
         return _LookupSession(self, context, 1 + self.num_tokens * self.branches if tree is None else tree)

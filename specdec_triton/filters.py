@@ -53,10 +53,10 @@ def filtered_log_probs(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
     if temperature is not None:
         scores = scores / torch.where(temperature == 0, 1.0, temperature)
     if top_k is not None or top_p is not None:
-        scores = scores.masked_fill(_dropped_by_rank(scores, top_k, top_p, filters.most), float("-inf"))
+        scores = torch.where(_dropped_by_rank(scores, top_k, top_p, filters.most), float("-inf"), scores)
     if min_p is not None:
         probs = scores.softmax(-1)
-        scores = scores.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), float("-inf"))
+        scores = torch.where(probs < min_p * probs.amax(-1, keepdim=True), float("-inf"), scores)
     log_probs = scores.log_softmax(-1)
     if temperature is None:
         return log_probs
@@ -86,11 +86,11 @@ def _dropped_by_rank(
         place = torch.arange(vocab - width, device=scores.device)
         before = torch.where(place < outside_k.sum(-1, keepdim=True), float("-inf"), lowest)
         ascending = torch.cat([before, ascending.masked_fill(ascending < lowest, float("-inf"))], dim=-1)
-    outside = (ascending.softmax(-1).cumsum(-1) <= (1 - top_p).float()) & (top_p < 1)
-    outside[..., -1] = False  # the likeliest stays, whatever top_p is
-    num_outside = outside.sum(-1, keepdim=True)
-    cutoff = ascending.gather(-1, num_outside)
+    mass, threshold = ascending.softmax(-1).cumsum(-1), (1 - top_p).float().expand(*scores.shape[:-1], 1)
+    outside = torch.searchsorted(mass, threshold.contiguous(), right=True)
+    outside = torch.where(top_p < 1, outside.clamp(max=vocab - 1), 0)  # the likeliest stays, whatever top_p is
+    cutoff = ascending.gather(-1, outside)
     if lowest is not None:
         cutoff = cutoff.maximum(lowest)  # where top-p is off, the first in order is one that top-k drops
     below, tied = scores < cutoff, scores == cutoff
-    return below | (tied & (tied.cumsum(-1) <= num_outside - below.sum(-1, keepdim=True)))
+    return below | (tied & (tied.cumsum(-1, dtype=torch.int32) <= outside - torch.searchsorted(ascending, cutoff)))

@@ -342,10 +342,9 @@ class Speculation:
 
     def coupled_choice(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
         """What `rules.coupled` samples from processed scores [R, V] at these depths of these rows."""
-        filters = Filters(*(None if option is None else option[rows] for option in self.filters))
         position = self.context.position[rows] + 1 + torch.tensor(depth, device=scores.device)
         noise = gumbel(self.seeds[rows], position, 0, COUPLED, scores.shape[-1])
-        return (filtered_log_probs(scores[:, None], filters).squeeze(1) + noise).argmax(-1).tolist()
+        return (filtered_log_probs(scores[:, None], self.filters.of_rows(rows)).squeeze(1) + noise).argmax(-1).tolist()
 
     @timed("compact")
     def compact(self, tree: DraftTree, accepted: Acceptance) -> None:

@@ -26,7 +26,12 @@ from .rules import WEIGHING_RULES, check_legal
 OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
 # an op whose file is not there yet runs as its reference
 KERNELS = frozenset(op for op in OPS if importlib.util.find_spec(f"{__package__}.kernels.{op}"))
-FILTER_DTYPES = Filters(torch.float32, torch.int64, torch.float32, torch.float32)
+FILTER_DTYPES = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float64,
+    "min_p": torch.float32,
+}
 NO_FILTERS = Filters()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -320,8 +325,11 @@ def accept_sample(
         )
     if draft_logits is not None and not draft_logits.shape[1]:
         draft_logits, draft_row, sampling = None, None, "none"
+    compute = resolve(op, impl, logits.device)
+    if compute is not reference.accept_sample:
+        filters, draft_filters = filters.tensors, draft_filters.tensors
     return Acceptance(
-        *resolve(op, impl, logits.device)(
+        *compute(
             logits, tokens, parents, rule, seeds, position, filters, max_depth, budget, eos_ids,
             sampling, draft_logits, draft_row, draft_filters,
         )
@@ -354,7 +362,7 @@ def _check_acceptance(op, logits, tokens, parents, max_depth, budget, eos_ids) -
 def _check_filters(op: str, name: str, filters: Filters, logits: torch.Tensor) -> None:
     if not isinstance(filters, Filters):
         raise ValueError(f"{op}: {name} must be a Filters, got {type(filters).__name__}")
-    for field, dtype in FILTER_DTYPES._asdict().items():
+    for field, dtype in FILTER_DTYPES.items():
         option = getattr(filters, field)
         if option is not None:
             if not isinstance(option, torch.Tensor):
@@ -362,6 +370,8 @@ def _check_filters(op: str, name: str, filters: Filters, logits: torch.Tensor) -
             if option.shape != logits.shape[:1] or option.dtype != dtype:
                 raise _refusal(op, f"{name}.{field}", f"{dtype} [{logits.shape[0]}]", option)
             _check_device(op, logits, **{f"{name}.{field}": option})
+    if filters.most is not None and (filters.top_k is None or not _is_number(filters.most, int) or filters.most < 1):
+        raise ValueError(f"{op}: {name}.most must be None, or at least 1 beside a top_k, got {filters.most!r}")
 
 
 @_typed
@@ -459,7 +469,7 @@ _register(
     "-> (Tensor path, Tensor length, Tensor next_ids, Tensor has_nan)",
     _fake_accept_greedy,
 )
-# a `Filters` travels as the list of its fields
+# a `Filters` travels as the list of its tensors
 _register(
     "accept_sample(Tensor logits, Tensor tokens, Tensor parents, str rule, Tensor seeds, Tensor position, "
     "Tensor?[] filters, SymInt max_depth, Tensor budget, Tensor? eos_ids, str sampling, Tensor? draft_logits, "

@@ -26,7 +26,7 @@ from .tree import DraftTree
 FUSED = {
     TemperatureLogitsWarper: ("temperature", "temperature", torch.float32),
     TopKLogitsWarper: ("top_k", "top_k", torch.int64),
-    TopPLogitsWarper: ("top_p", "top_p", torch.float32),
+    TopPLogitsWarper: ("top_p", "top_p", torch.float64),
     MinPLogitsWarper: ("min_p", "min_p", torch.float32),
 }
 
@@ -48,7 +48,7 @@ def split_processors(
 
     Returns:
         others: to be applied to the logits, in order, before the filters.
-        filters: a number for each sequence.
+        filters: a number for each sequence, with the bound on top-k.
         warpers: what the filters stand for, for scores that are put out.
     """
     start = len(processors)
@@ -65,7 +65,10 @@ def split_processors(
     for warper in warpers:
         if type(warper) in FUSED:
             name, attribute, dtype = FUSED[type(warper)]
-            options[name] = torch.full((batch,), getattr(warper, attribute), dtype=dtype, device=device)
+            value = getattr(warper, attribute)
+            options[name] = torch.full((batch,), value, dtype=dtype, device=device)
+            if name == "top_k":
+                options["most"] = value
     return others, Filters(**options), warpers
 
 

@@ -15,6 +15,7 @@ from transformers.generation import (
 )
 
 from specdec_triton.filters import Filters, filtered_log_probs
+from specdec_triton.ops import FILTER_DTYPES
 
 INF, NAN = float("inf"), float("nan")
 WARPERS = {
@@ -23,17 +24,23 @@ WARPERS = {
     "top_p": TopPLogitsWarper,
     "min_p": MinPLogitsWarper,
 }
-DTYPES = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
 
 
-def made(**options):
-    return Filters(**{name: torch.tensor(values, dtype=DTYPES[name]) for name, values in options.items()})
+def made(most=None, **options):
+    rows = {name: torch.tensor(values, dtype=FILTER_DTYPES[name]) for name, values in options.items()}
+    return Filters(**rows, most=most)
 
 
 def filtered(logits, **options):
-    """Of one node: a list of numbers in, its log-probabilities out."""
+    """Of one node: a list of numbers in, its log-probabilities out, whether the host knows a bound on top-k or not."""
     given = made(**{name: [value] for name, value in options.items()})
-    return filtered_log_probs(torch.tensor(logits)[None, None], given)[0, 0]
+    logits = torch.tensor(logits)[None, None]
+    result = filtered_log_probs(logits, given)
+    if options.get("top_k"):
+        for most in (options["top_k"], options["top_k"] + 1, 99):
+            bounded = filtered_log_probs(logits, given._replace(most=most))
+            torch.testing.assert_close(bounded, result, rtol=0, atol=0, equal_nan=True)
+    return result[0, 0]
 
 
 def kept(logits, **options):
@@ -85,7 +92,7 @@ def test_each_row_has_its_own():
     impossible=st.floats(0, 0.9),
     temperature=st.none() | st.floats(0.0625, 5, width=32),
     top_k=st.none() | st.integers(1, 80),
-    top_p=st.none() | st.floats(0.0625, 0.9375, width=32),
+    top_p=st.none() | st.floats(0.0625, 0.9375),
     min_p=st.none() | st.floats(0.0, 1.0, width=32),
 )
 def test_as_transformers_does_it(seed, vocab, dtype, impossible, **options):
@@ -97,7 +104,8 @@ def test_as_transformers_does_it(seed, vocab, dtype, impossible, **options):
     options = {name: value for name, value in options.items() if value is not None}
     warpers = LogitsProcessorList([WARPERS[name](options[name]) for name in WARPERS if name in options])
     wanted = warpers(None, logits.float())
-    got = filtered_log_probs(logits.view(2, 3, vocab), made(**{name: [value] * 2 for name, value in options.items()}))
+    given = made(**{name: [value] * 2 for name, value in options.items()}, most=options.get("top_k"))
+    got = filtered_log_probs(logits.view(2, 3, vocab), given)
     wanted = wanted.log_softmax(-1).view_as(got)
     assert torch.equal(got.isfinite(), wanted.isfinite())
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -110,3 +118,59 @@ def test_ties_keep_as_much_as_transformers_does():
         got = filtered_log_probs(logits[:, None], made(top_p=[top_p] * 200)).squeeze(1)
         assert torch.equal(got.isfinite().sum(-1), wanted.isfinite().sum(-1))
         torch.testing.assert_close(got.sort(-1).values, wanted.sort(-1).values)
+
+
+@pytest.mark.parametrize("top_p", [step / 20 for step in range(1, 20)])
+def test_the_threshold_is_transformers_own(top_p):
+    """Equal tokens put the sums where the threshold is: which side they fall on hangs on the last bit."""
+    for size in range(2, 41):
+        logits = torch.zeros(1, size)
+        wanted = TopPLogitsWarper(top_p)(None, logits).isfinite().sum()
+        assert filtered_log_probs(logits[None], made(top_p=[top_p])).isfinite().sum() == wanted
+        bounded = made(top_k=[1], top_p=[top_p], most=1)
+        assert filtered_log_probs(logits[None], bounded).isfinite().sum() == wanted
+
+
+KINDS = {
+    "random": lambda logits: logits,
+    "tied": lambda logits: logits.round(),
+    "few values": lambda logits: logits.sign() * 0.37,
+    "uniform": torch.zeros_like,
+    "signed zeros": lambda logits: torch.where(logits > 2, logits, logits.sign() * 0.0),
+    "bf16": lambda logits: logits.bfloat16(),
+    "fp16": lambda logits: logits.half(),
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    vocab=st.integers(1, 70) | st.sampled_from([1000, 4097]),
+    kind=st.sampled_from(sorted(KINDS)),
+    odd=st.sampled_from([None, -INF, INF, NAN]),
+    share=st.floats(0, 1),
+    top_k=st.lists(st.integers(1, 80), min_size=2, max_size=2),
+    slack=st.integers(0, 9),
+    top_p=st.none() | st.lists(st.floats(0, 1) | st.sampled_from([0.5, 0.8, 0.9]), min_size=2, max_size=2),
+    rest=st.sampled_from([{}, {"min_p": [0.1, 0.0]}, {"temperature": [0.0, 0.7]}]),
+)
+def test_a_bound_on_top_k_changes_nothing(seed, vocab, kind, odd, share, top_k, slack, top_p, rest):
+    """To the last bit, however many tie with the k-th."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = KINDS[kind](3 * torch.randn(2, 3, vocab, generator=generator))
+    if odd is not None:
+        logits[torch.rand(logits.shape, generator=generator) < share] = odd
+    given = made(top_k=top_k, **rest, **({} if top_p is None else {"top_p": top_p}))
+    bounded = given._replace(most=max(top_k) + slack)
+    wanted, got = (filtered_log_probs(logits, filters) for filters in (given, bounded))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_with_a_bound_nothing_is_sorted(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(torch.Tensor, "sort", refuse)
+    filtered_log_probs(torch.zeros(1, 1, 9), made(top_k=[2], top_p=[0.5], most=2))
+    with pytest.raises(AssertionError, match="sorted"):
+        filtered_log_probs(torch.zeros(1, 1, 9), made(top_k=[2]))

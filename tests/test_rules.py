@@ -341,7 +341,7 @@ def test_what_is_emitted_is_always_possible(case, rule, budget, eos, options):
     tree, rows = random_tree(**case), 8
     if rule in rules.CHAIN_RULES and not case["chain"]:
         return
-    dtypes = ops.FILTER_DTYPES._asdict()
+    dtypes = ops.FILTER_DTYPES
     made = {
         name: torch.full((rows,), value, dtype=dtypes[name]) for name, value in options.items() if value is not None
     }
@@ -411,12 +411,13 @@ def test_an_out_of_range_token_is_padding():
         assert int(accept([logs(0, 1, 0)] * 2, [-7, 3], [-1, 0], rule).length) == 0
 
 
+@pytest.mark.parametrize("most", [None, 4])
 @pytest.mark.parametrize("rule", rules.RULES)
-def test_nothing_is_read_on_the_host(rule):
+def test_nothing_is_read_on_the_host(rule, most):
     """A meta tensor has no values: whatever asks for one fails."""
     batch, nodes, vocab = 2, 5, 8
     on = {"device": "meta"}
-    filters = Filters(*(torch.empty(batch, dtype=dtype, **on) for dtype in ops.FILTER_DTYPES))
+    filters = Filters(*(torch.empty(batch, dtype=dtype, **on) for dtype in ops.FILTER_DTYPES.values()), most)
     result = ops.accept_sample(
         torch.empty(batch, nodes, vocab, **on),
         torch.empty(batch, nodes, dtype=torch.int64, **on),
@@ -466,7 +467,9 @@ VALID = {
         ({"filters": (None, None, None, None)}, "filters must be a Filters, got tuple"),
         ({"filters": Filters(temperature=torch.ones(1).double())}, r"filters.temperature must be torch.float32 \[1\]"),
         ({"filters": Filters(top_k=torch.ones(2).long())}, r"filters.top_k must be torch.int64 \[1\]"),
-        ({"draft_filters": Filters(top_p=torch.ones(1, 1))}, r"draft_filters.top_p must be torch.float32 \[1\]"),
+        ({"filters": Filters(most=2)}, "filters.most must be None, or at least 1 beside a top_k, got 2"),
+        ({"filters": Filters(top_k=torch.ones(1).long(), most=0)}, "filters.most must be None, or at least 1"),
+        ({"draft_filters": Filters(top_p=torch.ones(1, 1))}, r"draft_filters.top_p must be torch.float64 \[1\]"),
         ({"draft_logits": torch.zeros(1, 2, 5)}, r"draft_logits must be fp32, bf16 or fp16 \[1, P, 4\]"),
         ({"draft_row": torch.zeros(1, 3)}, r"draft_row must be torch.int32 \[1, 3\]"),
         ({"draft_row": None}, "draft_logits and draft_row come together"),

@@ -23,11 +23,11 @@ OPTIONS = {
     "min_p": {"min_p": 0.3},
     "all": {"temperature": 1.3, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
 }
-DTYPES = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
 
 
 def filters(options: dict, batch: int) -> Filters:
-    return Filters(**{name: torch.full((batch,), value, dtype=DTYPES[name]) for name, value in options.items()})
+    made = {name: torch.full((batch,), value, dtype=ops.FILTER_DTYPES[name]) for name, value in options.items()}
+    return Filters(**made, most=options.get("top_k"))
 
 
 @dataclass(frozen=True)

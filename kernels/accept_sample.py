@@ -1,22 +1,15 @@
 """Sampled acceptance: from logits to the accepted path, with no probability ever written.
 
-Launches, and which rules have them:
+The launches, and which rules have them ("filtered": with top-k, top-p or min-p; temperature is no matter):
 
-    statistics   all                one tile of the vocabulary of one row: its highest logit, its sum of exponentials
-                                    and, where `coupled` or `typical` has only a temperature, its highest noisy logit
-    laws         all, except        one row: temperature and thresholds as the six numbers of `_law`; the chances of the
-                 `coupled` without  node's children, one after the other; where `coupled` or `typical` has thresholds,
-                 thresholds         the highest noisy logit
-    weights      traversal          the same chances for the nodes of one depth, once for each depth below the root
-    draws        rejection, block,  one tile of the vocabulary at the node where the walk ends: the highest noisy residual.
-                 multi_round,       `block` needs the residuals' masses to know that node: all nodes, and their masses
-                 traversal
-    walk         all                one sequence: the walk, the token after it, EOS and budget
-
-A node's residual is max(weight * target - cut * draft, 0) without the children tried: two numbers and the tree stand
-for it. `chance` [B, N] is the chance that a node passes its test if its turn comes (NaN passes; -1: it cannot be tried:
-padding, or its draft could not have drawn it), and under `traversal` its weight, too. Under `block` it is the ratio of
-target to draft. What it means that the tests' order is the order of nodes: see `specdec_triton.rules`.
+    statistics  all. One tile of the vocabulary of one row: its highest logit, its sum of exponentials and, for
+                unfiltered `coupled` and `typical`, its highest noisy logit.
+    laws        all but unfiltered `coupled`. One row: what temperature and thresholds come to (`_law`); the chances of
+                the node's children, one after the other; for filtered `coupled` and `typical`, the highest noisy logit.
+    weights     `traversal`. The chances of children at the nodes of one depth: a launch for each depth below the root.
+    draws       `rejection`, `block`, `multi_round`, `traversal`. One tile of the vocabulary at the node where the walk
+                ends: the highest noisy residual. `block` knows that node by the residuals' masses only: all nodes.
+    walk        all. One sequence: the walk, the token after it, EOS and budget.
 
 Letters: B sequences, N tree nodes, P expanded nodes, V vocabulary, S = ceil(V / BLOCK_V) tiles, D edges on the longest
 path, E ids that end the text. Reference: `specdec_triton.reference.accept_sample`.
@@ -29,7 +22,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import FP_FUSION, MAX_ID, NAN_ORDER, NO_KEY, CompileCase, launching_on, pow2
+from ._chances import (
+    depth_of,
+    prob_of,
+    tree_of,
+    was_drawn,
+    weigh_children,
+)
+from ._common import COUNTS, FP_FUSION, MAX_ID, NAN_ORDER, NO_KEY, CompileCase, launching_on, pow2
 from ._law import (
     NEG_INF,
     highest,
@@ -45,12 +45,11 @@ from ._law import (
     store_law,
     value_of,
 )
-from ._noise import ACCEPT, BONUS, COUPLED, RECOVER, gumbel, uniform
+from ._noise import BONUS, COUPLED, gumbel
+from ._walk import draws_kernel, walk_kernel
 
 TYPICAL_EPSILON: tl.constexpr = tl.constexpr(0.09)
 TYPICAL_DELTA: tl.constexpr = tl.constexpr(0.3)
-NOT_DRAWN: tl.constexpr = tl.constexpr(-1.0)  # a chance
-FROM_RESIDUAL: tl.constexpr = tl.constexpr(2**31)  # bit 31 of a key: the residual is not zero all over its tile
 
 # One tile size in every launch and for every shape: what a row comes to depends on its own logits only. Of the nodes
 # that a program takes one after the other, those of one depth share their noise. Rests on compile reports; not timed.
@@ -63,34 +62,7 @@ SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 WEIGHING = ("rejection", "block", "multi_round", "traversal")
 
 
-@triton.jit
-def _tree(parents_ptr, tokens_ptr, row, N, V, RULE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_N] int32 each: nodes; parents and tokens, -1 at the root and at padding."""
-    node = tl.arange(0, BLOCK_N)
-    parents = tl.load(parents_ptr + row * N + node, mask=node < N, other=-1)
-    tokens = tl.load(tokens_ptr + row * N + node, mask=node < N, other=-1)
-    real = (tokens >= 0) & (tokens < V) & (parents < node)
-    if RULE == "rejection" or RULE == "block":
-        real &= parents == node - 1
-    return node, tl.where(real, parents, -1), tl.where(real, tokens, -1).to(tl.int32)
-
-
-@triton.jit
-def _drawn(chance):
-    """Also where it is NaN."""
-    return (chance == NOT_DRAWN) == 0
-
-
-@triton.jit
-def _depth(parents_ptr, row, node, N):
-    depth = node * 0
-    while node > 0:
-        node = tl.minimum(tl.load(parents_ptr + row * N + node), node - 1)
-        depth += 1
-    return depth
-
-
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _statistics_kernel(
     keys_ptr,  # [B, N + P, S] int64, out
     sums_ptr,  # [B, N + P, S] fp32, out; None where NOISE is and there are no thresholds
@@ -150,7 +122,7 @@ def _statistics_kernel(
             if sums_ptr is not None:
                 tl.store(sums_ptr + index, tl.sum(tl.exp(scores), 0))
             if NOISE is not None:
-                which = _depth(parents_ptr, batch, row, N) if NOISE == COUPLED else row
+                which = depth_of(parents_ptr, batch, row, N) if NOISE == COUPLED else row
                 if which != noise_of:
                     if NOISE == COUPLED:
                         noise = gumbel(seed, position + 1 + which, 0, NOISE, first, BLOCK_V)
@@ -191,133 +163,7 @@ def _draw(row_ptr, keys_ptr, stride_v, V, law, seed, position, node, NOISE: tl.c
     return tl.minimum(tl.min(tl.where(best == highest_score, best_ids, MAX_ID), 0), V - 1)
 
 
-@triton.jit
-def _untried(ids, first, tried, BLOCK_V: tl.constexpr):
-    """[BLOCK_V] bool: a tile's ids that are not among `tried` [BLOCK_N] int32 (-1 is none)."""
-    free = ids >= 0
-    inside = (tried >= first) & (tried < first + BLOCK_V)
-    token = tl.min(tl.where(inside, tried, MAX_ID), 0)
-    while token < MAX_ID:
-        free &= ids != token
-        token = tl.min(tl.where(inside & (tried > token), tried, MAX_ID), 0)
-    return free
-
-
-@triton.jit
-def _residual(weight, target_log_probs, cut, draft_log_probs):
-    """max(weight * target - cut * draft, 0), NaN where it is; no draft, no term."""
-    draft = tl.exp(draft_log_probs)
-    rest = weight * tl.exp(target_log_probs) - tl.where(draft > 0, cut * draft, 0.0)
-    return tl.where(rest <= 0, 0.0, rest)
-
-
-@triton.jit
-def _masses(
-    row_ptr, stride_v, law, draft_row_ptr, draft_stride_v, draft_law, weight, cut, tried, V,
-    SAMPLING: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Of what is left: the residual's mass, and the draft's (1 where siblings were drawn with replacement)."""
-    masses, lefts = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
-    for first in range(0, V, BLOCK_V):
-        ids = first + tl.arange(0, BLOCK_V)
-        free = _untried(ids, first, tried, BLOCK_V)
-        target = log_probs(load_logits(row_ptr, stride_v, ids, V), ids, law)
-        if SAMPLING == "none":
-            masses += tl.where(free, weight * tl.exp(target), 0.0)
-        else:
-            draft = log_probs(load_logits(draft_row_ptr, draft_stride_v, ids, V), ids, draft_law)
-            masses += tl.where(free, _residual(weight, target, cut, draft), 0.0)
-            if SAMPLING == "without":
-                lefts += tl.where(free, tl.exp(draft), 0.0)
-    left = tl.sum(lefts, 0) if SAMPLING == "without" else 1.0
-    return tl.sum(masses, 0), left
-
-
-@triton.jit
-def _at(row_ptr, stride_v, token, law):
-    """Probability of one token, or of each of several."""
-    return tl.exp(log_probs(tl.load(row_ptr + token.to(tl.int64) * stride_v).to(tl.float32), token, law))
-
-
-@triton.jit
-def _weigh_children(
-    chance_ptr,  # [B, N] fp32, out at the node's children
-    cut_ptr,  # [B, N] fp32, out
-    pass_ptr,  # [B, N] fp32, out (traversal): the chance that the node passes when all its children have failed
-    row_ptr, stride_v, law, draft_row_ptr, draft_stride_v, draft_law, weight,
-    node, parents, tokens, batch, here, N, V,
-    RULE: tl.constexpr, SAMPLING: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """The children of node `here`, one after the other, each as if those before it had failed."""
-    is_child = parents == here
-    mass, short = weight, 1 - weight
-    left, cut = tl.full((), 1.0, tl.float32), tl.full((), 0.0, tl.float32)
-    tried = tl.full(node.shape, -1, tl.int32)
-    is_stale = here < 0
-    if SAMPLING == "none":
-        # what no child can take, once; and what each child can, the first of those with the same token
-        rest, _ = _masses(
-            row_ptr, stride_v, law, row_ptr, stride_v, law, weight, cut, tl.where(is_child, tokens, -1), V,
-            SAMPLING, BLOCK_V,
-        )  # fmt: skip
-        shares = tl.where(is_child, weight * _at(row_ptr, stride_v, tl.maximum(tokens, 0), law), 0.0)
-        child = tl.min(tl.where(is_child, node, N), 0)
-        while child < N:
-            token = tl.max(tl.where(node == child, tokens, -1), 0)
-            shares = tl.where((tokens == token) & (node > child), 0.0, shares)
-            child = tl.min(tl.where(is_child & (node > child), node, N), 0)
-    child = tl.min(tl.where(is_child, node, N), 0)
-    while child < N:
-        token = tl.max(tl.where(node == child, tokens, -1), 0)
-        again = tl.max((tried == token).to(tl.int32), 0) > 0
-        target = log_probs(tl.load(row_ptr + token.to(tl.int64) * stride_v).to(tl.float32), token, law)
-        if SAMPLING == "none":
-            wanted = tl.where(again, 0.0, weight * tl.exp(target))
-            offered, drawn = tl.full((), 1.0, tl.float32), here >= 0
-        else:
-            if is_stale:
-                mass, left = _masses(
-                    row_ptr, stride_v, law, draft_row_ptr, draft_stride_v, draft_law, weight, cut, tried, V,
-                    SAMPLING, BLOCK_V,
-                )  # fmt: skip
-                is_stale = here < 0
-            draft = log_probs(
-                tl.load(draft_row_ptr + token.to(tl.int64) * draft_stride_v).to(tl.float32), token, draft_law
-            )
-            offered = tl.exp(draft)
-            # an integer between: the interpreter makes floats of a number's comparison when it meets a vector
-            drawn = (offered > 0).to(tl.int32) > 0
-            if SAMPLING == "without":
-                drawn = drawn & (again == 0)
-            wanted = tl.where(again, 0.0, _residual(weight, target, cut, draft))
-        total = mass + short
-        ratio = wanted * left / (total * offered)
-        if RULE != "block":
-            ratio = tl.where(ratio > 1, 1.0, ratio)
-        chance = tl.where(wanted == 0, 0.0, ratio)
-        tl.store(chance_ptr + batch * N + child, tl.where(drawn, chance, NOT_DRAWN))
-        if RULE == "traversal":  # unless children of its own say otherwise, in a later launch
-            tl.store(pass_ptr + batch * N + child, chance / (chance + (1 - chance)))
-        tried = tl.where((node == child) & drawn, token, tried)
-        cut = tl.where(drawn, cut + total / left, cut)
-        if SAMPLING == "none":
-            shares = tl.where(node == child, 0.0, shares)
-            mass = rest + tl.sum(shares, 0)
-        else:
-            is_stale = is_stale | drawn
-        child = tl.min(tl.where(is_child & (node > child), node, N), 0)
-    tl.store(cut_ptr + batch * N + here, cut)
-    if RULE == "traversal":
-        if SAMPLING != "none":
-            if is_stale:
-                mass, left = _masses(
-                    row_ptr, stride_v, law, draft_row_ptr, draft_stride_v, draft_law, weight, cut, tried, V,
-                    SAMPLING, BLOCK_V,
-                )  # fmt: skip
-        tl.store(pass_ptr + batch * N + here, mass / (mass + short))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _laws_kernel(
     floats_ptr,  # [2, B, N, 4] fp32, out: the laws of the targets and of the drafts (`_law.store_law`)
     ints_ptr,  # [2, B, N, 2] int32, out
@@ -361,7 +207,7 @@ def _laws_kernel(
         else:
             seed, position = tl.load(seeds_ptr + batch), tl.load(position_ptr + batch)
             if RULE == "coupled":
-                depth = _depth(parents_ptr, batch, here, N)
+                depth = depth_of(parents_ptr, batch, here, N)
                 chosen = _draw(
                     row_ptr, keys_ptr + keys_row, stride_v, V, law, seed, position + 1 + depth, 0, COUPLED, BLOCK_V
                 )
@@ -369,7 +215,7 @@ def _laws_kernel(
                 chosen = _draw(row_ptr, keys_ptr + keys_row, stride_v, V, law, seed, position, here, BONUS, BLOCK_V)
         tl.store(chosen_ptr + index, chosen)
     if RULE == "typical":
-        node, parents, tokens = _tree(parents_ptr, tokens_ptr, batch, N, V, RULE, BLOCK_N)
+        node, parents, tokens = tree_of(parents_ptr, tokens_ptr, batch, N, V, RULE, BLOCK_N)
         entropies = tl.zeros([BLOCK_V], tl.float32)
         for start in range(0, V, BLOCK_V):
             ids = start + tl.arange(0, BLOCK_V)
@@ -378,10 +224,10 @@ def _laws_kernel(
         least = tl.minimum(TYPICAL_DELTA * tl.exp(-tl.sum(entropies, 0)), TYPICAL_EPSILON)
         is_child = parents == here
         # NaN is kept
-        kept = (_at(row_ptr, stride_v, tl.maximum(tokens, 0), law) <= least) == 0
+        kept = (prob_of(row_ptr, stride_v, tl.maximum(tokens, 0), law) <= least) == 0
         tl.store(chance_ptr + batch * N + node, kept.to(tl.float32), mask=is_child)
     if RULE == "rejection" or RULE == "block" or RULE == "multi_round" or RULE == "traversal":
-        node, parents, tokens = _tree(parents_ptr, tokens_ptr, batch, N, V, RULE, BLOCK_N)
+        node, parents, tokens = tree_of(parents_ptr, tokens_ptr, batch, N, V, RULE, BLOCK_N)
         store_law(floats_ptr, ints_ptr, index, law)
         draft_start, draft_law = row_ptr, law
         if SAMPLING != "none":
@@ -392,7 +238,7 @@ def _laws_kernel(
             )  # fmt: skip
             store_law(floats_ptr, ints_ptr, count + index, draft_law)
         if (RULE != "traversal") | (here == 0):
-            _weigh_children(
+            weigh_children(
                 chance_ptr, cut_ptr, pass_ptr, row_ptr, stride_v, law, draft_start, draft_stride_v, draft_law,
                 tl.full((), 1.0, tl.float32), node, parents, tokens, batch, here, N, V, RULE, SAMPLING, BLOCK_V,
             )  # fmt: skip
@@ -421,7 +267,7 @@ def _draft_law(
     return row_ptr, (peak, log_sum, threshold, inverse, first, certain)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _weights_kernel(
     chance_ptr,  # [B, N] fp32, in and out
     cut_ptr,  # [B, N] fp32, out
@@ -440,13 +286,13 @@ def _weights_kernel(
     """Traversal: a node's weight is its chance, so the nodes of one depth wait for those above."""
     here = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    if _depth(parents_ptr, batch, here, N) != depth:
+    if depth_of(parents_ptr, batch, here, N) != depth:
         return
-    node, parents, tokens = _tree(parents_ptr, tokens_ptr, batch, N, V, "traversal", BLOCK_N)
+    node, parents, tokens = tree_of(parents_ptr, tokens_ptr, batch, N, V, "traversal", BLOCK_N)
     index = batch * N + here
     weight = tl.load(chance_ptr + index)
     has_children = tl.max((parents == here).to(tl.int32), 0) > 0
-    if (has_children & _drawn(weight)) & (tl.sum(tl.where(node == here, parents, 0), 0) >= 0):
+    if (has_children & was_drawn(weight)) & (tl.sum(tl.where(node == here, parents, 0), 0) >= 0):
         law = load_law(floats_ptr, ints_ptr, index)
         row_ptr = logits_ptr + batch * stride_b + here.to(tl.int64) * stride_n
         draft_start, draft_law = row_ptr, law
@@ -455,298 +301,10 @@ def _weights_kernel(
             draft_law = load_law(floats_ptr, ints_ptr, count + index)
             draft_row = tl.maximum(tl.load(draft_row_ptr + index), 0).to(tl.int64)
             draft_start = draft_logits_ptr + batch * draft_stride_b + draft_row * draft_stride_p
-        _weigh_children(
+        weigh_children(
             chance_ptr, cut_ptr, pass_ptr, row_ptr, stride_v, law, draft_start, draft_stride_v, draft_law,
             weight, node, parents, tokens, batch, here, N, V, "traversal", SAMPLING, BLOCK_V,
         )  # fmt: skip
-
-
-@triton.jit
-def _last(node, parents, chance, passed, N, RULE: tl.constexpr):
-    """The last accepted node. `chance` [BLOCK_N] says which children were drawn, `passed` which pass their test."""
-    last = tl.full((), 0, tl.int32)
-    if RULE == "typical":  # the deepest, of equals the first
-        depth = tl.where(node == 0, 0, -1)
-        for child in range(1, N):
-            parent = tl.max(tl.where(node == child, parents, -1), 0)
-            above = tl.max(tl.where(node == parent, depth, -1), 0)
-            kept = (above >= 0) & (tl.max(((node == child) & passed).to(tl.int32), 0) > 0)
-            depth = tl.where((node == child) & kept, above + 1, depth)
-        last = tl.min(tl.where(depth == tl.max(depth, 0), node, N), 0)
-    else:
-        goes_on = passed
-        if RULE == "traversal":  # below which some node passes, itself included: leaves first
-            for place in range(1, N):
-                child = N - place
-                found = tl.max(((node == child) & goes_on).to(tl.int32), 0) > 0
-                parent = tl.max(tl.where(node == child, parents, -1), 0)
-                drawn = tl.max(((node == child) & _drawn(chance)).to(tl.int32), 0) > 0
-                goes_on = goes_on | ((node == parent) & (found & drawn))
-        child = tl.min(tl.where((parents == 0) & _drawn(chance) & goes_on, node, N), 0)
-        while child < N:
-            last = child
-            child = tl.min(tl.where((parents == last) & _drawn(chance) & goes_on, node, N), 0)
-    return last
-
-
-@triton.jit
-def _tests(chance_ptr, pass_ptr, node, parents, seed, position, batch, N, RULE: tl.constexpr):
-    """[BLOCK_N] each: the chances, and which nodes pass their test, by a number of their own. NaN passes."""
-    # at the root and at padding nothing was written
-    chance = tl.load(chance_ptr + batch * N + node, mask=parents >= 0, other=NOT_DRAWN)
-    if RULE == "typical":
-        passed = chance > 0
-    else:
-        tested = chance
-        if RULE == "traversal":
-            tested = tl.load(pass_ptr + batch * N + node, mask=parents >= 0, other=0.0)
-        passed = (uniform(seed, position, node, ACCEPT) >= tested) == 0
-    return chance, passed
-
-
-@triton.jit
-def _block_weight(chance_ptr, batch, node, N):
-    """The weight of a chain's node: min(1, weight above * ratio), from the root down; -1 where it cannot be tried."""
-    weight = tl.full((), 1.0, tl.float32)
-    drawn = weight > 0
-    for above in range(1, node + 1):
-        ratio = tl.load(chance_ptr + batch * N + above)
-        drawn = drawn & _drawn(ratio)
-        weight = _lowered(weight, ratio)
-    return tl.where(drawn, weight, NOT_DRAWN)
-
-
-@triton.jit
-def _lowered(weight, ratio):
-    product = tl.where((weight == 0) | (ratio == 0), 0.0, weight * ratio)
-    return tl.where(product > 1, 1.0, product)
-
-
-@triton.jit
-def _draws_kernel(
-    drawn_ptr,  # [B, S] int64, out; [B, N, S] under block
-    masses_ptr,  # [B, N, S] fp32, out (block)
-    chance_ptr,  # [B, N] fp32
-    cut_ptr,  # [B, N] fp32
-    pass_ptr,  # [B, N] fp32 (traversal)
-    keys_ptr,  # [B, N + P, S] int64
-    floats_ptr,  # [2, B, N, 4] fp32
-    ints_ptr,  # [2, B, N, 2] int32
-    logits_ptr,  # [B, N, V]
-    draft_logits_ptr,  # [B, P, V], or None
-    draft_row_ptr,  # [B, N] int32, or None
-    tokens_ptr,  # [B, N] int64
-    parents_ptr,  # [B, N] int32
-    seeds_ptr,  # [B] int64
-    position_ptr,  # [B] int64
-    stride_b, stride_n, stride_v, draft_stride_b, draft_stride_p, draft_stride_v,
-    N, P, V, S,
-    RULE: tl.constexpr, SAMPLING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(0)
-    batch = tl.program_id(2).to(tl.int64)
-    seed, position = tl.load(seeds_ptr + batch), tl.load(position_ptr + batch)
-    node, parents, tokens = _tree(parents_ptr, tokens_ptr, batch, N, V, RULE, BLOCK_N)
-    if RULE == "block":
-        last = tl.program_id(1)
-        weight = tl.full((), 1.0, tl.float32)
-        # nodes that do not continue the one before have no ratio
-        reached = tl.sum(((node > 0) & (node <= last) & (parents >= 0)).to(tl.int32), 0) == last
-        if reached:
-            weight = _block_weight(chance_ptr, batch, last, N)
-        if (reached == 0) | (weight == NOT_DRAWN):
-            return
-        chance = tl.load(chance_ptr + batch * N + node, mask=parents >= 0, other=NOT_DRAWN)
-        out = (batch * N + last) * S + tile
-    else:
-        chance, passed = _tests(chance_ptr, pass_ptr, node, parents, seed, position, batch, N, RULE)
-        last = _last(node, parents, chance, passed, N, RULE)
-        weight = tl.full((), 1.0, tl.float32)
-        if RULE == "traversal":
-            weight = tl.where(last > 0, tl.max(tl.where(node == last, chance, NOT_DRAWN), 0), 1.0)
-        out = batch * S + tile
-
-    index = batch * N + last
-    first = tile * BLOCK_V
-    ids = first + tl.arange(0, BLOCK_V)
-    law = load_law(floats_ptr, ints_ptr, index)
-    target = log_probs(
-        load_logits(logits_ptr + batch * stride_b + last.to(tl.int64) * stride_n, stride_v, ids, V), ids, law
-    )
-    tried = tl.where((parents == last) & _drawn(chance), tokens, -1)
-    was_tried = tl.max(tried, 0) >= 0
-    rest = tl.zeros([BLOCK_V], tl.float32)
-    if was_tried:
-        if SAMPLING == "none":
-            rest = weight * tl.exp(target)
-        else:
-            draft_row = tl.maximum(tl.load(draft_row_ptr + index), 0).to(tl.int64)
-            draft_start = draft_logits_ptr + batch * draft_stride_b + draft_row * draft_stride_p
-            draft_law = load_law(floats_ptr, ints_ptr, tl.num_programs(2).to(tl.int64) * N + index)
-            draft = log_probs(load_logits(draft_start, draft_stride_v, ids, V), ids, draft_law)
-            if RULE == "block":
-                cut = weight + (1 - weight)
-            else:
-                cut = tl.load(cut_ptr + index)
-            rest = _residual(weight, target, cut, draft)
-        rest = tl.where(_untried(ids, first, tried, BLOCK_V), rest, 0.0)
-        if RULE == "block":
-            tl.store(masses_ptr + out, tl.sum(rest, 0))
-    # a residual of no mass can only come from rounding: the target stands in, if no tile has any
-    from_rest = tl.max(rest, 0) > 0
-    scores = target
-    if from_rest:
-        scores = tl.where(rest > 0, tl.log(tl.where(rest > 0, rest, 1.0)), NEG_INF)
-    key = key_of(order_of(NEG_INF), first)
-    if tl.max(tl.where(scores == scores, scores, NEG_INF), 0) > NEG_INF:
-        purpose = tl.where(was_tried, RECOVER, BONUS)
-        scores += gumbel(seed, position, last, purpose, first, BLOCK_V)
-        key = highest(scores, first, V, BLOCK_V)
-    tl.store(drawn_ptr + out, tl.where(from_rest, key | FROM_RESIDUAL, key))
-
-
-@triton.jit
-def _best_drawn(drawn_ptr, S, BLOCK_S: tl.constexpr):
-    tile = tl.arange(0, BLOCK_S)
-    keys = tl.load(drawn_ptr + tile, mask=tile < S, other=NO_KEY)
-    from_rest = (keys & FROM_RESIDUAL) != 0
-    best = tl.max(tl.where(from_rest, keys, NO_KEY), 0)
-    best = tl.where(best == NO_KEY, tl.max(keys, 0), best)
-    return id_in(best)
-
-
-@triton.jit
-def _walk_kernel(
-    path_ptr,  # [B, D] int32, out
-    length_ptr,  # [B] int64, out
-    next_ids_ptr,  # [B] int64, out
-    has_nan_ptr,  # [B] bool, out
-    chance_ptr,  # [B, N] fp32; None under coupled
-    pass_ptr,  # [B, N] fp32 (traversal)
-    masses_ptr,  # [B, N, S] fp32 (block)
-    drawn_ptr,  # [B, S] int64, [B, N, S] under block; None under coupled and typical
-    chosen_ptr,  # [B, N] int32 (typical, coupled with thresholds)
-    bad_ptr,  # [B, N] bool; None under coupled without thresholds
-    keys_ptr,  # [B, N, S] int64 (coupled without thresholds)
-    noisy_ptr,  # [B, N, S] int64 (coupled without thresholds)
-    temperature_ptr,  # [B] fp32, or None
-    tokens_ptr,  # [B, N] int64
-    parents_ptr,  # [B, N] int32
-    seeds_ptr,  # [B] int64
-    position_ptr,  # [B] int64
-    budget_ptr,  # [B] int64
-    eos_ids_ptr,  # [E] int64, or None
-    N, V, S, D, E,
-    RULE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, WALK_S: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    node, parents, tokens = _tree(parents_ptr, tokens_ptr, row, N, V, RULE, BLOCK_N)
-    seed, position = tl.load(seeds_ptr + row), tl.load(position_ptr + row)
-    budget = tl.load(budget_ptr + row)
-
-    if bad_ptr is not None:
-        bad = tl.load(bad_ptr + row * N + node, mask=node < N, other=0) != 0
-    if RULE == "coupled":
-        if chosen_ptr is not None:
-            chosen = tl.load(chosen_ptr + row * N + node, mask=node < N, other=-1)
-        else:
-            best, chosen, bad = _best_of_tiles(
-                keys_ptr, noisy_ptr, temperature_ptr, row, node, N, S, BLOCK_N, WALK_S
-            )
-        last = tl.full((), 0, tl.int32)
-        next_id = tl.max(tl.where(node == 0, chosen, -1), 0)
-        child = tl.min(tl.where((parents == 0) & (tokens == next_id), node, N), 0)
-        while child < N:
-            last = child
-            next_id = tl.max(tl.where(node == last, chosen, -1), 0)
-            child = tl.min(tl.where((parents == last) & (tokens == next_id), node, N), 0)
-    elif RULE == "block":
-        last = tl.full((), 0, tl.int32)
-        weight = tl.full((), 1.0, tl.float32)
-        chance = tl.load(chance_ptr + row * N + node, mask=parents >= 0, other=NOT_DRAWN)
-        numbers = uniform(seed, position, node, ACCEPT)
-        here = tl.full((), 1, tl.int32)
-        tile = tl.arange(0, BLOCK_S)
-        while here < N:
-            ratio = tl.sum(tl.where(node == here, chance, 0.0), 0)
-            weight = _lowered(weight, ratio)
-            followed = tl.max(((node == here + 1) & _drawn(chance)).to(tl.int32), 0) > 0
-            mass = weight
-            if followed:
-                mass = tl.sum(tl.load(masses_ptr + (row * N + here) * S + tile, mask=tile < S, other=0.0), 0)
-            passed = (tl.sum(tl.where(node == here, numbers, 0.0), 0) >= mass / (mass + (1 - weight))) == 0
-            drawn = _drawn(ratio)
-            last = tl.where(drawn & passed, here, last)
-            here = tl.where(drawn, here + 1, N)
-        next_id = _best_drawn(drawn_ptr + (row * N + last) * S, S, BLOCK_S)
-    else:
-        chance, passed = _tests(chance_ptr, pass_ptr, node, parents, seed, position, row, N, RULE)
-        last = _last(node, parents, chance, passed, N, RULE)
-        if RULE == "typical":
-            next_id = tl.load(chosen_ptr + row * N + last)
-        else:
-            next_id = _best_drawn(drawn_ptr + row * S, S, BLOCK_S)
-
-    # from the last node up to the root: the path and what it emits
-    accepted = tl.full((), 0, tl.int32)
-    here = last
-    while here > 0:
-        here = tl.max(tl.where(node == here, parents, -1), 0)
-        accepted += 1
-    path = tl.full([BLOCK_N], -1, tl.int32)
-    emitted = tl.where(node == accepted, next_id, -1)
-    is_bad = tl.zeros([BLOCK_N], tl.int1)
-    here, place = last, accepted
-    while here > 0:
-        place -= 1
-        path = tl.where(node == place, here, path)
-        emitted = tl.where(node == place, tl.max(tl.where(node == here, tokens, -1), 0), emitted)
-        is_bad = is_bad | ((node == place) & (tl.max(((node == here) & bad).to(tl.int32), 0) > 0))
-        here = tl.max(tl.where(node == here, parents, -1), 0)
-
-    live = budget > 0
-    end = tl.minimum(tl.minimum(accepted.to(tl.int64), tl.maximum(budget - 1, 0)), D).to(tl.int32)
-    if eos_ids_ptr is not None:
-        for which in range(E):
-            eos_id = tl.load(eos_ids_ptr + which)
-            end = tl.minimum(end, tl.min(tl.where((emitted == eos_id) & (node <= accepted), node, N), 0))
-    length = tl.where(live, end, 0)
-    next_id = tl.max(tl.where(node == end, emitted, -1), 0)
-    bad_root = tl.max(((node == 0) & bad).to(tl.int32), 0) > 0
-    bad_path = tl.max((is_bad & (node < length)).to(tl.int32), 0) > 0
-    tl.store(path_ptr + row * D + node, tl.where(node < length, path, -1), mask=node < D)
-    tl.store(length_ptr + row, length)
-    tl.store(next_ids_ptr + row, tl.where(live, next_id, -1))
-    tl.store(has_nan_ptr + row, live & (bad_root | bad_path))
-
-
-@triton.jit
-def _best_of_tiles(
-    keys_ptr, noisy_ptr, temperature_ptr, row, node, N, S, BLOCK_N: tl.constexpr, WALK_S: tl.constexpr
-):
-    """[BLOCK_N] each, from the tiles: the highest key, the id of the highest noisy logit, and no distribution."""
-    inverse, greedy = inverse_temperature(temperature_ptr, row)
-    best = tl.full([BLOCK_N], NO_KEY, tl.int64)
-    for first in range(0, S, WALK_S):
-        tile = first + tl.arange(0, WALK_S)
-        at = (row * N + node)[None, :] * S + tile[:, None]
-        keys = tl.load(keys_ptr + at, mask=(tile < S)[:, None] & (node < N)[None, :], other=NO_KEY)
-        best = tl.maximum(best, tl.max(keys, 0))
-    peak = value_of(order_in(best))
-    bad = (order_in(best) == NAN_ORDER) | (tl.abs(peak) == float("inf"))
-    chosen = tl.full([BLOCK_N], NO_KEY, tl.int64)
-    for first in range(0, S, WALK_S):
-        tile = first + tl.arange(0, WALK_S)
-        at = (row * N + node)[None, :] * S + tile[:, None]
-        mask = (tile < S)[:, None] & (node < N)[None, :]
-        peaks = value_of(order_in(tl.load(keys_ptr + at, mask=mask, other=NO_KEY)))
-        noisy = tl.load(noisy_ptr + at, mask=mask, other=NO_KEY)
-        scores = tl.where(
-            peaks == NEG_INF, NEG_INF, value_of(order_in(noisy)) + (peaks - peak[None, :]) * inverse
-        )
-        keys = tl.where(mask, key_of(order_of(scores), id_in(noisy)), NO_KEY)
-        chosen = tl.maximum(chosen, tl.max(keys, 0))
-    return best, tl.where(node < N, id_in(chosen), -1), bad
 
 
 def accept_sample(
@@ -835,13 +393,13 @@ def accept_sample(
                 SAMPLING=sampling, **block_n, BLOCK_V=BLOCK_V, num_warps=LAW_WARPS, **FP_FUSION,
             )  # fmt: skip
         if weighing:
-            _draws_kernel[(tiles, nodes if rule == "block" else 1, batch)](
+            draws_kernel[(tiles, nodes if rule == "block" else 1, batch)](
                 drawn, masses, chance, cut, passing, keys, floats, ints,
                 logits, draft_logits, draft_row, tokens, parents, seeds, position, *strides,
                 nodes, expanded, vocab, tiles,
                 RULE=rule, SAMPLING=sampling, **block_n, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, **FP_FUSION,
             )  # fmt: skip
-        _walk_kernel[(batch,)](
+        walk_kernel[(batch,)](
             path, length, next_ids, has_nan, chance, passing, masses, drawn, chosen, bad, keys, noisy,
             temperature, tokens, parents, seeds, position, budget, eos_ids,
             nodes, vocab, tiles, max_depth, 0 if eos_ids is None else eos_ids.shape[0],
@@ -859,62 +417,69 @@ def _blocks(nodes: int, tiles: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_S": max(16, pow2(tiles)), "WALK_S": max(1, WALK_KEYS // block_n)}
 
 
-_FILTERS = dict(zip(("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"), ("*fp32", "*i64", "*fp32", "*fp32"), strict=True))
-_THRESHOLDS = {"": {}, " temperature": {"temperature_ptr": "*fp32:16"}}
-_THRESHOLDS[" filtered"] = {name: f"{dtype}:16" for name, dtype in _FILTERS.items()}
+_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FILTERS = {"temperature_ptr": "*fp32", "top_k_ptr": "*i64", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
+# what a pointer's name says of its type; all are aligned, since they are allocations or rows of a batch
+_POINTERS = {
+    "i64": ("keys", "noisy", "drawn", "tokens", "seeds", "position", "budget", "eos_ids", "length", "next_ids"),
+    "fp32": ("sums", "floats", "chance", "cut", "pass", "masses"),
+    "i32": ("ints", "chosen", "parents", "path"),
+    "i1": ("bad", "has_nan"),
+}
+_STRIDES = ("stride_b", "stride_n", "draft_stride_b", "draft_stride_p")
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every default configuration on a CUDA architecture, for 64 nodes; the same on all of them."""
-    pointers = {"keys_ptr": "*i64", "sums_ptr": "*fp32", "noisy_ptr": "*i64", "floats_ptr": "*fp32", "ints_ptr": "*i32"}
-    pointers |= {"bad_ptr": "*i1", "chance_ptr": "*fp32", "cut_ptr": "*fp32", "pass_ptr": "*fp32", "drawn_ptr": "*i64"}
-    pointers |= {"chosen_ptr": "*i32", "masses_ptr": "*fp32", "tokens_ptr": "*i64", "parents_ptr": "*i32"}
-    pointers |= {"seeds_ptr": "*i64", "position_ptr": "*i64", "budget_ptr": "*i64", "eos_ids_ptr": "*i64"}
-    pointers |= {"path_ptr": "*i32", "length_ptr": "*i64", "next_ids_ptr": "*i64", "has_nan_ptr": "*i1"}
-    pointers = {name: f"{dtype}:16" for name, dtype in pointers.items()}
-    common = pointers | dict.fromkeys(("stride_b", "stride_n", "draft_stride_b", "draft_stride_p", "N", "P", "V"), "i32:16")
-    common |= {"stride_v": 1, "draft_stride_v": 1, "S": "i32", "D": "i32", "E": "i32", "depth": "i32"}
-    common |= {"BLOCK_V": BLOCK_V, **_blocks(64, 63), "DRAFT_SHIFT": 0}
+    """The default configurations on a CUDA architecture, for V = 128,256; the same on all of them.
 
-    def case(name, kernel, arguments, warps, wide_loads=True):
-        arguments = common | arguments
-        signature = {key: arguments[key] for key in kernel.arg_names if key not in ("RULE", "SAMPLING") and isinstance(arguments.get(key), str)}
-        constexprs = {key: arguments.get(key) for key in kernel.arg_names if key not in signature}
-        return CompileCase(name, kernel, signature, constexprs, {"num_warps": warps, **FP_FUSION}, wide_loads=wide_loads)
+    Kernels see the rule and how a tree was sampled as constants: what compiles to the same code is listed once.
+    """
+    common = {f"{name}_ptr": f"*{dtype}:16" for dtype, names in _POINTERS.items() for name in names}
+    common |= dict.fromkeys((*_STRIDES, "V"), "i32:16") | dict.fromkeys(COUNTS, "i32")
+    common |= {"stride_v": 1, "draft_stride_v": 1, "BLOCK_V": BLOCK_V, "DRAFT_SHIFT": 0, **_blocks(64, 63)}
+    filters = {name: f"{dtype}:16" for name, dtype in _FILTERS.items()}
 
-    def target(dtype, odd=False):
-        narrow = dict.fromkeys(("stride_b", "stride_n", "draft_stride_b", "draft_stride_p", "V"), "i32") if odd else {}
-        return {"logits_ptr": f"*{dtype}:16", "SHIFT": SHIFTS[getattr(torch, _TORCH[dtype])], **narrow}
+    def case(name, kernel, warps, constants=None, wide_loads=True, **arguments):
+        arguments, constants = common | arguments, constants or {}
+        types = {name: arguments[name] for name in kernel.arg_names if isinstance(arguments.get(name), str)}
+        rest = {name: constants.get(name, arguments.get(name)) for name in kernel.arg_names if name not in types}
+        return CompileCase(name, kernel, types, rest, {"num_warps": warps, **FP_FUSION}, wide_loads=wide_loads)
+
+    def target(dtype):
+        return {"logits_ptr": f"*{dtype}:16", "SHIFT": SHIFTS[_TORCH[dtype]]}
 
     def drafted(dtype):
-        draft = {f"draft_{name}": value for name, value in _THRESHOLDS[" filtered"].items()}
+        draft = {f"draft_{name}": value for name, value in filters.items()}
         draft |= {"draft_logits_ptr": f"*{dtype}:16", "draft_row_ptr": "*i32:16"}
-        return draft | {"DRAFT_SHIFT": SHIFTS[getattr(torch, _TORCH[dtype])]}
+        return draft | {"DRAFT_SHIFT": SHIFTS[_TORCH[dtype]]}
 
-    for dtype, (noise, rows) in itertools.product(_TORCH, ((None, 1), (COUPLED, NODES_A_PROGRAM), (BONUS, NODES_A_PROGRAM))):
-        kind = {"NOISE": noise, "ROWS": rows, **_THRESHOLDS[" temperature"]}
-        kind |= {"noisy_ptr": None} if noise is None else {"sums_ptr": None} if noise is COUPLED else {}
-        name = "plain" if noise is None else "coupled" if noise is COUPLED else "typical"
-        yield case(f"{dtype} statistics {name}", _statistics_kernel, target(dtype) | kind, NUM_WARPS)
-        yield case(f"{dtype} statistics {name} odd V", _statistics_kernel, target(dtype, True) | kind, NUM_WARPS, False)
-        if noise is None:
-            yield case(f"{dtype} statistics drafted", _statistics_kernel, target(dtype) | drafted(dtype) | kind, NUM_WARPS)
-    for dtype, rule in itertools.product(_TORCH, ("coupled", "typical")):
-        laws = target(dtype) | {"RULE": rule, "SAMPLING": "none", "noisy_ptr": None, **_THRESHOLDS[" filtered"]}
-        yield case(f"{dtype} laws {rule} filtered", _laws_kernel, laws, LAW_WARPS)
-    for dtype, rule, sampling in itertools.product(_TORCH, WEIGHING, ("none", "with", "without")):
-        if dtype == "fp16" and (rule, sampling) != ("multi_round", "without"):
-            continue
-        kind = target(dtype) | {"RULE": rule, "SAMPLING": sampling} | ({} if sampling == "none" else drafted(dtype))
-        name = f"{rule} {sampling}"
-        laws = kind | {"noisy_ptr": None} | _THRESHOLDS[" filtered"]
-        yield case(f"{dtype} laws {name} filtered", _laws_kernel, laws, LAW_WARPS)
+    for dtype in _TORCH:
+        for name, noise in (("plain", None), ("coupled", COUPLED), ("typical", BONUS)):
+            kind = target(dtype) | {"NOISE": noise, "ROWS": 1 if noise is None else NODES_A_PROGRAM}
+            kind |= {"temperature_ptr": filters["temperature_ptr"]}
+            kind |= {"noisy_ptr": None} if noise is None else {"sums_ptr": None} if noise is COUPLED else {}
+            yield case(f"{dtype} statistics {name}", _statistics_kernel, NUM_WARPS, **kind)
+            narrow = dict.fromkeys((*_STRIDES, "V"), "i32")
+            yield case(
+                f"{dtype} statistics {name} odd V", _statistics_kernel, NUM_WARPS, wide_loads=False, **kind | narrow
+            )
+        kind = target(dtype) | drafted(dtype) | {"NOISE": None, "ROWS": 1, "noisy_ptr": None}
+        yield case(f"{dtype} statistics drafted", _statistics_kernel, NUM_WARPS, **kind)
+        for rule in ("coupled", "typical"):
+            kind = target(dtype) | filters | {"noisy_ptr": None}
+            constants = {"RULE": rule, "SAMPLING": "none"}
+            yield case(f"{dtype} laws {rule} filtered", _laws_kernel, LAW_WARPS, constants, **kind)
+    weighed = [("bf16", rule, sampling) for rule in WEIGHING for sampling in ("none", "with")]
+    weighed += [(dtype, rule, "without") for dtype in ("bf16", "fp32") for rule in ("multi_round", "traversal")]
+    for dtype, rule, sampling in weighed:
+        kind = target(dtype) | ({} if sampling == "none" else drafted(dtype))
+        constants, name = {"RULE": rule, "SAMPLING": sampling}, f"{rule} {sampling}"
+        yield case(
+            f"{dtype} laws {name} filtered", _laws_kernel, LAW_WARPS, constants, **kind | filters | {"noisy_ptr": None}
+        )
         if rule == "traversal":
-            yield case(f"{dtype} weights {name}", _weights_kernel, kind, LAW_WARPS)
-        yield case(f"{dtype} draws {name}", _draws_kernel, kind, NUM_WARPS)
-    for rule, nodes in itertools.product(("coupled", "typical", *WEIGHING), (16, 64, 256)):
-        kind = {"RULE": rule, **_blocks(nodes, 63), **({"bad_ptr": None, "chosen_ptr": None} if rule == "coupled" else {})}
-        yield case(f"walk {rule} n{nodes}", _walk_kernel, kind, NUM_WARPS, False)
-
-
-_TORCH = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+            yield case(f"{dtype} weights {name}", _weights_kernel, LAW_WARPS, constants, **kind)
+        yield case(f"{dtype} draws {name}", draws_kernel, NUM_WARPS, constants, **kind)
+    for rule, nodes in itertools.product(("coupled", "typical", "block", "multi_round", "traversal"), (64, 256)):
+        kind = _blocks(nodes, 63) | ({"bad_ptr": None, "chosen_ptr": None} if rule == "coupled" else {})
+        yield case(f"walk {rule} n{nodes}", walk_kernel, NUM_WARPS, {"RULE": rule}, wide_loads=False, **kind)

@@ -55,8 +55,10 @@ TYPICAL_DELTA: tl.constexpr = tl.constexpr(0.3)
 # that a program takes one after the other, those of one depth share their noise. Rests on compile reports; not timed.
 BLOCK_V = 2048
 NODES_A_PROGRAM = 8
-NUM_WARPS, LAW_WARPS = 4, 8
-WALK_KEYS = 1024  # keys the walk holds at once
+NUM_WARPS = 4
+# Left alone, the compiler aims at 128 registers and spills one or two
+LAW_OPTIONS = {"num_warps": 8, "maxnreg": 168, **FP_FUSION}
+WALK_KEYS = 512  # keys the walk holds at once
 
 SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 WEIGHING = ("rejection", "block", "multi_round", "traversal")
@@ -384,13 +386,13 @@ def accept_sample(
                 *strides, nodes, expanded, vocab, tiles,
                 RULE=rule, SAMPLING=sampling, SHIFT=SHIFTS[logits.dtype],
                 DRAFT_SHIFT=0 if draft_logits is None else SHIFTS[draft_logits.dtype],
-                **block_n, **block_s, BLOCK_V=BLOCK_V, num_warps=LAW_WARPS, **FP_FUSION,
+                **block_n, **block_s, BLOCK_V=BLOCK_V, **LAW_OPTIONS,
             )  # fmt: skip
         for depth in range(1, max_depth) if rule == "traversal" else ():
             _weights_kernel[(nodes, batch)](
                 chance, cut, passing, floats, ints, logits, draft_logits, draft_row, tokens, parents,
                 *strides, nodes, vocab, depth,
-                SAMPLING=sampling, **block_n, BLOCK_V=BLOCK_V, num_warps=LAW_WARPS, **FP_FUSION,
+                SAMPLING=sampling, **block_n, BLOCK_V=BLOCK_V, **LAW_OPTIONS,
             )  # fmt: skip
         if weighing:
             draws_kernel[(tiles, nodes if rule == "block" else 1, batch)](
@@ -437,13 +439,14 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     common = {f"{name}_ptr": f"*{dtype}:16" for dtype, names in _POINTERS.items() for name in names}
     common |= dict.fromkeys((*_STRIDES, "V"), "i32:16") | dict.fromkeys(COUNTS, "i32")
     common |= {"stride_v": 1, "draft_stride_v": 1, "BLOCK_V": BLOCK_V, "DRAFT_SHIFT": 0, **_blocks(64, 63)}
+    options = {"num_warps": NUM_WARPS, **FP_FUSION}
     filters = {name: f"{dtype}:16" for name, dtype in _FILTERS.items()}
 
-    def case(name, kernel, warps, constants=None, wide_loads=True, **arguments):
+    def case(name, kernel, options, constants=None, wide_loads=True, **arguments):
         arguments, constants = common | arguments, constants or {}
         types = {name: arguments[name] for name in kernel.arg_names if isinstance(arguments.get(name), str)}
         rest = {name: constants.get(name, arguments.get(name)) for name in kernel.arg_names if name not in types}
-        return CompileCase(name, kernel, types, rest, {"num_warps": warps, **FP_FUSION}, wide_loads=wide_loads)
+        return CompileCase(name, kernel, types, rest, options, wide_loads=wide_loads)
 
     def target(dtype):
         return {"logits_ptr": f"*{dtype}:16", "SHIFT": SHIFTS[_TORCH[dtype]]}
@@ -458,28 +461,32 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             kind = target(dtype) | {"NOISE": noise, "ROWS": 1 if noise is None else NODES_A_PROGRAM}
             kind |= {"temperature_ptr": filters["temperature_ptr"]}
             kind |= {"noisy_ptr": None} if noise is None else {"sums_ptr": None} if noise is COUPLED else {}
-            yield case(f"{dtype} statistics {name}", _statistics_kernel, NUM_WARPS, **kind)
+            yield case(f"{dtype} statistics {name}", _statistics_kernel, options, **kind)
             narrow = dict.fromkeys((*_STRIDES, "V"), "i32")
             yield case(
-                f"{dtype} statistics {name} odd V", _statistics_kernel, NUM_WARPS, wide_loads=False, **kind | narrow
+                f"{dtype} statistics {name} odd V", _statistics_kernel, options, wide_loads=False, **kind | narrow
             )
         kind = target(dtype) | drafted(dtype) | {"NOISE": None, "ROWS": 1, "noisy_ptr": None}
-        yield case(f"{dtype} statistics drafted", _statistics_kernel, NUM_WARPS, **kind)
+        yield case(f"{dtype} statistics drafted", _statistics_kernel, options, **kind)
         for rule in ("coupled", "typical"):
             kind = target(dtype) | filters | {"noisy_ptr": None}
             constants = {"RULE": rule, "SAMPLING": "none"}
-            yield case(f"{dtype} laws {rule} filtered", _laws_kernel, LAW_WARPS, constants, **kind)
+            yield case(f"{dtype} laws {rule} filtered", _laws_kernel, LAW_OPTIONS, constants, **kind)
     weighed = [("bf16", rule, sampling) for rule in WEIGHING for sampling in ("none", "with")]
     weighed += [(dtype, rule, "without") for dtype in ("bf16", "fp32") for rule in ("multi_round", "traversal")]
     for dtype, rule, sampling in weighed:
         kind = target(dtype) | ({} if sampling == "none" else drafted(dtype))
         constants, name = {"RULE": rule, "SAMPLING": sampling}, f"{rule} {sampling}"
         yield case(
-            f"{dtype} laws {name} filtered", _laws_kernel, LAW_WARPS, constants, **kind | filters | {"noisy_ptr": None}
+            f"{dtype} laws {name} filtered",
+            _laws_kernel,
+            LAW_OPTIONS,
+            constants,
+            **kind | filters | {"noisy_ptr": None},
         )
         if rule == "traversal":
-            yield case(f"{dtype} weights {name}", _weights_kernel, LAW_WARPS, constants, **kind)
-        yield case(f"{dtype} draws {name}", draws_kernel, NUM_WARPS, constants, **kind)
+            yield case(f"{dtype} weights {name}", _weights_kernel, LAW_OPTIONS, constants, **kind)
+        yield case(f"{dtype} draws {name}", draws_kernel, options, constants, **kind)
     for rule, nodes in itertools.product(("coupled", "typical", "block", "multi_round", "traversal"), (64, 256)):
         kind = _blocks(nodes, 63) | ({"bad_ptr": None, "chosen_ptr": None} if rule == "coupled" else {})
-        yield case(f"walk {rule} n{nodes}", walk_kernel, NUM_WARPS, {"RULE": rule}, wide_loads=False, **kind)
+        yield case(f"walk {rule} n{nodes}", walk_kernel, options, {"RULE": rule}, wide_loads=False, **kind)

@@ -46,7 +46,7 @@ lint: $(READY) ## ruff: rules and format
 
 bench: $(BENCH_READY) ## every benchmark that this machine can run; rows go to bench/results
 	@gpu=$$($(PY) -c "import torch; print('' if torch.cuda.is_available() else '--rehearse')"); \
-	for op in tree_attention accept compact; do \
+	for op in tree_attention accept accept_sample compact; do \
 		echo "== bench_$$op $$gpu"; \
 		$(PY) bench/bench_$$op.py $$gpu || exit 1; \
 	done

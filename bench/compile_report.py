@@ -22,7 +22,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "compile"
 ARCHES = (80, 90, 100)
-OPS = ("tree_attention", "accept_greedy", "compact_kv")
+OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
 
 # SASS: what a mnemonic counts as; copies by 128 bits, from global memory to registers, to shared memory, and back
 COUNTED = {

@@ -23,6 +23,15 @@ import triton.language as tl
 # tl.dot on bf16 is garbage in Triton's interpreter: operands are cast to fp32 there
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+# A key, int64, stands for a value and its token id. Bits 32-63: the fp32 value's bits, rearranged so that integers
+# order as the floats do, NaN above all. Bits 0-30: MAX_ID - token id.
+MAX_ID: tl.constexpr = tl.constexpr(2**31 - 1)
+NAN_ORDER: tl.constexpr = tl.constexpr(2**31 - 1)  # of all fp32 values only a NaN has these bits
+NO_KEY: tl.constexpr = tl.constexpr(-(2**63))
+
+# arguments of acceptance: few of their values would be worth a compilation of their own
+COUNTS = ["N", "P", "S", "D", "E", "depth"]
+
 # passed to every launch: Triton's default changes between versions, and rounding with it
 FP_FUSION = {"enable_fp_fusion": True}
 

@@ -17,11 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import FP_FUSION, CompileCase, launching_on, pow2
+from ._common import FP_FUSION, MAX_ID, NAN_ORDER, NO_KEY, CompileCase, launching_on, pow2
 
-MAX_ID: tl.constexpr = tl.constexpr(2**31 - 1)
-NAN_ORDER: tl.constexpr = tl.constexpr(2**31 - 1)  # of all fp32 values only a NaN has these bits
-NO_KEY: tl.constexpr = tl.constexpr(-(2**63))
 NO_STEP: tl.constexpr = tl.constexpr(2**63 - 1)
 
 # Vocabulary ids a program, by B * N. Up to 16 rows, short blocks spread the read over the card (16 rows of 128k ids:

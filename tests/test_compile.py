@@ -15,6 +15,7 @@ import compile_report  # noqa: E402
 QUICK = (
     r"tree_attention/(bf16 d128 m(16|64|128) n\d+ split|fp16 d128 m32 n64 one|bf16 d64 m16 n64 one window sinks"
     r"|merge d128 p16)$|accept_greedy/.*bf16|compact_kv/(16|1)-byte"
+    r"|accept_sample/(bf16 (statistics coupled|(laws|draws) multi_round without.*|draws block with)|walk coupled n64)$"
 )
 
 

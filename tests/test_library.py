@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from specdec_triton import ops
+from specdec_triton.filters import Filters
 from specdec_triton.tree import DraftTree, Topology
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,6 +30,13 @@ def acceptance_inputs(batch=2, vocab=70):
     return logits, tree.tokens, tree.parents
 
 
+def sampling_inputs(batch=2, vocab=70):
+    logits, tokens, parents = acceptance_inputs(batch, vocab)
+    draft_logits = torch.randn(batch, 2, vocab, device=DEVICE)
+    draft_row = torch.tensor([0, 1, -1, -1, -1, -1, -1], device=DEVICE).int().expand(batch, -1)
+    return logits, tokens, parents, torch.arange(batch, device=DEVICE), draft_logits, draft_row
+
+
 def compaction_inputs(batch=2):
     storage = torch.randn(batch * 20 * 12, device=DEVICE)
     return storage, torch.full((batch,), 3, device=DEVICE), torch.tensor([[2, 4, -1]] * batch, device=DEVICE).int()
@@ -42,6 +51,24 @@ def acceptance(logits, tokens, parents, impl="triton"):
     return ops.accept_greedy(logits, tokens, parents, max_depth=2, budget=budget, eos_ids=budget[:1], impl=impl)
 
 
+def sampling(logits, tokens, parents, seeds, draft_logits, draft_row, impl="triton"):
+    return ops.accept_sample(
+        logits,
+        tokens,
+        parents,
+        rule="multi_round",
+        seeds=seeds,
+        position=seeds + 7,
+        filters=Filters(temperature=torch.full_like(seeds, 0.7, dtype=torch.float32)),
+        max_depth=2,
+        eos_ids=seeds[:1],
+        sampling="with",
+        draft_logits=draft_logits,
+        draft_row=draft_row,
+        impl=impl,
+    )
+
+
 def compaction(storage, base, path, impl="triton"):
     ops.compact_kv(storage, [8, 4], base, path, impl=impl)
     return storage * 2
@@ -50,6 +77,7 @@ def compaction(storage, base, path, impl="triton"):
 CALLS = {
     "tree_attention": (attention, attention_inputs),
     "accept_greedy": (acceptance, acceptance_inputs),
+    "accept_sample": (sampling, sampling_inputs),
     "compact_kv": (compaction, compaction_inputs),
 }
 
@@ -63,6 +91,14 @@ def arguments(op):
         return (*attention_inputs(), 0.25, 4, None, 2.0, torch.randn(4, device=DEVICE))
     if op == "accept_greedy":
         return (*acceptance_inputs(), 2, torch.tensor([3, 0], device=DEVICE), None)
+    if op == "accept_sample":
+        logits, tokens, parents, seeds, draft_logits, draft_row = sampling_inputs()
+        filters = [torch.full((2,), 0.7, device=DEVICE), torch.full((2,), 9, device=DEVICE), None, None]
+        budget = torch.full_like(seeds, 3)
+        return (
+            logits, tokens, parents, "multi_round", seeds, seeds + 7, filters, 2, budget, None,
+            "without", draft_logits, draft_row, [None] * 4,
+        )  # fmt: skip
     storage, base, path = compaction_inputs()
     return storage, [8, 4], base, path
 
@@ -79,7 +115,7 @@ def test_the_fake_outputs_are_like_the_real_ones(op):
     given = arguments(op)
     real = operator(op)(*given)
     with FakeTensorMode() as mode:
-        fake = operator(op)(*(mode.from_tensor(value) if torch.is_tensor(value) else value for value in given))
+        fake = operator(op)(*tree_map_only(torch.Tensor, mode.from_tensor, given))
     assert (real is None) == (fake is None)
     for one, other in zip(_tensors(real), _tensors(fake), strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())

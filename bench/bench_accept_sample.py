@@ -1,0 +1,172 @@
+"""Sampled acceptance: from the target's logits to the accepted path and the next token.
+
+    python bench/bench_accept_sample.py [--rehearse]
+
+Providers: the Triton kernels; the reference as it stands, and through torch.compile; for rejection, what transformers'
+assisted decoding does (`_speculative_sampling`: one sequence, a chain, softmax over all logits, waits for the GPU), and
+FlashInfer's `chain_speculative_sampling` after a softmax in PyTorch, where it is installed. The last two use random
+numbers of their own, so only the range of their answers is verified. The floor is one read of the logits.
+
+Trees are best-first, chains for rejection and block; tokens are drawn from a draft that is near the target, or, for
+coupled and typical, chosen without chance: the target agrees with the first four first candidates.
+"""
+
+import sys
+
+import torch
+from _common import Bench, Provider, absent_unless_importable
+
+from specdec_triton import noise, ops
+from specdec_triton.filters import Filters, filtered_log_probs
+from specdec_triton.tree import DraftTree, Topology
+
+EOS_ID = 2
+AGREED = 4
+SPREAD = 0.5
+
+# B, N, V: Llama 2's vocabulary, Llama 3's, Qwen's, Gemma's; then a batch of small trees
+CASES = [(1, nodes, vocab) for nodes in (8, 16, 32, 64) for vocab in (32000, 128256, 151936, 262144)] + [(8, 8, 128256)]
+REHEARSED = [(1, 3, 333)]
+# rule, how the tree came about, filters
+CELLS = [(rule, "none", kind) for rule in ("coupled", "typical") for kind in ("temperature", "filtered")]
+CELLS += [(rule, "with", kind) for rule in ("rejection", "block") for kind in ("temperature", "filtered")]
+CELLS += [(rule, "without", kind) for rule in ("multi_round", "traversal") for kind in ("temperature", "filtered")]
+CHAIN_RULES = ("rejection", "block")
+
+
+def make_filters(kind: str, batch: int, device: torch.device) -> Filters:
+    temperature = torch.full((batch,), 0.8, device=device)
+    if kind == "temperature":
+        return Filters(temperature)
+    top_k = torch.full((batch,), 50, device=device)
+    return Filters(temperature, top_k, torch.full_like(temperature, 0.95), torch.full_like(temperature, 0.02))
+
+
+def make_inputs(batch, nodes, vocab, dtype, device, rule, sampling, kind) -> dict:
+    topology = Topology.chain(nodes - 1) if rule in CHAIN_RULES else Topology.from_budget(nodes)
+    filters = make_filters(kind, batch, device)
+    logits = 4 * torch.randn(batch, nodes, vocab, device=device)
+    draft_logits = (logits + SPREAD * torch.randn_like(logits)).to(dtype) if sampling != "none" else None
+    logits = logits.to(dtype)
+    tokens = torch.randint(3, vocab, (batch, nodes), device=device)
+    seeds = torch.arange(batch, device=device) * 2**33 + 5
+    position = torch.full((batch,), 1000, device=device)
+    children = {}
+    for node, parent in enumerate(topology.parents):
+        if node:
+            children.setdefault(parent, []).append(node)
+    last = accepted = 0
+    for parent, group in children.items():
+        row = filtered_log_probs((logits if sampling == "none" else draft_logits)[:, parent, None], filters)[:, 0]
+        if sampling != "none":
+            tokens[:, group] = torch.multinomial(row.exp() + 1e-30, len(group), sampling == "with")
+        elif parent == last and accepted < AGREED:
+            row = row + noise.gumbel(seeds, position + 1 + accepted, 0, noise.COUPLED, vocab)
+            tokens[:, group[0]] = row.argmax(-1)
+            last, accepted = group[0], accepted + 1
+    tree = DraftTree.from_topology(topology, tokens)
+    inputs = {
+        "logits": logits,
+        "tokens": tree.tokens,
+        "parents": tree.parents,
+        "rule": rule,
+        "seeds": seeds,
+        "position": position,
+        "filters": filters,
+        "max_depth": tree.max_depth,
+        "budget": torch.full((batch,), 1000, device=device),
+        "eos_ids": torch.tensor([EOS_ID], device=device),
+        "sampling": sampling,
+    }
+    if sampling != "none":
+        rows = torch.arange(nodes, device=device, dtype=torch.int32).expand(batch, -1).contiguous()
+        inputs |= {"draft_logits": draft_logits, "draft_row": rows, "draft_filters": filters}
+    return inputs
+
+
+def accept(inputs: dict, impl: str) -> ops.Acceptance:
+    return ops.accept_sample(**inputs, impl=impl)
+
+
+def accept_eager(inputs: dict):
+    """transformers' `_speculative_sampling`, with its processors applied row by row to both sides: one sequence."""
+    from transformers.generation.utils import _speculative_sampling
+
+    drafted = inputs["tokens"].shape[1] - 1
+    new_logits = filtered_log_probs(inputs["logits"], inputs["filters"])
+    candidate_logits = filtered_log_probs(inputs["draft_logits"][:, :drafted], inputs["draft_filters"])
+    _, matches = _speculative_sampling(inputs["tokens"], candidate_logits, drafted, new_logits, False)
+    return int(matches)
+
+
+def accept_flashinfer(inputs: dict):
+    from flashinfer.sampling import chain_speculative_sampling
+
+    drafted = inputs["tokens"].shape[1] - 1
+    target = filtered_log_probs(inputs["logits"], inputs["filters"]).exp()
+    draft = filtered_log_probs(inputs["draft_logits"][:, :drafted], inputs["draft_filters"]).exp()
+    accepted, _, _ = chain_speculative_sampling(draft, inputs["tokens"][:, 1:].int().contiguous(), target)
+    return accepted
+
+
+def flashinfer_absent() -> str | None:
+    for package in ("flashinfer-python", "flashinfer"):
+        if absent_unless_importable(package) is None:
+            return None
+    return absent_unless_importable("flashinfer-python")
+
+
+def main() -> int:
+    bench = Bench("accept_sample", __doc__)
+    torch.manual_seed(0)
+    compiled = torch.compile(accept, dynamic=False)
+    for batch, nodes, vocab in REHEARSED if bench.rehearse else CASES:
+        for rule, sampling, kind in CELLS:
+            dtype = torch.bfloat16
+            nbytes = batch * nodes * vocab * dtype.itemsize * (2 if sampling != "none" else 1)
+            sets = [
+                make_inputs(batch, nodes, vocab, dtype, bench.device, rule, sampling, kind)
+                for _ in range(bench.num_sets(nbytes))
+            ]
+
+            def verify(call, sets=sets):
+                """Answers equal the reference's; a row that hangs on a rounding may differ, one in twenty."""
+                equal = []
+                for inputs in sets[:20]:
+                    want, got = accept(inputs, "reference"), call(inputs)
+                    equal += ((got.length == want.length) & (got.next_ids == want.next_ids)).tolist()
+                assert sum(equal) >= 0.95 * len(equal), "length or next_ids differ from the reference"
+
+            def verify_range(call, inputs=sets[0], drafted=nodes - 1):
+                accepted = call(inputs)
+                assert 0 <= int(torch.as_tensor(accepted).max()) <= drafted, "accepted tokens out of range"
+
+            shapes = {"B": batch, "N": nodes, "V": vocab, "rule": rule, "sampling": sampling, "filters": kind}
+            providers = [
+                (Provider("triton", lambda inputs: accept(inputs, "triton")), verify),
+                (Provider("reference", lambda inputs: accept(inputs, "reference")), verify),
+                (
+                    Provider(
+                        "torch.compile of the reference",
+                        lambda inputs: compiled(inputs, "reference"),
+                        absent="rehearsed on a GPU only" if bench.rehearse else None,
+                    ),
+                    verify,
+                ),
+            ]
+            if rule == "rejection":
+                one = None if batch == 1 else "takes one sequence"
+                providers += [
+                    (
+                        Provider("transformers _speculative_sampling", accept_eager, graph=False, absent=one),
+                        verify_range,
+                    ),
+                    (Provider("flashinfer chain", accept_flashinfer, absent=flashinfer_absent()), verify_range),
+                ]
+            for provider, check in providers:
+                bench.measure(provider, shapes, "bf16", sets, check, nbytes=nbytes)
+    return bench.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,572 @@
+"""The sampled acceptance kernel against its reference; on a CPU in Triton's interpreter.
+
+Sums and logarithms may round differently, so a decision that hangs on a rounding may fall the other way: where a row
+differs, the reference must give the kernel's answer for logits that differ by as little.
+"""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec_triton import noise, ops, reference
+from specdec_triton.filters import Filters, filtered_log_probs
+from specdec_triton.kernels import _law, _noise
+from specdec_triton.kernels import accept_sample as kernel
+from specdec_triton.rules import RULES, SAMPLING, WEIGHING_RULES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN, INF = float("nan"), float("inf")
+FIELDS = reference.Acceptance._fields
+ROUNDING = 4e-6
+FILTERS = ("none", "temperature", "top_k", "top_p", "min_p", "all")
+CELLS = [(rule, sampling) for rule in RULES for sampling in SAMPLING if rule in WEIGHING_RULES or sampling == "none"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """New tensors hold NaN, the largest integer or True until they are written."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_interpreter():
+    """The interpreter patches triton's modules for every call of a helper; once a launch and module is enough."""
+    from triton.runtime import interpreter
+
+    if DEVICE == "cuda" or not hasattr(interpreter, "_patch_lang"):
+        yield
+        return
+    patch, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        if function.__module__ not in done:
+            done.add(function.__module__)
+            return patch(function)
+
+    def launch_afresh(self, *arguments, **options):
+        done.clear()
+        return launch(self, *arguments, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+    yield
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
+
+
+def filters_of(kind, batch, random):
+    if kind == "none":
+        return Filters()
+    drawn = torch.rand(4, batch, generator=random)
+    options = Filters(
+        temperature=0.5 + drawn[0],
+        top_k=torch.randint(1, 20, (batch,), generator=random),
+        top_p=0.3 + 0.6 * drawn[2],
+        min_p=0.2 * drawn[3],
+    )
+    return options if kind == "all" else Filters(**{kind: getattr(options, kind)})
+
+
+def draw_tokens(tokens, parents, probs, sampling, random):
+    """Children of node i drawn from probs[b, i]; where the support is exhausted, token 0."""
+    for row, parent in torch.cartesian_prod(torch.arange(len(tokens)), torch.arange(tokens.shape[1])).tolist():
+        children = (parents[row] == parent).nonzero().flatten()
+        if len(children) and probs[row, parent].isfinite().all():
+            support = int((probs[row, parent] > 0).sum())
+            count = len(children) if sampling == "with" else min(len(children), support)
+            chosen = torch.multinomial(probs[row, parent], count, sampling == "with", generator=random)
+            tokens[row, children] = torch.nn.functional.pad(chosen, (0, len(children) - count))
+
+
+def case(rule, sampling, batch=2, nodes=7, vocab=61, kind="none", dtype=torch.float32, seed=0, spread=0.5):
+    """Keyword arguments of `reference.accept_sample`: random trees, drawn from a draft that is near the target."""
+    random = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(batch, nodes, vocab, generator=random)
+    draft_logits = (logits + spread * torch.randn(logits.shape, generator=random)).to(dtype)
+    logits = logits.to(dtype)
+    parents = torch.full((batch, nodes), -1, dtype=torch.int32)
+    for row in range(batch):
+        for node in range(1, nodes):
+            parents[row, node] = int(torch.randint(0 if node < 3 else -1, node, (), generator=random))
+            if rule in ("rejection", "block") and parents[row, node] >= 0:
+                parents[row, node] = node - 1
+    filters, draft_filters = filters_of(kind, batch, random), filters_of(kind, batch, random)
+    tokens = torch.randint(0, vocab, (batch, nodes), generator=random)
+    draft_probs = filtered_log_probs(draft_logits, draft_filters).exp()
+    draw_tokens(tokens, parents, draft_probs, "with" if sampling == "none" else sampling, random)
+    if rule == "coupled":
+        follow_noise(logits, tokens, parents, filters, seed)
+    arguments = {
+        "logits": logits,
+        "tokens": tokens,
+        "parents": parents,
+        "rule": rule,
+        "seeds": torch.arange(batch) * 2**40 - seed,
+        "position": torch.arange(batch) * 3 + 2**20,
+        "filters": filters,
+        "max_depth": nodes - 1,
+        "budget": torch.full((batch,), nodes),
+        "eos_ids": None,
+        "sampling": sampling,
+        "draft_logits": None,
+        "draft_row": None,
+        "draft_filters": Filters(),
+    }
+    if sampling != "none":
+        arguments |= {"draft_logits": draft_logits, "draft_filters": draft_filters}
+        # rows in another order than nodes
+        arguments |= {"draft_row": torch.arange(nodes - 1, -1, -1).int().expand(batch, -1).clone()}
+        arguments["draft_logits"] = draft_logits.flip(1).contiguous()
+    return on_device(arguments)
+
+
+def follow_noise(logits, tokens, parents, filters, seed):
+    """Give about every second node the token that the target will choose before it."""
+    batch, nodes, vocab = logits.shape
+    log_probs = filtered_log_probs(logits, filters)
+    seeds, position = torch.arange(batch) * 2**40 - seed, torch.arange(batch) * 3 + 2**20
+    for row in range(batch):
+        depth = [0]
+        for node in range(1, nodes):
+            depth.append(depth[max(int(parents[row, node]), 0)] + 1)
+            if parents[row, node] >= 0 and node % 3:
+                at = position[row : row + 1] + depth[node]
+                added = noise.gumbel(seeds[row : row + 1], at, 0, noise.COUPLED, vocab)[0]
+                tokens[row, node] = (log_probs[row, parents[row, node]] + added).argmax()
+
+
+def on_device(arguments):
+    def moved(value):
+        if isinstance(value, Filters):
+            return Filters(*(moved(field) for field in value))
+        return value.to(DEVICE) if torch.is_tensor(value) else value
+
+    return {name: moved(value) for name, value in arguments.items()}
+
+
+def run(arguments):
+    return reference.Acceptance(*kernel.accept_sample(**arguments))
+
+
+def check(arguments, exact=False):
+    """Kernel and reference agree; rows without a distribution in that only. The kernel's answer."""
+    got, want = run(arguments), reference.accept_sample(**arguments)
+    for field, wanted in zip(got, want, strict=True):
+        assert (field.shape, field.dtype, field.is_contiguous()) == (wanted.shape, wanted.dtype, True)
+    right = same(got, want)
+    for attempt in range(0 if exact else 40):
+        if right.all():
+            break
+        right = right | same(got, reference.accept_sample(**arguments | nudged(arguments, attempt)))
+    wrong = (~right).nonzero().flatten().tolist()
+    assert not wrong, "\n".join(
+        f"row {row}: {name} {getattr(got, name)[row].tolist()}, not {getattr(want, name)[row].tolist()}"
+        for row in wrong
+        for name in FIELDS
+    )
+    return got
+
+
+def same(got, want):
+    """[B] bool."""
+    equal = (got.path == want.path).all(1) & (got.length == want.length) & (got.next_ids == want.next_ids)
+    return (got.has_nan == want.has_nan) & (equal | want.has_nan)
+
+
+def nudged(arguments, attempt):
+    random = torch.Generator(DEVICE).manual_seed(attempt)
+    changed = {}
+    for name in ("logits", "draft_logits"):
+        if arguments[name] is not None:
+            logits = arguments[name].float()
+            changed[name] = logits + ROUNDING * (torch.rand(logits.shape, generator=random, device=DEVICE) - 0.5)
+    return changed
+
+
+# The parts
+
+
+@triton.jit
+def _noise_probe(out_ptr, words_ptr, unit_ptr, seed_ptr, position_ptr, node, purpose, first, BLOCK_V: tl.constexpr):
+    lane = tl.arange(0, BLOCK_V)
+    seed, position = tl.load(seed_ptr), tl.load(position_ptr)
+    tl.store(out_ptr + lane, _noise.gumbel(seed, position, node, purpose, first, BLOCK_V))
+    w0, w1, w2, w3 = _noise.philox(seed, position, lane * 0 + node, purpose, lane)
+    tl.store(words_ptr + 4 * lane, w0.to(tl.int64))
+    tl.store(words_ptr + 4 * lane + 1, w1.to(tl.int64))
+    tl.store(words_ptr + 4 * lane + 2, w2.to(tl.int64))
+    tl.store(words_ptr + 4 * lane + 3, w3.to(tl.int64))
+    tl.store(unit_ptr + lane, _noise.uniform(seed, position, lane, purpose))
+
+
+@pytest.mark.parametrize(("seed", "position"), [(0, 0), (-1, 5), (2**63 - 1, 2**33 + 7), (-(2**63), 2**31)])
+def test_noise_is_the_references(seed, position):
+    seeds, at = torch.tensor([seed], device=DEVICE), torch.tensor([position], device=DEVICE)
+    out, unit = torch.empty(2, 64, device=DEVICE)
+    words = torch.empty(256, dtype=torch.int64, device=DEVICE)
+    _noise_probe[(1,)](out, words, unit, seeds, at, 9, 3, 32, BLOCK_V=64)
+    wanted = torch.broadcast_tensors(*noise._words(seeds, at, 9, 3, torch.arange(64, device=DEVICE)))
+    assert torch.equal(words, torch.stack(wanted, -1).flatten())
+    assert torch.equal(unit, noise.uniform(seeds.expand(64), at, torch.arange(64, device=DEVICE), 3))
+    torch.testing.assert_close(out, noise.gumbel(seeds, at, 9, 3, 96)[0, 32:], rtol=1e-6, atol=1e-6)
+
+
+def test_the_constants_are_the_references():
+    from specdec_triton import rules
+
+    assert [purpose.value for purpose in (_noise.COUPLED, _noise.ACCEPT, _noise.RECOVER, _noise.BONUS)] == [
+        noise.COUPLED, noise.ACCEPT, noise.RECOVER, noise.BONUS,
+    ]  # fmt: skip
+    assert set(kernel.WEIGHING) == set(WEIGHING_RULES)
+    assert kernel.TYPICAL_EPSILON.value == rules.TYPICAL_EPSILON
+    assert kernel.TYPICAL_DELTA.value == rules.TYPICAL_DELTA
+
+
+@triton.jit
+def _law_probe(
+    out_ptr, logits_ptr, keys_ptr, sums_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V, S,
+    SHIFT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    law, _ = _law.law_of(
+        logits_ptr + row * V, keys_ptr + row * S, sums_ptr + row * S, row, 1, V, S,
+        temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, SHIFT, BLOCK_S, BLOCK_V,
+    )  # fmt: skip
+    for first in range(0, V, BLOCK_V):
+        ids = first + tl.arange(0, BLOCK_V)
+        found = _law.log_probs(_law.load_logits(logits_ptr + row * V, 1, ids, V), ids, law)
+        tl.store(out_ptr + row * V + ids, found, mask=ids < V)
+
+
+def laws(logits, filters):
+    """[B, V] log-probabilities as the kernel has them, of logits [B, V]."""
+    batch, vocab = logits.shape
+    tiles = triton.cdiv(vocab, kernel.BLOCK_V)
+    keys = torch.empty(batch, 1, tiles, dtype=torch.int64, device=DEVICE)
+    sums, zeros = torch.empty(batch, 1, tiles, device=DEVICE), torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    kernel._statistics_kernel[(tiles, 1, batch)](
+        keys, sums, None, logits, None, zeros, zeros, zeros, filters.temperature, None,
+        vocab, vocab, 1, 0, 0, 0, 1, 0, vocab, tiles, NOISE=None, ROWS=1, BLOCK_V=kernel.BLOCK_V,
+    )  # fmt: skip
+    out = torch.empty(batch, vocab, device=DEVICE)
+    _law_probe[(batch,)](
+        out, logits, keys, sums, *filters, vocab, tiles,
+        SHIFT=kernel.SHIFTS[logits.dtype], BLOCK_S=16, BLOCK_V=kernel.BLOCK_V,
+    )  # fmt: skip
+    return out
+
+
+def check_laws(logits, filters):
+    filters = Filters(*(None if field is None else field.to(DEVICE) for field in filters))
+    logits = logits.to(DEVICE)
+    got, want = laws(logits, filters), filtered_log_probs(logits[:, None], filters)[:, 0]
+    assert torch.equal(got == -INF, want == -INF), "other tokens are kept"
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=4e-6)
+    return (got > -INF).sum(1).tolist()
+
+
+def full(*values, dtype=torch.float32):
+    return torch.tensor(values, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FILTERS)
+def test_filters(kind, dtype):
+    random = torch.Generator().manual_seed(3)
+    logits = (3 * torch.randn(3, 301, generator=random)).to(dtype)
+    logits[0, 5:200] = -INF
+    check_laws(logits, filters_of(kind, 3, random))
+
+
+def test_filters_over_several_tiles():
+    random = torch.Generator().manual_seed(4)
+    vocab = 2 * kernel.BLOCK_V + 3
+    logits = (2 * torch.randn(2, vocab, generator=random)).half()
+    check_laws(logits, Filters(top_k=torch.tensor([2, 700])))
+    logits = torch.zeros(2, vocab, dtype=torch.bfloat16)
+    # all tie, and ties are exact: 1,000 dropped of a power of two is a matter of integers
+    logits[:, 4096:] = -INF
+    assert check_laws(logits, Filters(top_p=full(1 - 1000 / 4096, 0.5))) == [3096, 2048]
+
+
+def test_ties():
+    logits = full(1, 3, 3, 2, 3, 2, 2, 0).repeat(6, 1)
+    kept = check_laws(logits, Filters(top_k=torch.tensor([1, 3, 4, 7, 8, 0])))
+    assert kept == [3, 3, 6, 7, 8, 8]
+    even = torch.zeros(6, 8)
+    assert check_laws(even, Filters(top_p=full(0.25, 0.5, 0.26, 1.0, 0.0, -1.0))) == [2, 4, 3, 8, 1, 1]
+    logits = full(0, 5, 5, 5, 5, -30).repeat(3, 1)
+    assert check_laws(logits, Filters(top_k=torch.tensor([2, 2, 2]), top_p=full(0.5, 0.3, 0.9))) == [2, 2, 4]
+    logits = full(-0.0, 0.0, -0.0, -1.0).repeat(2, 1)
+    assert check_laws(logits, Filters(top_k=torch.tensor([1, 2]))) == [3, 3]
+    assert check_laws(logits, Filters(min_p=full(1.0, 0.5))) == [3, 3]
+
+
+def test_greedy_rows_and_degenerate_ones():
+    logits = full(1, 3, 3, -INF).repeat(4, 1)
+    kept = check_laws(logits, Filters(temperature=full(0, 1e-4, 1e4, 1), top_k=torch.tensor([3, 3, 0, 9])))
+    assert kept == [1, 3, 3, 3]
+    assert check_laws(logits[:1, :1], Filters(top_p=full(0.5), top_k=torch.tensor([1]), min_p=full(0.5))) == [1]
+    lone = torch.full((2, 5), -INF)
+    lone[:, 3] = torch.tensor([-3e38, 3e38])
+    assert check_laws(lone, Filters(top_p=full(0.9, 0.1), top_k=torch.tensor([2, 1]))) == [1, 1]
+    large = full(1e4, 1e4 + 2, -1e4)[None]
+    assert check_laws(large, Filters(min_p=full(0.2))) == [1]
+
+
+# The whole
+
+
+@pytest.mark.parametrize(("rule", "sampling"), CELLS)
+def test_random_trees(rule, sampling):
+    accepted = 0
+    for seed, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+        kind = ("none", "temperature", "none")[seed]
+        got = check(case(rule, sampling, nodes=(7, 9, 12)[seed], kind=kind, dtype=dtype, seed=seed))
+        accepted += int(got.length.sum())
+    assert accepted
+
+
+@pytest.mark.parametrize("kind", ["top_k", "top_p", "min_p", "all"])
+@pytest.mark.parametrize(
+    ("rule", "sampling"),
+    [("coupled", "none"), ("typical", "none"), ("multi_round", "without"), ("block", "with"), ("traversal", "none")],
+)
+def test_random_trees_filtered(rule, sampling, kind):
+    check(case(rule, sampling, batch=2, nodes=5, vocab=40, kind=kind, dtype=torch.bfloat16, seed=len(kind)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "sampling", "batch", "nodes", "vocab"),
+    [
+        ("coupled", "none", 1, 1, 5), ("coupled", "none", 5, 2, 1000), ("coupled", "none", 1, 40, 5),
+        ("coupled", "none", 1, 3, 4099), ("typical", "none", 1, 5, 4099), ("typical", "none", 1, 40, 7),
+        ("rejection", "with", 1, 1, 61), ("rejection", "none", 1, 4, 4099), ("block", "with", 1, 4, 4099),
+        ("block", "none", 1, 17, 5), ("multi_round", "without", 1, 4, 4099), ("multi_round", "with", 1, 40, 5),
+        ("traversal", "without", 1, 17, 5), ("traversal", "with", 1, 4, 4099), ("traversal", "none", 1, 1, 1),
+    ],
+)  # fmt: skip
+def test_awkward_shapes(rule, sampling, batch, nodes, vocab):
+    check(case(rule, sampling, batch, nodes, vocab, seed=nodes + vocab))
+
+
+@pytest.mark.parametrize(("rule", "sampling"), [cell for cell in CELLS if cell[1] != "none"])
+def test_a_draft_that_is_the_target(rule, sampling):
+    """Every first child is accepted, and the residual is exactly nothing."""
+    arguments = case(rule, sampling, nodes=6, spread=0.0, seed=5)
+    got = check(arguments)
+    for row in range(2):
+        depth = node = 0
+        while (arguments["parents"][row] == node).any():
+            node = int((arguments["parents"][row] == node).int().argmax())
+            depth += 1
+        if rule in ("rejection", "multi_round"):
+            assert int(got.length[row]) == depth
+
+
+@pytest.mark.parametrize(("rule", "sampling"), CELLS)
+def test_what_cannot_be_said_is_never_said(rule, sampling):
+    """Greedy rows, one-token nuclei, -inf, repeated siblings, exhausted support."""
+    arguments = case(rule, sampling, batch=4, nodes=8, vocab=6, seed=8)
+    logits = arguments["logits"]
+    logits[:, :, [0, 5]] = -INF
+    if rule not in ("rejection", "block"):
+        arguments["parents"][1, 1:] = 0
+    arguments["tokens"][1, 1:] = full(2, 2, 3, 3, 2, 4, 1).long()
+    filters = Filters(temperature=full(0, 1, 0.7, 1), top_p=full(1, 1, 1e-6, 1), top_k=torch.tensor([0, 0, 0, 2]))
+    arguments |= on_device({"filters": filters, "draft_filters": filters})
+    arguments["eos_ids"] = torch.tensor([0, 5], device=DEVICE)
+    got = check(arguments)
+    assert not ((got.next_ids == 0) | (got.next_ids == 5)).any() or rule == "typical"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_end_of_text_budget_and_depth(rule):
+    arguments = case(rule, "none", batch=6, nodes=6, vocab=4, seed=9)
+    arguments |= on_device({"budget": torch.tensor([0, 1, 2, 3, -1, 2**40]), "eos_ids": torch.tensor([3, 9])})
+    got = check(arguments)
+    assert got.next_ids[[0, 4]].tolist() == [-1, -1] and (got.path[[0, 1, 4]] == -1).all()
+    if rule != "traversal":  # its weights are computed depth by depth: max_depth is what the tree has
+        check(arguments | {"max_depth": 1, "eos_ids": None})
+    check(arguments | {"eos_ids": torch.tensor([], dtype=torch.int64, device=DEVICE)})
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_no_distribution_is_flagged(rule, value):
+    arguments = case(rule, "none", batch=5, nodes=5, vocab=7, seed=11)
+    arguments["parents"][:] = torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int32)
+    places = [(0, 0), (1, 1), (2, 3), (3, 4), (4, 0)]
+    for row, node in places:
+        arguments["logits"][row, node, slice(None) if value == -INF else 4] = value
+    arguments["budget"][4] = 0
+    for temperature in (None, torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0], device=DEVICE)):
+        got = check(arguments | {"filters": Filters(temperature=temperature, top_k=None)})
+        assert got.has_nan[0] and not got.has_nan[4]
+    if rule in ("coupled", "block"):
+        check(arguments | {"filters": Filters(top_p=torch.full((5,), 0.9, device=DEVICE))})
+
+
+@pytest.mark.parametrize("rule", ["multi_round", "traversal", "block"])
+def test_a_draft_without_a_distribution_drew_nothing(rule):
+    arguments = case(rule, "with", batch=3, nodes=5, vocab=9, seed=12)
+    arguments["draft_logits"][0] = NAN
+    arguments["draft_row"][1] = -1
+    arguments["draft_logits"][2, 4, 3] = NAN  # the root's row
+    assert check(arguments).length.tolist() == [0, 0, 0]
+
+
+def test_tokens_beyond_the_vocabulary_are_padding():
+    for rule in RULES:
+        arguments = case(rule, "none", batch=3, nodes=5, vocab=4, seed=13)
+        arguments["tokens"][:, 0] = 99
+        arguments["tokens"][:, 2] = full(-1, 4, 2**40).long()
+        check(arguments)
+
+
+def test_strides_and_neighbours():
+    arguments = case("multi_round", "without", batch=3, nodes=5, vocab=33, kind="temperature", seed=14)
+    whole = check(arguments)
+    strided = arguments | {
+        "logits": arguments["logits"].permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "draft_logits": arguments["draft_logits"].transpose(0, 1).contiguous().transpose(0, 1),
+        "tokens": arguments["tokens"].t().contiguous().t(),
+        "parents": arguments["parents"].t().contiguous().t(),
+        "seeds": torch.stack([arguments["seeds"]] * 2, 1)[:, 0],
+    }
+    for name, field in run(strided)._asdict().items():
+        assert torch.equal(field, getattr(whole, name))
+    for row in range(3):
+        alone = {
+            name: Filters(*(None if field is None else field[row : row + 1] for field in value))
+            if isinstance(value, Filters)
+            else value[row : row + 1]
+            if torch.is_tensor(value)
+            else value
+            for name, value in arguments.items()
+        }
+        for name, field in run(alone)._asdict().items():
+            assert torch.equal(field[0], getattr(whole, name)[row])
+
+
+def test_through_the_op():
+    arguments = case("multi_round", "without", seed=15)
+    got = ops.accept_sample(**arguments, impl="triton")
+    for name, field in ops.accept_sample(**arguments, impl="reference")._asdict().items():
+        assert torch.equal(field, getattr(got, name))
+
+
+def properties(data, most_nodes):
+    rule = data.draw(st.sampled_from(list(RULES)))
+    sampling = data.draw(st.sampled_from(SAMPLING)) if rule in WEIGHING_RULES else "none"
+    batch, nodes, vocab = (data.draw(st.integers(1, most)) for most in (2, most_nodes, 5))
+    seed = data.draw(st.integers(0, 1000))
+    kind = data.draw(st.sampled_from(FILTERS))
+    arguments = case(rule, sampling, batch, nodes, vocab, kind, torch.bfloat16, seed)
+    # zeros, ties, repeated siblings: few values, so that all of them are likely
+    if data.draw(st.booleans()):
+        values = torch.tensor([-INF, -2.0, 0.0, 0.5, 3.0])
+        random = torch.Generator().manual_seed(seed)
+        for name in ("logits", "draft_logits"):
+            if arguments[name] is not None:
+                chosen = values[torch.randint(0, 5, arguments[name].shape, generator=random)]
+                arguments[name] = chosen.to(DEVICE, torch.bfloat16)
+    arguments["budget"][:] = data.draw(st.integers(0, nodes + 1))
+    if data.draw(st.booleans()):
+        arguments["eos_ids"] = torch.tensor([data.draw(st.integers(0, vocab))], device=DEVICE)
+    check(arguments)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_property(data):
+    properties(data, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=1000, deadline=None)
+@given(data=st.data())
+def test_property_at_length(data):
+    properties(data, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize(("rule", "sampling"), CELLS)
+def test_every_cell(rule, sampling, kind):
+    for seed, vocab in enumerate((5, 61, 1000)):
+        check(case(rule, sampling, 2, 9, vocab, kind, (torch.float32, torch.float16, torch.bfloat16)[seed], 100 + seed))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rule", "sampling"), CELLS)
+@pytest.mark.parametrize("kind", FILTERS)
+def test_real_sizes(rule, sampling, kind):
+    check(case(rule, sampling, 2, 33, 128256, kind, torch.bfloat16, 1))
+
+
+# What it costs
+
+
+class Recorder:
+    """In a kernel's place: counts launches, computes nothing."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append((self.name, grid))
+
+
+def cost(monkeypatch, rule, sampling="none", filtered=True, batch=8, nodes=64, vocab=128256, depth=8):
+    """Launches, and bytes allocated, at the size of a real call."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Allocations(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if torch.is_tensor(made) and not any(
+                torch.is_tensor(given) and given.untyped_storage()._cdata == made.untyped_storage()._cdata
+                for given in args
+            ):
+                self.nbytes += made.untyped_storage().nbytes()
+            return made
+
+    launches = []
+    for name in ("_statistics_kernel", "_laws_kernel", "_weights_kernel", "draws_kernel", "walk_kernel"):
+        monkeypatch.setattr(kernel, name, Recorder(name.strip("_").removesuffix("_kernel"), launches))
+
+    def of(*shape, dtype=torch.int64):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    filters = Filters(of(batch, dtype=torch.float32))
+    if filtered:
+        filters = Filters(filters[0], of(batch), filters[0], filters[0])
+    draft = (None, None, Filters())
+    if sampling != "none":
+        draft = of(batch, nodes, vocab, dtype=torch.bfloat16), of(batch, nodes, dtype=torch.int32), filters
+    torch.use_deterministic_algorithms(False)  # no fills of what is new
+    arguments = (
+        of(batch, nodes, vocab, dtype=torch.bfloat16), of(batch, nodes), of(batch, nodes, dtype=torch.int32), rule,
+        of(batch), of(batch), filters, depth, of(batch), of(2), sampling, *draft,
+    )  # fmt: skip
+    with Allocations() as allocations:
+        kernel.accept_sample(*arguments)
+    return [name for name, _ in launches], allocations.nbytes
+
+
+@pytest.mark.parametrize(("rule", "sampling"), CELLS)
+@pytest.mark.parametrize("filtered", [False, True])
+def test_launches_and_memory(monkeypatch, rule, sampling, filtered):
+    launches, nbytes = cost(monkeypatch, rule, sampling, filtered)
+    most = {"coupled": 3 if filtered else 2, "typical": 3, "traversal": 4 + 7}.get(rule, 4)
+    assert len(launches) == most
+    assert launches[0] == "statistics" and launches[-1] == "walk"
+    assert 100_000 < nbytes < 4 * 2**20

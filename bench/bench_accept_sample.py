@@ -39,7 +39,9 @@ def make_filters(kind: str, batch: int, device: torch.device) -> Filters:
     if kind == "temperature":
         return Filters(temperature)
     top_k = torch.full((batch,), 50, device=device)
-    return Filters(temperature, top_k, torch.full_like(temperature, 0.95), torch.full_like(temperature, 0.02))
+    return Filters(
+        temperature, top_k, torch.full_like(temperature, 0.95, dtype=torch.float64), torch.full_like(temperature, 0.02)
+    )
 
 
 def make_inputs(batch, nodes, vocab, dtype, device, rule, sampling, kind) -> dict:

@@ -161,7 +161,7 @@ def law_of(
                 # whatever lies lower has no mass in fixed point
                 floor = order_of(tl.maximum(peak - NO_MASS / inverse, threshold)) >> SHIFT
                 whole = _mass_from(row_ptr, stride_v, V, floor, peak, inverse, SHIFT, BLOCK_V)
-                dropped = ((1 - top_p).to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
+                dropped = ((1 - top_p).to(tl.float32).to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
                 dropped = tl.minimum(dropped, whole - 1)  # the likeliest stays, whatever top_p is
                 found, from_here = _highest_order(
                     row_ptr, stride_v, V, floor, order_in(key) >> SHIFT, whole - dropped, whole, floor, peak, inverse,

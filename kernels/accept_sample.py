@@ -184,7 +184,7 @@ def _laws_kernel(
     parents_ptr,  # [B, N] int32
     seeds_ptr,  # [B] int64
     position_ptr,  # [B] int64
-    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,  # [B] fp32, int64, fp32, fp32, or None each
+    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,  # [B] fp32, int64, fp64, fp32, or None each
     draft_temperature_ptr, draft_top_k_ptr, draft_top_p_ptr, draft_min_p_ptr,
     stride_b, stride_n, stride_v, draft_stride_b, draft_stride_p, draft_stride_v,
     N, P, V, S,
@@ -337,8 +337,9 @@ def accept_sample(
     if not weighing or draft_logits is None:
         sampling, draft_logits, draft_row, draft_filters = "none", None, None, (None,) * 4
     expanded = 0 if draft_logits is None else draft_logits.shape[1]
-    temperature, *thresholds = filters = [_contiguous(option) for option in filters]
-    draft_filters = [_contiguous(option) for option in draft_filters]
+    # what the host may know beside the four tensors is of no use here
+    temperature, *thresholds = filters = [_contiguous(option) for option in filters[:4]]
+    draft_filters = [_contiguous(option) for option in draft_filters[:4]]
     has_thresholds = any(option is not None for option in thresholds)
     noise = None if weighing or has_thresholds else COUPLED if rule == "coupled" else BONUS
     has_laws = rule != "coupled" or has_thresholds
@@ -420,7 +421,7 @@ def _blocks(nodes: int, tiles: int) -> dict[str, int]:
 
 
 _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_FILTERS = {"temperature_ptr": "*fp32", "top_k_ptr": "*i64", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
+_FILTERS = {"temperature_ptr": "*fp32", "top_k_ptr": "*i64", "top_p_ptr": "*fp64", "min_p_ptr": "*fp32"}
 # what a pointer's name says of its type; all are aligned, since they are allocations or rows of a batch
 _POINTERS = {
     "i64": ("keys", "noisy", "drawn", "tokens", "seeds", "position", "budget", "eos_ids", "length", "next_ids"),

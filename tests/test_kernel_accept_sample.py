@@ -11,7 +11,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec_triton import noise, ops, reference
+from specdec_triton import noise, ops, reference, rules
 from specdec_triton.filters import Filters, filtered_log_probs
 from specdec_triton.kernels import _law, _noise
 from specdec_triton.kernels import accept_sample as kernel
@@ -65,7 +65,7 @@ def filters_of(kind, batch, random):
     options = Filters(
         temperature=0.5 + drawn[0],
         top_k=torch.randint(1, 20, (batch,), generator=random),
-        top_p=0.3 + 0.6 * drawn[2],
+        top_p=(0.3 + 0.6 * drawn[2]).double(),
         min_p=0.2 * drawn[3],
     )
     return options if kind == "all" else Filters(**{kind: getattr(options, kind)})
@@ -216,8 +216,6 @@ def test_noise_is_the_references(seed, position):
 
 
 def test_the_constants_are_the_references():
-    from specdec_triton import rules
-
     assert [purpose.value for purpose in (_noise.COUPLED, _noise.ACCEPT, _noise.RECOVER, _noise.BONUS)] == [
         noise.COUPLED, noise.ACCEPT, noise.RECOVER, noise.BONUS,
     ]  # fmt: skip
@@ -254,7 +252,7 @@ def laws(logits, filters):
     )  # fmt: skip
     out = torch.empty(batch, vocab, device=DEVICE)
     _law_probe[(batch,)](
-        out, logits, keys, sums, *filters, vocab, tiles,
+        out, logits, keys, sums, *filters.tensors, vocab, tiles,
         SHIFT=kernel.SHIFTS[logits.dtype], BLOCK_S=16, BLOCK_V=kernel.BLOCK_V,
     )  # fmt: skip
     return out
@@ -271,6 +269,10 @@ def check_laws(logits, filters):
 
 def full(*values, dtype=torch.float32):
     return torch.tensor(values, dtype=dtype)
+
+
+def doubles(*values):
+    return full(*values, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -290,7 +292,7 @@ def test_filters_over_several_tiles():
     logits = torch.zeros(2, vocab, dtype=torch.bfloat16)
     # all tie, and ties are exact: 1,000 dropped of a power of two is a matter of integers
     logits[:, 4096:] = -INF
-    assert check_laws(logits, Filters(top_p=full(1 - 1000 / 4096, 0.5))) == [3096, 2048]
+    assert check_laws(logits, Filters(top_p=doubles(1 - 1000 / 4096, 0.5))) == [3096, 2048]
 
 
 def test_ties():
@@ -298,9 +300,9 @@ def test_ties():
     kept = check_laws(logits, Filters(top_k=torch.tensor([1, 3, 4, 7, 8, 0])))
     assert kept == [3, 3, 6, 7, 8, 8]
     even = torch.zeros(6, 8)
-    assert check_laws(even, Filters(top_p=full(0.25, 0.5, 0.26, 1.0, 0.0, -1.0))) == [2, 4, 3, 8, 1, 1]
+    assert check_laws(even, Filters(top_p=doubles(0.25, 0.5, 0.26, 1.0, 0.0, -1.0))) == [2, 4, 3, 8, 1, 1]
     logits = full(0, 5, 5, 5, 5, -30).repeat(3, 1)
-    assert check_laws(logits, Filters(top_k=torch.tensor([2, 2, 2]), top_p=full(0.5, 0.3, 0.9))) == [2, 2, 4]
+    assert check_laws(logits, Filters(top_k=torch.tensor([2, 2, 2]), top_p=doubles(0.5, 0.3, 0.9))) == [2, 2, 4]
     logits = full(-0.0, 0.0, -0.0, -1.0).repeat(2, 1)
     assert check_laws(logits, Filters(top_k=torch.tensor([1, 2]))) == [3, 3]
     assert check_laws(logits, Filters(min_p=full(1.0, 0.5))) == [3, 3]
@@ -310,10 +312,10 @@ def test_greedy_rows_and_degenerate_ones():
     logits = full(1, 3, 3, -INF).repeat(4, 1)
     kept = check_laws(logits, Filters(temperature=full(0, 1e-4, 1e4, 1), top_k=torch.tensor([3, 3, 0, 9])))
     assert kept == [1, 3, 3, 3]
-    assert check_laws(logits[:1, :1], Filters(top_p=full(0.5), top_k=torch.tensor([1]), min_p=full(0.5))) == [1]
+    assert check_laws(logits[:1, :1], Filters(top_p=doubles(0.5), top_k=torch.tensor([1]), min_p=full(0.5))) == [1]
     lone = torch.full((2, 5), -INF)
     lone[:, 3] = torch.tensor([-3e38, 3e38])
-    assert check_laws(lone, Filters(top_p=full(0.9, 0.1), top_k=torch.tensor([2, 1]))) == [1, 1]
+    assert check_laws(lone, Filters(top_p=doubles(0.9, 0.1), top_k=torch.tensor([2, 1]))) == [1, 1]
     large = full(1e4, 1e4 + 2, -1e4)[None]
     assert check_laws(large, Filters(min_p=full(0.2))) == [1]
 
@@ -354,6 +356,96 @@ def test_awkward_shapes(rule, sampling, batch, nodes, vocab):
     check(case(rule, sampling, batch, nodes, vocab, seed=nodes + vocab))
 
 
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("rule", ["multi_round", "traversal"])
+def test_siblings_one_after_the_other(rule, sampling):
+    """Stars of a poor draft: most first children are rejected, and later ones meet what is left, some again."""
+    arguments = case(rule, sampling, batch=12, nodes=6, vocab=6, seed=21, spread=2.0)
+    arguments["parents"][:, 1:] = 0
+    arguments["max_depth"] = 1
+    tokens = full(1, 1, 2, 3, 2).long().expand(12, -1)
+    if sampling != "none":
+        random = torch.Generator().manual_seed(5)
+        # draft_row of the root is the last row
+        probs = arguments["draft_logits"][:, 5].softmax(-1).cpu()
+        tokens = torch.multinomial(probs, 5, sampling == "with", generator=random)
+    arguments["tokens"][:, 1:] = tokens
+    got = check(arguments)
+    assert len(set(got.path[:, 0].tolist())) >= 3
+
+
+@pytest.mark.parametrize("kind", ["none", "all"])
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_chances_are_the_references(monkeypatch, sampling, kind):
+    """Of every child, as if those before it had been rejected; most of them are hardly ever reached in a walk."""
+    arguments = case("multi_round", sampling, batch=6, nodes=10, vocab=17, kind=kind, seed=31, spread=1.5)
+    arguments["logits"] /= 4
+    if sampling != "none":
+        arguments["draft_logits"] /= 2
+    arguments["parents"][:, 1:] = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2], dtype=torch.int32)
+    random, draft_probs = torch.Generator().manual_seed(5), None
+    if sampling != "none":
+        draft_probs = filtered_log_probs(arguments["draft_logits"], arguments["draft_filters"]).exp()
+        by_node = draft_probs.flip(1).cpu()
+        tokens = arguments["tokens"].cpu()
+        draw_tokens(tokens, arguments["parents"].cpu(), by_node, sampling, random)
+        arguments["tokens"] = tokens.to(DEVICE)
+    seen, walk = [], kernel.walk_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *given, **options: (seen.append(given[4].clone()), walk[grid](*given, **options))
+
+    monkeypatch.setattr(kernel, "walk_kernel", Spy())
+    run(arguments)
+    log_probs = filtered_log_probs(arguments["logits"], arguments["filters"])
+    round = rules.Round(
+        tokens=arguments["tokens"],
+        parents=arguments["parents"].long(),
+        max_depth=9,
+        log_probs=lambda node: log_probs[torch.arange(6, device=DEVICE), node],
+        draft_probs=draft_probs,
+        draft_row=None if sampling == "none" else arguments["draft_row"].long(),
+        replaces=sampling == "with",
+        seeds=arguments["seeds"],
+        position=arguments["position"],
+    )
+    some = 0
+    for parent, children in ((0, range(1, 6)), (1, range(6, 9)), (2, [9])):
+        here = torch.full_like(round.seeds, parent)
+        siblings = rules.first_of(round, here, torch.ones(6, device=DEVICE))
+        for child in children:
+            chance, drawn = rules.acceptance(siblings, round.tokens[:, child])
+            got = seen[0][:, child]
+            assert torch.equal(got == -1, ~drawn)
+            torch.testing.assert_close(got[drawn], chance[drawn], rtol=2e-4, atol=2e-5)
+            some += int(((chance > 0) & (chance < 1) & drawn).sum())
+            after = rules.rejected(siblings, round.tokens[:, child], sampling == "with")
+            siblings = rules._where(drawn, after, siblings)
+    assert some > 8
+
+
+@pytest.mark.parametrize("rule", ["coupled", "typical"])
+def test_tiles_of_unlike_height(rule):
+    arguments = case(rule, "none", batch=3, nodes=2, vocab=2 * kernel.BLOCK_V + 3, seed=22)
+    arguments["logits"][..., kernel.BLOCK_V :] -= 40
+    arguments["logits"][2] += 1e4
+    got = check(arguments)
+    assert (got.next_ids < kernel.BLOCK_V).all()
+
+
+@pytest.mark.parametrize("rule", ["rejection", "multi_round", "block", "traversal"])
+def test_a_tile_with_nothing_left(rule):
+    """The drafted token has its tile to itself: once it is rejected, the next one is in the other tile."""
+    arguments = case(rule, "none", batch=8, nodes=2, vocab=kernel.BLOCK_V + 5, seed=23)
+    arguments["logits"][..., : kernel.BLOCK_V] = -INF
+    arguments["logits"][:, 0, 7] = 3.0
+    arguments["tokens"][:, 1] = 7
+    got = check(arguments)
+    assert 0 < int(got.length.sum()) < 8
+    assert (got.next_ids >= kernel.BLOCK_V).all()
+
+
 @pytest.mark.parametrize(("rule", "sampling"), [cell for cell in CELLS if cell[1] != "none"])
 def test_a_draft_that_is_the_target(rule, sampling):
     """Every first child is accepted, and the residual is exactly nothing."""
@@ -377,7 +469,7 @@ def test_what_cannot_be_said_is_never_said(rule, sampling):
     if rule not in ("rejection", "block"):
         arguments["parents"][1, 1:] = 0
     arguments["tokens"][1, 1:] = full(2, 2, 3, 3, 2, 4, 1).long()
-    filters = Filters(temperature=full(0, 1, 0.7, 1), top_p=full(1, 1, 1e-6, 1), top_k=torch.tensor([0, 0, 0, 2]))
+    filters = Filters(temperature=full(0, 1, 0.7, 1), top_p=doubles(1, 1, 1e-6, 1), top_k=torch.tensor([0, 0, 0, 2]))
     arguments |= on_device({"filters": filters, "draft_filters": filters})
     arguments["eos_ids"] = torch.tensor([0, 5], device=DEVICE)
     got = check(arguments)
@@ -404,11 +496,11 @@ def test_no_distribution_is_flagged(rule, value):
     for row, node in places:
         arguments["logits"][row, node, slice(None) if value == -INF else 4] = value
     arguments["budget"][4] = 0
-    for temperature in (None, torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0], device=DEVICE)):
-        got = check(arguments | {"filters": Filters(temperature=temperature, top_k=None)})
+    filters = [Filters(), Filters(temperature=torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0], device=DEVICE))]
+    filters += [Filters(top_p=torch.full((5,), 0.9, dtype=torch.float64, device=DEVICE))] * (rule == "coupled")
+    for options in filters if value != INF else filters[:1]:
+        got = check(arguments | {"filters": options})
         assert got.has_nan[0] and not got.has_nan[4]
-    if rule in ("coupled", "block"):
-        check(arguments | {"filters": Filters(top_p=torch.full((5,), 0.9, device=DEVICE))})
 
 
 @pytest.mark.parametrize("rule", ["multi_round", "traversal", "block"])
@@ -548,7 +640,7 @@ def cost(monkeypatch, rule, sampling="none", filtered=True, batch=8, nodes=64, v
 
     filters = Filters(of(batch, dtype=torch.float32))
     if filtered:
-        filters = Filters(filters[0], of(batch), filters[0], filters[0])
+        filters = Filters(filters[0], of(batch), filters[0].double(), filters[0])
     draft = (None, None, Filters())
     if sampling != "none":
         draft = of(batch, nodes, vocab, dtype=torch.bfloat16), of(batch, nodes, dtype=torch.int32), filters

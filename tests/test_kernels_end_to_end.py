@@ -1,4 +1,4 @@
-"""Text through the Triton kernels (in the interpreter where there is no GPU): every token is plain `generate`'s."""
+"""Text through the Triton kernels (in the interpreter where there is no GPU): plain `generate`'s or the reference's."""
 
 import pytest
 import torch
@@ -54,3 +54,25 @@ def test_a_draft_model_through_the_kernels(calls):
     with sdt.patched(model, drafter=sdt.ModelDrafter(draft, tree=sdt.Topology.from_widths([2, 1])), impl="triton"):
         assert torch.equal(model.generate(**inputs, **options), plain)
     assert sdt.stats(model).rounds == 2 and calls["compact_kv"] == 4
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "coupled",
+        *(pytest.param(rule, marks=pytest.mark.slow) for rule in sdt.rules.RULES if rule != "coupled"),
+    ],
+)
+def test_sampling_through_the_kernels(rule, calls):
+    """The reference's text, with the same seeds: filters, noise, acceptance and recovered tokens are the same."""
+    model, draft = (build("llama", seed=seed, num_hidden_layers=1).to(DEVICE) for seed in (0, 1))
+    inputs = {name: tensor.to(DEVICE) for name, tensor in prompt().items()}
+    options = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_new_tokens": 7}
+    tree = sdt.Topology.chain(2) if rule in ("rejection", "block") else sdt.Topology.from_widths([2, 1])
+    texts = []
+    for impl in ("reference", "triton"):
+        drafter = sdt.ModelDrafter(draft, tree=tree)
+        with sdt.patched(model, drafter=drafter, rule=rule, seed=5, impl=impl):
+            texts.append(model.generate(**inputs, **options, eos_token_id=[EOS, 7], repetition_penalty=1.2))
+    assert torch.equal(*texts)
+    assert calls["accept_sample"] == sdt.stats(model).rounds + 1

@@ -577,7 +577,7 @@ def test_property(data):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_property_at_length(data):
     properties(data, 9)

@@ -93,7 +93,7 @@ def test_a_tree_asked_of_the_lookup():
     for tree in (3, sdt.Topology.chain(2)):
         assert lookup.start(context([[1, 2, 3, 4, 1]]), tree).draft().parents.tolist() == [[-1, 0, 1, -1]]
     with pytest.raises(ValueError, match="PromptLookupDrafter: tree must be None, a number of nodes or a chain"):
-        lookup.start(context([[1]]), tree=sdt.Topology.from_widths([2]))
+        lookup.check(build("llama"), tree=sdt.Topology.from_widths([2]))
 
 
 def test_the_oracle_errs_at_its_rate():

@@ -21,16 +21,16 @@ import specdec_triton as sdt
 from specdec_triton import models
 from specdec_triton.drafters import NoDrafter
 
-TEMPERATURES = (0.5, 0.7, 1.0)
+TEMPERATURES = (0.7, 1.0, 0.5)
 CHAIN = sdt.Topology.chain(5)
 TREE = sdt.Topology.from_paths([(0, 0, 0, 0, 0), (1, 0, 0), (0, 1), (2,), (0, 0, 1)])
 DRAFTS = {
     ("coupled", "chain of 5"): CHAIN,
     ("rejection", "chain of 5"): CHAIN,
     ("block", "chain of 5"): CHAIN,
-    ("coupled", "tree of 11"): TREE,
     ("multi_round", "tree of 11"): TREE,
     ("traversal", "tree of 11"): TREE,
+    ("coupled", "tree of 11"): TREE,
 }
 
 

@@ -70,11 +70,12 @@ def flips(model, inputs, max_new_tokens: int, seeds: list[int]) -> dict:
 
     plain = sample(NoDrafter())
     drafted = sample(sdt.EarlyExitDrafter(model.config.num_hidden_layers * 3 // 4, num_tokens=4))
+    acceptance_length = round(sdt.stats(model).acceptance_length, 3)
     alone = [sample(NoDrafter(), slice(row, row + 1))[0] for row in range(len(plain))]
     return {
         "drafted": _differences(plain, drafted),
         "null": _differences(plain, alone),
-        "acceptance_length": round(sdt.stats(model).acceptance_length, 3),
+        "acceptance_length": acceptance_length,
     }
 
 

@@ -65,7 +65,7 @@ class EarlyExitDrafter(Drafter):
                 f"EarlyExitDrafter: layers must not have inputs or caches of each other, got {type(model).__name__} "
                 f"with {', '.join(uneven)}: use another drafter"
             )
-        draft_shape(self, tree, model, rule, model.config.get_text_config().vocab_size)
+        draft_shape(self, tree, model, rule, config.vocab_size)
 
     def _kept(self, model: PreTrainedModel) -> list[int]:
         """Indices of the layers that draft."""

@@ -8,7 +8,7 @@ import copyreg
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -16,59 +16,12 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import check_supported
-from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
-from .drafters.base import check_tree
+from .drafters import EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .generate import TURN, Speculation, Stats
-from .rules import RULES
-from .tree import Topology
+from .options import Options
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `patch`, `patched` and `SpeculativeGenerate` take by keyword.
-
-    Attributes:
-        drafter: drafts for every `generate`; None: as the call's own assistance arguments say.
-        rule: how draft tokens of calls that sample are accepted: "coupled" (None), "rejection", "block",
-            "multi_round", "traversal", or "typical", which is lossy. Calls that do not sample are greedy, whatever it
-            says; "greedy" refuses the others.
-        tree: a `Topology`, a number of nodes (root included), or None for the drafter's own shape.
-        seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
-            (after expansion by num_return_sequences); None draws one from torch's global generator at each call. Calls
-            that stay plain have no use for it: the seeded text without a draft is that of `SpeculativeGenerate()`.
-        cuda_graphs: "auto" or False.
-        compile: False.
-        impl: implementation of the ops: None, "triton" or "reference".
-    """
-
-    drafter: Drafter | None = None
-    rule: str | None = None
-    tree: Topology | int | None = None
-    seed: int | list[int] | None = None
-    cuda_graphs: str | bool = "auto"
-    compile: bool = False
-    impl: str | None = None
-
-    def __post_init__(self):
-        if self.drafter is not None and not isinstance(self.drafter, Drafter):
-            raise ValueError(f"patch: drafter must be a Drafter or None, got {type(self.drafter).__name__}")
-        if self.rule not in (None, "greedy", *RULES):
-            raise ValueError(f"patch: rule must be None, greedy or one of {', '.join(RULES)}, got {self.rule!r}")
-        check_tree("patch", self.tree)
-        seeds = self.seed if isinstance(self.seed, (list, tuple)) else [] if self.seed is None else [self.seed]
-        if any(isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63 for seed in seeds):
-            raise ValueError(f"patch: seed must be None, a 64-bit integer or a list of them, got {self.seed!r}")
-        if self.cuda_graphs not in ("auto", False):
-            raise ValueError(
-                f'patch: cuda_graphs must be "auto" or False (rounds are not captured yet), got {self.cuda_graphs!r}'
-            )
-        if self.compile is not False:
-            raise ValueError(f"patch: compile must be False (compile the model yourself), got {self.compile!r}")
-        if self.impl not in (None, "triton", "reference"):
-            raise ValueError(f'patch: impl must be None, "triton" or "reference", got {self.impl!r}')
 
 
 _options: WeakKeyDictionary[PreTrainedModel, Options] = WeakKeyDictionary()
@@ -94,7 +47,7 @@ def patch(model: PreTrainedModel, **options) -> None:
             thread is inside a `patched` block of this model.
     """
     target = unwrap(model)
-    chosen = _make_options(options)
+    chosen = Options.of(options)
     check_supported(target)
     if chosen.drafter is not None:
         chosen.drafter.check(target, chosen.rule, chosen.tree)
@@ -208,7 +161,7 @@ class SpeculativeGenerate:
     """
 
     def __init__(self, **options):
-        self.options = _make_options(options)
+        self.options = Options.of(options)
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         asked = _asked(generation_config, model_kwargs)
@@ -334,14 +287,6 @@ def _is_ours(cls: type) -> bool:
     return cls.__bases__[0] is SpeculativeModel
 
 
-def _make_options(options: dict) -> Options:
-    known = [field.name for field in fields(Options)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(f"patch: options must be among {', '.join(known)}, got {', '.join(unknown)}")
-    return Options(**options)
-
-
 def _asked(generation_config: GenerationConfig, arguments: dict) -> list[str]:
     """The assistance that a call asks for, by argument name."""
     asked = [name for name in ("assistant_model", "assistant_tokenizer") if arguments.get(name) is not None]
@@ -406,11 +351,7 @@ def _speculate(
     options.drafter.check(model, rule, options.tree)
     speculation = Speculation(
         model,
-        options.drafter,
-        options.tree,
-        rule,
-        options.seed,
-        options.impl,
+        replace(options, rule=rule),
         input_ids,
         logits_processor,
         stopping_criteria,

@@ -248,6 +248,7 @@ class Speculation:
 
     @timed("draft")
     def draft(self) -> DraftTree:
+        self.session.prepare()
         tree = self.session.draft()
         if not self.session.trusted:
             name = type(self.drafter).__name__

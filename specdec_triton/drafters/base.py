@@ -5,6 +5,7 @@ A `Drafter` holds options and may serve many calls and models. `start` opens a `
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,8 @@ class DraftContext:
         seeds: [B] int64. What each row's noise is keyed by; None with "greedy".
         filters: the call's temperature, top-k, top-p and min-p.
         impl: implementation of the ops that was asked for.
+        fixed_shapes: rounds are captured, or read late: the session must be on_device, and shapes must not follow the
+            host's view of the text.
     """
 
     tokens: torch.Tensor
@@ -53,6 +56,7 @@ class DraftContext:
     seeds: torch.Tensor | None = None
     filters: Filters = Filters()
     impl: str | None = None
+    fixed_shapes: bool = False
 
     @property
     def root(self) -> torch.Tensor:
@@ -77,11 +81,19 @@ class DraftSession(ABC):
         max_nodes: largest N, root included, that `draft` returns.
         max_depth: largest depth.
         trusted: the trees need not be checked on the host. Ours are; a drafter from outside is checked every round.
+        on_device: `draft` and `observe` are tensor operations only, on tensors that stay where they are from round to
+            round: no value is read on the host, no host state (host_tokens, host_length, host_budget) is used, and no
+            shape depends on values. So a round can be captured once and replayed.
     """
 
     max_nodes: int
     max_depth: int
     trusted = False
+    on_device = False
+
+    def prepare(self, tree: Topology | None = None) -> Hashable:  # noqa: B027, most have no use for it
+        """The host's part of the next draft, called before each: `tree` is the shape asked for by `tree="auto"`, or
+        None. Returns what tells drafts of different shapes apart."""
 
     @abstractmethod
     def draft(self) -> DraftTree:

@@ -10,6 +10,8 @@ from families import NEVER, build, prompt
 from specdec_triton.drafters import DraftContext
 from specdec_triton.drafters.model import ModelSession
 from specdec_triton.drafters.prompt_lookup import _matches
+from specdec_triton.instruments import count_host_reads
+from specdec_triton.reference import Acceptance
 from test_patch import snapshot
 
 
@@ -94,6 +96,88 @@ def test_a_tree_asked_of_the_lookup():
         assert lookup.start(context([[1, 2, 3, 4, 1]]), tree).draft().parents.tolist() == [[-1, 0, 1, -1]]
     with pytest.raises(ValueError, match="PromptLookupDrafter: tree must be None, a number of nodes or a chain"):
         lookup.check(build("llama"), tree=sdt.Topology.from_widths([2]))
+
+
+def accepted_in(tree, length):
+    """What verification says of a round that accepted so many tokens in each row."""
+    return Acceptance(
+        path=torch.full((len(length), tree.max_depth), -1, dtype=torch.int32),
+        length=length,
+        next_ids=torch.zeros_like(length),
+        has_nan=torch.zeros_like(length, dtype=torch.bool),
+    )
+
+
+def say(now, count, random, alphabet):
+    """The target emits so many tokens of each row, on the host and on the device."""
+    for row, number in enumerate(count):
+        columns = slice(now.host_length[row] + 1, now.host_length[row] + 1 + number)
+        now.host_tokens[row, columns] = random.integers(0, alphabet, number)
+        now.tokens[row, columns] = torch.from_numpy(now.host_tokens[row, columns])
+    now.host_length = now.host_length + count
+    now.length.copy_(torch.from_numpy(now.host_length))
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"num_tokens": 3}, None),
+        ({"num_tokens": 5, "max_ngram": 2, "adaptive": False}, None),
+        ({"num_tokens": 4, "branches": 3}, None),
+        ({"num_tokens": 6, "branches": 4, "max_ngram": 3, "adaptive": False}, None),
+        ({"num_tokens": 5, "branches": 3}, 7),
+        ({"num_tokens": 4, "branches": 70, "max_ngram": 1}, None),
+        ({"num_tokens": 4, "branches": 2, "max_ngram": 99}, 1),
+    ],
+    ids=str,
+)
+def test_the_lookup_on_the_device_proposes_what_it_would_on_the_host(options, asked):
+    """Node for node, at one width, without a read of the host, over rounds in which it succeeds and fails."""
+    random, lookup, drafted = np.random.default_rng(0), sdt.PromptLookupDrafter(**options), 0
+    for alphabet in (1, 2, 3, 9):
+        texts = [random.integers(0, alphabet, length).tolist() for length in (2, 9, 30, 17)]
+        now = context(texts, start=5, budget=99)
+        now.start.copy_(torch.tensor([5, 7, 5, 21]))  # of the last row one token is text
+        now.tokens.masked_fill_(torch.arange(65) > now.length[:, None], 0)
+        host = lookup.start(now, asked)
+        now.fixed_shapes = True
+        device = lookup.start(now, asked)
+        assert device.on_device and not host.on_device
+        for number in range(8):
+            limit = sdt.Topology.chain(number) if number % 3 == 2 else None
+            assert host.prepare(limit) == device.prepare(limit)
+            wanted = host.draft()
+            with count_host_reads() as reads:
+                tree = device.draft()
+            assert not reads.total
+            tree.check(now.root, 100, "lookup")
+            assert tree.num_nodes == device.prepare(limit)[0] >= wanted.num_nodes and tree.max_depth <= device.max_depth
+            missing = tree.num_nodes - wanted.num_nodes
+            real = wanted.parents >= 0
+            assert torch.equal(tree.parents, torch.nn.functional.pad(wanted.parents, (0, missing), value=-1))
+            assert torch.equal(tree.tokens[:, : wanted.num_nodes][real], wanted.tokens[real])
+            drafted += int(real.sum())
+            length = torch.from_numpy(random.integers(0, 3, 4)).minimum(tree.depth.amax(1))
+            with count_host_reads() as reads:
+                device.observe(tree, accepted_in(tree, length))
+            assert not reads.total
+            say(now, (length + 1).numpy(), random, alphabet)
+    assert (drafted > 0) == (asked != 1)
+
+
+class FixedShapes(sdt.PromptLookupDrafter):
+    def start(self, context, tree=None):
+        context.fixed_shapes = True
+        return super().start(context, tree)
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+def test_the_text_of_the_lookup_on_the_device(branches):
+    model, options = build("llama"), {"do_sample": False, "max_new_tokens": 30, "eos_token_id": NEVER}
+    plain = model.generate(**prompt(), **options)
+    with sdt.patched(model, drafter=FixedShapes(num_tokens=3, max_ngram=1, branches=branches)):
+        assert torch.equal(model.generate(**prompt(), **options), plain)
+    assert sdt.stats(model).accepted > 0
 
 
 LOPSIDED = sdt.Topology((-1, 0, 0, 0, 3, 3, 5), (0, 0, 1, 2, 0, 1, 0))

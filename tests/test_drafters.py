@@ -10,6 +10,8 @@ from families import NEVER, build, prompt
 from specdec_triton.drafters import DraftContext
 from specdec_triton.drafters.model import ModelSession
 from specdec_triton.drafters.prompt_lookup import _matches
+from specdec_triton.instruments import count_host_reads
+from specdec_triton.reference import Acceptance
 from test_patch import snapshot
 
 
@@ -96,21 +98,137 @@ def test_a_tree_asked_of_the_lookup():
         lookup.check(build("llama"), tree=sdt.Topology.from_widths([2]))
 
 
+def accepted_in(tree, length):
+    """What verification says of a round that accepted so many tokens in each row."""
+    return Acceptance(
+        path=torch.full((len(length), tree.max_depth), -1, dtype=torch.int32),
+        length=length,
+        next_ids=torch.zeros_like(length),
+        has_nan=torch.zeros_like(length, dtype=torch.bool),
+    )
+
+
+def say(now, count, random, alphabet):
+    """The target emits so many tokens of each row, on the host and on the device."""
+    for row, number in enumerate(count):
+        columns = slice(now.host_length[row] + 1, now.host_length[row] + 1 + number)
+        now.host_tokens[row, columns] = random.integers(0, alphabet, number)
+        now.tokens[row, columns] = torch.from_numpy(now.host_tokens[row, columns])
+    now.host_length = now.host_length + count
+    now.length.copy_(torch.from_numpy(now.host_length))
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"num_tokens": 3}, None),
+        ({"num_tokens": 5, "max_ngram": 2, "adaptive": False}, None),
+        ({"num_tokens": 4, "branches": 3}, None),
+        ({"num_tokens": 6, "branches": 4, "max_ngram": 3, "adaptive": False}, None),
+        ({"num_tokens": 5, "branches": 3}, 7),
+        ({"num_tokens": 4, "branches": 70, "max_ngram": 1}, None),
+        ({"num_tokens": 4, "branches": 2, "max_ngram": 99}, 1),
+    ],
+    ids=str,
+)
+def test_the_lookup_on_the_device_proposes_what_it_would_on_the_host(options, asked):
+    """Node for node, at one width, without a read of the host, over rounds in which it succeeds and fails."""
+    random, lookup, drafted = np.random.default_rng(0), sdt.PromptLookupDrafter(**options), 0
+    for alphabet in (1, 2, 3, 9):
+        texts = [random.integers(0, alphabet, length).tolist() for length in (2, 9, 30, 17)]
+        now = context(texts, start=5, budget=99)
+        now.start.copy_(torch.tensor([5, 7, 5, 21]))  # of the last row one token is text
+        now.tokens.masked_fill_(torch.arange(65) > now.length[:, None], 0)
+        host = lookup.start(now, asked)
+        now.fixed_shapes = True
+        device = lookup.start(now, asked)
+        assert device.on_device and not host.on_device
+        for number in range(8):
+            limit = sdt.Topology.chain(number) if number % 3 == 2 else None
+            assert host.prepare(limit) == device.prepare(limit)
+            wanted = host.draft()
+            with count_host_reads() as reads:
+                tree = device.draft()
+            assert not reads.total
+            tree.check(now.root, 100, "lookup")
+            assert tree.num_nodes == device.prepare(limit)[0] >= wanted.num_nodes and tree.max_depth <= device.max_depth
+            missing = tree.num_nodes - wanted.num_nodes
+            real = wanted.parents >= 0
+            assert torch.equal(tree.parents, torch.nn.functional.pad(wanted.parents, (0, missing), value=-1))
+            assert torch.equal(tree.tokens[:, : wanted.num_nodes][real], wanted.tokens[real])
+            drafted += int(real.sum())
+            length = torch.from_numpy(random.integers(0, 3, 4)).minimum(tree.depth.amax(1))
+            with count_host_reads() as reads:
+                device.observe(tree, accepted_in(tree, length))
+            assert not reads.total
+            say(now, (length + 1).numpy(), random, alphabet)
+    assert (drafted > 0) == (asked != 1)
+
+
+class FixedShapes(sdt.PromptLookupDrafter):
+    def start(self, context, tree=None):
+        context.fixed_shapes = True
+        return super().start(context, tree)
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+def test_the_text_of_the_lookup_on_the_device(branches):
+    model, options = build("llama"), {"do_sample": False, "max_new_tokens": 30, "eos_token_id": NEVER}
+    plain = model.generate(**prompt(), **options)
+    with sdt.patched(model, drafter=FixedShapes(num_tokens=3, max_ngram=1, branches=branches)):
+        assert torch.equal(model.generate(**prompt(), **options), plain)
+    assert sdt.stats(model).accepted > 0
+
+
+LOPSIDED = sdt.Topology((-1, 0, 0, 0, 3, 3, 5), (0, 0, 1, 2, 0, 1, 0))
+
+
 def test_the_oracle_errs_at_its_rate():
-    text = torch.randint(0, 100, (1, 1000), generator=torch.Generator().manual_seed(0))
+    """And where it does not, one child of each node on the true path carries the text, at any rank."""
+    length, vocab = 400, 7
+    text = torch.randint(0, vocab, (300, length), generator=torch.Generator().manual_seed(0))
     for rate in (0.0, 0.3, 1.0):
-        now = context([text[0, :400].tolist()], max_length=1000)
-        session = sdt.OracleDrafter(text, rate, tree=sdt.Topology.from_widths([3])).start(now)
-        hits = 0
-        for column in range(400, 900):
-            now.host_tokens[0, column], now.host_length[0] = text[0, column], column
+        now = context(text.tolist(), budget=9, vocab=vocab, max_length=length)
+        session = sdt.OracleDrafter(text, rate, tree=sdt.Topology.from_widths([3, 2])).start(now)
+        hits, ranks = torch.zeros(2), torch.zeros(3)
+        for column in range(50, 350, 50):
+            now.length.fill_(column)
+            session.prepare()
             tree = session.draft()
-            assert tree.tokens[0, 0] == text[0, column]
-            hits += int((tree.tokens[0, 1:] == text[0, column + 1]).sum())
-        assert hits / 500 == pytest.approx(1 - rate, abs=0.07)
+            assert torch.equal(tree.tokens[:, 0], text[:, column])
+            first = tree.tokens[:, 1:4] == text[:, column + 1, None]
+            second = (tree.tokens[:, 4:] == text[:, column + 2, None]).unflatten(1, (3, 2)) & first[:, :, None]
+            assert first.sum(1).max() <= 1 and second.sum((1, 2)).max() <= 1
+            hits += torch.stack([first.sum(), second.sum()])
+            ranks += first.sum(0)
+        assert (hits / 1800).tolist() == pytest.approx([1 - rate, (1 - rate) ** 2], abs=0.04)
+        assert (ranks / hits[0].clamp(min=1)).tolist() == pytest.approx([(rate < 1) / 3] * 3, abs=0.04)
 
 
-TREES = [sdt.Topology.from_widths([3, 2, 2]), sdt.Topology((-1, 0, 0, 0, 3, 3, 5), (0, 0, 1, 2, 0, 1, 0))]
+def test_the_oracle_follows_its_text_to_the_end():
+    text = torch.full((2, 6), 4)
+    now = context(text.tolist(), vocab=5)
+    session = sdt.OracleDrafter(text).start(now)
+    now.length.copy_(torch.tensor([3, 5]))
+    tree = session.draft()
+    tree.check(torch.tensor([4, 4]), 5, "oracle")
+    assert tree.tokens[0, :3].tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_oracle_drafts_what_it_is_asked_for(fixed):
+    text = torch.arange(40)[None]
+    now = context([list(range(10))], budget=3, max_length=40)
+    now.fixed_shapes = fixed
+    session = sdt.OracleDrafter(text, tree=LOPSIDED).start(now)
+    key = session.prepare(sdt.Topology.chain(6))
+    shown = 6 if fixed else 2  # only the host's view says that deeper tokens are of no use
+    assert session.draft().tokens.tolist() == [list(range(9, 10 + shown))]
+    assert session.prepare(sdt.Topology.chain(6)) == key != session.prepare()
+    assert session.draft().num_nodes == (7 if fixed else 6)
+
+
+TREES = [sdt.Topology.from_widths([3, 2, 2]), LOPSIDED]
 
 
 def assert_ranked_by(draft, target, drafter, monkeypatch):

@@ -1,9 +1,11 @@
 """A drafter that knows the answer: for tests, and for benchmarks with a controlled acceptance."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 
-from ..tree import DraftTree, Topology
+from ..tree import DraftTree, Topology, topology_tensors
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, topology_of
 
 DEFAULT_TOKENS = 5
@@ -12,8 +14,9 @@ DEFAULT_TOKENS = 5
 class OracleDrafter(Drafter):
     """Replays a given text, corrupted at a set rate.
 
-    In a tree, one child of each node on the true path carries the true token, at a rank drawn anew each time; all other
-    children carry other tokens. Where the text has ended or was left, the draft is wrong on purpose.
+    In a tree, one child of each node on the true path carries the true token, at a rank drawn anew for each column of
+    the text; all other children carry other tokens. Where the text has ended or was left, the draft is wrong on
+    purpose.
 
     Args:
         text: [B, L] int64. Prompt and continuation of every sequence, columns as `generate` returns them.
@@ -31,7 +34,7 @@ class OracleDrafter(Drafter):
         if not 0 <= error_rate <= 1:
             raise ValueError(f"OracleDrafter: error_rate must be 0 to 1, got {error_rate}")
         check_tree("OracleDrafter", tree)
-        self.text, self.error_rate, self.tree, self.seed = text.cpu().numpy(), error_rate, tree, seed
+        self.text, self.error_rate, self.tree, self.seed = text.cpu().long().numpy(), error_rate, tree, seed
 
     def check(self, model, rule=None, tree=None):
         check_rule(self, rule, self._shape(tree, rule).is_chain)
@@ -49,31 +52,63 @@ class OracleDrafter(Drafter):
 
 
 class _OracleSession(DraftSession):
-    trusted = True
+    """What each column of the text will be drafted as is drawn at the start. A column that is drafted twice was not
+    judged the first time, since the target's own token replaces one that is rejected; so every trial is a new one.
+    """
+
+    trusted = on_device = True
 
     def __init__(self, drafter: OracleDrafter, context: DraftContext, topology: Topology):
-        self.text, self.error_rate, self.context, self.topology = drafter.text, drafter.error_rate, context, topology
+        self.context, self.topology, self._drafted = context, topology, topology
         self.max_nodes, self.max_depth = topology.num_nodes, topology.max_depth
-        self._random = np.random.default_rng(drafter.seed)
-        self._children = [
-            [node for node, parent in enumerate(topology.parents) if parent == at] for at in range(topology.num_nodes)
-        ]
+        random, device = np.random.default_rng(drafter.seed), context.tokens.device
+        text = np.pad(drafter.text, ((0, 0), (0, 1)), constant_values=-1)  # the last column stands for all beyond it
+        others = max(context.vocab_size - 1, 1)
+        # [B, L + 1]: the text; what a child carries of it; which child, as a share of them; where wrong tokens begin
+        self._text = torch.from_numpy(text).to(device)
+        self._carried = torch.from_numpy(np.where(random.random(text.shape) < drafter.error_rate, -1, text)).to(device)
+        self._share = torch.from_numpy(random.random(text.shape)).to(device)
+        self._wrong = torch.from_numpy(random.integers(0, others, text.shape)).to(device)
+
+    def prepare(self, tree=None):
+        wanted, context = self.topology if tree is None else tree, self.context
+        self._drafted = wanted if context.fixed_shapes else wanted.limited(context.useful_depth)
+        return self._drafted
 
     def draft(self) -> DraftTree:
-        tokens = np.stack([self._row(row) for row in range(len(self.text))])
-        return DraftTree.from_topology(self.topology, torch.from_numpy(tokens).to(self.context.tokens.device))
+        context, topology = self.context, self._drafted
+        nodes = torch.arange(topology.num_nodes, device=context.tokens.device)
+        _, depth, _ = topology_tensors(topology, nodes.device)
+        column = (context.length[:, None] + depth).clamp(max=self._text.shape[1] - 1)
+        # a true token plus 1 to V - 1 is another token
+        offset = 1 + (self._wrong.gather(1, column) + nodes) % max(context.vocab_size - 1, 1)
+        wrong = (self._text.gather(1, column) + offset) % context.vocab_size
+        carried = self._carried.gather(1, column)
+        tokens = torch.where(self._path(topology) & (carried >= 0), carried, wrong)
+        tokens[:, 0] = context.root
+        return DraftTree.from_topology(topology, tokens)
 
-    def _row(self, row: int) -> np.ndarray:
-        vocab, column = self.context.vocab_size, int(self.context.host_length[row])
-        tokens = self._random.integers(0, vocab, self.topology.num_nodes)
-        tokens[0] = self.context.host_tokens[row, column]
-        node = 0
-        while self._children[node]:
-            column += 1
-            true = self.text[row, column] if column < self.text.shape[1] else -1
-            children = self._children[node]
-            tokens[children] = np.where(tokens[children] == true, (true + 1) % vocab, tokens[children])
-            node = int(self._random.choice(children))
-            if true >= 0 and self._random.random() >= self.error_rate:
-                tokens[node] = true
-        return tokens
+    def _path(self, topology: Topology) -> torch.Tensor:
+        """[B, N] bool: the nodes that may carry the text, one at each depth, as far as a path goes down."""
+        length, last = self.context.length, self._text.shape[1] - 1
+        children, counts = _children(topology, length.device)
+        node = torch.zeros_like(length)
+        nodes = torch.arange(topology.num_nodes, device=length.device)
+        on_path = torch.zeros(len(length), topology.num_nodes, dtype=torch.bool, device=length.device)
+        for depth in range(1, topology.max_depth + 1):
+            share = self._share.gather(1, (length + depth).clamp(max=last)[:, None]).squeeze(1)
+            count = counts[node]
+            child = torch.minimum((share * count).long(), count - 1).clamp(min=0)
+            node = children[node, child]
+            on_path |= nodes == node[:, None]
+        return on_path
+
+
+@lru_cache(maxsize=64)
+def _children(topology: Topology, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Children [N + 1, K] int64 and their numbers [N + 1]; past the last child, and of node N, there is node N."""
+    num_nodes = topology.num_nodes
+    children = [[node for node, parent in enumerate(topology.parents) if parent == at] for at in range(num_nodes + 1)]
+    most = max(1, *map(len, children))
+    table = [row + [num_nodes] * (most - len(row)) for row in children]
+    return torch.tensor(table, device=device), torch.tensor([len(row) for row in children], device=device)

@@ -7,6 +7,7 @@ Costs no model and pays where the output repeats its input: edits, quotes, summa
 import numpy as np
 import torch
 
+from ..reference import Acceptance
 from ..tree import DraftTree, Topology
 from .base import DraftContext, Drafter, DraftSession, check_rule
 
@@ -49,20 +50,46 @@ class PromptLookupDrafter(Drafter):
     def start(self, context, tree=None):
         if isinstance(tree, Topology):
             tree = tree.num_nodes
-        return _LookupSession(self, context, 1 + self.num_tokens * self.branches if tree is None else tree)
+        session = _DeviceLookupSession if context.fixed_shapes else _LookupSession
+        return session(self, context, 1 + self.num_tokens * self.branches if tree is None else tree)
 
 
-class _LookupSession(DraftSession):
+class _Session(DraftSession):
+    """What both sessions share: the shape."""
+
     trusted = True
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
         self.drafter, self.context = drafter, context
         self._most = max_nodes
-        self.max_nodes = -(-max_nodes // NODE_BUCKET) * NODE_BUCKET
-        self.max_depth = min(drafter.num_tokens, max_nodes - 1)
+        self.max_nodes = in_buckets(max_nodes)
+        self.max_depth = self._depth = min(drafter.num_tokens, max_nodes - 1)
+        self._first_needed = min(FIRST_NEEDED, drafter.max_ngram) if drafter.adaptive else 1
+
+    def prepare(self, tree=None):
+        """A tree that is asked for limits the length of continuations to its depth. Returns the widest draft's number
+        of nodes, and its depth."""
+        self._depth = self.max_depth if tree is None else min(self.max_depth, tree.max_depth)
+        return self._width, self._depth
+
+    @property
+    def _width(self) -> int:
+        return in_buckets(min(self._most, 1 + self._depth * self.drafter.branches))
+
+
+def in_buckets(nodes: int) -> int:
+    """The width of a tree of so many nodes: a lone root stays alone."""
+    return nodes if nodes == 1 else -(-nodes // NODE_BUCKET) * NODE_BUCKET
+
+
+class _LookupSession(_Session):
+    """On the host, each round as wide as its longest row."""
+
+    def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
+        super().__init__(drafter, context, max_nodes)
         self._start = context.start.tolist()  # once a call, before the first round
         batch = len(self._start)
-        self._needed = np.full(batch, min(FIRST_NEEDED, drafter.max_ngram) if drafter.adaptive else 1)
+        self._needed = np.full(batch, self._first_needed)
         self._drafted = np.zeros(batch, dtype=bool)  # whether the row's last tree had a draft
         self._length = context.host_length.copy()
 
@@ -75,7 +102,7 @@ class _LookupSession(DraftSession):
         width = max(len(tokens) for tokens, _ in rows)
         if width == 1:
             return DraftTree.root_only(context.root[:, None])
-        depth, width = min(self.max_depth, width - 1), -(-width // NODE_BUCKET) * NODE_BUCKET
+        depth, width = min(self.max_depth, width - 1), in_buckets(width)
         chains = all(parents == list(range(-1, len(parents) - 1)) for _, parents in rows)
         tokens = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows], device=device)
         parents = [parents + [-1] * (width - len(parents)) for _, parents in rows]
@@ -95,7 +122,7 @@ class _LookupSession(DraftSession):
         end = int(context.host_length[row]) + 1
         text = context.host_tokens[row, self._start[row] : end]
         tokens, parents, children = [int(text[-1])], [-1], {}
-        longest = min(self.max_depth, max(int(context.host_budget[row]) - 1, 0))
+        longest = min(self._depth, max(int(context.host_budget[row]) - 1, 0))
         self._drafted[row] = False
         matches = _matches(text, self.drafter.max_ngram, self.drafter.branches, int(self._needed[row]))
         for match in matches if longest else ():
@@ -110,6 +137,62 @@ class _LookupSession(DraftSession):
                     parents.append(node)
                 node = children[node, token]
         return tokens, parents
+
+
+class _DeviceLookupSession(_Session):
+    """On the device, every round of one width: node for node the host's trees, but for what the budget would cut."""
+
+    on_device = True
+
+    def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
+        super().__init__(drafter, context, max_nodes)
+        self._needed = torch.full_like(context.length, self._first_needed)
+
+    def draft(self) -> DraftTree:
+        root, width = self.context.root, self._width
+        if width == 1:
+            return DraftTree.root_only(root[:, None])
+        copied, real = self._continuations()
+        branch = torch.arange(copied.shape[1], device=root.device)[:, None]
+        # two tokens are one node where all that leads to them is the same; the earlier branch has it
+        alike = (copied[:, :, None] == copied[:, None]) & real[:, :, None] & real[:, None]  # [B, M, M, D]
+        alike = alike.int().cumprod(-1).bool()
+        owner = torch.where(alike, branch, len(branch)).amin(2)
+        number = (real & (owner == branch)).flatten(1).cumsum(1).view_as(copied)
+        node = number.gather(1, owner.clamp(max=len(branch) - 1))
+        parent = torch.nn.functional.pad(node[:, :, :-1], (1, 0))
+        # what is no node of its own, or one too many, goes to the root's place, and the root is put there afterwards
+        place = torch.where(real & (owner == branch) & (node < self._most), node, 0).flatten(1)
+        tokens = root.new_zeros(len(root), width).scatter_(1, place, copied.flatten(1))
+        parents = torch.full_like(tokens, -1, dtype=torch.int32).scatter_(1, place, parent.flatten(1).int())
+        tokens[:, 0], parents[:, 0] = root, -1
+        return DraftTree.from_parents(tokens, parents, self._depth, is_chain=self.drafter.branches == 1)
+
+    def _continuations(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What followed the M best matches: tokens [B, M, D] int64, and which of them are text, [B, M, D] bool."""
+        context = self.context
+        text, length = context.tokens[:, : context.max_length], context.length[:, None]
+        columns = torch.arange(text.shape[1], device=text.device)
+        running = (columns >= context.start[:, None]) & (columns < length)
+        matched = torch.zeros_like(text)
+        for back in range(min(self.drafter.max_ngram, text.shape[1])):
+            same = text[:, : text.shape[1] - back] == text.gather(1, (length - back).clamp(min=0))
+            running = running & torch.nn.functional.pad(same, (back, 0))
+            running = running & (columns - back >= context.start[:, None])
+            matched = matched + running
+        # the longest first, then the earliest
+        order = torch.where(matched >= self._needed[:, None], (matched + 1) * len(columns) - columns, 0)
+        best, end = order.topk(min(self.drafter.branches, len(columns)), dim=1)
+        column = end[:, :, None] + 1 + torch.arange(self._depth, device=text.device)
+        real = (best > 0)[:, :, None] & (column <= length[:, :, None])
+        return text.gather(1, column.clamp(max=len(columns) - 1).flatten(1)).view_as(column), real
+
+    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
+        if not self.drafter.adaptive:
+            return
+        drafted = (tree.parents[:, 1:] >= 0).any(1)
+        failed, held = drafted & (accepted.length == 0), drafted & (accepted.length >= GOOD_DRAFT)
+        self._needed.add_(failed.long() - held.long()).clamp_(1, self.drafter.max_ngram)
 
 
 def _matches(text: np.ndarray, max_ngram: int, count: int, needed: int = 1) -> list[int]:

@@ -215,11 +215,14 @@ def constant_rope_limit(model: PreTrainedModel, prompt_length: int) -> int | Non
 
 
 def graph_hazard(model: PreTrainedModel) -> str | None:
-    """What in the model's forward makes the host read a value, so that it cannot be captured as a CUDA graph; or None.
+    """What in the model's forward cannot be captured as a CUDA graph; or None.
 
-    A rope that may change with the length compares positions; experts run one by one list the tokens of each.
+    A rope that may change with the length compares positions; experts run one by one list the tokens of each. And
+    hooks are Python, which a replay does not run.
     """
     for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{type(module).__name__}: has hooks or a forward of its own"
         kinds = getattr(module, "rope_type", None)
         changing = {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds])
         if changing:

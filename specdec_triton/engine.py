@@ -22,18 +22,26 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device):
         self._device, self._pool = device, None
+        self.nbytes = 0  # of the pool
 
     def __call__(self, stage: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """What replays the stage, and the stage's outputs, which each replay overwrites. Nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
         # other threads may go on with what a capture would forbid
         with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved()
             outputs = stage()
+            self.nbytes += torch.cuda.memory_reserved() - before
         self._pool = self._pool or graph.pool()
         return graph.replay, outputs
 
 
 CAPTURES: dict[str, Callable] = {"cuda": CudaGraphs}  # by kind of device
+
+
+def cannot_capture(device: torch.device) -> str | None:
+    """Why nothing can be captured on this device, or None."""
+    return None if device.type in CAPTURES else f"tensors on {device.type}: CUDA graphs need a CUDA GPU"
 
 
 class Stages:
@@ -51,14 +59,17 @@ class Stages:
     """
 
     def __init__(self, device: torch.device, why_eager: str | None = None):
-        if why_eager is None and device.type not in CAPTURES:
-            why_eager = f"tensors on {device.type}: CUDA graphs need a CUDA GPU"
-        self.why_eager = why_eager
+        self.why_eager = why_eager = why_eager or cannot_capture(device)
         self._capture = None if why_eager else CAPTURES[device.type](device)
         self._graphs: OrderedDict[Hashable, tuple[Callable[[], None], Any]] = OrderedDict()
         self._seen: set[Hashable] = set()
         self.captured = self.replayed = 0
         self.seconds = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the graphs hold."""
+        return self._capture.nbytes if self._graphs else 0
 
     def run(self, shape: Hashable, stage: Callable[[], Any]) -> Any:
         """The stage's outputs; those of a replayed stage are overwritten by its next run.
@@ -101,8 +112,6 @@ class Stages:
             f"generate: rounds run without CUDA graphs from here on, slower and with the same results: {self.why_eager}",
             stacklevel=2,
         )
-        if out_of_memory:
-            torch.cuda.empty_cache()
 
 
 class Reports:

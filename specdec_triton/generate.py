@@ -29,7 +29,7 @@ from . import ops
 from .attention import constant_rope_limit, graph_hazard
 from .drafters import DraftContext
 from .drafters.base import check_rule
-from .engine import LAG, Reports, Stages
+from .engine import LAG, Reports, Stages, cannot_capture
 from .filters import Filters, filtered_log_probs
 from .noise import COUPLED, gumbel, row_seeds
 from .options import Options
@@ -65,6 +65,7 @@ class Stats:
             captured. On a GPU, stages run behind the host: only their sum means something.
         why_eager: why rounds ran without CUDA graphs, or None.
         captured, replayed: stages captured as a CUDA graph, and run by replaying one.
+        graph_bytes: device memory that the graphs held at the end of the call; it is free again afterwards.
         lag: rounds that the host looked back.
     """
 
@@ -79,6 +80,7 @@ class Stats:
     why_eager: str | None = None
     captured: int = 0
     replayed: int = 0
+    graph_bytes: int = 0
     lag: int = 0
 
     @property
@@ -222,12 +224,19 @@ class Speculation:
         return not self.processors or self.over_nodes
 
     def why_eager(self) -> str | None:
-        """Why rounds cannot be captured, or None."""
+        """Why rounds cannot be captured, or None.
+
+        Raises:
+            ValueError: they cannot, and `cuda_graphs=True`.
+        """
         if self.options.cuda_graphs is False:
             return "cuda_graphs=False"
-        if not self.on_device:
-            return f"{', '.join(type(each).__name__ for each in self.processors)}: run on the host"
-        return graph_hazard(self.model) or self.drafter.graph_hazard()
+        why = cannot_capture(self.model.device) or graph_hazard(self.model) or self.drafter.graph_hazard()
+        if not why and not self.on_device:
+            why = f"{', '.join(type(each).__name__ for each in self.processors)} in logits_processor: on the host"
+        if why and self.options.cuda_graphs is True:
+            raise ValueError(f'generate: cuda_graphs must be "auto" or False in such a call, got True: {why}')
+        return why
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The whole call: what `generate` returns. Calls from several threads take turns."""
@@ -255,6 +264,7 @@ class Speculation:
             raise
         self.stats.why_eager, self.stats.lag = self.stages.why_eager, self.reports.lag
         self.stats.captured, self.stats.replayed = self.stages.captured, self.stages.replayed
+        self.stats.graph_bytes = self.stages.nbytes
         if self.stages.replayed:
             self.stats.seconds["replay"] = self.stages.seconds
         if self.streamer is not None:

@@ -6,6 +6,7 @@ class with the same name; the subclass is made once per class, and each instance
 
 import copyreg
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +16,9 @@ from weakref import WeakKeyDictionary
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from .attention import check_supported
+from .attention import check_supported, graph_hazard
 from .drafters import EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
+from .engine import cannot_capture
 from .generate import TURN, Speculation, Stats
 from .options import Options
 
@@ -51,11 +53,22 @@ def patch(model: PreTrainedModel, **options) -> None:
     check_supported(target)
     if chosen.drafter is not None:
         chosen.drafter.check(target, chosen.rule, chosen.tree)
+    _check_graphs(target, chosen)
     with _PATCHING:
         _check_holder("patch", target)
         if not isinstance(target, SpeculativeModel):
             target.__class__ = _speculative_class(type(target))
         _options[target] = chosen
+
+
+def _check_graphs(model: PreTrainedModel, options: Options) -> None:
+    """Refuse `cuda_graphs=True` where nothing could be captured; say why "auto" will not, on a device that could."""
+    hazard = graph_hazard(model) or (options.drafter and options.drafter.graph_hazard())
+    why = cannot_capture(model.device) or hazard
+    if options.cuda_graphs is True and why:
+        raise ValueError(f'patch: cuda_graphs must be "auto" or False where rounds cannot be captured, got True: {why}')
+    if options.cuda_graphs == "auto" and hazard and not cannot_capture(model.device):
+        warnings.warn(f"patch: rounds will run without CUDA graphs: {hazard}", stacklevel=3)
 
 
 def unpatch(model: PreTrainedModel) -> None:

@@ -37,6 +37,8 @@ class Record(TorchDispatchMode):
 class SimulatedGraphs:
     """Stands in for `engine.CudaGraphs`."""
 
+    nbytes = 0
+
     def __init__(self, device):
         self.device = device
 
@@ -94,3 +96,26 @@ class Undo(TorchDispatchMode):
 
 def _storage(tensor):
     return tensor.untyped_storage().data_ptr()
+
+
+def trace(stage):
+    """What a stage did, and its outputs: a line for each operation, its tensors by address where they were there before
+    and by the operation that made them otherwise. What a CUDA graph would hold, so equal lines are equal graphs."""
+    with Record() as record:
+        outputs = stage()
+    made, lines = {}, []
+
+    def named(value):
+        if not torch.is_tensor(value):
+            return value
+        place = made.get(_storage(value), value.data_ptr())
+        return place, value.storage_offset() if _storage(value) in made else 0, tuple(value.shape), value.stride()
+
+    for number, (func, args, kwargs, results) in enumerate(record.operations):
+        flat = tree_flatten((args, kwargs))[0]
+        lines.append((str(func), *map(named, flat)))
+        given = {_storage(each) for each in flat if torch.is_tensor(each)}
+        for part, result in enumerate(tree_flatten(results)[0]):
+            if torch.is_tensor(result) and _storage(result) not in given:
+                made[_storage(result)] = f"result {part} of {number}"
+    return lines, outputs

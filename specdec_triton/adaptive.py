@@ -8,6 +8,7 @@ Source: Sequoia (Chen et al. 2024, arXiv 2402.12374), which maximises the same s
 never likelier than its parent, so the likeliest nodes are always a tree, and ranking them gives the same optimum.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +20,7 @@ from .tree import Topology
 
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # node counts: few shapes, few compiled graphs
 
+PLAIN_ROUNDS = 3  # that come first where costs are learned: all other rounds are measured against them
 MARGIN = 1.05  # expected gain over plain decoding below which a tree is a trial
 STAY = 0.98  # share of the best tree's tokens a second at which the last tree stays
 # Losses are counted in plain rounds.
@@ -27,7 +29,7 @@ ALLOWANCE_RATE = 0.02  # earned with every token
 ALLOWANCE_MOST = 4.0  # gains and waiting buy no longer series of losses than this
 
 DECAY = 0.97  # of what was seen at a depth, a round that sees it again
-PRIOR_WEIGHT = 2.0  # rounds that the expectation for a depth counts as
+PRIOR_WEIGHT = 4.0  # rounds that the expectation for a depth counts as
 CAUTION = 0.95  # what a depth is expected to accept, of the depth above it
 RESTED = 4.0  # rounds' worth that remain of what was seen, when no tree was verified for long
 RESTING = 0.9  # what remains above that after one more such round
@@ -129,6 +131,9 @@ class AdaptiveTree:
         self._trial_nodes = 2
         self._trees: Counter[tuple[int, int]] = Counter()
         self._tree = _ROOT
+        self._plain_rounds = 0
+        if isinstance(costs, OnlineCosts):
+            self._plain_rounds = max(PLAIN_ROUNDS - costs.rounds(1), 0)
         self._plan()
 
     def choose(self) -> Topology:
@@ -137,7 +142,10 @@ class AdaptiveTree:
             self._plan()
         spare = self._allowance - sum(self._risked)
         tree = self._tree
-        if self._speedup < MARGIN or not (self._proven or self._risk(tree) <= spare):
+        if self._plain_rounds:
+            self._plain_rounds -= 1
+            tree = _ROOT
+        elif self._speedup < MARGIN or not (self._proven or self._risk(tree) <= spare):
             tree = self._trial(spare)
         self._risked.append(self._risk(tree))
         self._trees[tree.num_nodes, tree.max_depth] += 1
@@ -182,7 +190,7 @@ class AdaptiveTree:
             return
         # a tree without a draft in any row is never built
         tree = topology if any(drafted) else _ROOT
-        if isinstance(self.costs, OnlineCosts) and seconds and tree is topology:
+        if isinstance(self.costs, OnlineCosts) and seconds and tree == topology:
             self.costs.record(tree.num_nodes, tree.max_depth, seconds.get("verify"), seconds.get("draft"))
             self._news = True
         tokens = 1 + sum(map(len, accepted)) / len(accepted)
@@ -253,11 +261,12 @@ class _Search:
         depth = min(max_depth, len(acceptance), max_nodes - 1)
         ranks = acceptance.shape[1]
         self._parents, self._ranks = [np.array([-1])], [np.array([0])]
-        # for each depth limit, the likeliest nodes' numbers and how many tokens the first n of them emit
-        self._nodes, self._tokens = [np.array([0])], [np.array([1.0])]
+        # for each depth limit, the likeliest nodes' numbers; how many tokens the first n of them emit, 0 for too few
+        self._nodes, self._tokens = [np.array([0])], np.zeros((max_nodes, depth + 1))
+        self._tokens[0] = 1.0
         level, mass, first = np.array([0]), np.array([1.0]), 0  # the last level's nodes, likeliest first
         nodes, likeliest = level, mass
-        for chances in acceptance[:depth]:
+        for limit, chances in enumerate(acceptance[:depth], start=1):
             children = (mass[:, None] * chances).ravel()
             order = np.argsort(-children, kind="stable")[: max_nodes - 1]
             self._parents.append(level[order // ranks])
@@ -269,21 +278,18 @@ class _Search:
             order = np.argsort(-likeliest, kind="stable")[:max_nodes]
             nodes, likeliest = nodes[order], likeliest[order]
             self._nodes.append(nodes)
-            self._tokens.append(np.cumsum(likeliest))
+            self._tokens[: len(nodes), limit] = np.cumsum(likeliest)
         self._parents, self._ranks = np.concatenate(self._parents), np.concatenate(self._ranks)
         most = len(nodes)
         self.sizes = tuple(size for size in LADDER if size < most) + (most,)
 
     def best(self, costs: Costs, sizes: Sequence[int]) -> Topology:
         """The tree of most tokens a second among those of `sizes` nodes; the smallest and shallowest of equals."""
-        draft = [costs.draft_seconds(depth) + costs.other for depth in range(len(self._nodes))]
-        best, chosen = 0.0, (1, 0)
-        for size in sizes:
-            verify = costs.verify_seconds(size)
-            for depth, tokens in enumerate(self._tokens):
-                if size <= len(tokens) and tokens[size - 1] > best * (verify + draft[depth]):
-                    best, chosen = tokens[size - 1] / (verify + draft[depth]), (size, depth)
-        return self._topology(*chosen)
+        verify = np.array([costs.verify_seconds(size) for size in sizes])
+        draft = np.array([costs.draft_seconds(depth) + costs.other for depth in range(len(self._nodes))])
+        rate = self._tokens[np.array(sizes) - 1] / (verify[:, None] + draft)
+        place, depth = divmod(int(rate.argmax()), len(draft))
+        return self._topology(sizes[place], depth)
 
     def _topology(self, size: int, depth: int) -> Topology:
         paths = {-1: ()}
@@ -353,25 +359,37 @@ class _Seen:
             share: of all rows, those without a draft accepting nothing.
             hoped: start from the prior; else from none accepted, so that only what was seen counts.
         """
-        means = np.zeros_like(self._start)
-        for depth, (tried, taken) in enumerate(zip(self._tried, self._taken, strict=True)):
-            expected = self._start[depth] * hoped
-            if depth:
-                before = self._start[depth - 1]
-                course = np.divide(self._start[depth], before, out=np.zeros_like(before), where=before > 0)
-                expected = CAUTION * means[depth - 1] * course
-                expected /= max(1.0, expected.sum())
+        means, above = [], None
+        # lists: of so few numbers, faster than arrays
+        for start, tried, taken in zip(self._start.tolist(), self._tried.tolist(), self._taken.tolist(), strict=True):
+            expected = [chance * hoped for chance in start]
+            if above is not None:
+                # the prior's course from one depth to the next, from where the depth above has been found to be
+                expected = [
+                    CAUTION * mean * chance / before if before else 0.0
+                    for mean, chance, before in zip(means[-1], start, above, strict=True)
+                ]
+                expected = _at_most_1(expected)
+            above = start
             first = (taken[0] + PRIOR_WEIGHT * expected[0]) / (tried[0] + PRIOR_WEIGHT)
-            # other candidates fall with the first, where all are bad, and give way to it, where it is good
-            fall = first / expected[0] if expected[0] > 0 else 1.0
+            # other candidates share what a better first one leaves; a worse one says that they may be no better
+            fall = first / expected[0] if expected[0] else 1.0
             room = (1 - first) / (1 - expected[0]) if expected[0] < 1 else 1.0
-            expected = expected * min(fall, room)
-            means[depth] = (taken + PRIOR_WEIGHT * expected) / (tried + PRIOR_WEIGHT)
-            means[depth, 0] = first
-            means[depth] /= max(1.0, means[depth].sum())
+            scale = PRIOR_WEIGHT * min(room, math.sqrt(fall * room))
+            others = [
+                (hits + scale * chance) / (tries + PRIOR_WEIGHT)
+                for tries, hits, chance in zip(tried[1:], taken[1:], expected[1:], strict=True)
+            ]
+            means.append(_at_most_1([first, *others]))
+        means = np.array(means).reshape(self._start.shape)
         if share and self._rows and len(means):
             means[0] *= self._drafted / self._rows
         return means
+
+
+def _at_most_1(chances: list[float]) -> list[float]:
+    total = sum(chances)
+    return chances if total <= 1 else [chance / total for chance in chances]
 
 
 @lru_cache(maxsize=256)

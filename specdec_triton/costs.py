@@ -15,7 +15,7 @@ from statistics import median, median_low
 import numpy as np
 
 WINDOW = 9  # rounds that a learned time is the median of: texts grow, and times with them
-PRIOR_VOTES = 2  # times that the prior counts in that median, so that one slow round alone says nothing
+PRIOR_VOTES = 2  # of what was expected, in the median of no more rounds than that: one slow round alone says nothing
 
 
 def _is_seconds(number: float) -> bool:
@@ -131,6 +131,10 @@ class OnlineCosts:
             self._draft.setdefault(depth, deque(maxlen=WINDOW)).append(draft)
         self._costs = None
 
+    def rounds(self, num_nodes: int) -> int:
+        """How many measured verify forwards of `num_nodes` rows a sequence count."""
+        return len(self._verify.get(num_nodes, ()))
+
     @property
     def costs(self) -> Costs:
         """What is known now; the prior itself before the first verify forward was measured."""
@@ -217,21 +221,48 @@ def _fit(
     scale: float,
     known: int | None = None,
 ) -> tuple[tuple[int, float], ...]:
-    """The prior's table and the measured places: medians there, and the prior times their ratio to it elsewhere.
+    """The prior's table, moved to what was measured.
 
     Args:
         scale: seconds for each of the prior's, where nothing is measured.
-        known: the place that `scale` comes from, where the prior has no vote.
+        known: the place that `scale` comes from.
     """
-    places = sorted(measured)
-    medians = {
-        place: median_low([*measured[place], *[scale * prior(place)] * (PRIOR_VOTES if place != known else 0)])
-        for place in places
+    settled = {
+        place: median_low(seconds)
+        for place, seconds in measured.items()
+        if len(seconds) > PRIOR_VOTES or place == known
     }
-    ratios = [medians[place] / prior(place) for place in places]
-    points = []
-    for place in sorted({*places, *(place for place, _ in table)}):
-        ratio = float(np.interp(place, places, ratios)) if places else scale
-        # what was measured moves what was not, not the other way round
-        points.append((place, ratio * prior(place), len(measured.get(place, ())) or 1e-9))
-    return _nondecreasing(points)
+    expected = _curve(prior, scale, settled)
+    medians = settled | {
+        place: median_low([*measured[place], *[expected(place)] * PRIOR_VOTES]) for place in measured.keys() - settled
+    }
+    seconds = _curve(prior, scale, medians)
+    beyond = {2 * max(medians), 3 * max(medians)} if medians else set()
+    # what was measured moves what was not, not the other way round
+    return _nondecreasing(
+        [
+            (place, seconds(place), len(measured.get(place, ())) or 1e-9)
+            for place in sorted({*medians, *beyond, *(place for place, _ in table)})
+        ]
+    )
+
+
+def _curve(prior: Callable[[int], float], scale: float, known: dict[int, float]) -> Callable[[int], float]:
+    """Seconds at any place from those at `known` ones: between them the prior, scaled as they are; above them, up to
+    twice the largest, as much steeper or flatter than the prior as they are. A step at a time: what a few rows cost
+    says little about many."""
+    if not known:
+        return lambda place: scale * prior(place)
+    places = sorted(known)
+    ratios = [known[place] / prior(place) for place in places]
+    first, last = places[0], places[-1]
+    rise = scale * (prior(last) - prior(first))
+    steepness = max(known[last] - known[first], 0.0) / rise if rise else 1.0
+
+    def seconds(place: int) -> float:
+        if place <= last:
+            return float(np.interp(place, places, ratios)) * prior(place)
+        near, far = prior(min(place, 2 * last)) - prior(last), prior(max(place, 2 * last)) - prior(2 * last)
+        return known[last] + scale * (steepness * near + far)
+
+    return seconds

@@ -29,10 +29,10 @@ ALLOWANCE_RATE = 0.02  # earned with every token
 ALLOWANCE_MOST = 4.0  # gains and waiting buy no longer series of losses than this
 
 DECAY = 0.97  # of what was seen at a depth, a round that sees it again
-PRIOR_WEIGHT = 4.0  # rounds that the expectation for a depth counts as
+PRIOR_WEIGHT = 4.0  # tries that the expectation for a depth counts as
 CAUTION = 0.95  # what a depth is expected to accept, of the depth above it
-RESTED = 4.0  # rounds' worth that remain of what was seen, when no tree was verified for long
-RESTING = 0.9  # what remains above that after one more such round
+RESTED = 4.0  # tries that remain of what was seen, when no tree was verified for long
+RESTING = 0.9  # what remains of more than that after one more such round
 DISTRUST = 0.5  # what remains of what was seen, when a tree that should pay has used up the allowance
 
 _ROOT = Topology((-1,), (0,))
@@ -44,8 +44,12 @@ def expected_tokens(topology: Topology, acceptance: np.ndarray | Sequence[Sequen
     Args:
         topology: the tree.
         acceptance: [D, K], see above; 0 for deeper nodes and higher ranks.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
     acceptance = _checked("expected_tokens", acceptance)
+    _check_type("expected_tokens", "topology", topology, Topology)
     depth, ranks = acceptance.shape
     mass = [1.0]
     for node in range(1, topology.num_nodes):
@@ -75,8 +79,7 @@ def optimal_topology(
     """
     acceptance = _checked("optimal_topology", acceptance)
     _check_limits("optimal_topology", max_nodes, max_depth)
-    if not isinstance(costs, Costs):
-        raise ValueError(f"optimal_topology: costs must be a Costs, got {type(costs).__name__}")
+    _check_type("optimal_topology", "costs", costs, Costs)
     search = _Search(acceptance[:, :1] if chain else acceptance, max_nodes, max_depth)
     return search.best(costs, search.sizes)
 
@@ -116,16 +119,15 @@ class AdaptiveTree:
         start: np.ndarray | Sequence[float] | Sequence[Sequence[float]],
         every: int = 4,
     ):
-        if not isinstance(costs, (Costs, OnlineCosts)):
-            raise ValueError(f"AdaptiveTree: costs must be a Costs or an OnlineCosts, got {type(costs).__name__}")
+        _check_type("AdaptiveTree", "costs", costs, Costs, OnlineCosts)
         _check_limits("AdaptiveTree", max_nodes, max_depth)
         for name, number in (("max_rank", max_rank), ("every", every)):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"AdaptiveTree: {name} must be a whole number of at least 1, got {number!r}")
         start = _checked("AdaptiveTree", start, name="start", dims=(1, 2))
         self.costs, self.max_nodes, self.max_depth, self.every = costs, max_nodes, max_depth, every
-        ranks = 1 if chain else max_rank
-        self._seen = _Seen(np.atleast_2d(start), max_depth, ranks)
+        self._ranks = 1 if chain else max_rank
+        self._seen = _Seen(np.atleast_2d(start), max_depth, self._ranks)
         self._allowance = ALLOWANCE
         self._risked: deque[float] = deque()  # by rounds chosen and not yet recorded
         self._trial_nodes = 2
@@ -167,8 +169,15 @@ class AdaptiveTree:
             seconds: the round's time in "verify" and "draft", where the host's clock tells. Used by `OnlineCosts`.
 
         Raises:
-            ValueError: the rows of `accepted` and `drafted` differ in number, or a path does not lead down the tree.
+            ValueError: the tree is larger than asked for, the rows of `accepted` and `drafted` differ in number, or a
+                path does not lead down the tree.
         """
+        _check_type("AdaptiveTree.record", "topology", topology, Topology)
+        if topology.max_depth > self.max_depth or max(topology.ranks) >= self._ranks:
+            raise ValueError(
+                f"AdaptiveTree.record: topology must be at most {self.max_depth} deep with ranks below {self._ranks}, "
+                f"got {topology.max_depth} and {max(topology.ranks)}"
+            )
         if len(accepted) != len(drafted):
             raise ValueError(
                 f"AdaptiveTree.record: accepted and drafted must be of one length, got {len(accepted)} and "
@@ -325,7 +334,9 @@ class _Seen:
     def add(self, topology: Topology, accepted: Sequence[Sequence[int]], drafted: Sequence[bool]) -> None:
         """Count a round's rows that had a draft."""
         paths = [path for path, has_draft in zip(accepted, drafted, strict=True) if has_draft]
-        visits = np.bincount([node for path in paths for node in path], minlength=topology.num_nodes)
+        visits = np.bincount(
+            np.array([node for path in paths for node in path], dtype=int), minlength=topology.num_nodes
+        )
         visits[0] = len(paths)
         parents, place = _places(topology)
         tried, taken = np.zeros((2, *self._tried.shape))
@@ -396,6 +407,12 @@ def _at_most_1(chances: list[float]) -> list[float]:
 def _places(topology: Topology) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Of each node below the root: its parent, and its place (depth - 1, rank) in a table of acceptance."""
     return np.array(topology.parents[1:]), (np.array(topology.depths[1:]) - 1, np.array(topology.ranks[1:]))
+
+
+def _check_type(owner: str, name: str, value: object, *kinds: type) -> None:
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{owner}: {name} must be {wanted}, got {type(value).__name__}")
 
 
 def _check_limits(owner: str, max_nodes: int, max_depth: int) -> None:

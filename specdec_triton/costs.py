@@ -118,13 +118,17 @@ class OnlineCosts:
             depth: levels drafted, 0 for none.
             verify: seconds of the verify forward, above 0.
             draft: seconds of the draft; not counted at depth 0.
+
+        Raises:
+            ValueError: a number is not as above.
         """
         for name, number, least in (("num_nodes", num_nodes, 1), ("depth", depth, 0)):
             if number < least:
                 raise ValueError(f"OnlineCosts.record: {name} must be at least {least}, got {number}")
-        for name, seconds in (("verify", verify), ("draft", draft)):
-            if seconds is not None and not (_is_seconds(seconds) and seconds > 0):
-                raise ValueError(f"OnlineCosts.record: {name} must be finite seconds above 0, got {seconds!r}")
+        if verify is not None and not (_is_seconds(verify) and verify):
+            raise ValueError(f"OnlineCosts.record: verify must be finite seconds above 0, got {verify!r}")
+        if draft is not None and not _is_seconds(draft):
+            raise ValueError(f"OnlineCosts.record: draft must be finite seconds of at least 0, got {draft!r}")
         if verify is not None:
             self._verify.setdefault(num_nodes, deque(maxlen=WINDOW)).append(verify)
         if draft is not None and depth:

@@ -49,8 +49,10 @@ def test_bad_calls_are_refused():
         OnlineCosts(Costs(verify=((1, 1.0),), draft=((1, 0.0),)))
     with pytest.raises(ValueError, match="^OnlineCosts.record: num_nodes must be at least 1, got 0"):
         OnlineCosts().record(0, 0, verify=1.0)
-    with pytest.raises(ValueError, match="^OnlineCosts.record: draft must be finite seconds above 0, got 0.0"):
-        OnlineCosts().record(2, 1, draft=0.0)
+    with pytest.raises(ValueError, match="^OnlineCosts.record: verify must be finite seconds above 0, got 0.0"):
+        OnlineCosts().record(2, 1, verify=0.0)
+    with pytest.raises(ValueError, match="^OnlineCosts.record: draft must be finite seconds of at least 0, got nan"):
+        OnlineCosts().record(2, 1, draft=float("nan"))
     with pytest.raises(ValueError, match="^measure_costs: sizes must be increasing"):
         measure_costs(print, [4, 2])
     with pytest.raises(ValueError, match="^measure_costs: repeats must be at least 1, got 0"):

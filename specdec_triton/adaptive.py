@@ -206,7 +206,7 @@ class AdaptiveTree:
         loss = 1 + self._risk(tree) - tokens
         self._allowance = min(self._allowance + ALLOWANCE_RATE * tokens - loss, ALLOWANCE_MOST)
         if tree.num_nodes == 1:
-            self._news |= self._seen.rest()
+            self._seen.rest()
             return
         self._news = True
         self._seen.add(tree, accepted, drafted)
@@ -348,15 +348,12 @@ class _Seen:
         self._rows = DECAY * self._rows + len(drafted)
         self._drafted = DECAY * self._drafted + len(paths)
 
-    def rest(self) -> bool:
-        """After a round without a tree: old evidence counts less, and soon no more than a few rounds'. Whether
-        anything changed."""
-        tried = self._tried.max(1, initial=0.0)
-        resting = tried > RESTED
-        keep = np.where(resting, np.maximum(RESTING, RESTED / np.maximum(tried, RESTED)), 1.0)[:, None]
+    def rest(self) -> None:
+        """After a round without a tree: old evidence counts less, and soon no more than a few tries."""
+        tried = self._tried.max(1, initial=RESTED)
+        keep = np.maximum(RESTING, RESTED / tried)[:, None]
         self._tried *= keep
         self._taken *= keep
-        return bool(resting.any())
 
     def forget(self) -> None:
         """What was seen has misled."""

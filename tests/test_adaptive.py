@@ -87,6 +87,8 @@ def test_limits_hold_and_a_tree_that_cannot_pay_is_a_lone_root():
     assert optimal_topology(acceptance[:2], GPU, 30, 5).max_depth == 2
     assert optimal_topology(acceptance, CPU_PRIOR, 30, 3).num_nodes == 1
     assert optimal_topology(np.zeros((3, 2)), GPU, 30, 3).num_nodes == 1
+    dear = Costs(verify=((1, 1.0), (2, 1.8)), other=2.0)  # by verify alone, half a token more would not pay
+    assert optimal_topology([[0.5]], dear, 2, 1).num_nodes == 2
     # parents before children, where all are as likely
     assert optimal_topology(np.ones((4, 1)), GPU, 5, 4) == Topology.chain(4)
 
@@ -233,6 +235,16 @@ def test_rounds_without_any_draft_cost_nothing():
         controller.record(tree, [[]], [False])
     controller.choose()
     controller.record(Topology.chain(0), [], [])  # a round late, all rows finished
+
+
+def test_trials_double_with_each_success_and_start_again_after_a_failure():
+    controller = AdaptiveTree(SHARED, 64, 10, True, 1, start=[0.02], every=100)
+    sizes = []
+    for success in (True, True, True, False, True, True):
+        tree = controller.choose()
+        sizes.append(tree.num_nodes)
+        controller.record(tree, [list(range(1, tree.num_nodes)) if success else []], [True])
+    assert sizes == [2, 4, 8, 11, 2, 4]
 
 
 def test_depths_keep_what_was_seen_there():

@@ -78,12 +78,15 @@ def test_measured_sizes_win_over_the_prior_and_pull_what_is_between_and_beyond()
     assert (costs.verify_seconds(1), costs.verify_seconds(6)) == (1.0, 1.5)
     assert 1.0 <= costs.verify_seconds(3) <= 1.5
     assert costs.verify_seconds(10) >= 1.5
+    # the next rows cost as little as the measured ones, the many after them what the prior says
+    assert costs.verify_seconds(12) == pytest.approx(1.5 + 0.1 * 6)
+    assert costs.verify_seconds(32) == pytest.approx(1.5 + 0.1 * 6 + 0.8 * 20)
     assert costs.draft_seconds(5) == pytest.approx(0.2) and costs.draft_seconds(10) == pytest.approx(0.4)
 
 
 def test_one_slow_round_moves_nothing_and_lasting_change_is_followed():
     learned = OnlineCosts()
-    for _ in range(3):
+    for _ in range(2 * module.WINDOW):
         learned.record(1, 0, verify=1.0)
     learned.record(4, 3, verify=100.0)  # the first of its size
     assert learned.costs.verify_seconds(4) == pytest.approx(CPU_PRIOR.verify_seconds(4))

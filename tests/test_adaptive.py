@@ -194,14 +194,18 @@ def test_a_middling_drafter_costs_little_where_it_does_not_pay(first, others):
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_drafter_that_turns_bad_and_good_again_is_followed(name, lag):
     costs, good, bad = COSTS[name], acceptance_of(0.8, 1), acceptance_of(0, 1)
-    for seed in range(4):
+    shares = []
+    for seed in range(6):
         call = Call(controller_of(costs, 1), costs, seed, lag)
-        first, middle, last = call.run(200, good), call.run(200, bad), call.run(200, good)
+        first, middle, last = call.run(150, good), call.run(600, bad), call.run(150, good)
         assert share_of_best(first, good, costs, skip=64) >= 0.9
-        assert (middle[:, 2] - 1).sum() <= 13  # plain rounds lost in 200, 6.5 %
+        # plain rounds lost: what is earned with every token, and 9 until the turn is noticed
+        assert (middle[:, 2] - 1).sum() <= module.ALLOWANCE_RATE * 600 + 9
         # small trials go on
         assert (middle[-100:, 3] > 1).any() and middle[-100:, 3].max() <= 4
-        assert share_of_best(last, good, costs, skip=80) >= 0.85
+        shares.append(share_of_best(last, good, costs))
+        assert shares[-1] >= 0.75 and share_of_best(last, good, costs, skip=80) >= 0.85
+    assert np.mean(shares) >= 0.87  # from the first of the good rounds on
 
 
 @pytest.mark.parametrize("name", ["shared", "gpu"])

@@ -127,8 +127,8 @@ class Reports:
         self._pinned = device.type == "cuda"
         self._waiting: deque[tuple] = deque()
 
-    def put(self, report: torch.Tensor, kept: dict[str, torch.Tensor], number: int) -> None:
-        """Send a round's report [B, F] int64 on its way; `kept` and the round's number stay beside it."""
+    def put(self, report: torch.Tensor, kept: dict[str, torch.Tensor], beside: Any) -> None:
+        """Send a round's report [B, F] int64 on its way; `kept` tensors and `beside` wait for it."""
         arrived = None
         if self._pinned:
             host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
@@ -139,14 +139,14 @@ class Reports:
             host = report.clone() if self.lag else report
         if self.lag:
             kept = {name: scores.clone() for name, scores in kept.items()}  # the next round would overwrite them
-        self._waiting.append((host, arrived, (kept, number)))
+        self._waiting.append((host, arrived, kept, beside))
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def take(self) -> tuple[list[list[int]], tuple[dict[str, torch.Tensor], int]]:
-        """The oldest report, and what was kept beside it. The one wait of a round."""
-        host, arrived, beside = self._waiting.popleft()
+    def take(self) -> tuple[list[list[int]], dict[str, torch.Tensor], Any]:
+        """The oldest report, and what waited for it. The one wait of a round."""
+        host, arrived, kept, beside = self._waiting.popleft()
         if arrived is not None:
             arrived.synchronize()
-        return host.tolist(), beside
+        return host.tolist(), kept, beside

@@ -26,7 +26,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import ops
+from .adaptive import AdaptiveTree
 from .attention import constant_rope_limit, graph_hazard
+from .auto import controller, most_nodes
 from .drafters import DraftContext
 from .drafters.base import check_rule
 from .engine import LAG, Reports, Stages, cannot_capture
@@ -39,7 +41,7 @@ from .reference import Acceptance
 from .rules import LOSSY_RULES
 from .runner import TreeRunner
 from .transcript import Transcript
-from .tree import DraftTree
+from .tree import DraftTree, Topology
 
 # The attention implementation is a setting of the config, which models may share: one call at a time may switch it.
 TURN = threading.RLock()
@@ -67,6 +69,7 @@ class Stats:
         captured, replayed: stages captured as a CUDA graph, and run by replaying one.
         graph_bytes: device memory that the graphs held at the end of the call; it is free again afterwards.
         lag: rounds that the host looked back.
+        auto: with `tree="auto"`, what was chosen: see `AdaptiveTree.summary`.
     """
 
     rule: str
@@ -82,6 +85,7 @@ class Stats:
     replayed: int = 0
     graph_bytes: int = 0
     lag: int = 0
+    auto: dict | None = None
 
     @property
     def acceptance_length(self) -> float:
@@ -199,6 +203,7 @@ class Speculation:
         self.runner = TreeRunner(model, self.start, self.max_length - 1 - self.start, self.impl, fixed, options.compile)
         self.budget = torch.full((batch,), self.max_length - prompt_length, device=model.device)
         self.stopped = np.zeros(batch, dtype=bool)  # by a criterion
+        self.controller: AdaptiveTree | None = None
         self.held: dict[Hashable, DraftTree] = {}
         self.context = DraftContext(
             tokens=torch.nn.functional.pad(self.input_ids, (0, self.max_length + 1 - prompt_length)),
@@ -248,7 +253,7 @@ class Speculation:
             # the prompt is verified as a tree of one node, its last token, whose logits give the first token
             tree = DraftTree.root_only(self.input_ids[:, -1:])
             accepted, kept = self.accept(tree, self.prefill())
-            self.reports.put(self.append(tree, accepted), kept, 0)
+            self.reports.put(self.append(tree, accepted), kept, (0, None, {}))
             self.read()
             if not self.transcript.done:
                 self.start_drafter()
@@ -264,6 +269,7 @@ class Speculation:
             raise
         self.stats.why_eager, self.stats.lag = self.stages.why_eager, self.reports.lag
         self.stats.captured, self.stats.replayed = self.stages.captured, self.stages.replayed
+        self.stats.auto = self.controller and self.controller.summary
         self.stats.graph_bytes = self.stages.nbytes
         if self.stages.replayed:
             self.stats.seconds["replay"] = self.stages.seconds
@@ -281,28 +287,38 @@ class Speculation:
 
     @timed("draft")
     def start_drafter(self) -> None:
-        self.session = self.drafter.start(self.context, self.options.tree)
+        adapts = self.options.tree == "auto"
+        tree = most_nodes(self.model.device) if adapts else self.options.tree
+        self.session = self.drafter.start(self.context, tree)
         if not self.session.on_device:
             self.reports.lag = 0  # it drafts from what the host has read
         self.context.ahead = self.reports.lag * (self.session.max_depth + 1)
+        if adapts and self.session.max_nodes > 1:
+            self.controller = controller(self.context, self.session, self.stages)
 
     def step(self) -> None:
         """One round, but for the host's look at it."""
-        shape = self.prepare()
+        before = dict(self.stats.seconds)
+        asked = self.controller.choose() if self.controller else None
+        if asked and not self.context.fixed_shapes:
+            asked = asked.limited(self.context.useful_depth)
+        shape = self.prepare(asked)
         if self.session.on_device:
             tree = self.stages.run(("draft", shape), self.draft)
         else:
             shape, tree = self.hold(self.draft())
         report, kept = self.stages.run(("verify", shape), lambda: self.settle(tree, self.verify(tree)))
         self.stats.rounds += 1
-        self.reports.put(report, kept, self.stats.rounds)
+        spent = {name: self.stats.seconds[name] - before.get(name, 0) for name in ("draft", "verify")}
+        verified = asked and asked.limited(tree.max_depth)
+        self.reports.put(report, kept, (self.stats.rounds, verified, spent))
 
     @timed("draft")
-    def prepare(self) -> Hashable:
+    def prepare(self, asked: Topology | None) -> Hashable:
         """The host's part before a round: the shape of the draft, and room for it."""
         cache, before = self.runner.cache, self.runner.cache.slots
         cache.reserve(self.context.longest + self.session.max_nodes)
-        shape = self.session.prepare(), cache.slots
+        shape = self.session.prepare(asked), cache.slots
         if self.context.fixed_shapes and cache.slots > before:
             self.stages.forget()  # the buffer was outgrown
         return shape
@@ -436,7 +452,7 @@ class Speculation:
 
     @timed("emit")
     def append(self, tree: DraftTree, accepted: Acceptance) -> torch.Tensor:
-        """Append the accepted tokens and the target's own: the report, [B, D + 6] int64, tokens and five counts."""
+        """Append the accepted tokens and the target's own: the report, [B, 2 D + 6] int64, tokens, path, five counts."""
         context = self.context
         drafts = tree.tokens.gather(1, accepted.path.clamp(min=0).long())
         emitted = torch.cat([drafts, torch.zeros_like(accepted.next_ids)[:, None]], dim=1)
@@ -457,12 +473,12 @@ class Speculation:
         drafted = torch.where(live, (tree.parents >= 0).sum(1), 0)
         draft_nan = torch.zeros_like(live) if tree.has_nan is None else live & tree.has_nan
         fields = torch.stack([count, drafted, left, accepted.has_nan, draft_nan], dim=1)
-        return torch.cat([emitted, fields], dim=1)
+        return torch.cat([emitted, accepted.path, fields], dim=1)
 
     @timed("emit")
     def read(self) -> None:
         """The host's look at the oldest round it has not seen: the one read of a round."""
-        report, (kept, number) = self.reports.take()
+        report, kept, (number, verified, spent) = self.reports.take()
         if self.transcript.done:
             return  # while a processor raised
         context, batch = self.context, len(report)
@@ -485,6 +501,8 @@ class Speculation:
             self.stats.row_rounds += sum(count > 0 for count in counts)
             self.stats.drafted += sum(number for number, count in zip(drafted, counts, strict=True) if count)
             self.stats.accepted += sum(count - 1 for count in counts if count)
+            if verified is not None:
+                self.learn(verified, report, counts, drafted, spent)
         context.host_length += counts
         context.host_budget[:] = budget
         stopped = self.transcript.append(report, counts, kept)
@@ -492,6 +510,15 @@ class Speculation:
             self.stopped[stopped] = True
             context.host_budget[stopped] = 0
             self.budget[stopped] = 0
+
+    def learn(
+        self, verified: Topology, report: list[list[int]], counts: list[int], drafted: list[int], spent: dict
+    ) -> None:
+        """Tell what chooses the trees what became of one."""
+        depth = (len(report[0]) - 6) // 2
+        live = [row for row, count in enumerate(counts) if count]
+        paths = [report[row][depth + 1 : depth + counts[row]] for row in live]
+        self.controller.record(verified, paths, [drafted[row] > 0 for row in live], spent)
 
     def output(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         sequences = self.transcript.sequences

@@ -17,10 +17,11 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import check_supported, graph_hazard
-from .drafters import EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
+from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .engine import cannot_capture
 from .generate import TURN, Speculation, Stats
 from .options import Options
+from .tree import Topology
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
@@ -52,13 +53,22 @@ def patch(model: PreTrainedModel, **options) -> None:
     chosen = Options.of(options)
     check_supported(target)
     if chosen.drafter is not None:
-        chosen.drafter.check(target, chosen.rule, chosen.tree)
+        _check_drafter(target, chosen.drafter, chosen.rule, chosen.tree)
     _check_graphs(target, chosen)
     with _PATCHING:
         _check_holder("patch", target)
         if not isinstance(target, SpeculativeModel):
             target.__class__ = _speculative_class(type(target))
         _options[target] = chosen
+
+
+def _check_drafter(model: PreTrainedModel, drafter: Drafter, rule: str | None, tree: Topology | int | str | None) -> None:
+    if tree == "auto" and not drafter.resizable:
+        raise ValueError(
+            f'patch: tree="auto" must have a drafter that drafts what it is asked for, got {type(drafter).__name__}: '
+            "give a tree, or for prompt lookup branches=1"
+        )
+    drafter.check(model, rule, None if tree == "auto" else tree)
 
 
 def _check_graphs(model: PreTrainedModel, options: Options) -> None:
@@ -361,7 +371,7 @@ def _speculate(
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
         raise ValueError("generate: past_key_values must be None with speculative decoding, got the caller's cache")
     rule = (options.rule or "coupled") if generation_config.do_sample else "greedy"
-    options.drafter.check(model, rule, options.tree)
+    _check_drafter(model, options.drafter, rule, options.tree)
     speculation = Speculation(
         model,
         replace(options, rule=rule),

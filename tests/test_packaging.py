@@ -48,7 +48,10 @@ ARROWS = {
     "transcript": {"reference", "tree"},
     "engine": set(),
     "options": {"drafters", "rules", "tree"},
+    "auto": {"adaptive", "costs", "drafters", "engine", "rules", "tree"},
     "generate": {
+        "adaptive",
+        "auto",
         "attention",
         "cache",
         "drafters",

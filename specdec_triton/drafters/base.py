@@ -93,12 +93,16 @@ class DraftSession(ABC):
         on_device: `draft` and `observe` are tensor operations only, on tensors that stay where they are from round to
             round: no value is read on the host, no host state (`host_tokens`, `host_length`, `host_budget`) is used,
             and no shape depends on values. So a round can be captured once and replayed.
+        chains_only: of the trees that `prepare` may ask for, it can make chains only.
+        level_cost: seconds that drafting one level takes, of the target's for one token; 0 where no model runs.
     """
 
     max_nodes: int
     max_depth: int
     trusted = False
     on_device = False
+    chains_only = False
+    level_cost = 0.0
 
     def prepare(self, tree: Topology | None = None) -> Hashable:  # noqa: B027, most have nothing to prepare
         """The host's part of the next draft, called before each.
@@ -119,6 +123,14 @@ class DraftSession(ABC):
 
 
 class Drafter(ABC):
+    """See the module.
+
+    Attributes:
+        resizable: its sessions draft what `prepare` asks for, so that `tree="auto"` can choose.
+    """
+
+    resizable = False
+
     def check(  # noqa: B027, most serve every target
         self, model: PreTrainedModel, rule: str | None = None, tree: Topology | int | None = None
     ) -> None:
@@ -182,6 +194,8 @@ def check_rule(drafter: Drafter, rule: str | None, is_chain: bool, sampling: str
 
 class NoDrafter(Drafter):
     """No draft: every round is a plain decoding step of the same engine. The honest baseline."""
+
+    resizable = True
 
     def start(self, context, tree=None):
         return _NoSession(context)

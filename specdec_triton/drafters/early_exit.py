@@ -32,6 +32,8 @@ class EarlyExitDrafter(Drafter):
         ValueError: not exactly one of `num_layers` and `skip`, both shapes are given, or a number is below 1.
     """
 
+    resizable = True
+
     def __init__(
         self,
         num_layers: int | None = None,

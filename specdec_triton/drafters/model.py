@@ -43,6 +43,8 @@ class ModelDrafter(Drafter):
         ValueError: the model cannot draft, both shapes are given, or a number is below 1.
     """
 
+    resizable = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -136,6 +138,8 @@ class ModelSession(DraftSession):
         self._last_token = model.get_input_embeddings().num_embeddings - 1
         last = (context.max_length - context.start).clamp(max=limit) - 1
         self._runner = TreeRunner(model, context.start, last, context.impl, context.fixed_shapes, context.compiled)
+        sizes = [sum(weight.numel() for weight in each.parameters()) for each in (model, context.target.model)]
+        self.level_cost = sizes[0] / sizes[1]
         self._behind = 0  # rounds since the draft model last ran
         self._plans: dict[Topology, _Plan] = {}  # kept: captured rounds read their tensors
         if shares_cache:

@@ -28,6 +28,8 @@ class OracleDrafter(Drafter):
         ValueError: `text` is not 2-D, or `error_rate` is not a probability.
     """
 
+    resizable = True
+
     def __init__(self, text: torch.Tensor, error_rate: float = 0.0, tree: Topology | int | None = None, seed: int = 0):
         if text.dim() != 2:
             raise ValueError(f"OracleDrafter: text must be [B, L], got {list(text.shape)}")

@@ -39,6 +39,10 @@ class PromptLookupDrafter(Drafter):
                 raise ValueError(f"PromptLookupDrafter: {name} must be an integer of at least 1, got {number!r}")
         self.num_tokens, self.max_ngram, self.branches, self.adaptive = num_tokens, max_ngram, branches, adaptive
 
+    @property
+    def resizable(self) -> bool:
+        return self.branches == 1
+
     def check(self, model, rule=None, tree=None):
         check_rule(self, rule, is_chain=self.branches == 1)
         if isinstance(tree, Topology) and not tree.is_chain:
@@ -57,7 +61,7 @@ class PromptLookupDrafter(Drafter):
 class _Session(DraftSession):
     """What both sessions share: the shape."""
 
-    trusted = True
+    trusted = chains_only = True
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
         self.drafter, self.context = drafter, context
@@ -78,8 +82,8 @@ class _Session(DraftSession):
 
 
 def in_buckets(nodes: int) -> int:
-    """The width of a tree of so many nodes: a lone root stays alone."""
-    return nodes if nodes == 1 else -(-nodes // NODE_BUCKET) * NODE_BUCKET
+    """The width of a tree of so many nodes; small ones are not widened."""
+    return nodes if nodes < NODE_BUCKET else -(-nodes // NODE_BUCKET) * NODE_BUCKET
 
 
 class _LookupSession(_Session):

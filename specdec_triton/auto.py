@@ -1,0 +1,81 @@
+"""`tree="auto"` in a call: what its rounds cost here, and the controller that is told.
+
+On a GPU costs are timed before the first round, once for each model and batch size: verification of some sizes and
+drafts of some depths, as the rounds will run them. They write only to slots that the next round overwrites. On a CPU
+nothing is run for it: costs are learned from the rounds themselves.
+"""
+
+from weakref import WeakKeyDictionary
+
+import torch
+
+from .adaptive import LADDER, AdaptiveTree
+from .costs import CPU_PRIOR, Costs, OnlineCosts, measure_costs
+from .drafters import DraftContext, DraftSession
+from .engine import Stages
+from .rules import CHAIN_RULES
+from .tree import RANK_ACCEPTANCE, Topology, topology_tensors
+
+MOST_NODES = {"cuda": 64}
+MOST_NODES_ELSEWHERE = 16
+MOST_DEPTH = 16
+DRAFT_DEPTHS = (1, 4)  # timed; a level more costs what the levels between them do
+
+# model -> (batch, drafter, ...) -> what was measured
+_measured: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def most_nodes(device: torch.device) -> int:
+    """Nodes of the largest tree that may be chosen."""
+    return MOST_NODES.get(device.type, MOST_NODES_ELSEWHERE)
+
+
+def controller(context: DraftContext, session: DraftSession, stages: Stages) -> AdaptiveTree:
+    """What chooses the trees of a call.
+
+    Args:
+        context: the call's sequences, after the prompt.
+        session: the drafter's; `resizable`.
+        stages: how the call runs its stages.
+    """
+    if context.fixed_shapes:  # seconds of the host's clock say nothing
+        costs = measured_costs(context, session, stages)
+    else:
+        share = session.level_cost
+        costs = OnlineCosts(Costs(CPU_PRIOR.verify, ((1, share), (2, 2 * share)) if share else ()))
+    return AdaptiveTree(
+        costs,
+        max_nodes=min(session.max_nodes, most_nodes(context.start.device)),
+        max_depth=min(session.max_depth, MOST_DEPTH),
+        chain=session.chains_only or context.rule in CHAIN_RULES,
+        max_rank=len(RANK_ACCEPTANCE),
+        start=RANK_ACCEPTANCE,
+    )
+
+
+def measured_costs(context: DraftContext, session: DraftSession, stages: Stages) -> Costs:
+    """Seconds of verifying and drafting, timed now or, for a call like this one, before."""
+    known = _measured.setdefault(context.target.model, {})
+    call = len(context.start), type(session), session.level_cost, context.compiled, stages.why_eager is None
+    if call not in known:
+        known[call] = _measure(context, session, Stages(context.start.device, stages.why_eager))
+    return known[call]
+
+
+def _measure(context: DraftContext, session: DraftSession, stages: Stages) -> Costs:
+    device, batch = context.start.device, len(context.start)
+    context.target.cache.reserve(context.longest + session.max_nodes)
+
+    def verify(num_nodes: int) -> None:
+        _, depth, ancestors = topology_tensors(Topology.chain(num_nodes - 1), device)
+        tree = depth.expand(batch, -1), ancestors.expand(batch, -1, -1)
+        tokens = context.root[:, None].expand(-1, num_nodes)
+        stages.run(("verify", num_nodes), lambda: context.target.forward(tokens, *tree, context.length))
+
+    def draft(depth: int) -> None:
+        stages.run(("draft", session.prepare(Topology.chain(depth))), session.draft)
+
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sizes = [size for size in LADDER if size <= session.max_nodes]
+    depths = [depth for depth in DRAFT_DEPTHS if depth <= session.max_depth]
+    return Costs(measure_costs(verify, sizes, synchronize), measure_costs(draft, depths, synchronize))

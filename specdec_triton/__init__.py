@@ -19,7 +19,7 @@ from .drafters import (
 )
 from .generate import Stats
 from .patch import Options, SpeculativeGenerate, patch, patched, stats, unpatch
-from .tree import DraftTree, Topology
+from .tree import DraftTree, DynamicTree, Topology
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "DraftSession",
     "DraftTree",
     "Drafter",
+    "DynamicTree",
     "EarlyExitDrafter",
     "ModelDrafter",
     "Options",

@@ -37,7 +37,7 @@ from .reference import Acceptance
 from .rules import LOSSY_RULES
 from .runner import TreeRunner
 from .transcript import Transcript
-from .tree import DraftTree, Topology
+from .tree import DraftTree, DynamicTree, Topology
 
 # The attention implementation is a setting of the config, which models may share: one call at a time may switch it.
 TURN = threading.RLock()
@@ -116,7 +116,7 @@ class Speculation:
         self,
         model: PreTrainedModel,
         drafter: Drafter,
-        tree: Topology | int | None,
+        tree: Topology | DynamicTree | int | None,
         rule: str,
         seed: int | Sequence[int] | None,
         impl: str | None,

@@ -20,7 +20,7 @@ from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, Prompt
 from .drafters.base import check_tree
 from .generate import TURN, Speculation, Stats
 from .rules import RULES
-from .tree import Topology
+from .tree import DynamicTree, Topology
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
@@ -35,7 +35,7 @@ class Options:
         rule: how draft tokens of calls that sample are accepted: "coupled" (None), "rejection", "block",
             "multi_round", "traversal", or "typical", which is lossy. Calls that do not sample are greedy, whatever it
             says; "greedy" refuses the others.
-        tree: a `Topology`, a number of nodes (root included), or None for the drafter's own shape.
+        tree: a `Topology`, a number of nodes (root included), a `DynamicTree`, or None for the drafter's own shape.
         seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
             (after expansion by num_return_sequences); None draws one from torch's global generator at each call. Calls
             that stay plain have no use for it: the seeded text without a draft is that of `SpeculativeGenerate()`.
@@ -46,7 +46,7 @@ class Options:
 
     drafter: Drafter | None = None
     rule: str | None = None
-    tree: Topology | int | None = None
+    tree: Topology | DynamicTree | int | None = None
     seed: int | list[int] | None = None
     cuda_graphs: str | bool = "auto"
     compile: bool = False

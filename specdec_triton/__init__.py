@@ -20,7 +20,7 @@ from .drafters import (
 from .generate import Stats
 from .options import Options
 from .patch import SpeculativeGenerate, patch, patched, stats, unpatch
-from .tree import DraftTree, Topology
+from .tree import DraftTree, DynamicTree, Topology
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "DraftSession",
     "DraftTree",
     "Drafter",
+    "DynamicTree",
     "EarlyExitDrafter",
     "ModelDrafter",
     "Options",

@@ -41,7 +41,7 @@ from .reference import Acceptance
 from .rules import LOSSY_RULES
 from .runner import TreeRunner
 from .transcript import Transcript
-from .tree import DraftTree, Topology
+from .tree import DraftTree, DynamicTree, Topology
 
 # The attention implementation is a setting of the config, which models may share: one call at a time may switch it.
 TURN = threading.RLock()

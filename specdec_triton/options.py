@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from .drafters import Drafter
 from .drafters.base import check_tree
 from .rules import RULES
-from .tree import Topology
+from .tree import DynamicTree, Topology
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Options:
         rule: how draft tokens of calls that sample are accepted: "coupled" (None), "rejection", "block",
             "multi_round", "traversal", or "typical", which is lossy. Calls that do not sample are greedy, whatever it
             says; "greedy" refuses the others.
-        tree: a `Topology`, a number of nodes (root included), None for the drafter's own shape, or "auto": what pays by
-            measured times and acceptance, from round to round, and no draft at all where none does.
+        tree: a `Topology`, a number of nodes (root included), a `DynamicTree`, None for the drafter's own shape, or
+            "auto": what pays by measured times and acceptance, round by round, and no draft at all where none does.
         seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
             (after expansion by num_return_sequences); None draws one from torch's global generator at each call. Calls
             that stay plain have no use for it: the seeded text without a draft is that of `SpeculativeGenerate()`.
@@ -30,7 +30,7 @@ class Options:
 
     drafter: Drafter | None = None
     rule: str | None = None
-    tree: Topology | int | str | None = None
+    tree: Topology | DynamicTree | int | str | None = None
     seed: int | list[int] | None = None
     cuda_graphs: str | bool = "auto"
     compile: bool = False

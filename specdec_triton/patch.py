@@ -21,7 +21,7 @@ from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, Prompt
 from .engine import cannot_capture
 from .generate import TURN, Speculation, Stats
 from .options import Options
-from .tree import Topology
+from .tree import DynamicTree, Topology
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
@@ -62,7 +62,9 @@ def patch(model: PreTrainedModel, **options) -> None:
         _options[target] = chosen
 
 
-def _check_drafter(model: PreTrainedModel, drafter: Drafter, rule: str | None, tree: Topology | int | str | None) -> None:
+def _check_drafter(
+    model: PreTrainedModel, drafter: Drafter, rule: str | None, tree: Topology | DynamicTree | int | str | None
+) -> None:
     if tree == "auto" and not drafter.resizable:
         raise ValueError(
             f'patch: tree="auto" must have a drafter that drafts what it is asked for, got {type(drafter).__name__}: '

@@ -1,4 +1,5 @@
-"""Draft trees: their shape (`Topology`), their tokens (`DraftTree`) and the packed form that attention reads.
+"""Draft trees: their shape (`Topology`, or `DynamicTree` where probabilities decide it), their tokens (`DraftTree`) and
+the packed form that attention reads.
 
 A tree has N nodes. Node 0 is the root: the last emitted token, not yet in the cache. Every other node is a draft
 token that continues its parent; parents come before children. Node i occupies cache slot length + i during
@@ -126,6 +127,52 @@ TREE_TENSORS = ("tokens", "parents", "depth", "ancestors", "draft_logits", "draf
 
 
 @dataclass(frozen=True)
+class DynamicTree:
+    """A tree whose shape follows the draft's probabilities, anew each round: EAGLE-2's (Li et al. 2024, arXiv
+    2406.16858).
+
+    Level by level the likeliest `width` nodes are expanded, each into its `width` likeliest children, a node being as
+    likely as its path: the product of the probabilities along it. Of all nodes made, the likeliest are kept.
+
+    Attributes:
+        num_nodes: N, root included, that are kept.
+        width: K, nodes that a level expands, and children of each.
+        depth: D, levels: forwards of the draft.
+
+    Raises:
+        ValueError: a number is no integer of at least 1, or more nodes would be kept than are made.
+    """
+
+    num_nodes: int
+    width: int
+    depth: int
+
+    def __post_init__(self):
+        for name in ("num_nodes", "width", "depth"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"DynamicTree: {name} must be an integer of at least 1, got {number!r}")
+        most = self.made(self.depth)
+        if self.num_nodes > most:
+            raise ValueError(
+                f"DynamicTree: num_nodes must be at most the {most} that width {self.width} and depth {self.depth} "
+                f"make, got {self.num_nodes}"
+            )
+
+    def made(self, levels: int) -> int:
+        """Nodes that the first `levels` levels make, root included."""
+        return 1 + self.width * (1 + self.width * (levels - 1)) if levels else 1
+
+    @property
+    def max_depth(self) -> int:
+        return min(self.depth, self.num_nodes - 1)
+
+    @property
+    def is_chain(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
 class DraftTree:
     """Draft tokens in a tree, one tree a sequence, all on one device.
 
@@ -248,16 +295,34 @@ class DraftTree:
             tokens.append(candidates[:, position].gather(1, place % width))
             first += mass[-1].shape[1]
             mass.append(best)
-        # a stable sort keeps a parent before a child of the same mass
-        order = torch.cat(mass, 1).argsort(dim=1, descending=True, stable=True)[:, :num_nodes]
-        order = order.sort(1).values
-        place = torch.full((batch, first + mass[-1].shape[1]), -1, dtype=torch.int64, device=root.device)
-        place.scatter_(1, order, torch.arange(num_nodes, device=root.device).expand(batch, -1))
-        kept_parents = place.gather(1, torch.cat(parents, 1).gather(1, order).clamp(min=0))
-        kept_parents[:, 0] = -1
-        return cls.from_parents(
-            torch.cat(tokens, 1).gather(1, order), kept_parents.int(), min(max_depth, num_nodes - 1)
+        tree, _ = cls.likeliest(
+            torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(mass, 1), num_nodes, min(max_depth, num_nodes - 1)
         )
+        return tree
+
+    @classmethod
+    def likeliest(
+        cls, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor, num_nodes: int, max_depth: int
+    ) -> tuple["DraftTree", torch.Tensor]:
+        """The `num_nodes` nodes of the greatest scores, of C that are a tree. Nothing is read on the host.
+
+        Args:
+            tokens: [B, C] int64.
+            parents: [B, C] int64. -1 at the root, which is the first, and parents[:, i] < i elsewhere.
+            scores: [B, C] float. No node's is above its parent's, so the greatest are closed under parents.
+            num_nodes: N, root included; at most C.
+            max_depth: a bound on the depth.
+
+        Returns:
+            The tree, and [B, N] int64: which of the C each of its nodes is, ascending.
+        """
+        # a stable sort keeps a parent before a child of the same score
+        kept = scores.argsort(dim=1, descending=True, stable=True)[:, :num_nodes].sort(1).values
+        place = torch.full_like(parents, -1)
+        place.scatter_(1, kept, torch.arange(num_nodes, device=tokens.device).expand(len(tokens), -1))
+        kept_parents = place.gather(1, parents.gather(1, kept).clamp(min=0))
+        kept_parents[:, 0] = -1
+        return cls.from_parents(tokens.gather(1, kept), kept_parents.int(), max_depth), kept
 
     def drawn(
         self, sampling: str, draft_logits: torch.Tensor, draft_row: torch.Tensor, draft_filters: Filters | None = None
@@ -429,6 +494,20 @@ def _pack_bits(member: torch.Tensor) -> torch.Tensor:
     bits = torch.arange(WORD_BITS, device=member.device)
     # distinct bits add without a carry, so a sum is an or; bit 63 is the sign
     return (padded.unflatten(-1, (words, WORD_BITS)) << bits).sum(-1)
+
+
+def with_children(ancestors: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+    """Ancestor words of a tree that grows: [B, T + n, ceil((T + n) / 64)] int64.
+
+    Args:
+        ancestors: [B, T, W] int64, see `DraftTree`.
+        parents: [B, n] int64. Of the nodes T, T + 1, ...: nodes below T.
+    """
+    first, total = ancestors.shape[1], ancestors.shape[1] + parents.shape[1]
+    own = _pack_bits(torch.eye(total, dtype=torch.bool, device=parents.device)[first:])
+    ancestors = torch.nn.functional.pad(ancestors, (0, own.shape[-1] - ancestors.shape[-1]))
+    inherited = ancestors.gather(1, parents[:, :, None].expand(-1, -1, own.shape[-1]))
+    return torch.cat([ancestors, inherited | own], 1)
 
 
 @lru_cache(maxsize=256)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec_triton import DraftTree, Topology
+from specdec_triton import DraftTree, DynamicTree, Topology
 from specdec_triton.filters import Filters
+from specdec_triton.tree import with_children
 
 
 @st.composite
@@ -137,3 +138,28 @@ def test_a_drawn_tree_refuses_what_does_not_fit(changes, message):
     given = {"sampling": "with", "draft_logits": torch.zeros(3, 2, 7), "draft_row": tree.parents} | changes
     with pytest.raises(ValueError, match=f"^DraftTree.drawn: .*{message}"):
         tree.drawn(**given)
+
+
+def test_ancestors_of_a_tree_that_grows():
+    """Level by level, past one word and past two."""
+    random, parents = torch.Generator().manual_seed(0), torch.full((2, 1), -1, dtype=torch.int64)
+    grown = DraftTree.root_only(parents).ancestors
+    for level in (1, 40, 30, 70):
+        above = torch.randint(parents.shape[1], (2, level), generator=random)
+        parents, grown = torch.cat([parents, above], 1), with_children(grown, above)
+        assert torch.equal(grown, DraftTree.from_parents(parents, parents.int()).ancestors)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((0, 2, 2), "DynamicTree: num_nodes must be an integer of at least 1, got 0"),
+        ((4, 2.0, 2), "DynamicTree: width must be an integer of at least 1, got 2.0"),
+        ((4, 2, True), "DynamicTree: depth must be an integer of at least 1, got True"),
+        ((8, 2, 2), "DynamicTree: num_nodes must be at most the 7 that width 2 and depth 2 make, got 8"),
+    ],
+)
+def test_what_no_dynamic_tree_can_be(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicTree(*numbers)
+    assert [DynamicTree(7, 2, 2).made(levels) for levels in range(4)] == [1, 3, 7, 11]

@@ -16,7 +16,7 @@ from ..filters import Filters
 from ..reference import Acceptance
 from ..rules import CHAIN_RULES, check_legal
 from ..runner import TreeRunner
-from ..tree import DraftTree, Topology
+from ..tree import DraftTree, DynamicTree, Topology
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Drafter(ABC):
     resizable = False
 
     def check(  # noqa: B027, most serve every target
-        self, model: PreTrainedModel, rule: str | None = None, tree: Topology | int | None = None
+        self, model: PreTrainedModel, rule: str | None = None, tree: Topology | DynamicTree | int | None = None
     ) -> None:
         """Refuse what this drafter cannot draft for; asked in `patch` and before each `generate`.
 
@@ -150,20 +150,22 @@ class Drafter(ABC):
         return None
 
     @abstractmethod
-    def start(self, context: DraftContext, tree: Topology | int | None = None) -> DraftSession:
+    def start(self, context: DraftContext, tree: Topology | DynamicTree | int | None = None) -> DraftSession:
         """Open a session.
 
         Args:
             context: the call's sequences after the prompt; updated in place from round to round.
-            tree: the shape asked for in `patch`: a topology, a number of nodes (root included), or None for the
-                drafter's own.
+            tree: the shape asked for in `patch`: a topology, a number of nodes (root included), a dynamic tree, or None
+                for the drafter's own.
 
         Raises:
             ValueError: this drafter cannot make such a tree.
         """
 
 
-def topology_of(tree: Topology | int | None, default: Topology, rule: str | None = None) -> Topology:
+def topology_of(
+    tree: Topology | DynamicTree | int | None, default: Topology, rule: str | None = None
+) -> Topology | DynamicTree:
     """The topology that `tree` asks for: itself, the likeliest of so many nodes (a chain where the rule takes no
     other), or the drafter's default."""
     if tree is None:
@@ -173,15 +175,30 @@ def topology_of(tree: Topology | int | None, default: Topology, rule: str | None
     return Topology.chain(tree - 1) if rule in CHAIN_RULES else Topology.from_budget(tree)
 
 
-def check_tree(owner: str, tree: Topology | int | None) -> None:
+def check_tree(owner: str, tree: Topology | DynamicTree | int | None) -> None:
     """Refuse what is no shape of a tree.
 
     Raises:
         ValueError: names `owner`.
     """
     is_number = isinstance(tree, int) and not isinstance(tree, bool) and tree >= 1
-    if tree is not None and not isinstance(tree, Topology) and not is_number:
-        raise ValueError(f"{owner}: tree must be None, a Topology or a number of nodes of at least 1, got {tree!r}")
+    if tree is not None and not isinstance(tree, (Topology, DynamicTree)) and not is_number:
+        raise ValueError(
+            f"{owner}: tree must be None, a Topology or a number of nodes of at least 1, or a DynamicTree, got {tree!r}"
+        )
+
+
+def check_static(owner: str, tree: Topology | DynamicTree | int | None) -> None:
+    """Refuse a dynamic tree, for a drafter without probabilities.
+
+    Raises:
+        ValueError: names `owner`.
+    """
+    if isinstance(tree, DynamicTree):
+        raise ValueError(
+            f"{owner}: tree must not be a DynamicTree, which takes a draft's probabilities (ModelDrafter and "
+            f"EarlyExitDrafter have them), got {tree}"
+        )
 
 
 def check_rule(drafter: Drafter, rule: str | None, is_chain: bool, sampling: str = "none") -> None:

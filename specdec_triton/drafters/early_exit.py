@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..tree import Topology
+from ..tree import DynamicTree, Topology
 from .base import Drafter
-from .model import ModelSession, check_shape, draft_shape
+from .model import check_shape, draft_shape, start_session
 
 PER_LAYER_OPTIONS = ("hidden_size_per_layer_input", "num_kv_shared_layers")
 
@@ -25,7 +25,7 @@ class EarlyExitDrafter(Drafter):
         num_layers: how many of the first layers to keep.
         skip: or which layers to leave out, by index.
         num_tokens: length of a chain; default the model's own `generation_config.num_assistant_tokens`, else 20.
-        tree: a topology, or a number of nodes (root included); instead of a chain.
+        tree: a topology, a number of nodes (root included) or a `DynamicTree`; instead of a chain.
         replacement: see `ModelDrafter`.
 
     Raises:
@@ -39,7 +39,7 @@ class EarlyExitDrafter(Drafter):
         num_layers: int | None = None,
         skip: Sequence[int] | None = None,
         num_tokens: int | None = None,
-        tree: Topology | int | None = None,
+        tree: Topology | DynamicTree | int | None = None,
         replacement: bool = False,
     ):
         if (num_layers is None) == (skip is None):
@@ -93,7 +93,7 @@ class EarlyExitDrafter(Drafter):
         draft = with_layers(model, kept)
         shares_cache = kept == list(range(len(kept)))
         shape = draft_shape(self, tree, model, context.rule, context.vocab_size)
-        return ModelSession(draft, context, shape, shares_cache, self.replacement)
+        return start_session(draft, context, shape, shares_cache, self.replacement)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -13,7 +13,7 @@ from ..noise import COUPLED, DRAFT, gumbel
 from ..reference import Acceptance
 from ..rules import WEIGHING_RULES
 from ..runner import TreeRunner
-from ..tree import DraftTree, Topology, topology_tensors
+from ..tree import DraftTree, DynamicTree, Topology, topology_tensors
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, topology_of
 
 # The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
@@ -27,7 +27,8 @@ class ModelDrafter(Drafter):
 
     A node's children are what the call's acceptance rule has use for: the draft's likeliest tokens, by rank; under
     "coupled" the likeliest with the target's own noise added; under the rules that weigh a token by its draft
-    probability, draws from the draft's distribution, filtered as the target's is.
+    probability, draws from the draft's distribution, filtered as the target's is. A `DynamicTree` is cut by value, so
+    it is made without chance under every rule, and those weigh its tokens as certain.
 
     The draft keeps its own tree cache through the call: a token's keys and values are computed once (the last one
     twice, to keep shapes fixed).
@@ -36,7 +37,7 @@ class ModelDrafter(Drafter):
         model: decoder-only, in transformers' attention interface, on the target's device.
         num_tokens: length of a chain; default the model's own `generation_config.num_assistant_tokens`,
             else 20.
-        tree: a topology, or a number of nodes (root included); instead of a chain.
+        tree: a topology, a number of nodes (root included) or a `DynamicTree`; instead of a chain.
         replacement: siblings that are drawn may be equal; else the draft's distribution loses a token once drawn.
 
     Raises:
@@ -49,7 +50,7 @@ class ModelDrafter(Drafter):
         self,
         model: PreTrainedModel,
         num_tokens: int | None = None,
-        tree: Topology | int | None = None,
+        tree: Topology | DynamicTree | int | None = None,
         replacement: bool = False,
     ):
         if not isinstance(model, PreTrainedModel):
@@ -74,7 +75,7 @@ class ModelDrafter(Drafter):
 
     def start(self, context, tree=None):
         shape = draft_shape(self, tree, self.model, context.rule, context.vocab_size)
-        return ModelSession(self.model, context, shape, replacement=self.replacement)
+        return start_session(self.model, context, shape, replacement=self.replacement)
 
 
 def check_shape(drafter: Drafter) -> None:
@@ -90,8 +91,12 @@ def check_shape(drafter: Drafter) -> None:
 
 
 def draft_shape(
-    drafter: Drafter, tree: Topology | int | None, model: PreTrainedModel, rule: str | None, vocab_size: int
-) -> Topology:
+    drafter: Drafter,
+    tree: Topology | DynamicTree | int | None,
+    model: PreTrainedModel,
+    rule: str | None,
+    vocab_size: int,
+) -> Topology | DynamicTree:
     """The tree asked for in the call, else the drafter's, else a chain as long as the drafter or `model` says.
 
     Raises:
@@ -99,13 +104,30 @@ def draft_shape(
     """
     length = drafter.num_tokens or model.generation_config.num_assistant_tokens or DEFAULT_TOKENS
     shape = topology_of(drafter.tree if tree is None else tree, Topology.chain(length), rule)
-    check_rule(drafter, rule, shape.is_chain, "without")
-    if max(shape.ranks) >= vocab_size:
+    dynamic = isinstance(shape, DynamicTree)
+    check_rule(drafter, rule, shape.is_chain, "none" if dynamic else "without")
+    children = shape.width if dynamic else 1 + max(shape.ranks)
+    if children > vocab_size:
         raise ValueError(
             f"{type(drafter).__name__}: tree must not have more children a node than the vocabulary's {vocab_size} "
-            f"tokens, got a rank of {max(shape.ranks)}"
+            f"tokens, got {children}"
         )
     return shape
+
+
+def start_session(
+    model: PreTrainedModel,
+    context: DraftContext,
+    shape: Topology | DynamicTree,
+    shares_cache: bool = False,
+    replacement: bool = False,
+) -> "ModelSession":
+    """The session that drafts such a shape: for the arguments see `ModelSession`."""
+    from .dynamic import DynamicSession  # which builds on this module
+
+    if isinstance(shape, DynamicTree):
+        return DynamicSession(model, context, shape, shares_cache)
+    return ModelSession(model, context, shape, shares_cache, replacement)
 
 
 class ModelSession(DraftSession):
@@ -198,9 +220,7 @@ class ModelSession(DraftSession):
 
     def draft(self) -> DraftTree:
         context, topology = self.context, self._drafted
-        first = context.length - (self._catch_up - 1)
-        columns = first[:, None] + torch.arange(self._catch_up, device=first.device)
-        fed = context.tokens.gather(1, columns)
+        first, fed = self._catching_up()
         tokens, has_nan = [fed[:, -1:]], torch.zeros_like(first, dtype=torch.bool)
         plan = self._plans[topology]
         drawn_from = []
@@ -224,6 +244,19 @@ class ModelSession(DraftSession):
             context.filters,
         )
 
+    def _catching_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a round begins in the draft's cache [B], and the tokens that it begins with [B, catch-up], the root the
+        last of them."""
+        first = self.context.length - (self._catch_up - 1)
+        columns = first[:, None] + torch.arange(self._catch_up, device=first.device)
+        return first, self.context.tokens.gather(1, columns)
+
+    def _perturbed(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
+        """[B, n, V]: filtered log-probabilities with the noise that the target will have at this depth."""
+        context = self.context
+        noise = gumbel(context.seeds, context.position + depth, 0, COUPLED, logits.shape[-1])
+        return filtered_log_probs(logits, context.filters) + noise[:, None]
+
     def _children(self, level: "_Level", logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The level's candidates from its parents' logits [B, parents, V].
 
@@ -232,9 +265,7 @@ class ModelSession(DraftSession):
         """
         context = self.context
         if context.rule == "coupled":
-            row = context.seeds, context.position + level.depth_below
-            noise = gumbel(*row, 0, COUPLED, logits.shape[-1])[:, None]
-            logits = filtered_log_probs(logits, context.filters) + noise
+            logits = self._perturbed(logits, level.depth_below)
         elif context.rule in WEIGHING_RULES:
             log_probs = filtered_log_probs(logits, context.filters)
             row = context.seeds[:, None], context.position[:, None]

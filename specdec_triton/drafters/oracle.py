@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..tree import DraftTree, Topology, topology_tensors
-from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, topology_of
+from .base import DraftContext, Drafter, DraftSession, check_rule, check_static, check_tree, topology_of
 
 DEFAULT_TOKENS = 5
 
@@ -36,9 +36,11 @@ class OracleDrafter(Drafter):
         if not 0 <= error_rate <= 1:
             raise ValueError(f"OracleDrafter: error_rate must be 0 to 1, got {error_rate}")
         check_tree("OracleDrafter", tree)
+        check_static("OracleDrafter", tree)
         self.text, self.error_rate, self.tree, self.seed = text.cpu().long().numpy(), error_rate, tree, seed
 
     def check(self, model, rule=None, tree=None):
+        check_static("OracleDrafter", tree)
         check_rule(self, rule, self._shape(tree, rule).is_chain)
 
     def _shape(self, tree: Topology | int | None, rule: str | None) -> Topology:

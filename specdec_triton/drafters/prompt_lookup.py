@@ -9,7 +9,7 @@ import torch
 
 from ..reference import Acceptance
 from ..tree import DraftTree, Topology
-from .base import DraftContext, Drafter, DraftSession, check_rule
+from .base import DraftContext, Drafter, DraftSession, check_rule, check_static
 
 FIRST_NEEDED = 2  # tokens that a match must have at first: one alone is mostly chance
 # trees are padded to a multiple: on CPUs a product over 11 rows takes longer than over 12, and fewer widths mean fewer
@@ -44,6 +44,7 @@ class PromptLookupDrafter(Drafter):
         return self.branches == 1
 
     def check(self, model, rule=None, tree=None):
+        check_static("PromptLookupDrafter", tree)
         check_rule(self, rule, is_chain=self.branches == 1)
         if isinstance(tree, Topology) and not tree.is_chain:
             raise ValueError(

@@ -1,0 +1,114 @@
+"""A draft model's dynamic tree, built on the device: its shape follows the draft's probabilities from round to round.
+
+Source: EAGLE-2 (Li et al. 2024, arXiv 2406.16858), whose draft is a head on the target; here it is any model.
+
+Letters: B sequences, N nodes kept, K nodes expanded a level and children of each, C nodes made, V vocabulary.
+"""
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from ..filters import filtered_log_probs
+from ..reference import Acceptance
+from ..tree import DraftTree, DynamicTree, Topology, topology_tensors, with_children
+from .base import DraftContext
+from .model import ModelSession
+
+
+class DynamicSession(ModelSession):
+    """A model that drafts a `DynamicTree`: tokens chosen without chance, by their probability after the call's filters.
+
+    Under "coupled" the noise that the target will have is added first, and a node's score is the log-softmax of the
+    sum. That is a heuristic: the order of siblings is the target's own where the two models agree, but how sure a
+    choice is, and so which paths are kept, is a guess.
+
+    Args:
+        model, context, shares_cache: see `ModelSession`.
+        tree: what to draft.
+    """
+
+    on_device = True
+
+    def __init__(self, model: PreTrainedModel, context: DraftContext, tree: DynamicTree, shares_cache: bool = False):
+        super().__init__(model, context, tree, shares_cache)
+        self._levels, self._kept, self._follows = tree.depth, tree.num_nodes, True
+        # [B, N]: slot of each node in the draft's cache, from the root's; -1: never forwarded
+        self._slots = torch.full((len(context.start), tree.num_nodes), -1, device=context.start.device)
+
+    @property
+    def _room(self) -> int:
+        return self._catch_up + self.topology.width * (self.topology.depth - 1)
+
+    def prepare(self, tree: Topology | DynamicTree | None = None):
+        """A tree that is asked for limits the nodes kept and the levels. Returns both, and the slots shown."""
+        wanted, context = self.topology, self.context
+        self._levels, self._kept = wanted.depth, wanted.num_nodes
+        if tree is not None:
+            self._levels, self._kept = min(self._levels, tree.max_depth), min(self._kept, tree.num_nodes)
+        useful = self._levels if context.fixed_shapes else context.useful_depth
+        # without a level the draft's cache must still follow the text, until its end
+        self._follows = not self._shares_cache and (context.fixed_shapes or useful > 0)
+        self._levels = min(self._levels, useful)
+        self._runner.cache.reserve(context.longest + self._room)
+        self._kept = min(self._kept, wanted.made(self._levels))
+        return self._levels, self._kept, self._runner.cache.slots
+
+    def draft(self) -> DraftTree:
+        context, width = self.context, self.topology.width
+        first, fed = self._catching_up()
+        batch, device = len(first), first.device
+        root = fed[:, -1:]
+        # the nodes made so far, and the slots of those that are forwarded
+        tokens, parents, scores = [root], [torch.full_like(root, -1)], [torch.zeros(batch, 1, device=device)]
+        slots = [torch.zeros_like(root)]
+        has_nan = torch.zeros_like(first, dtype=torch.bool)
+        # the tree in the draft's cache: what is caught up with is a path down to the root
+        chain = Topology.chain(self._catch_up - 1)
+        _, depth, ancestors = (part.expand(batch, *part.shape[1:]) for part in topology_tensors(chain, device))
+        at, made = torch.zeros_like(root), 1  # the nodes to expand, and how many there are
+        mass, row = scores[0], torch.full_like(root, self._catch_up - 1)
+        if not self._levels and self._follows:
+            self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
+        for level in range(1, self._levels + 1):
+            logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
+            best, children = self._log_probs(logits[:, -at.shape[1] :, : context.vocab_size], level).topk(width)
+            has_nan |= best.isnan().flatten(1).any(1)
+            mass, children = (mass[:, :, None] + best).flatten(1), children.flatten(1)
+            tokens.append(children)
+            parents.append(at.repeat_interleave(width, 1))
+            scores.append(mass)
+            slots.append(torch.full_like(children, -1))
+            if level == self._levels:
+                break
+            mass, place = mass.topk(width)
+            slot = 1 + (level - 1) * width + torch.arange(width, device=device)
+            slots[-1].scatter_(1, place, slot.expand(batch, -1))
+            fed, at, made = children.gather(1, place), made + place, made + children.shape[1]
+            above = row.gather(1, place // width)
+            row = (slot + self._catch_up - 1).expand(batch, -1)
+            ancestors = with_children(ancestors, above)
+            depth = torch.cat([depth, torch.full_like(fed, self._catch_up - 1 + level)], 1)
+        tree, nodes = DraftTree.likeliest(
+            torch.cat(tokens, 1),
+            torch.cat(parents, 1),
+            torch.cat(scores, 1),
+            self._kept,
+            min(self._levels, self._kept - 1),
+        )
+        self._slots[:, : self._kept].copy_(torch.cat(slots, 1).gather(1, nodes))
+        return replace(tree, has_nan=has_nan)
+
+    def _log_probs(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
+        """How likely each token is the target's choice at this depth, by the draft's logits [B, n, V] above it."""
+        if self.context.rule == "coupled":
+            return self._perturbed(logits, depth).log_softmax(-1)
+        return filtered_log_probs(logits, self.context.filters)
+
+    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
+        if self._shares_cache or tree.max_depth == 0:
+            return
+        slots = self._slots.gather(1, accepted.path.clamp(min=0).long())
+        path = torch.where(accepted.path >= 0, slots, -1).int()
+        self._runner.cache.compact(self.context.length, path, self.context.impl)

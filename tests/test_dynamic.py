@@ -1,0 +1,198 @@
+"""Dynamic trees: which nodes they hold, and that their shape is nobody's business but the drafter's."""
+
+import numpy as np
+import pytest
+import torch
+
+import specdec_triton as sdt
+from families import NEVER, VOCAB, build, prompt
+from specdec_triton.drafters import dynamic
+from specdec_triton.filters import Filters, filtered_log_probs
+from specdec_triton.instruments import count_host_reads
+from specdec_triton.noise import COUPLED, gumbel, row_seeds
+from specdec_triton.prove import prove
+from test_drafters import context
+
+TREE = sdt.DynamicTree(12, width=3, depth=4)
+GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": NEVER}
+SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
+
+
+def alike(target, noise=0.2):
+    """A draft that often agrees with a target of the seed 0."""
+    draft, random = build("llama"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            if weight.dim() > 1:
+                weight += noise * weight.std() * torch.randn(weight.shape, generator=random)
+    return draft
+
+
+def made_by_hand(draft, text, tree, levels, score):
+    """Paths of tokens, each with its score, as EAGLE-2 expands them: a forward without a cache for every node."""
+    found, level = {(): 0.0}, [()]
+    for depth in range(1, levels + 1):
+        children = {}
+        for path in level:
+            scores = score(draft(torch.tensor([[*text, *path]])).logits[0, -1].detach(), depth)
+            for token in scores.argsort(descending=True)[: tree.width].tolist():
+                children[(*path, token)] = found[path] + float(scores[token])
+        found |= children
+        level = sorted(children, key=children.get, reverse=True)[: tree.width]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tree", "asked", "rule"),
+    [
+        (TREE, [None], "greedy"),
+        (TREE, [None], "coupled"),
+        (TREE, [None], "multi_round"),
+        (TREE, [None, sdt.Topology.from_budget(6), sdt.Topology.chain(0), sdt.Topology.chain(0)], "greedy"),
+        (sdt.DynamicTree(5, width=1, depth=4), [None], "greedy"),
+        (sdt.DynamicTree(67, width=6, depth=13), [None], "greedy"),  # forwards of more than 64 nodes
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed"])
+def test_the_likeliest_nodes_are_kept(tree, asked, rule, fixed, monkeypatch):
+    """And the draft's cache is right after every round, whatever was accepted: each is compared with forwards over the
+    whole text. Nothing is read on the host, and nothing moves."""
+    target, rounds, addresses = build("llama"), [], set()
+    draft = alike(target, noise=0.03)  # long paths are accepted
+    prepare, propose, observe = (getattr(dynamic.DynamicSession, name) for name in ("prepare", "draft", "observe"))
+
+    def preparing(session, _=None):
+        session.context.fixed_shapes = fixed
+        session.shape = prepare(session, asked[len(rounds) % len(asked)])
+        return session.shape
+
+    def proposing(session):
+        with count_host_reads() as reads:
+            proposed = propose(session)
+        assert not reads.total
+        now = session.context
+        rounds.append((now.host_tokens.copy(), now.host_length.copy(), now.host_budget.copy(), session.shape, proposed))
+        return proposed
+
+    def observing(session, *seen):
+        with count_host_reads() as reads:
+            observe(session, *seen)
+        assert not reads.total
+        addresses.add((session._slots.data_ptr(), session._runner.cache.storage.data_ptr()))
+
+    for name, method in (("prepare", preparing), ("draft", proposing), ("observe", observing)):
+        monkeypatch.setattr(dynamic.DynamicSession, name, method)
+    with sdt.patched(target, drafter=sdt.ModelDrafter(draft, tree=tree), seed=5, rule=rule):
+        target.generate(**prompt(), **(GREEDY if rule == "greedy" else SAMPLED))
+    assert sdt.stats(target).accepted > 9 and len(addresses) == 1
+    seeds = row_seeds(5, 2)
+    filters = Filters() if rule == "greedy" else Filters(torch.tensor([0.8]), torch.tensor([20]))
+    for tokens, length, budget, (levels, kept), proposed in rounds[:6]:
+        root = torch.from_numpy(tokens[np.arange(2), length])
+        proposed.check(root, VOCAB, "ModelDrafter")
+        assert (proposed.num_nodes, proposed.sampling) == (kept, "none")
+        for row, start in ((0, 3), (1, 0)):
+            if budget[row] <= levels:
+                continue  # what is too deep to be emitted has no position of its own
+
+            def score(logits, depth, row=row, position=length[row] - start):
+                log_probs = filtered_log_probs(logits[None, None], filters)[0, 0]
+                if rule != "coupled":
+                    return log_probs
+                noise = gumbel(seeds[row], int(position) + depth, 0, COUPLED, VOCAB)
+                return (log_probs + noise).log_softmax(-1)
+
+            found = made_by_hand(draft, tokens[row, start : length[row] + 1], tree, levels, score)
+            paths = [()]
+            for node in range(1, kept):
+                paths.append((*paths[proposed.parents[row, node]], int(proposed.tokens[row, node])))
+            assert len(set(paths)) == kept
+            best = sorted(found.values(), reverse=True)[:kept]
+            assert sorted((found[path] for path in paths), reverse=True) == pytest.approx(best, abs=1e-3)
+    assert not fixed or len(asked) > 1 or {proposed.num_nodes for *_, proposed in rounds} == {tree.num_nodes}
+
+
+def test_the_text_is_the_targets():
+    target, inputs = build("llama"), prompt(batch=4)
+    plain = target.generate(**inputs, **GREEDY)
+    text = target.generate(**inputs, **SAMPLED, custom_generate=sdt.SpeculativeGenerate(seed=1))
+    shapes = TREE, sdt.DynamicTree(40, width=5, depth=6), sdt.DynamicTree(1, width=2, depth=2)
+    drafters = [sdt.ModelDrafter(alike(target), tree=shape) for shape in shapes]
+    drafters += [sdt.EarlyExitDrafter(2, tree=TREE), sdt.EarlyExitDrafter(skip=[1], tree=TREE)]
+    for drafter in drafters:
+        with sdt.patched(target, drafter=drafter, seed=1):
+            assert torch.equal(target.generate(**inputs, **GREEDY), plain)
+            assert torch.equal(target.generate(**inputs, **SAMPLED), text)
+    with sdt.patched(target, tree=TREE):
+        assert torch.equal(target.generate(**inputs, **GREEDY, assistant_model=alike(target)), plain)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "coupled"])
+def test_a_draft_that_is_the_target_is_accepted(options):
+    """With a cache of its own, and with the target's."""
+    target = build("llama")
+    for drafter in (sdt.ModelDrafter(build("llama"), tree=TREE), sdt.EarlyExitDrafter(3, tree=TREE)):
+        with sdt.patched(target, drafter=drafter, seed=1):
+            target.generate(**prompt(), **options)
+        assert sdt.stats(target).acceptance_length > 3.3  # of 5, since the tree is cut to its likeliest nodes
+
+
+def test_more_is_accepted_than_of_a_fixed_tree_of_as_many_nodes():
+    target, lengths = build("llama"), []
+    draft = alike(target)
+    for tree in (TREE, TREE.num_nodes, sdt.Topology.chain(TREE.num_nodes - 1)):
+        with sdt.patched(target, drafter=sdt.ModelDrafter(draft, tree=tree)):
+            target.generate(**prompt(batch=8), **{**GREEDY, "max_new_tokens": 40})
+        lengths.append(sdt.stats(target).acceptance_length)
+    assert lengths[0] == max(lengths) > 1.3
+
+
+@pytest.mark.parametrize("rule", ["multi_round", "traversal"])
+def test_rules_that_weigh_tokens_keep_the_distribution(rule):
+    options = {"vocab_size": 5, "num_hidden_layers": 1}
+    model = build("llama", **options)
+    drafter = sdt.ModelDrafter(build("llama", seed=1, **options), tree=sdt.DynamicTree(5, width=2, depth=2))
+    found = prove(model, drafter, rule, torch.tensor([[3, 4, 1]]), samples=1500, rows=1500, temperature=1.2)
+    assert found.agrees and found.acceptance_length > 1
+
+
+def test_a_nan_of_the_draft_is_an_error_that_names_the_row():
+    target, draft = build("llama"), build("llama")
+    with torch.no_grad():
+        draft.lm_head.weight[7] = float("nan")
+    with (
+        sdt.patched(target, drafter=sdt.ModelDrafter(draft, tree=TREE)),
+        pytest.raises(RuntimeError, match="ModelDrafter: the draft's logits must be finite numbers.*in row 0 of 2"),
+    ):
+        target.generate(**prompt(), **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (
+            lambda: sdt.patch(build("llama"), drafter=sdt.PromptLookupDrafter(branches=2), tree=TREE),
+            "PromptLookupDrafter: tree must not be a DynamicTree",
+        ),
+        (lambda: sdt.OracleDrafter(torch.zeros(1, 3), tree=TREE), "OracleDrafter: tree must not be a DynamicTree"),
+        (
+            lambda: sdt.patch(build("llama"), drafter=sdt.OracleDrafter(torch.zeros(1, 3)), tree=TREE),
+            "OracleDrafter: tree must not be a DynamicTree",
+        ),
+        (
+            lambda: sdt.patch(build("llama"), drafter=sdt.ModelDrafter(build("llama"), tree=TREE), rule="block"),
+            'ModelDrafter: rule "block" takes a chain, got a tree of tokens chosen without chance',
+        ),
+        (
+            lambda: sdt.ModelDrafter(build("llama", vocab_size=4), tree=sdt.DynamicTree(3, 5, 1)).start(
+                context([[1]], vocab=4)
+            ),
+            "ModelDrafter: tree must not have more children a node than the vocabulary's 4 tokens, got 5",
+        ),
+        (lambda: sdt.ModelDrafter(build("llama"), tree="dynamic"), "tree must be None, a Topology or a number of.*Dyn"),
+    ],
+)
+def test_what_cannot_draft_them(ask, message):
+    with pytest.raises(ValueError, match=message):
+        ask()

@@ -8,6 +8,7 @@ model.generate(**inputs, prompt_lookup_num_tokens=10)
 
 from . import ops
 from .cache import TreeCache
+from .costs import Costs
 from .drafters import (
     DraftContext,
     Drafter,
@@ -25,6 +26,7 @@ from .tree import DraftTree, DynamicTree, Topology
 __version__ = "0.1.0"
 
 __all__ = [
+    "Costs",
     "DraftContext",
     "DraftSession",
     "DraftTree",

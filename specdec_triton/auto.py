@@ -30,15 +30,20 @@ def most_nodes(device: torch.device) -> int:
     return MOST_NODES.get(device.type, MOST_NODES_ELSEWHERE)
 
 
-def controller(context: DraftContext, session: DraftSession, stages: Stages) -> AdaptiveTree:
+def controller(
+    context: DraftContext, session: DraftSession, stages: Stages, costs: Costs | None = None
+) -> AdaptiveTree:
     """What chooses the trees of a call.
 
     Args:
         context: the call's sequences, after the prompt.
         session: the drafter's; `resizable`.
         stages: how the call runs its stages.
+        costs: of its rounds, where they are given.
     """
-    if context.fixed_shapes:  # seconds of the host's clock say nothing
+    if costs is not None:
+        pass
+    elif context.fixed_shapes:  # seconds of the host's clock say nothing
         costs = measured_costs(context, session, stages)
     else:
         share = session.level_cost

@@ -294,7 +294,7 @@ class Speculation:
             self.reports.lag = 0  # it drafts from what the host has read
         self.context.ahead = self.reports.lag * (self.session.max_depth + 1)
         if adapts and self.session.max_nodes > 1:
-            self.controller = controller(self.context, self.session, self.stages)
+            self.controller = controller(self.context, self.session, self.stages, self.options.costs)
 
     def step(self) -> None:
         """One round, but for the host's look at it."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from .costs import Costs
 from .drafters import Drafter
 from .drafters.base import check_tree
 from .rules import RULES
@@ -19,6 +20,7 @@ class Options:
             says; "greedy" refuses the others.
         tree: a `Topology`, a number of nodes (root included), a `DynamicTree`, None for the drafter's own shape, or
             "auto": what pays by measured times and acceptance, round by round, and no draft at all where none does.
+        costs: what a round takes, for tree="auto"; None: measured, see `auto`.
         seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
             (after expansion by num_return_sequences); None draws one from torch's global generator at each call. Calls
             that stay plain have no use for it: the seeded text without a draft is that of `SpeculativeGenerate()`.
@@ -31,6 +33,7 @@ class Options:
     drafter: Drafter | None = None
     rule: str | None = None
     tree: Topology | DynamicTree | int | str | None = None
+    costs: Costs | None = None
     seed: int | list[int] | None = None
     cuda_graphs: str | bool = "auto"
     compile: bool = False
@@ -43,6 +46,10 @@ class Options:
             raise ValueError(f"patch: rule must be None, greedy or one of {', '.join(RULES)}, got {self.rule!r}")
         if self.tree != "auto":
             check_tree("patch", self.tree)
+        if self.costs is not None and not isinstance(self.costs, Costs):
+            raise ValueError(f"patch: costs must be a Costs or None, got {type(self.costs).__name__}")
+        if self.costs is not None and self.tree != "auto":
+            raise ValueError(f'patch: costs must be None but with tree="auto", got them with tree={self.tree!r}')
         seeds = self.seed if isinstance(self.seed, (list, tuple)) else [] if self.seed is None else [self.seed]
         if any(isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63 for seed in seeds):
             raise ValueError(f"patch: seed must be None, a 64-bit integer or a list of them, got {self.seed!r}")

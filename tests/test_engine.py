@@ -1,21 +1,20 @@
 """Captured rounds and late reads change nothing but the time: the texts are plain generate's."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch._dynamo
 
 import specdec_triton as sdt
-from families import FAMILIES, FEW, NEVER, VOCAB, build, prompt
+from families import FAMILIES, NEVER, VOCAB, build, prompt
 from simulated_graph import HostRead, SimulatedGraphs, trace
-from specdec_triton import engine, generate
+from specdec_triton import cache, engine, generate
 from specdec_triton.drafters import Drafter, DraftSession
+from specdec_triton.drafters.model import ModelSession
 from specdec_triton.runner import TreeRunner
 from specdec_triton.tree import DraftTree
 from test_generate import TREES, eos_in_mid_row, oracle
 
-OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 40}
+OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 24}
 DRAFTERS = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early")
 
 
@@ -71,9 +70,9 @@ def test_every_family_is_captured(captured_late, family):
     assert stats.why_eager is None and stats.replayed > 5 and stats.lag == 1
 
 
-@pytest.mark.parametrize("name", ["none", "tree", "lookup"])
+@pytest.mark.parametrize("name", ["tree", "lookup"])
 @pytest.mark.parametrize("rule", ["coupled", "multi_round", "traversal"])
-def test_captured_rounds_sample_the_same_text(captured, rule, name):
+def test_captured_rounds_sample_the_same_text(captured_late, rule, name):
     model = build("llama")
     inputs = {**prompt(batch=3), **OPTIONS, "do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8}
     text, _ = speculative(model, drafter_of(name, None), inputs, rule=rule, seed=7, cuda_graphs=True)
@@ -82,7 +81,7 @@ def test_captured_rounds_sample_the_same_text(captured, rule, name):
     assert torch.equal(text[:, :-deepest], expected[:, :-deepest]) and stats.why_eager == "cuda_graphs=False"
 
 
-def test_what_generate_accepts_keeps_its_meaning(captured):
+def test_what_generate_accepts_keeps_its_meaning(captured_late):
     """Penalties, kept scores and criteria beside captured rounds, which go on until the host has seen the end."""
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     inputs |= {"repetition_penalty": 1.3, "return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
@@ -93,7 +92,7 @@ def test_what_generate_accepts_keeps_its_meaning(captured):
 
     inputs["stopping_criteria"] = [third_stop]
     plain = model.generate(**inputs)
-    for name in DRAFTERS:
+    for name in ("none", "dynamic", "lookup", "oracle"):
         output, stats = speculative(model, drafter_of(name, plain.sequences), inputs)
         assert torch.equal(output.sequences, plain.sequences), name
         scores, expected = torch.stack(output.scores), torch.stack(plain.scores)
@@ -147,11 +146,12 @@ def test_drafts_of_the_host_are_verified_by_captured_rounds(captured, monkeypatc
     assert stats.captured > 2 and stats.replayed > stats.captured - 1 and stats.lag == 0
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_a_cache_that_grows_is_captured_anew(captured, name, monkeypatch):
+@pytest.mark.parametrize("name", ["none", "tree", "dynamic", "early"])
+def test_a_cache_that_grows_is_captured_anew(captured_late, name, monkeypatch):
     monkeypatch.setattr(generate, "FIRST_RESERVE", 4)
     monkeypatch.setattr(generate, "NODES_RESERVE", 4)
-    model, inputs = build("llama"), {**prompt(), **OPTIONS, "max_new_tokens": 150}
+    monkeypatch.setattr(cache, "BUCKET", 16)
+    model, inputs = build("llama"), {**prompt(), **OPTIONS, "max_new_tokens": 60}
     plain = model.generate(**inputs)
     text, stats = speculative(model, drafter_of(name, plain), inputs)
     assert torch.equal(text, plain) and stats.captured >= 4
@@ -160,7 +160,7 @@ def test_a_cache_that_grows_is_captured_anew(captured, name, monkeypatch):
 class Failing(SimulatedGraphs):
     """Captures `good` stages and then no more."""
 
-    good, error = 0, RuntimeError("operation not permitted when stream is capturing")
+    good, error = 0, None
 
     def __init__(self, device):
         super().__init__(device)
@@ -169,17 +169,19 @@ class Failing(SimulatedGraphs):
     def __call__(self, stage):
         self.left -= 1
         if self.left < 0:
-            with_effect = self.without_effect(stage)
-            del with_effect
+            self.without_effect(stage)
             raise self.error
         return super().__call__(stage)
 
 
-@pytest.mark.parametrize("name", ["model", "lookup", "oracle"])
-@pytest.mark.parametrize("good", [0, 1])
+@pytest.mark.parametrize("name", ["dynamic", "lookup"])
 @pytest.mark.parametrize(
-    ("error", "says"),
-    [(RuntimeError("not permitted"), "capturing failed: not permitted"), (torch.OutOfMemoryError("4 GiB"), "out of memory")],
+    ("good", "error", "says"),
+    [
+        (0, RuntimeError("not permitted"), "capturing failed: not permitted"),
+        (1, torch.OutOfMemoryError("4 GiB"), "out of memory"),
+    ],
+    ids=["at once", "later"],
 )
 def test_where_capturing_fails_rounds_go_on(monkeypatch, name, good, error, says):
     capture_here(monkeypatch, 1, type("Failing", (Failing,), {"good": good, "error": error}))
@@ -195,14 +197,14 @@ def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
     sent, read = [], []
     put, take = engine.Reports.put, engine.Reports.take
 
-    def put_one(self, report, kept, number):
-        sent.append(number)
-        put(self, report, kept, number)
+    def put_one(self, report, kept, beside):
+        sent.append(beside[0])
+        put(self, report, kept, beside)
 
     def take_one(self):
-        rows, (kept, number) = take(self)
-        read.append((number, sent[-1]))
-        return rows, (kept, number)
+        rows, kept, beside = take(self)
+        read.append((beside[0], sent[-1]))
+        return rows, kept, beside
 
     monkeypatch.setattr(engine.Reports, "put", put_one)
     monkeypatch.setattr(engine.Reports, "take", take_one)
@@ -217,7 +219,7 @@ def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_rounds_are_one_graph(monkeypatch, family, name):
     """Two rounds are the same operations on the same addresses, and read nothing: what a CUDA graph asks for."""
     monkeypatch.setitem(engine.LAG, "cpu", 1)
@@ -257,10 +259,11 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
 
     def through_compiler(method):
         def run(self, *arguments):
-            if self.stats.rounds if isinstance(self, generate.Speculation) else True:
-                whole = compiled.setdefault(method, torch.compile(method, backend=backend, fullgraph=True, dynamic=False))
-                return whole(self, *arguments)
-            return method(self, *arguments)
+            if isinstance(self, generate.Speculation) and not self.stats.rounds:
+                return method(self, *arguments)  # the prompt's own tree has one node
+            if method not in compiled:
+                compiled[method] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
+            return compiled[method](self, *arguments)
 
         return run
 
@@ -271,22 +274,14 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
     elif stage == "verify":
         monkeypatch.setattr(TreeRunner, "forward", through_compiler(TreeRunner.forward))
     else:
-        session = type(sdt.ModelDrafter(build("llama")).start).__name__ and sdt.drafters.model.ModelSession
-        monkeypatch.setattr(session, "draft", through_compiler(session.draft))
+        monkeypatch.setattr(ModelSession, "draft", through_compiler(ModelSession.draft))
     model, inputs = build("llama", num_hidden_layers=2), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 120}
     plain = model.generate(**inputs)
-    drafter = drafter_of("tree" if stage == "draft" else "oracle", plain)
-    if stage != "draft":
-        drafter = replace_rate(drafter, 0.7)
+    drafter = drafter_of("tree", plain) if stage == "draft" else oracle(plain, 0.7, tree=TREES["wide"])
     with torch._dynamo.config.patch(error_on_recompile=True):
         text, stats = speculative(model, drafter, inputs)
     assert torch.equal(text, plain) and stats.rounds >= 50
     assert backend.graphs == {"verify": 1, "draft": 1, "accept": 2}[stage]
-
-
-def replace_rate(drafter, rate):
-    drafter.error_rate = rate
-    return drafter
 
 
 def test_hazards_are_named(monkeypatch):

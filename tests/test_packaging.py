@@ -47,7 +47,7 @@ ARROWS = {
     "processors": {"filters", "tree"},
     "transcript": {"reference", "tree"},
     "engine": set(),
-    "options": {"drafters", "rules", "tree"},
+    "options": {"costs", "drafters", "rules", "tree"},
     "auto": {"adaptive", "costs", "drafters", "engine", "rules", "tree"},
     "generate": {
         "adaptive",

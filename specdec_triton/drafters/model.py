@@ -214,9 +214,7 @@ class ModelSession(DraftSession):
         first = (self.context.length - (self._catch_up - 1) - rounds).clamp(min=0)
         fed = self.context.tokens.gather(1, first[:, None] + depth)
         shape = len(first), -1
-        self._runner.forward(
-            fed.clamp(max=self._last_token), depth.expand(shape), ancestors.expand(*shape, -1), first
-        )
+        self._runner.forward(fed.clamp(max=self._last_token), depth.expand(shape), ancestors.expand(*shape, -1), first)
 
     def draft(self) -> DraftTree:
         context, topology = self.context, self._drafted

@@ -1,0 +1,134 @@
+"""`tree="auto"`: the text stays, speculation is tried at a bounded cost, and trees follow what pays."""
+
+import pytest
+import torch
+
+import specdec_triton as sdt
+from families import NEVER, build, prompt
+from specdec_triton import auto, engine, generate
+from specdec_triton.runner import TreeRunner
+from test_engine import Mumbling, capture_here, drafter_of, speculative
+from test_generate import TREES, oracle
+
+OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 40}
+FLAT = sdt.Costs(verify=((1, 1.0), (64, 1.1)), draft=((1, 0.02), (10, 0.2)))
+STEEP = sdt.Costs(verify=((1, 1.0), (6, 5.0)))
+ROOT = sdt.Topology((-1,), (0,))
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Rows a sequence of each of the target's forwards after the prompt's."""
+    seen = []
+
+    def spy(name):
+        method = getattr(TreeRunner, name)
+
+        def run(self, tokens, *rest):
+            seen.append(tokens.shape[1])
+            return method(self, tokens, *rest)
+
+        monkeypatch.setattr(TreeRunner, name, run)
+
+    spy("forward"), spy("decode")
+    return seen
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_without_hope_little_is_lost(rows, batch):
+    model, inputs = build("llama"), {**prompt(batch=batch, padding=0), **OPTIONS, "max_new_tokens": 220}
+    plain = model.generate(**inputs)
+    text, stats = speculative(model, oracle(plain, 1.0), inputs, tree="auto", costs=STEEP)
+    assert torch.equal(text, plain) and stats.accepted == 0 < stats.drafted
+    assert len(rows) == stats.rounds == 219
+    assert sum(rows) <= 1.05 * len(rows)
+
+
+def test_trees_follow_what_pays(rows):
+    model, inputs = build("llama"), {**prompt(batch=1), **OPTIONS, "max_new_tokens": 160}
+    plain = model.generate(**inputs)
+    text, stats = speculative(model, oracle(plain, 0.1), inputs, tree="auto", costs=FLAT)
+    assert torch.equal(text, plain)
+    assert max(rows) >= 8 and stats.acceptance_length > 3 and stats.auto["speedup"] > 2
+    assert sum(stats.auto["trees"].values()) >= stats.rounds
+    rows.clear()
+    speculative(model, oracle(plain, 0.1), inputs, tree="auto", costs=STEEP)
+    assert sum(rows) <= 4 * len(rows)
+
+
+@pytest.mark.parametrize("name", ["model", "lookup", "oracle", "early"])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_the_text_stays(monkeypatch, name, lag):
+    if lag:
+        capture_here(monkeypatch, 1)
+    model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
+    plain = model.generate(**inputs)
+    drafter = sdt.PromptLookupDrafter() if name == "lookup" else drafter_of(name, plain)
+    for _ in range(2):
+        text, stats = speculative(model, drafter, inputs, tree="auto")
+        assert torch.equal(text, plain) and stats.auto["trees"]
+    sampled = {**inputs, "do_sample": True, "top_k": 20}
+    text, _ = speculative(model, drafter, sampled, tree="auto", seed=3)
+    assert torch.equal(text, speculative(model, None, sampled, seed=3)[0])
+
+
+class Script:
+    """Chooses what it is told, again and again."""
+
+    summary = {}
+
+    def __init__(self, trees):
+        self.trees, self.recorded = trees, []
+
+    def choose(self):
+        self.trees = self.trees[1:] + self.trees[:1]
+        return self.trees[-1]
+
+    def record(self, topology, accepted, drafted, seconds):
+        self.recorded.append((topology, accepted, drafted))
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_draft_model_catches_up_after_plain_rounds(monkeypatch, lag, replacement):
+    """The draft is the target's twin: whatever it drafts is right, if it has seen the text."""
+    if lag:
+        capture_here(monkeypatch, 1)
+    script = Script([ROOT, ROOT, ROOT, sdt.Topology.chain(3), ROOT, TREES["wide"], sdt.Topology.chain(1)])
+    monkeypatch.setattr(generate, "controller", lambda *arguments: script)
+    model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 60}
+    plain = model.generate(**inputs)
+    drafter = sdt.ModelDrafter(build("llama"), replacement=replacement)
+    text, stats = speculative(model, drafter, inputs, tree="auto")
+    assert torch.equal(text, plain)
+    whole = [each for each in script.recorded if each[0].num_nodes > 1][:-3]  # the last may be cut by the budget
+    assert len(whole) > 4
+    for topology, accepted, drafted in whole:
+        assert drafted == [True] * 3 and [len(path) for path in accepted] == [topology.max_depth] * 3
+
+
+def test_costs_are_measured_once(monkeypatch):
+    capture_here(monkeypatch, 1)
+    model, inputs = build("llama"), {**prompt(batch=2), **OPTIONS, "max_new_tokens": 8}
+    measured = []
+    measure = auto._measure
+    monkeypatch.setattr(auto, "_measure", lambda *arguments: measured.append(measure(*arguments)) or measured[-1])
+    for _ in range(2):
+        speculative(model, sdt.PromptLookupDrafter(), inputs, tree="auto")
+    assert len(measured) == 1
+    assert [size for size, _ in measured[0].verify] == [1, 2, 3, 4, 6, 8, 12, 16]
+    speculative(model, sdt.PromptLookupDrafter(), {**inputs, **prompt(batch=1)}, tree="auto")
+    assert len(measured) == 2
+
+
+def test_refusals():
+    model = build("llama")
+    with pytest.raises(ValueError, match='tree="auto" must have a drafter that drafts what it is asked for, got Mumb'):
+        sdt.patch(model, drafter=Mumbling(None), tree="auto")
+    with pytest.raises(ValueError, match="got PromptLookupDrafter: give a tree, or for prompt lookup branches=1"):
+        sdt.patch(model, drafter=sdt.PromptLookupDrafter(branches=2), tree="auto")
+    with pytest.raises(ValueError, match="costs must be a Costs or None, got float"):
+        sdt.patch(model, tree="auto", costs=1.0)
+    with pytest.raises(ValueError, match='costs must be None but with tree="auto", got them with tree=4'):
+        sdt.patch(model, tree=4, costs=FLAT)
+    assert engine.LAG == {"cuda": 1}

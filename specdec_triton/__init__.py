@@ -18,7 +18,8 @@ from .drafters import (
     PromptLookupDrafter,
 )
 from .generate import Stats
-from .patch import Options, SpeculativeGenerate, patch, patched, stats, unpatch
+from .options import Options
+from .patch import SpeculativeGenerate, patch, patched, stats, unpatch
 from .tree import DraftTree, DynamicTree, Topology
 
 __version__ = "0.1.0"

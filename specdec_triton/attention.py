@@ -29,6 +29,8 @@ RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm", "hy
 # kinds of layers whose visible keys follow from positions alone, and kinds without attention; any other is refused
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe", "dummy"}
 
+HOST_READS = {"bincount", "item", "nonzero", "tolist", "unique"}  # methods that wait for a value
+
 
 def tree_attention_forward(
     module: nn.Module,
@@ -212,6 +214,27 @@ def constant_rope_limit(model: PreTrainedModel, prompt_length: int) -> int | Non
     return min(limits, default=None)
 
 
+def graph_hazard(model: PreTrainedModel) -> str | None:
+    """What in the model's forward cannot be captured as a CUDA graph; or None.
+
+    A rope that may change with the length compares positions; experts run one by one list the tokens of each. And
+    hooks are Python, which a replay does not run.
+    """
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{type(module).__name__}: has hooks or a forward of its own"
+        kinds = getattr(module, "rope_type", None)
+        changing = {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds])
+        if changing:
+            return f"{type(module).__name__}: {changing.pop()} rope compares positions on the host"
+        reads = sorted(HOST_READS & _words_of_forward(type(module)))
+        if reads and (
+            not hasattr(type(module).forward, "__wrapped__") or module.config._experts_implementation == "eager"
+        ):
+            return f"{type(module).__name__}: its forward reads values on the host ({', '.join(reads)})"
+    return None
+
+
 def _check_attention(module: nn.Module, role: str, name: str) -> None:
     """Refuse an attention module whose call of the attention function leaves something out.
 
@@ -236,9 +259,14 @@ def _check_attention(module: nn.Module, role: str, name: str) -> None:
 def _attention_words(module_class: type[nn.Module]) -> frozenset:
     """The names and constants in the code of `forward`, keywords of its calls among them, if it calls the attention
     function; else nothing."""
-    code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
-    words = frozenset() if code is None else frozenset(_words(code))
+    words = _words_of_forward(module_class)
     return words if "ALL_ATTENTION_FUNCTIONS" in words else frozenset()
+
+
+@cache
+def _words_of_forward(module_class: type[nn.Module]) -> frozenset:
+    code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
+    return frozenset() if code is None else frozenset(_words(code))
 
 
 def _words(code: CodeType) -> Iterator:

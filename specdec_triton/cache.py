@@ -57,7 +57,7 @@ class TreeCache(Cache):
         slots: how many of them the model sees; a multiple of `BUCKET`, at least what `reserve` was asked for.
     """
 
-    def __init__(self, prefilled: Cache, capacity: int):
+    def __init__(self, prefilled: Cache, capacity: int, fixed: bool = False):
         layers = prefilled.layers
         # layers that share another's keys and values are never written and stay as they are
         self._own = [index for index, layer in enumerate(layers) if layer.is_initialized]
@@ -70,16 +70,18 @@ class TreeCache(Cache):
         self._written: torch.Tensor | None = None
         self._length: int | None = None
         super().__init__(layers=list(layers))
+        self._fixed = fixed
         self._allocate(in_buckets(capacity), first)
-        self._show(in_buckets(first.shape[2]))
+        self._show(self.capacity if fixed else in_buckets(first.shape[2]))
 
     @classmethod
-    def from_prefill(cls, prefilled: Cache, capacity: int) -> "TreeCache":
+    def from_prefill(cls, prefilled: Cache, capacity: int, fixed: bool = False) -> "TreeCache":
         """Take over what a prefill wrote.
 
         Args:
             prefilled: cache whose layers hold keys [B, H, T, D] and values [B, H, T, Dv] of all T columns.
             capacity: slots wanted, at least T; rounded up to a multiple of `BUCKET`.
+            fixed: the model sees all slots from the start, so that views change only where the buffer must grow.
 
         Raises:
             ValueError: the layers differ in dtype, device, batch or length (a layer that dropped its history).
@@ -95,7 +97,7 @@ class TreeCache(Cache):
                 "TreeCache: every layer must have keys and values of one dtype, device, batch size and length, got "
                 f"{sorted(map(str, kinds))}"
             )
-        cache = cls(prefilled, capacity)
+        cache = cls(prefilled, capacity, fixed)
         for plane, filled in zip(
             cache._planes, [layer.keys for layer in layers] + [layer.values for layer in layers], strict=True
         ):
@@ -130,7 +132,7 @@ class TreeCache(Cache):
             for new, plane in zip(self._planes, old, strict=True):
                 new[:, :, : plane.shape[2]] = plane
         if slots > self.slots:
-            self._show(slots)
+            self._show(self.capacity if self._fixed else slots)
 
     def place(self, base: torch.Tensor, num_rows: int) -> None:
         """The next forward's `num_rows` tokens go to slots base, base + 1, ... of each sequence.

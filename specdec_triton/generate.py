@@ -10,7 +10,7 @@ Everything a round needs is on the device; the host reads one small tensor a rou
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 
@@ -26,24 +26,27 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import ops
-from .attention import constant_rope_limit
-from .drafters import DraftContext, Drafter, DraftSession
+from .attention import constant_rope_limit, graph_hazard
+from .drafters import DraftContext
 from .drafters.base import check_rule
+from .engine import LAG, Reports, Stages, cannot_capture
 from .filters import Filters, filtered_log_probs
 from .noise import COUPLED, gumbel, row_seeds
+from .options import Options
 from .penalties import is_vectorised, process_nodes
 from .processors import first_choice, process_each, process_path, split_processors
 from .reference import Acceptance
 from .rules import LOSSY_RULES
 from .runner import TreeRunner
 from .transcript import Transcript
-from .tree import DraftTree, DynamicTree, Topology
+from .tree import DraftTree
 
 # The attention implementation is a setting of the config, which models may share: one call at a time may switch it.
 TURN = threading.RLock()
 STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 LEAST_TEMPERATURE = 1e-20
 FIRST_RESERVE = 512  # new tokens that the first cache buffer has room for
+NODES_RESERVE = 256  # and draft tokens, where it should not move
 
 
 @dataclass
@@ -58,8 +61,12 @@ class Stats:
         accepted: of those, accepted.
         emitted: tokens emitted, all rows; the prompt's forward emits the first of each row.
         row_rounds: (row, round) pairs in which the row was unfinished.
-        seconds: host time by stage: prefill, draft, verify, accept, compact, emit. On a GPU, stages run behind the
-            host: only their sum means something.
+        seconds: host time by stage: prefill, draft, verify, accept, compact, emit; and replay, of stages that were
+            captured. On a GPU, stages run behind the host: only their sum means something.
+        why_eager: why rounds ran without CUDA graphs, or None.
+        captured, replayed: stages captured as a CUDA graph, and run by replaying one.
+        graph_bytes: device memory that the graphs held at the end of the call; it is free again afterwards.
+        lag: rounds that the host looked back.
     """
 
     rule: str
@@ -70,6 +77,11 @@ class Stats:
     emitted: int = 0
     row_rounds: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    why_eager: str | None = None
+    captured: int = 0
+    replayed: int = 0
+    graph_bytes: int = 0
+    lag: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -99,12 +111,7 @@ class Speculation:
 
     Args:
         model: the target.
-        drafter: proposes.
-        tree: shape asked of the drafter, or None for its own.
-        rule: acceptance rule of a call that samples, see `rules`; others are greedy.
-        seed: what the noise is keyed by: a number, a list of one for each row, or None to draw one from torch's global
-            generator.
-        impl: implementation of the ops, see `ops`.
+        options: what the caller of `patch` asked for, with a drafter, and with a rule if the call samples.
         input_ids: [B, T] int64, left-padded.
         logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as `generate` prepared them.
 
@@ -115,11 +122,7 @@ class Speculation:
     def __init__(
         self,
         model: PreTrainedModel,
-        drafter: Drafter,
-        tree: Topology | DynamicTree | int | None,
-        rule: str,
-        seed: int | Sequence[int] | None,
-        impl: str | None,
+        options: Options,
         input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -127,7 +130,7 @@ class Speculation:
         streamer: BaseStreamer | None,
         model_kwargs: dict,
     ):
-        self.model, self.drafter, self.tree, self.impl = model, drafter, tree, impl
+        self.model, self.options, self.drafter, self.impl = model, options, options.drafter, options.impl
         self.input_ids = input_ids.to(model.device).long()
         self.config, self.processors, self.streamer = generation_config, logits_processor, streamer
         self.rule, self.filters, self.warpers = "greedy", Filters(), LogitsProcessorList()
@@ -151,7 +154,7 @@ class Speculation:
                 f"{generation_config.temperature}: logits divided by it would overflow; use do_sample=False"
             )
         if generation_config.do_sample:
-            self.rule, self.seeds = rule, row_seeds_of(seed, batch).to(model.device)
+            self.rule, self.seeds = options.rule, row_seeds_of(options.seed, batch).to(model.device)
             self.processors, self.filters, self.warpers = split_processors(logits_processor, batch, model.device)
         self.stats = Stats(rule=self.rule, lossless=self.rule not in LOSSY_RULES)
         # a criterion of the caller's replaces the one that the generation config would have made
@@ -185,10 +188,18 @@ class Speculation:
             streamer=streamer,
             keep=tuple(keep),
         )
-        self.budget = torch.full((batch,), self.max_length - prompt_length, device=model.device)
+        vocab_size = model.config.get_text_config().vocab_size
+        self.over_nodes = is_vectorised(self.processors, vocab_size)
+        self.stages = Stages(model.device, self.why_eager())
+        # what runs on the host at every node cannot run behind
+        self.reports = Reports(model.device, LAG.get(model.device.type, 0) if self.on_device else 0)
+        fixed = self.stages.why_eager is None or self.reports.lag > 0
         by_default = self.impl is None and ops.implementation("tree_attention", model.device)[0] == "reference"
-        self.plain_steps = by_default and not self.start.any()
-        self.runner = TreeRunner(model, self.start, self.max_length - 1 - self.start, impl)
+        self.plain_steps = by_default and not fixed and not options.compile and not self.start.any()
+        self.runner = TreeRunner(model, self.start, self.max_length - 1 - self.start, self.impl, fixed, options.compile)
+        self.budget = torch.full((batch,), self.max_length - prompt_length, device=model.device)
+        self.stopped = np.zeros(batch, dtype=bool)  # by a criterion
+        self.held: dict[Hashable, DraftTree] = {}
         self.context = DraftContext(
             tokens=torch.nn.functional.pad(self.input_ids, (0, self.max_length + 1 - prompt_length)),
             start=self.start,
@@ -197,14 +208,35 @@ class Speculation:
             host_length=np.full(batch, prompt_length - 1),
             host_budget=np.full(batch, self.max_length - prompt_length),
             max_length=self.max_length,
-            vocab_size=model.config.get_text_config().vocab_size,
+            vocab_size=vocab_size,
             target=self.runner,
             rule=self.rule,
             seeds=self.seeds,
             filters=self.filters,
-            impl=impl,
+            impl=self.impl,
+            fixed_shapes=fixed,
+            compiled=options.compile,
         )
-        self.over_nodes = is_vectorised(self.processors, self.context.vocab_size)
+
+    @property
+    def on_device(self) -> bool:
+        """Everything between two forwards is computed on the device."""
+        return not self.processors or self.over_nodes
+
+    def why_eager(self) -> str | None:
+        """Why rounds cannot be captured, or None.
+
+        Raises:
+            ValueError: they cannot, and `cuda_graphs=True`.
+        """
+        if self.options.cuda_graphs is False:
+            return "cuda_graphs=False"
+        why = cannot_capture(self.model.device) or graph_hazard(self.model) or self.drafter.graph_hazard()
+        if not why and not self.on_device:
+            why = f"{', '.join(type(each).__name__ for each in self.processors)} in logits_processor: on the host"
+        if why and self.options.cuda_graphs is True:
+            raise ValueError(f'generate: cuda_graphs must be "auto" or False in such a call, got True: {why}')
+        return why
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The whole call: what `generate` returns. Calls from several threads take turns."""
@@ -215,15 +247,26 @@ class Speculation:
         try:
             # the prompt is verified as a tree of one node, its last token, whose logits give the first token
             tree = DraftTree.root_only(self.input_ids[:, -1:])
-            self.emit(tree, *self.accept(tree, self.prefill()))
+            accepted, kept = self.accept(tree, self.prefill())
+            self.reports.put(self.append(tree, accepted), kept, 0)
+            self.read()
             if not self.transcript.done:
-                self.session = self.start_drafter()
+                self.start_drafter()
             while not self.transcript.done:
-                self.step()
+                # unless what is on its way is all that may still be emitted
+                if self.context.host_budget.max() > len(self.reports) or not self.reports:
+                    self.step()
+                if len(self.reports) > self.reports.lag or self.context.host_budget.max() <= len(self.reports):
+                    self.read()
         except BaseException:
             if self.input_ids.device.type == "cuda":
                 torch.cuda.synchronize(self.input_ids.device)  # nothing may be restored under a running kernel
             raise
+        self.stats.why_eager, self.stats.lag = self.stages.why_eager, self.reports.lag
+        self.stats.captured, self.stats.replayed = self.stages.captured, self.stages.replayed
+        self.stats.graph_bytes = self.stages.nbytes
+        if self.stages.replayed:
+            self.stats.seconds["replay"] = self.stages.seconds
         if self.streamer is not None:
             self.streamer.end()
         return self.output()
@@ -232,23 +275,40 @@ class Speculation:
     def prefill(self) -> torch.Tensor:
         """transformers' own forward over the prompt: logits [B, 1, V]."""
         room = min(self.max_length, self.input_ids.shape[1] + FIRST_RESERVE)
+        if self.context.fixed_shapes:
+            room += NODES_RESERVE
         return self.runner.prefill(self.input_ids, self.config, self.model_kwargs, room)
 
     @timed("draft")
-    def start_drafter(self) -> DraftSession:
-        return self.drafter.start(self.context, self.tree)
+    def start_drafter(self) -> None:
+        self.session = self.drafter.start(self.context, self.options.tree)
+        if not self.session.on_device:
+            self.reports.lag = 0  # it drafts from what the host has read
+        self.context.ahead = self.reports.lag * (self.session.max_depth + 1)
 
     def step(self) -> None:
-        """One round."""
-        tree = self.draft()
-        logits = self.verify(tree)
-        accepted, kept = self.accept(tree, logits)
-        self.compact(tree, accepted)
-        self.emit(tree, accepted, kept)
+        """One round, but for the host's look at it."""
+        shape = self.prepare()
+        if self.session.on_device:
+            tree = self.stages.run(("draft", shape), self.draft)
+        else:
+            shape, tree = self.hold(self.draft())
+        report, kept = self.stages.run(("verify", shape), lambda: self.settle(tree, self.verify(tree)))
+        self.stats.rounds += 1
+        self.reports.put(report, kept, self.stats.rounds)
+
+    @timed("draft")
+    def prepare(self) -> Hashable:
+        """The host's part before a round: the shape of the draft, and room for it."""
+        cache, before = self.runner.cache, self.runner.cache.slots
+        cache.reserve(self.context.longest + self.session.max_nodes)
+        shape = self.session.prepare(), cache.slots
+        if self.context.fixed_shapes and cache.slots > before:
+            self.stages.forget()  # the buffer was outgrown
+        return shape
 
     @timed("draft")
     def draft(self) -> DraftTree:
-        self.session.prepare()
         tree = self.session.draft()
         if not self.session.trusted:
             name = type(self.drafter).__name__
@@ -256,18 +316,38 @@ class Speculation:
                 raise ValueError(f"{name}: draft must return a DraftTree, got {type(tree).__name__}")
             tree.check(self.context.root, self.context.vocab_size, name)
             check_rule(self.drafter, self.rule, tree.is_chain, tree.sampling)
+            if tree.num_nodes > self.session.max_nodes:
+                raise ValueError(
+                    f"{name}: draft must return at most its max_nodes, {self.session.max_nodes} nodes, got "
+                    f"{tree.num_nodes}"
+                )
         return tree
+
+    def hold(self, tree: DraftTree) -> tuple[Hashable, DraftTree]:
+        """A tree drafted on the host, in tensors that stay where they are where stages are captured; and its shape."""
+        if self.stages.why_eager is not None:
+            return None, tree
+        shape = tree.shape, self.runner.cache.slots
+        if shape in self.held:
+            self.held[shape].copy_(tree)
+        else:
+            self.held[shape] = tree.clone()
+        return shape, self.held[shape]
 
     @timed("verify")
     def verify(self, tree: DraftTree) -> torch.Tensor:
         """The target's logits [B, N, V] at every node."""
-        length = int(self.context.host_length.max())
-        self.runner.cache.reserve(length + tree.num_nodes)
-        self.stats.rounds += 1
         # the reference pays for a mask that a lone root in unpadded rows of one length does not need
+        length = int(self.context.host_length[0])
         if self.plain_steps and tree.num_nodes == 1 and (self.context.host_length == length).all():
             return self.runner.decode(tree.tokens, length)
         return self.runner.forward(tree.tokens, tree.depth, tree.ancestors, self.context.length)
+
+    def settle(self, tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What follows verification on the device: the round's report to the host, and the scores to keep."""
+        accepted, kept = self.accept(tree, logits)
+        self.compact(tree, accepted)
+        return self.append(tree, accepted), kept
 
     @timed("accept")
     def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, dict[str, torch.Tensor]]:
@@ -355,11 +435,9 @@ class Speculation:
         self.session.observe(tree, accepted)
 
     @timed("emit")
-    def emit(self, tree: DraftTree, accepted: Acceptance, kept: dict[str, torch.Tensor]) -> None:
-        """Append the accepted tokens and the target's own; then the host's one look at the round."""
-        if self.transcript.done:
-            return  # while a processor raised
-        context, batch = self.context, tree.tokens.shape[0]
+    def append(self, tree: DraftTree, accepted: Acceptance) -> torch.Tensor:
+        """Append the accepted tokens and the target's own: the report, [B, D + 6] int64, tokens and five counts."""
+        context = self.context
         drafts = tree.tokens.gather(1, accepted.path.clamp(min=0).long())
         emitted = torch.cat([drafts, torch.zeros_like(accepted.next_ids)[:, None]], dim=1)
         emitted.scatter_(1, accepted.length[:, None], accepted.next_ids[:, None])
@@ -370,14 +448,24 @@ class Speculation:
         # a spare last column takes what is not emitted
         columns = torch.where(place < count[:, None], context.length[:, None] + 1 + place, self.max_length)
         context.tokens.scatter_(1, columns, emitted)
-        context.length = context.length + count
-        ends = torch.isin(accepted.next_ids, self.eos_ids) if self.eos_ids is not None else torch.zeros_like(live)
-        self.budget = torch.where(ends, 0, self.budget - count)
+        context.length.add_(count)
+        left = self.budget - count
+        if self.eos_ids is not None:
+            left = torch.where((accepted.next_ids[:, None] == self.eos_ids).any(1), 0, left)
+        self.budget.copy_(left)
 
         drafted = torch.where(live, (tree.parents >= 0).sum(1), 0)
         draft_nan = torch.zeros_like(live) if tree.has_nan is None else live & tree.has_nan
-        fields = torch.stack([count, drafted, self.budget, accepted.has_nan, draft_nan], dim=1)
-        report = torch.cat([emitted, fields], dim=1).tolist()  # the one host read
+        fields = torch.stack([count, drafted, left, accepted.has_nan, draft_nan], dim=1)
+        return torch.cat([emitted, fields], dim=1)
+
+    @timed("emit")
+    def read(self) -> None:
+        """The host's look at the oldest round it has not seen: the one read of a round."""
+        report, (kept, number) = self.reports.take()
+        if self.transcript.done:
+            return  # while a processor raised
+        context, batch = self.context, len(report)
         counts, drafted, budget, has_nan, draft_nan = ([row[field] for row in report] for field in range(-5, 0))
         op = "accept_greedy" if self.rule == "greedy" else "accept_sample"
         for source, rows in (
@@ -387,17 +475,21 @@ class Speculation:
             if any(rows):
                 raise RuntimeError(
                     f"{source} must be finite numbers, got NaN or inf in row {rows.index(True)} of {batch} in round "
-                    f"{self.stats.rounds}"
+                    f"{number}"
                 )
+        # a row that a criterion stopped may have gone on until the device heard of it
+        counts = [0 if stopped else count for count, stopped in zip(counts, self.stopped, strict=True)]
+        budget = [0 if stopped else left for left, stopped in zip(budget, self.stopped, strict=True)]
         self.stats.emitted += sum(counts)
-        if self.stats.rounds:
+        if number:
             self.stats.row_rounds += sum(count > 0 for count in counts)
-            self.stats.drafted += sum(drafted)
+            self.stats.drafted += sum(number for number, count in zip(drafted, counts, strict=True) if count)
             self.stats.accepted += sum(count - 1 for count in counts if count)
-        context.host_length = context.host_length + counts
+        context.host_length += counts
         context.host_budget[:] = budget
         stopped = self.transcript.append(report, counts, kept)
         if stopped:
+            self.stopped[stopped] = True
             context.host_budget[stopped] = 0
             self.budget[stopped] = 0
 

@@ -6,69 +6,24 @@ class with the same name; the subclass is made once per class, and each instance
 
 import copyreg
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import cache
 from weakref import WeakKeyDictionary
 
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from .attention import check_supported
-from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
-from .drafters.base import check_tree
+from .attention import check_supported, graph_hazard
+from .drafters import EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
+from .engine import cannot_capture
 from .generate import TURN, Speculation, Stats
-from .rules import RULES
-from .tree import DynamicTree, Topology
+from .options import Options
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `patch`, `patched` and `SpeculativeGenerate` take by keyword.
-
-    Attributes:
-        drafter: drafts for every `generate`; None: as the call's own assistance arguments say.
-        rule: how draft tokens of calls that sample are accepted: "coupled" (None), "rejection", "block",
-            "multi_round", "traversal", or "typical", which is lossy. Calls that do not sample are greedy, whatever it
-            says; "greedy" refuses the others.
-        tree: a `Topology`, a number of nodes (root included), a `DynamicTree`, or None for the drafter's own shape.
-        seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
-            (after expansion by num_return_sequences); None draws one from torch's global generator at each call. Calls
-            that stay plain have no use for it: the seeded text without a draft is that of `SpeculativeGenerate()`.
-        cuda_graphs: "auto" or False.
-        compile: False.
-        impl: implementation of the ops: None, "triton" or "reference".
-    """
-
-    drafter: Drafter | None = None
-    rule: str | None = None
-    tree: Topology | DynamicTree | int | None = None
-    seed: int | list[int] | None = None
-    cuda_graphs: str | bool = "auto"
-    compile: bool = False
-    impl: str | None = None
-
-    def __post_init__(self):
-        if self.drafter is not None and not isinstance(self.drafter, Drafter):
-            raise ValueError(f"patch: drafter must be a Drafter or None, got {type(self.drafter).__name__}")
-        if self.rule not in (None, "greedy", *RULES):
-            raise ValueError(f"patch: rule must be None, greedy or one of {', '.join(RULES)}, got {self.rule!r}")
-        check_tree("patch", self.tree)
-        seeds = self.seed if isinstance(self.seed, (list, tuple)) else [] if self.seed is None else [self.seed]
-        if any(isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63 for seed in seeds):
-            raise ValueError(f"patch: seed must be None, a 64-bit integer or a list of them, got {self.seed!r}")
-        if self.cuda_graphs not in ("auto", False):
-            raise ValueError(
-                f'patch: cuda_graphs must be "auto" or False (rounds are not captured yet), got {self.cuda_graphs!r}'
-            )
-        if self.compile is not False:
-            raise ValueError(f"patch: compile must be False (compile the model yourself), got {self.compile!r}")
-        if self.impl not in (None, "triton", "reference"):
-            raise ValueError(f'patch: impl must be None, "triton" or "reference", got {self.impl!r}')
 
 
 _options: WeakKeyDictionary[PreTrainedModel, Options] = WeakKeyDictionary()
@@ -94,15 +49,26 @@ def patch(model: PreTrainedModel, **options) -> None:
             thread is inside a `patched` block of this model.
     """
     target = unwrap(model)
-    chosen = _make_options(options)
+    chosen = Options.of(options)
     check_supported(target)
     if chosen.drafter is not None:
         chosen.drafter.check(target, chosen.rule, chosen.tree)
+    _check_graphs(target, chosen)
     with _PATCHING:
         _check_holder("patch", target)
         if not isinstance(target, SpeculativeModel):
             target.__class__ = _speculative_class(type(target))
         _options[target] = chosen
+
+
+def _check_graphs(model: PreTrainedModel, options: Options) -> None:
+    """Refuse `cuda_graphs=True` where nothing could be captured; say why "auto" will not, on a device that could."""
+    hazard = graph_hazard(model) or (options.drafter and options.drafter.graph_hazard())
+    why = cannot_capture(model.device) or hazard
+    if options.cuda_graphs is True and why:
+        raise ValueError(f'patch: cuda_graphs must be "auto" or False where rounds cannot be captured, got True: {why}')
+    if options.cuda_graphs == "auto" and hazard and not cannot_capture(model.device):
+        warnings.warn(f"patch: rounds will run without CUDA graphs: {hazard}", stacklevel=3)
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -208,7 +174,7 @@ class SpeculativeGenerate:
     """
 
     def __init__(self, **options):
-        self.options = _make_options(options)
+        self.options = Options.of(options)
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         asked = _asked(generation_config, model_kwargs)
@@ -334,14 +300,6 @@ def _is_ours(cls: type) -> bool:
     return cls.__bases__[0] is SpeculativeModel
 
 
-def _make_options(options: dict) -> Options:
-    known = [field.name for field in fields(Options)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(f"patch: options must be among {', '.join(known)}, got {', '.join(unknown)}")
-    return Options(**options)
-
-
 def _asked(generation_config: GenerationConfig, arguments: dict) -> list[str]:
     """The assistance that a call asks for, by argument name."""
     asked = [name for name in ("assistant_model", "assistant_tokenizer") if arguments.get(name) is not None]
@@ -406,11 +364,7 @@ def _speculate(
     options.drafter.check(model, rule, options.tree)
     speculation = Speculation(
         model,
-        options.drafter,
-        options.tree,
-        rule,
-        options.seed,
-        options.impl,
+        replace(options, rule=rule),
         input_ids,
         logits_processor,
         stopping_criteria,

@@ -1,5 +1,6 @@
 """A model with its tree cache: prefilled by transformers, then run over tree nodes. Serves target and draft alike."""
 
+import copy
 import inspect
 
 import torch
@@ -8,6 +9,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from .attention import own_configs, tree_attention_enabled
 from .cache import TreeCache
 from .tree import pack_tree
+
+PREFILL_CHUNK = 8192  # columns of a long prompt that one forward takes, where the call does not say
 
 
 class TreeRunner:
@@ -19,12 +22,21 @@ class TreeRunner:
         last_position: [B] int64, or one for all. Largest position that may be fed; deeper nodes, which can never be
             emitted, are clamped to it.
         impl: implementation of the ops, see `ops`.
+        fixed: shapes and addresses stay, see `TreeCache.from_prefill`.
+        compiled: run tree nodes through `torch.compile`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, start: torch.Tensor, last_position: torch.Tensor | int, impl: str | None = None
+        self,
+        model: PreTrainedModel,
+        start: torch.Tensor,
+        last_position: torch.Tensor | int,
+        impl: str | None = None,
+        fixed: bool = False,
+        compiled: bool = False,
     ):
-        self.model, self.start, self.impl = model, start, impl
+        self.model, self.start, self.impl, self._fixed = model, start, impl, fixed
+        self._call = torch.compile(model.forward, fullgraph=True) if compiled else model
         self.last_position = torch.as_tensor(last_position, device=start.device).expand(len(start))
         self.cache: TreeCache | None = None
         self._configs = own_configs(model)
@@ -41,13 +53,18 @@ class TreeRunner:
             model_kwargs: `attention_mask`, `position_ids` and the like, as `generate` prepared them.
             capacity: slots to hold.
 
+        A prompt longer than `PREFILL_CHUNK` is run in chunks, unless the generation config has a size of its own.
+
         Returns:
             logits [B, 1, V] after the last column.
         """
+        if input_ids.shape[1] > PREFILL_CHUNK and generation_config.prefill_chunk_size is None:
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = PREFILL_CHUNK
         # a cache without layer types keeps the whole history in sliding layers too
         model_kwargs = {**model_kwargs, "past_key_values": DynamicCache(), "use_cache": True}
         outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
-        self.cache = TreeCache.from_prefill(outputs.past_key_values, capacity)
+        self.cache = TreeCache.from_prefill(outputs.past_key_values, capacity, self._fixed)
         return outputs.logits[:, -1:]
 
     def forward(
@@ -65,7 +82,7 @@ class TreeRunner:
         position = (base - self.start)[:, None] + depth[:, first:]
         self.cache.place(base + first, num_rows)
         with tree_attention_enabled(self._configs, self.impl):
-            outputs = self.model(
+            outputs = self._call(
                 input_ids=tokens,
                 attention_mask=pack_tree(depth, ancestors, self.start, base)[:, None],
                 position_ids=torch.minimum(position, self.last_position[:, None]),

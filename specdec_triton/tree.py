@@ -123,6 +123,9 @@ class Topology:
         return Topology(tuple(index[self.parents[node]] for node in kept), tuple(self.ranks[node] for node in kept))
 
 
+TREE_TENSORS = ("tokens", "parents", "depth", "ancestors", "draft_logits", "draft_row", "has_nan")
+
+
 @dataclass(frozen=True)
 class DynamicTree:
     """A tree whose shape follows the draft's probabilities, anew each round: EAGLE-2's (Li et al. 2024, arXiv
@@ -361,6 +364,35 @@ class DraftTree:
     @property
     def num_nodes(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def shape(self) -> tuple:
+        """What trees must have in common to be copied into each other."""
+        tensors = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in self._tensors()]
+        most = self.draft_filters and self.draft_filters.most
+        return self.max_depth, self.is_chain, self.sampling, most, *tensors
+
+    def _tensors(self) -> list[torch.Tensor | None]:
+        filters = self.draft_filters or Filters()
+        return [*(getattr(self, name) for name in TREE_TENSORS), *filters.tensors]
+
+    def clone(self) -> "DraftTree":
+        """The same tree in tensors of its own."""
+        cloned = [None if tensor is None else tensor.clone() for tensor in self._tensors()]
+        own, filters = cloned[: len(TREE_TENSORS)], cloned[len(TREE_TENSORS) :]
+        if self.draft_filters is not None:
+            filters = Filters(*filters, most=self.draft_filters.most)
+        return replace(
+            self,
+            **dict(zip(TREE_TENSORS, own, strict=True)),
+            draft_filters=None if self.draft_filters is None else filters,
+        )
+
+    def copy_(self, other: "DraftTree") -> None:
+        """Become `other`, of equal `shape`, in the tensors that this tree has."""
+        for mine, its in zip(self._tensors(), other._tensors(), strict=True):
+            if mine is not None:
+                mine.copy_(its)
 
     def pack(self, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """`pack_tree` of this tree: what `ops.tree_attention` reads."""

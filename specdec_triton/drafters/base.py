@@ -39,8 +39,10 @@ class DraftContext:
         seeds: [B] int64. What each row's noise is keyed by; None with "greedy".
         filters: the call's temperature, top-k, top-p and min-p.
         impl: implementation of the ops that was asked for.
-        fixed_shapes: rounds are captured, or read late: the session must be on_device, and shapes must not follow the
+        fixed_shapes: rounds are captured, or read late: the session must be `on_device`, and shapes must not follow the
             host's view of the text.
+        compiled: models are run through `torch.compile`.
+        ahead: tokens that a row may have emitted beyond the host's view.
     """
 
     tokens: torch.Tensor
@@ -57,6 +59,8 @@ class DraftContext:
     filters: Filters = Filters()
     impl: str | None = None
     fixed_shapes: bool = False
+    compiled: bool = False
+    ahead: int = 0
 
     @property
     def root(self) -> torch.Tensor:
@@ -67,6 +71,11 @@ class DraftContext:
     def position(self) -> torch.Tensor:
         """[B] int64. The roots' positions: real tokens before them."""
         return self.length - self.start
+
+    @property
+    def longest(self) -> int:
+        """The largest `length` there can be, by what the host knows."""
+        return min(int(self.host_length.max()) + self.ahead, self.max_length - 1)
 
     @property
     def useful_depth(self) -> int:
@@ -82,8 +91,8 @@ class DraftSession(ABC):
         max_depth: largest depth.
         trusted: the trees need not be checked on the host. Ours are; a drafter from outside is checked every round.
         on_device: `draft` and `observe` are tensor operations only, on tensors that stay where they are from round to
-            round: no value is read on the host, no host state (host_tokens, host_length, host_budget) is used, and no
-            shape depends on values. So a round can be captured once and replayed.
+            round: no value is read on the host, no host state (`host_tokens`, `host_length`, `host_budget`) is used,
+            and no shape depends on values. So a round can be captured once and replayed.
     """
 
     max_nodes: int
@@ -91,9 +100,15 @@ class DraftSession(ABC):
     trusted = False
     on_device = False
 
-    def prepare(self, tree: Topology | None = None) -> Hashable:  # noqa: B027, most have no use for it
-        """The host's part of the next draft, called before each: `tree` is the shape asked for by `tree="auto"`, or
-        None. Returns what tells drafts of different shapes apart."""
+    def prepare(self, tree: Topology | None = None) -> Hashable:  # noqa: B027, most have nothing to prepare
+        """The host's part of the next draft, called before each.
+
+        Args:
+            tree: the shape asked for by `tree="auto"`, or None.
+
+        Returns:
+            What tells drafts of different shapes apart.
+        """
 
     @abstractmethod
     def draft(self) -> DraftTree:
@@ -117,6 +132,10 @@ class Drafter(ABC):
         Raises:
             ValueError: names the drafter, what is wanted and what came.
         """
+
+    def graph_hazard(self) -> str | None:
+        """Why rounds with this drafter cannot be captured as CUDA graphs, or None."""
+        return None
 
     @abstractmethod
     def start(self, context: DraftContext, tree: Topology | DynamicTree | int | None = None) -> DraftSession:
@@ -186,7 +205,7 @@ class NoDrafter(Drafter):
 
 
 class _NoSession(DraftSession):
-    max_nodes, max_depth, trusted = 1, 0, True
+    max_nodes, max_depth, trusted, on_device = 1, 0, True, True
 
     def __init__(self, context: DraftContext):
         self.context = context

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..attention import check_supported
+from ..attention import check_supported, graph_hazard
 from ..filters import filtered_log_probs
 from ..noise import COUPLED, DRAFT, gumbel
 from ..reference import Acceptance
@@ -68,6 +68,9 @@ class ModelDrafter(Drafter):
             )
         draft_shape(self, tree, self.model, rule, min(sizes))
 
+    def graph_hazard(self):
+        return graph_hazard(self.model)
+
     def start(self, context, tree=None):
         shape = draft_shape(self, tree, self.model, context.rule, context.vocab_size)
         return start_session(self.model, context, shape, replacement=self.replacement)
@@ -118,9 +121,9 @@ def start_session(
     replacement: bool = False,
 ) -> "ModelSession":
     """The session that drafts such a shape: for the arguments see `ModelSession`."""
-    from .dynamic import DynamicSession  # which builds on this module
-
     if isinstance(shape, DynamicTree):
+        from .dynamic import DynamicSession  # which builds on this module
+
         return DynamicSession(model, context, shape, shares_cache)
     return ModelSession(model, context, shape, shares_cache, replacement)
 
@@ -137,7 +140,7 @@ class ModelSession(DraftSession):
         replacement: see `ModelDrafter`.
     """
 
-    trusted = True
+    trusted = on_device = True
 
     def __init__(
         self,
@@ -154,7 +157,9 @@ class ModelSession(DraftSession):
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
         self._last_token = model.get_input_embeddings().num_embeddings - 1
         last = (context.max_length - context.start).clamp(max=limit) - 1
-        self._runner = TreeRunner(model, context.start, last, context.impl)
+        self._runner = TreeRunner(model, context.start, last, context.impl, context.fixed_shapes, context.compiled)
+        self._behind = 0  # rounds since the draft model last ran
+        self._plans: dict[Topology, _Plan] = {}  # kept: captured rounds read their tensors
         if shares_cache:
             self._runner.cache = context.target.cache
         else:
@@ -174,21 +179,48 @@ class ModelSession(DraftSession):
         }
         if model._supports_logits_to_keep():
             kwargs["logits_to_keep"] = 1
-        self._runner.prefill(
-            prompt.clamp(max=self._last_token), GenerationConfig(), kwargs, prompt.shape[1] + self._room
-        )
+        room = self._room + (context.target.cache.capacity - prompt.shape[1] if context.fixed_shapes else 0)
+        self._runner.prefill(prompt.clamp(max=self._last_token), GenerationConfig(), kwargs, prompt.shape[1] + room)
 
     @property
     def _room(self) -> int:
         """Slots that a round needs beyond the root's column."""
         return self._catch_up + self.max_nodes
 
+    def prepare(self, tree=None):
+        context, topology = self.context, self.topology if tree is None else tree
+        if not context.fixed_shapes:
+            topology = topology.limited(context.useful_depth)
+        self._follow(topology.num_nodes > 1)
+        if topology not in self._plans:
+            self._plans[topology] = _plan(topology, self._catch_up, context.length.device)
+        self._drafted = topology
+        return topology, self._runner.cache.slots
+
+    def _follow(self, drafts: bool) -> None:
+        """Room for the round; and before one that drafts, what the rounds left out that did not."""
+        self._runner.cache.reserve(self.context.longest + self._room)
+        if not drafts:
+            self._behind += 1
+        elif self._behind:
+            self._catch_up_with(self._behind)
+            self._behind = 0
+
+    def _catch_up_with(self, rounds: int) -> None:
+        """Run the tokens of rounds that drafted nothing, one a round, in a row that had not ended."""
+        if self._shares_cache:
+            return
+        depth, ancestors = topology_tensors(Topology.chain(rounds - 1), self.context.length.device)[1:]
+        first = (self.context.length - (self._catch_up - 1) - rounds).clamp(min=0)
+        fed = self.context.tokens.gather(1, first[:, None] + depth)
+        shape = len(first), -1
+        self._runner.forward(fed.clamp(max=self._last_token), depth.expand(shape), ancestors.expand(*shape, -1), first)
+
     def draft(self) -> DraftTree:
-        context, topology = self.context, self.topology.limited(self.context.useful_depth)
-        self._runner.cache.reserve(int(context.host_length.max()) + self._room)
+        context, topology = self.context, self._drafted
         first, fed = self._catching_up()
         tokens, has_nan = [fed[:, -1:]], torch.zeros_like(first, dtype=torch.bool)
-        plan = _plan(topology, self._catch_up, first.device)
+        plan = self._plans[topology]
         drawn_from = []
         for level in plan.levels:
             depth, ancestors = (part.expand(len(first), *part.shape[1:]) for part in (level.depth, level.ancestors))
@@ -248,7 +280,7 @@ class ModelSession(DraftSession):
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
         if self._shares_cache or tree.is_chain or tree.max_depth == 0:
             return
-        slots = _plan(self.topology.limited(tree.max_depth), self._catch_up, accepted.path.device).slots
+        slots = self._plans[self._drafted].slots
         path = torch.where(accepted.path >= 0, slots[accepted.path.clamp(min=0).long()], -1).int()
         self._runner.cache.compact(self.context.length, path, self.context.impl)
 

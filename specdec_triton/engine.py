@@ -1,0 +1,152 @@
+"""How the stages of a round run, and how the host follows: CUDA graphs captured once and replayed, reports read late.
+
+An eager forward of a transformers model launches some forty kernels a layer, one by one, from Python. A stage whose
+tensors stay where they are is captured the second time it is wanted (the first time compiles and tunes what it calls)
+and from then on replayed: one launch. A stage that cannot be captured runs as it is, with the same results.
+"""
+
+import time
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+MAX_GRAPHS = 24  # of one call; the one that was not used for longest goes first
+LAG = {"cuda": 1}  # rounds that the host looks back, by kind of device; 0 where there is nothing to wait for
+
+
+class CudaGraphs:
+    """Captures stages as CUDA graphs that share one memory pool: they are replayed on one stream, one at a time."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._pool = device, None
+        self.nbytes = 0  # of the pool
+
+    def __call__(self, stage: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """What replays the stage, and the stage's outputs, which each replay overwrites. Nothing is computed yet."""
+        graph = torch.cuda.CUDAGraph()
+        # other threads may go on with what a capture would forbid
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved()
+            outputs = stage()
+            self.nbytes += torch.cuda.memory_reserved() - before
+        self._pool = self._pool or graph.pool()
+        return graph.replay, outputs
+
+
+CAPTURES: dict[str, Callable] = {"cuda": CudaGraphs}  # by kind of device
+
+
+def cannot_capture(device: torch.device) -> str | None:
+    """Why nothing can be captured on this device, or None."""
+    return None if device.type in CAPTURES else f"tensors on {device.type}: CUDA graphs need a CUDA GPU"
+
+
+class Stages:
+    """Runs the stages of one call.
+
+    Args:
+        device: where the model is.
+        why_eager: why nothing is to be captured; None: stages are.
+
+    Attributes:
+        why_eager: as given, or why capturing was given up.
+        captured: graphs captured.
+        replayed: stages run by replaying one.
+        seconds: host time of replays.
+    """
+
+    def __init__(self, device: torch.device, why_eager: str | None = None):
+        self.why_eager = why_eager = why_eager or cannot_capture(device)
+        self._capture = None if why_eager else CAPTURES[device.type](device)
+        self._graphs: OrderedDict[Hashable, tuple[Callable[[], None], Any]] = OrderedDict()
+        self._seen: set[Hashable] = set()
+        self.captured = self.replayed = 0
+        self.seconds = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the graphs hold."""
+        return self._capture.nbytes if self._graphs else 0
+
+    def run(self, shape: Hashable, stage: Callable[[], Any]) -> Any:
+        """The stage's outputs; those of a replayed stage are overwritten by its next run.
+
+        Args:
+            shape: tells stages apart. Of equal shape, a stage does the same to the same tensors.
+        """
+        if self.why_eager is not None:
+            return stage()
+        if shape not in self._seen:
+            self._seen.add(shape)
+            return stage()
+        if shape not in self._graphs:
+            try:
+                self._graphs[shape] = self._capture(stage)
+            except Exception as error:
+                self._give_up(error)
+                return stage()
+            self.captured += 1
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(shape)
+        replay, outputs = self._graphs[shape]
+        begin = time.perf_counter()
+        replay()
+        self.seconds += time.perf_counter() - begin
+        self.replayed += 1
+        return outputs
+
+    def forget(self) -> None:
+        """Drop all graphs: tensors that they write to are no longer where they were."""
+        self._graphs.clear()
+        self._seen.clear()
+
+    def _give_up(self, error: Exception) -> None:
+        self.forget()
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        self.why_eager = "out of memory while capturing" if out_of_memory else f"capturing failed: {error}"
+        warnings.warn(
+            f"generate: rounds run without CUDA graphs from here on, slower and with the same results: {self.why_eager}",
+            stacklevel=2,
+        )
+
+
+class Reports:
+    """What the rounds tell the host, read in order and `lag` rounds late.
+
+    Args:
+        device: where reports are made.
+        lag: rounds that are on their way when one is read.
+    """
+
+    def __init__(self, device: torch.device, lag: int):
+        self.lag = lag
+        self._pinned = device.type == "cuda"
+        self._waiting: deque[tuple] = deque()
+
+    def put(self, report: torch.Tensor, kept: dict[str, torch.Tensor], number: int) -> None:
+        """Send a round's report [B, F] int64 on its way; `kept` and the round's number stay beside it."""
+        arrived = None
+        if self._pinned:
+            host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+            host.copy_(report, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        else:
+            host = report.clone() if self.lag else report
+        if self.lag:
+            kept = {name: scores.clone() for name, scores in kept.items()}  # the next round would overwrite them
+        self._waiting.append((host, arrived, (kept, number)))
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def take(self) -> tuple[list[list[int]], tuple[dict[str, torch.Tensor], int]]:
+        """The oldest report, and what was kept beside it. The one wait of a round."""
+        host, arrived, beside = self._waiting.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        return host.tolist(), beside

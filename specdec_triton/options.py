@@ -1,0 +1,62 @@
+"""What `patch`, `patched` and `SpeculativeGenerate` take by keyword."""
+
+from dataclasses import dataclass, fields
+
+from .drafters import Drafter
+from .drafters.base import check_tree
+from .rules import RULES
+from .tree import DynamicTree, Topology
+
+
+@dataclass(frozen=True)
+class Options:
+    """See the module. Checked when made.
+
+    Attributes:
+        drafter: drafts for every `generate`; None: as the call's own assistance arguments say.
+        rule: how draft tokens of calls that sample are accepted: "coupled" (None), "rejection", "block",
+            "multi_round", "traversal", or "typical", which is lossy. Calls that do not sample are greedy, whatever it
+            says; "greedy" refuses the others.
+        tree: a `Topology`, a number of nodes (root included), a `DynamicTree`, None for the drafter's own shape, or
+            "auto": what pays by measured times and acceptance, round by round, and no draft at all where none does.
+        seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
+            (after expansion by num_return_sequences); None draws one from torch's global generator at each call. Calls
+            that stay plain have no use for it: the seeded text without a draft is that of `SpeculativeGenerate()`.
+        cuda_graphs: "auto" captures rounds as CUDA graphs where model and drafter allow it (`Stats.why_eager` says why
+            not); True refuses where they do not; False never does.
+        compile: run tree nodes through `torch.compile`, target's and draft's: fewer and larger kernels.
+        impl: implementation of the ops: None, "triton" or "reference".
+    """
+
+    drafter: Drafter | None = None
+    rule: str | None = None
+    tree: Topology | DynamicTree | int | str | None = None
+    seed: int | list[int] | None = None
+    cuda_graphs: str | bool = "auto"
+    compile: bool = False
+    impl: str | None = None
+
+    def __post_init__(self):
+        if self.drafter is not None and not isinstance(self.drafter, Drafter):
+            raise ValueError(f"patch: drafter must be a Drafter or None, got {type(self.drafter).__name__}")
+        if self.rule not in (None, "greedy", *RULES):
+            raise ValueError(f"patch: rule must be None, greedy or one of {', '.join(RULES)}, got {self.rule!r}")
+        if self.tree != "auto":
+            check_tree("patch", self.tree)
+        seeds = self.seed if isinstance(self.seed, (list, tuple)) else [] if self.seed is None else [self.seed]
+        if any(isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63 for seed in seeds):
+            raise ValueError(f"patch: seed must be None, a 64-bit integer or a list of them, got {self.seed!r}")
+        if self.cuda_graphs not in ("auto", True, False):
+            raise ValueError(f'patch: cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"patch: compile must be True or False, got {self.compile!r}")
+        if self.impl not in (None, "triton", "reference"):
+            raise ValueError(f'patch: impl must be None, "triton" or "reference", got {self.impl!r}')
+
+    @classmethod
+    def of(cls, options: dict) -> "Options":
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"patch: options must be among {', '.join(known)}, got {', '.join(unknown)}")
+        return cls(**options)

@@ -1,0 +1,330 @@
+"""Captured rounds and late reads change nothing but the time: the texts are plain generate's."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo
+
+import specdec_triton as sdt
+from families import FAMILIES, FEW, NEVER, VOCAB, build, prompt
+from simulated_graph import HostRead, SimulatedGraphs, trace
+from specdec_triton import engine, generate
+from specdec_triton.drafters import Drafter, DraftSession
+from specdec_triton.runner import TreeRunner
+from specdec_triton.tree import DraftTree
+from test_generate import TREES, eos_in_mid_row, oracle
+
+OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 40}
+DRAFTERS = ("none", "model", "tree", "lookup", "oracle", "early")
+
+
+def capture_here(monkeypatch, lag, graphs=SimulatedGraphs):
+    monkeypatch.setitem(engine.CAPTURES, "cpu", graphs)
+    monkeypatch.setitem(engine.LAG, "cpu", lag)
+
+
+@pytest.fixture(params=[0, 1], ids=["lag0", "lag1"])
+def captured(request, monkeypatch):
+    """Stages are captured on this device, too, and read at once or late."""
+    capture_here(monkeypatch, request.param)
+
+
+@pytest.fixture
+def captured_late(monkeypatch):
+    capture_here(monkeypatch, 1)
+
+
+def drafter_of(name, text):
+    return {
+        "none": lambda: None,
+        "model": lambda: sdt.ModelDrafter(build("llama", seed=1), num_tokens=3),
+        "tree": lambda: sdt.ModelDrafter(build("llama", num_hidden_layers=1), tree=TREES["wide"]),
+        "lookup": lambda: sdt.PromptLookupDrafter(branches=2),
+        "oracle": lambda: oracle(text, tree=TREES["wide"]),
+        "early": lambda: sdt.EarlyExitDrafter(2, num_tokens=3),
+    }[name]()
+
+
+def speculative(model, drafter, inputs, **options):
+    text = model.generate(**inputs, custom_generate=sdt.SpeculativeGenerate(drafter=drafter, **options))
+    return text, sdt.stats(model)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_captured_rounds_give_the_same_text(captured, name):
+    model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
+    inputs["eos_token_id"] = eos_in_mid_row(model, prompt(batch=3), **OPTIONS)
+    plain = model.generate(**inputs)
+    text, stats = speculative(model, drafter_of(name, plain), inputs)
+    assert torch.equal(text, plain)
+    assert stats.why_eager is None and stats.captured == 2 and stats.replayed > 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_captured(captured_late, family):
+    model, inputs = build(family), {**prompt(), **OPTIONS}
+    plain = model.generate(**inputs)
+    text, stats = speculative(model, oracle(plain, tree=TREES["skipping"]), inputs)
+    assert torch.equal(text, plain)
+    assert stats.why_eager is None and stats.replayed > 5 and stats.lag == 1
+
+
+@pytest.mark.parametrize("name", ["none", "tree", "lookup"])
+@pytest.mark.parametrize("rule", ["coupled", "multi_round", "traversal"])
+def test_captured_rounds_sample_the_same_text(captured, rule, name):
+    model = build("llama")
+    inputs = {**prompt(batch=3), **OPTIONS, "do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8}
+    text, _ = speculative(model, drafter_of(name, None), inputs, rule=rule, seed=7, cuda_graphs=True)
+    expected, stats = speculative(model, drafter_of(name, None), inputs, rule=rule, seed=7, cuda_graphs=False)
+    assert torch.equal(text, expected) and stats.why_eager == "cuda_graphs=False"
+
+
+def test_what_generate_accepts_keeps_its_meaning(captured):
+    """Penalties, kept scores and criteria beside captured rounds, which go on until the host has seen the end."""
+    model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
+    inputs |= {"repetition_penalty": 1.3, "return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
+
+    def third_stop(input_ids, scores, **kwargs):
+        """Ends each row at the third of its tokens that a number divides."""
+        return (input_ids[:, 9:] % torch.tensor([[2], [3], [5]]) == 0).sum(1) >= 3
+
+    inputs["stopping_criteria"] = [third_stop]
+    plain = model.generate(**inputs)
+    for name in DRAFTERS:
+        output, stats = speculative(model, drafter_of(name, plain.sequences), inputs)
+        assert torch.equal(output.sequences, plain.sequences), name
+        assert torch.allclose(torch.stack(output.scores), torch.stack(plain.scores), atol=1e-4), name
+        emitted = (plain.sequences[:, 9:] != 0).sum()
+        assert stats.emitted <= emitted + 3, name  # a row that emits token 0 itself counts it
+
+
+def test_processors_of_the_host_keep_rounds_as_they_were(captured):
+    model, inputs = build("llama"), {**prompt(), **OPTIONS}
+    inputs["logits_processor"] = [lambda input_ids, scores: scores.roll(1, -1)]
+    plain = model.generate(**inputs)
+    text, stats = speculative(model, sdt.PromptLookupDrafter(), inputs)
+    assert torch.equal(text, plain) and "on the host" in stats.why_eager and stats.lag == 0
+    with pytest.raises(ValueError, match='cuda_graphs must be "auto" or False.*on the host'):
+        speculative(model, sdt.PromptLookupDrafter(), inputs, cuda_graphs=True)
+
+
+class Mumbling(Drafter):
+    """Drafts on the host, chains of random lengths and tokens that are often right."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def start(self, context, tree=None):
+        return MumblingSession(self.text, context)
+
+
+class MumblingSession(DraftSession):
+    max_nodes, max_depth = 6, 5
+
+    def __init__(self, text, context):
+        self.text, self.context = torch.nn.functional.pad(text, (0, 8)), context
+        self.random = torch.Generator().manual_seed(0)
+
+    def draft(self):
+        depth = int(torch.randint(1, 6, (), generator=self.random))
+        columns = torch.from_numpy(self.context.host_length)[:, None] + 1 + torch.arange(depth)
+        drafts = (self.text.gather(1, columns) + (torch.rand(columns.shape, generator=self.random) < 0.2)) % VOCAB
+        tokens = torch.cat([self.context.root[:, None], drafts], 1)
+        return DraftTree.from_topology(sdt.Topology.chain(depth), tokens)
+
+
+def test_drafts_of_the_host_are_verified_by_captured_rounds(captured, monkeypatch):
+    monkeypatch.setattr(engine, "MAX_GRAPHS", 2)
+    model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
+    plain = model.generate(**inputs)
+    text, stats = speculative(model, Mumbling(plain), inputs)
+    assert torch.equal(text, plain)
+    assert stats.captured > 2 and stats.replayed > stats.captured - 1 and stats.lag == 0
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_cache_that_grows_is_captured_anew(captured, name, monkeypatch):
+    monkeypatch.setattr(generate, "FIRST_RESERVE", 4)
+    monkeypatch.setattr(generate, "NODES_RESERVE", 4)
+    model, inputs = build("llama"), {**prompt(), **OPTIONS, "max_new_tokens": 150}
+    plain = model.generate(**inputs)
+    text, stats = speculative(model, drafter_of(name, plain), inputs)
+    assert torch.equal(text, plain) and stats.captured >= 4
+
+
+class Failing(SimulatedGraphs):
+    """Captures `good` stages and then no more."""
+
+    good, error = 0, RuntimeError("operation not permitted when stream is capturing")
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.left = self.good
+
+    def __call__(self, stage):
+        self.left -= 1
+        if self.left < 0:
+            with_effect = self.without_effect(stage)
+            del with_effect
+            raise self.error
+        return super().__call__(stage)
+
+
+@pytest.mark.parametrize("name", ["model", "lookup", "oracle"])
+@pytest.mark.parametrize("good", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(RuntimeError("not permitted"), "capturing failed: not permitted"), (torch.OutOfMemoryError("4 GiB"), "out of memory")],
+)
+def test_where_capturing_fails_rounds_go_on(monkeypatch, name, good, error, says):
+    capture_here(monkeypatch, 1, type("Failing", (Failing,), {"good": good, "error": error}))
+    model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
+    plain = model.generate(**inputs)
+    with pytest.warns(UserWarning, match=f"without CUDA graphs from here on.*{says}"):
+        text, stats = speculative(model, drafter_of(name, plain), inputs, cuda_graphs=True)
+    assert torch.equal(text, plain) and says in stats.why_eager and stats.captured == good
+
+
+def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
+    monkeypatch.setitem(engine.LAG, "cpu", 1)
+    sent, read = [], []
+    put, take = engine.Reports.put, engine.Reports.take
+
+    def put_one(self, report, kept, number):
+        sent.append(number)
+        put(self, report, kept, number)
+
+    def take_one(self):
+        rows, (kept, number) = take(self)
+        read.append((number, sent[-1]))
+        return rows, (kept, number)
+
+    monkeypatch.setattr(engine.Reports, "put", put_one)
+    monkeypatch.setattr(engine.Reports, "take", take_one)
+    model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
+    plain = model.generate(**inputs)
+    for name in DRAFTERS:
+        sent.clear(), read.clear()
+        text, stats = speculative(model, drafter_of(name, plain), inputs)
+        assert torch.equal(text, plain)
+        late = [number < newest for number, newest in read[1:]]  # after the prompt's
+        assert all(late[:-1]) and len(late) >= stats.rounds - 1, name
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_rounds_are_one_graph(monkeypatch, family, name):
+    """Two rounds are the same operations on the same addresses, and read nothing: what a CUDA graph asks for."""
+    monkeypatch.setitem(engine.LAG, "cpu", 1)
+    rounds = []
+
+    def run(self, shape, stage):
+        lines, outputs = trace(stage)
+        rounds.append((shape, lines))
+        return outputs
+
+    monkeypatch.setattr(engine.Stages, "run", run)
+    model, inputs = build(family), {**prompt(batch=3), **OPTIONS}
+    plain = model.generate(**inputs)
+    drafter = sdt.EarlyExitDrafter(2, num_tokens=3) if name == "early" else drafter_of(name, plain)
+    text, stats = speculative(model, drafter, inputs)
+    assert torch.equal(text, plain)
+    for stage in ("draft", "verify"):
+        same = [(shape, lines) for shape, lines in rounds if shape[0] == stage]
+        assert len(same) == stats.rounds > 4
+        for later in same[2:]:
+            assert later == same[1]
+
+
+class Backend:
+    """Counts the graphs that torch.compile makes."""
+
+    graphs = 0
+
+    def __call__(self, module, examples):
+        self.graphs += 1
+        return module.forward
+
+
+@pytest.mark.parametrize("stage", ["verify", "draft", "accept"])
+def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
+    torch._dynamo.reset()
+    monkeypatch.setitem(engine.LAG, "cpu", 1)
+    backend, compiled = Backend(), {}
+
+    def through_compiler(method):
+        def run(self, *arguments):
+            if self.stats.rounds if isinstance(self, generate.Speculation) else True:
+                whole = compiled.setdefault(method, torch.compile(method, backend=backend, fullgraph=True, dynamic=False))
+                return whole(self, *arguments)
+            return method(self, *arguments)
+
+        return run
+
+    speculation = generate.Speculation
+    if stage == "accept":
+        for name in ("accept", "append"):
+            monkeypatch.setattr(speculation, name, through_compiler(getattr(speculation, name).__wrapped__))
+    elif stage == "verify":
+        monkeypatch.setattr(TreeRunner, "forward", through_compiler(TreeRunner.forward))
+    else:
+        session = type(sdt.ModelDrafter(build("llama")).start).__name__ and sdt.drafters.model.ModelSession
+        monkeypatch.setattr(session, "draft", through_compiler(session.draft))
+    model, inputs = build("llama", num_hidden_layers=2), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 120}
+    plain = model.generate(**inputs)
+    drafter = drafter_of("tree" if stage == "draft" else "oracle", plain)
+    if stage != "draft":
+        drafter = replace_rate(drafter, 0.7)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        text, stats = speculative(model, drafter, inputs)
+    assert torch.equal(text, plain) and stats.rounds >= 50
+    assert backend.graphs == {"verify": 1, "draft": 1, "accept": 2}[stage]
+
+
+def replace_rate(drafter, rate):
+    drafter.error_rate = rate
+    return drafter
+
+
+def test_hazards_are_named(monkeypatch):
+    capture_here(monkeypatch, 1)
+    experts = build("mixtral", experts_implementation="eager")
+    dynamic = build("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    hooked = build("llama")
+    hooked.model.layers[0].register_forward_hook(lambda *args: None)
+    for model, says in ((experts, "nonzero"), (dynamic, "dynamic rope"), (hooked, "hooks")):
+        with pytest.raises(ValueError, match=f'patch: cuda_graphs must be "auto" or False.*{says}'):
+            sdt.patch(model, cuda_graphs=True)
+        with pytest.warns(UserWarning, match=f"without CUDA graphs.*{says}"):
+            sdt.patch(model)
+        inputs = {**prompt(), **OPTIONS, "max_new_tokens": 12}
+        text = model.generate(**inputs, prompt_lookup_num_tokens=3)
+        assert says in sdt.stats(model).why_eager
+        sdt.unpatch(model)
+        assert torch.equal(text, model.generate(**inputs))
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="rounds cannot be captured"):
+            sdt.patch(build("llama"), drafter=sdt.ModelDrafter(model))
+            sdt.patch(build("llama"), drafter=sdt.ModelDrafter(model), cuda_graphs=True)
+
+
+def test_no_gpu_no_graphs():
+    model = build("llama")
+    with pytest.raises(ValueError, match="got True: tensors on cpu: CUDA graphs need a CUDA GPU"):
+        sdt.patch(model, cuda_graphs=True)
+    speculative(model, sdt.PromptLookupDrafter(), {**prompt(), **OPTIONS, "max_new_tokens": 4})
+    assert "CUDA GPU" in sdt.stats(model).why_eager
+
+
+def test_the_simulation_has_teeth():
+    """A captured stage that reads a value is an error, and one that depends on Python is wrong."""
+    there, number = torch.zeros(2), [1.0]
+    with pytest.raises(HostRead):
+        SimulatedGraphs("cpu")(lambda: (there > 0).any().item())
+    replay, result = SimulatedGraphs("cpu")(lambda: there.add_(number[0]).sum())
+    assert there.tolist() == [0.0, 0.0]
+    number[0] = 5.0
+    replay(), replay()
+    assert there.tolist() == [2.0, 2.0] and result == 4.0
+    first, _ = trace(lambda: there + 1)
+    assert first == trace(lambda: there + 1)[0] != trace(lambda: there.clone() + 1)[0]

@@ -109,7 +109,7 @@ class Stages:
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
         self.why_eager = "out of memory while capturing" if out_of_memory else f"capturing failed: {error}"
         warnings.warn(
-            f"generate: rounds run without CUDA graphs from here on, slower and with the same results: {self.why_eager}",
+            f"generate: rounds run without CUDA graphs from here on, slower, with the same results: {self.why_eager}",
             stacklevel=2,
         )
 

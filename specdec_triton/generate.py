@@ -41,7 +41,7 @@ from .reference import Acceptance
 from .rules import LOSSY_RULES
 from .runner import TreeRunner
 from .transcript import Transcript
-from .tree import DraftTree, DynamicTree, Topology
+from .tree import DraftTree, Topology
 
 # The attention implementation is a setting of the config, which models may share: one call at a time may switch it.
 TURN = threading.RLock()
@@ -452,7 +452,7 @@ class Speculation:
 
     @timed("emit")
     def append(self, tree: DraftTree, accepted: Acceptance) -> torch.Tensor:
-        """Append the accepted tokens and the target's own: the report, [B, 2 D + 6] int64, tokens, path, five counts."""
+        """Append the accepted tokens and the target's own: the report [B, 2 D + 6], tokens, path and five numbers."""
         context = self.context
         drafts = tree.tokens.gather(1, accepted.path.clamp(min=0).long())
         emitted = torch.cat([drafts, torch.zeros_like(accepted.next_ids)[:, None]], dim=1)

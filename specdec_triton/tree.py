@@ -218,7 +218,7 @@ class DraftTree:
         parents, depth, ancestors = topology_tensors(topology, tokens.device)
         return cls(
             tokens=tokens,
-            parents=parents.expand(batch, -1).contiguous(),
+            parents=parents.expand(batch, -1),
             depth=depth.expand(batch, -1),
             ancestors=ancestors.expand(batch, -1, -1),
             max_depth=topology.max_depth,

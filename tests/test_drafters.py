@@ -210,6 +210,7 @@ def test_the_oracle_follows_its_text_to_the_end():
     now = context(text.tolist(), vocab=5)
     session = sdt.OracleDrafter(text).start(now)
     now.length.copy_(torch.tensor([3, 5]))
+    session.prepare()
     tree = session.draft()
     tree.check(torch.tensor([4, 4]), 5, "oracle")
     assert tree.tokens[0, :3].tolist() == [4, 4, 4]

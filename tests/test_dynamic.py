@@ -6,6 +6,8 @@ import torch
 
 import specdec_triton as sdt
 from families import NEVER, VOCAB, build, prompt
+from simulated_graph import SimulatedGraphs
+from specdec_triton import engine
 from specdec_triton.drafters import dynamic
 from specdec_triton.filters import Filters, filtered_log_probs
 from specdec_triton.instruments import count_host_reads
@@ -88,7 +90,7 @@ def test_the_likeliest_nodes_are_kept(tree, asked, rule, fixed, monkeypatch):
     assert sdt.stats(target).accepted > 9 and len(addresses) == 1
     seeds = row_seeds(5, 2)
     filters = Filters() if rule == "greedy" else Filters(torch.tensor([0.8]), torch.tensor([20]))
-    for tokens, length, budget, (levels, kept), proposed in rounds[:6]:
+    for tokens, length, budget, (levels, kept, _), proposed in rounds[:6]:
         root = torch.from_numpy(tokens[np.arange(2), length])
         proposed.check(root, VOCAB, "ModelDrafter")
         assert (proposed.num_nodes, proposed.sampling) == (kept, "none")
@@ -136,6 +138,22 @@ def test_a_draft_that_is_the_target_is_accepted(options):
         with sdt.patched(target, drafter=drafter, seed=1):
             target.generate(**prompt(), **options)
         assert sdt.stats(target).acceptance_length > 3.3  # of 5, since the tree is cut to its likeliest nodes
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "coupled"])
+def test_captured_rounds_draft_the_same(options, lag, monkeypatch):
+    """Captured, the draft still follows the text: it is the target, and accepted as often."""
+    target = build("llama")
+    for drafter in (sdt.ModelDrafter(build("llama"), tree=TREE), sdt.EarlyExitDrafter(3, tree=TREE)):
+        with sdt.patched(target, drafter=drafter, seed=1, cuda_graphs=False):
+            text = target.generate(**prompt(), **options)
+        with monkeypatch.context() as patches, sdt.patched(target, drafter=drafter, seed=1):
+            patches.setitem(engine.CAPTURES, "cpu", SimulatedGraphs)
+            patches.setitem(engine.LAG, "cpu", lag)
+            assert torch.equal(target.generate(**prompt(), **options), text)
+        stats = sdt.stats(target)
+        assert stats.captured == 2 and stats.replayed > 5 and stats.acceptance_length > 3.3
 
 
 def test_more_is_accepted_than_of_a_fixed_tree_of_as_many_nodes():

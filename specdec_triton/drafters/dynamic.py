@@ -29,11 +29,11 @@ class DynamicSession(ModelSession):
         tree: what to draft.
     """
 
-    on_device = True
-
     def __init__(self, model: PreTrainedModel, context: DraftContext, tree: DynamicTree, shares_cache: bool = False):
         super().__init__(model, context, tree, shares_cache)
-        self._levels, self._kept, self._follows = tree.depth, tree.num_nodes, True
+        self._kept, self._levels = tree.num_nodes, tree.max_depth
+        # what a round begins with is a path down to the root; kept, since captured rounds read its tensors
+        self._path = topology_tensors(Topology.chain(self._catch_up - 1), context.start.device)
         # [B, N]: slot of each node in the draft's cache, from the root's; -1: never forwarded
         self._slots = torch.full((len(context.start), tree.num_nodes), -1, device=context.start.device)
 
@@ -42,17 +42,15 @@ class DynamicSession(ModelSession):
         return self._catch_up + self.topology.width * (self.topology.depth - 1)
 
     def prepare(self, tree: Topology | DynamicTree | None = None):
-        """A tree that is asked for limits the nodes kept and the levels. Returns both, and the slots shown."""
+        """A tree that is asked for limits the nodes kept and the levels."""
         wanted, context = self.topology, self.context
-        self._levels, self._kept = wanted.depth, wanted.num_nodes
+        self._kept, self._levels = wanted.num_nodes, wanted.max_depth
         if tree is not None:
-            self._levels, self._kept = min(self._levels, tree.max_depth), min(self._kept, tree.num_nodes)
-        useful = self._levels if context.fixed_shapes else context.useful_depth
-        # without a level the draft's cache must still follow the text, until its end
-        self._follows = not self._shares_cache and (context.fixed_shapes or useful > 0)
-        self._levels = min(self._levels, useful)
-        self._runner.cache.reserve(context.longest + self._room)
+            self._kept, self._levels = min(self._kept, tree.num_nodes), min(self._levels, tree.max_depth)
+        if not context.fixed_shapes:
+            self._levels = min(self._levels, context.useful_depth)
         self._kept = min(self._kept, wanted.made(self._levels))
+        self._follow(self._levels > 0)
         return self._levels, self._kept, self._runner.cache.slots
 
     def draft(self) -> DraftTree:
@@ -64,13 +62,9 @@ class DynamicSession(ModelSession):
         tokens, parents, scores = [root], [torch.full_like(root, -1)], [torch.zeros(batch, 1, device=device)]
         slots = [torch.zeros_like(root)]
         has_nan = torch.zeros_like(first, dtype=torch.bool)
-        # the tree in the draft's cache: what is caught up with is a path down to the root
-        chain = Topology.chain(self._catch_up - 1)
-        _, depth, ancestors = (part.expand(batch, *part.shape[1:]) for part in topology_tensors(chain, device))
+        _, depth, ancestors = (part.expand(batch, *part.shape[1:]) for part in self._path)  # of the draft cache's tree
         at, made = torch.zeros_like(root), 1  # the nodes to expand, and how many there are
         mass, row = scores[0], torch.full_like(root, self._catch_up - 1)
-        if not self._levels and self._follows:
-            self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
         for level in range(1, self._levels + 1):
             logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
             best, children = self._log_probs(logits[:, -at.shape[1] :, : context.vocab_size], level).topk(width)
@@ -95,7 +89,7 @@ class DynamicSession(ModelSession):
             torch.cat(parents, 1),
             torch.cat(scores, 1),
             self._kept,
-            min(self._levels, self._kept - 1),
+            self._levels,
         )
         self._slots[:, : self._kept].copy_(torch.cat(slots, 1).gather(1, nodes))
         return replace(tree, has_nan=has_nan)

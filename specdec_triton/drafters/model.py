@@ -123,9 +123,9 @@ def start_session(
     replacement: bool = False,
 ) -> "ModelSession":
     """The session that drafts such a shape: for the arguments see `ModelSession`."""
-    from .dynamic import DynamicSession  # which builds on this module
-
     if isinstance(shape, DynamicTree):
+        from .dynamic import DynamicSession  # which builds on this module
+
         return DynamicSession(model, context, shape, shares_cache)
     return ModelSession(model, context, shape, shares_cache, replacement)
 
@@ -195,16 +195,20 @@ class ModelSession(DraftSession):
         context, topology = self.context, self.topology if tree is None else tree
         if not context.fixed_shapes:
             topology = topology.limited(context.useful_depth)
-        self._runner.cache.reserve(context.longest + self._room)
-        if topology.num_nodes == 1:
-            self._behind += 1
-        elif self._behind:
-            self._catch_up_with(self._behind)
-            self._behind = 0
+        self._follow(topology.num_nodes > 1)
         if topology not in self._plans:
             self._plans[topology] = _plan(topology, self._catch_up, context.length.device)
         self._drafted = topology
         return topology, self._runner.cache.slots
+
+    def _follow(self, drafts: bool) -> None:
+        """Room for the round; and before one that drafts, what the rounds left out that did not."""
+        self._runner.cache.reserve(self.context.longest + self._room)
+        if not drafts:
+            self._behind += 1
+        elif self._behind:
+            self._catch_up_with(self._behind)
+            self._behind = 0
 
     def _catch_up_with(self, rounds: int) -> None:
         """Run the tokens of rounds that drafted nothing, one a round, in a row that had not ended."""

@@ -1,7 +1,5 @@
 """A drafter that knows the answer: for tests, and for benchmarks with a controlled acceptance."""
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 
@@ -63,7 +61,7 @@ class _OracleSession(DraftSession):
     trusted = on_device = True
 
     def __init__(self, drafter: OracleDrafter, context: DraftContext, topology: Topology):
-        self.context, self.topology, self._drafted = context, topology, topology
+        self.context, self.topology = context, topology
         self.max_nodes, self.max_depth = topology.num_nodes, topology.max_depth
         random, device = np.random.default_rng(drafter.seed), context.tokens.device
         text = np.pad(drafter.text, ((0, 0), (0, 1)), constant_values=-1)  # the last column stands for all beyond it
@@ -72,17 +70,21 @@ class _OracleSession(DraftSession):
         self._text = torch.from_numpy(text).to(device)
         self._carried = torch.from_numpy(np.where(random.random(text.shape) < drafter.error_rate, -1, text)).to(device)
         self._share = torch.from_numpy(random.random(text.shape)).to(device)
+        self._tables: dict[Topology, tuple[torch.Tensor, ...]] = {}  # kept: captured rounds read their tensors
         self._wrong = torch.from_numpy(random.integers(0, others, text.shape)).to(device)
 
     def prepare(self, tree=None):
         wanted, context = self.topology if tree is None else tree, self.context
         self._drafted = wanted if context.fixed_shapes else wanted.limited(context.useful_depth)
+        if self._drafted not in self._tables:
+            device = context.tokens.device
+            self._tables[self._drafted] = *topology_tensors(self._drafted, device), *_children(self._drafted, device)
         return self._drafted
 
     def draft(self) -> DraftTree:
         context, topology = self.context, self._drafted
         nodes = torch.arange(topology.num_nodes, device=context.tokens.device)
-        _, depth, _ = topology_tensors(topology, nodes.device)
+        depth = self._tables[topology][1]
         column = (context.length[:, None] + depth).clamp(max=self._text.shape[1] - 1)
         # a true token plus 1 to V - 1 is another token
         offset = 1 + (self._wrong.gather(1, column) + nodes) % max(context.vocab_size - 1, 1)
@@ -95,7 +97,7 @@ class _OracleSession(DraftSession):
     def _path(self, topology: Topology) -> torch.Tensor:
         """[B, N] bool: the nodes that may carry the text, one at each depth, as far as a path goes down."""
         length, last = self.context.length, self._text.shape[1] - 1
-        children, counts = _children(topology, length.device)
+        *_, children, counts = self._tables[topology]
         node = torch.zeros_like(length)
         nodes = torch.arange(topology.num_nodes, device=length.device)
         on_path = torch.zeros(len(length), topology.num_nodes, dtype=torch.bool, device=length.device)
@@ -108,7 +110,6 @@ class _OracleSession(DraftSession):
         return on_path
 
 
-@lru_cache(maxsize=64)
 def _children(topology: Topology, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Children [N + 1, K] int64 and their numbers [N + 1]; past the last child, and of node N, there is node N."""
     num_nodes = topology.num_nodes

@@ -7,6 +7,7 @@ model.generate(**inputs, prompt_lookup_num_tokens=10)
 """
 
 from . import ops
+from .adaptive import expected_tokens, optimal_topology
 from .cache import TreeCache
 from .costs import Costs
 from .drafters import (
@@ -41,7 +42,9 @@ __all__ = [
     "Stats",
     "Topology",
     "TreeCache",
+    "expected_tokens",
     "ops",
+    "optimal_topology",
     "patch",
     "patched",
     "stats",

@@ -116,7 +116,7 @@ def process_path(
         {(parent, token): node for node, (parent, token) in reversed(list(enumerate(zip(*row, strict=True)))) if node}
         for row in zip(parents, tokens, strict=True)
     ]
-    idle = _ended_texts(host_tokens, host_length, host_budget, eos_ids)
+    idle = _ended_texts(host_tokens, host_length, host_budget, eos_ids, scores.shape[-1])
     at = {int(row): 0 for row in np.flatnonzero(host_budget)}
     text = {row: host_tokens[row, : host_length[row] + 1] for row in at}
     while at:
@@ -154,7 +154,7 @@ def process_each(
     Args: as those of `process_path`. The host reads the tree, and once for each depth what is possible.
     """
     tokens, parents, depth = torch.stack([tree.tokens, tree.parents.long(), tree.depth]).tolist()
-    idle = _ended_texts(host_tokens, host_length, host_budget, eos_ids)
+    idle = _ended_texts(host_tokens, host_length, host_budget, eos_ids, scores.shape[-1])
     # by row: the nodes to ask about at a depth, and their texts
     asked = {int(row): {0: host_tokens[row, : host_length[row] + 1]} for row in np.flatnonzero(host_budget)}
     for level in range(1, tree.max_depth + 2):
@@ -183,12 +183,13 @@ def process_each(
 
 
 def _ended_texts(
-    host_tokens: np.ndarray, host_length: np.ndarray, host_budget: np.ndarray, eos_ids: list[int]
+    host_tokens: np.ndarray, host_length: np.ndarray, host_budget: np.ndarray, eos_ids: list[int], vocab: int
 ) -> np.ndarray:
     """The texts [B, columns] as they would go on if every row had ended: to a processor, nothing out of the way."""
     ended, live = host_tokens.copy(), np.flatnonzero(host_budget)
-    if eos_ids:
-        ended[live, host_length[live] + 1] = eos_ids[0]
+    ends = [token for token in eos_ids if token < vocab]
+    if ends:
+        ended[live, host_length[live] + 1] = ends[0]
     return ended
 
 

@@ -79,6 +79,7 @@ ARROWS = {
     "cli": {
         "specdec_triton",
         "demo",
+        "engine",
         "generate",
         "instruments",
         "models",

@@ -75,12 +75,14 @@ def _measure(context: DraftContext, session: DraftSession, stages: Stages) -> Co
         _, depth, ancestors = topology_tensors(Topology.chain(num_nodes - 1), device)
         tree = depth.expand(batch, -1), ancestors.expand(batch, -1, -1)
         tokens = context.root[:, None].expand(-1, num_nodes)
-        stages.run(("verify", num_nodes), lambda: context.target.forward(tokens, *tree, context.length))
+        stages.run("verify", num_nodes, lambda: context.target.forward(tokens, *tree, context.length))
 
     def draft(depth: int) -> None:
-        stages.run(("draft", session.prepare(Topology.chain(depth))), session.draft)
+        stages.run("draft", session.prepare(Topology.chain(depth)), session.draft)
 
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     sizes = [size for size in LADDER if size <= session.max_nodes]
     depths = [depth for depth in DRAFT_DEPTHS if depth <= session.max_depth]
-    return Costs(measure_costs(verify, sizes, synchronize), measure_costs(draft, depths, synchronize))
+    costs = Costs(measure_costs(verify, sizes, synchronize), measure_costs(draft, depths, synchronize))
+    stages.forget()
+    return costs

@@ -14,7 +14,7 @@ from transformers import TextStreamer
 import specdec_triton as sdt
 
 from . import models, ops
-from .engine import LAG, MAX_GRAPHS, cannot_capture
+from .engine import LAG, MAX_SHAPES, cannot_capture
 from .prove import exact_law, prove
 from .rules import CHAIN_RULES, LOSSY_RULES, RULES
 
@@ -205,7 +205,7 @@ def _doctor(args: argparse.Namespace) -> int:
         name, reason = ops.implementation(op, device)
         rows.append((op, f"{name} ({reason})"))
     lag = LAG.get(device.type, 0)
-    graphs = f"captured, at most {MAX_GRAPHS} shapes a call; the host looks {lag} round back"
+    graphs = f"captured, at most {MAX_SHAPES} shapes a call; the host looks {lag} round back"
     rows.append(("CUDA graphs", cannot_capture(device) or graphs))
     width = max(len(label) for label, _ in rows)
     for label, text in rows:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-MAX_GRAPHS = 24  # of one call; the one that was not used for longest goes first
+MAX_SHAPES = 12  # of a call's rounds that are captured; the one that was not used for longest goes first
 LAG = {"cuda": 1}  # rounds that the host looks back, by kind of device; 0 where there is nothing to wait for
 
 
@@ -60,9 +60,11 @@ class Stages:
 
     def __init__(self, device: torch.device, why_eager: str | None = None):
         self.why_eager = why_eager = why_eager or cannot_capture(device)
+        self._device = device
         self._capture = None if why_eager else CAPTURES[device.type](device)
-        self._graphs: OrderedDict[Hashable, tuple[Callable[[], None], Any]] = OrderedDict()
-        self._seen: set[Hashable] = set()
+        # shape -> stage -> what replays it, its outputs, and the stage, which holds what it reads
+        self._graphs: OrderedDict[Hashable, dict[str, tuple[Callable[[], None], Any, Callable]]] = OrderedDict()
+        self._seen: set[tuple[str, Hashable]] = set()
         self.captured = self.replayed = 0
         self.seconds = 0.0
 
@@ -71,28 +73,32 @@ class Stages:
         """Device memory that the graphs hold."""
         return self._capture.nbytes if self._graphs else 0
 
-    def run(self, shape: Hashable, stage: Callable[[], Any]) -> Any:
+    def run(self, name: str, shape: Hashable, stage: Callable[[], Any]) -> Any:
         """The stage's outputs; those of a replayed stage are overwritten by its next run.
 
         Args:
-            shape: tells stages apart. Of equal shape, a stage does the same to the same tensors.
+            name: which stage of a round.
+            shape: tells rounds apart. In rounds of one shape, a stage does the same to the same tensors: those that
+                were there before the round, and the outputs of the stages before it.
         """
         if self.why_eager is not None:
             return stage()
-        if shape not in self._seen:
-            self._seen.add(shape)
+        if (name, shape) not in self._seen:
+            self._seen.add((name, shape))
             return stage()
-        if shape not in self._graphs:
+        graphs = self._graphs.setdefault(shape, {})
+        self._graphs.move_to_end(shape)
+        if name not in graphs:
             try:
-                self._graphs[shape] = self._capture(stage)
+                graphs[name] = *self._capture(stage), stage
             except Exception as error:
                 self._give_up(error)
                 return stage()
             self.captured += 1
-            if len(self._graphs) > MAX_GRAPHS:
+            if len(self._graphs) > MAX_SHAPES:
+                self._wait()
                 self._graphs.popitem(last=False)
-        self._graphs.move_to_end(shape)
-        replay, outputs = self._graphs[shape]
+        replay, outputs, _ = graphs[name]
         begin = time.perf_counter()
         replay()
         self.seconds += time.perf_counter() - begin
@@ -100,9 +106,16 @@ class Stages:
         return outputs
 
     def forget(self) -> None:
-        """Drop all graphs: tensors that they write to are no longer where they were."""
+        """Drop all graphs: the call is over, or tensors that they write to are no longer where they were."""
+        if self._graphs:
+            self._wait()
         self._graphs.clear()
         self._seen.clear()
+
+    def _wait(self) -> None:
+        """A graph must not be destroyed while it runs."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _give_up(self, error: Exception) -> None:
         self.forget()

@@ -273,6 +273,7 @@ class Speculation:
         self.stats.graph_bytes = self.stages.nbytes
         if self.stages.replayed:
             self.stats.seconds["replay"] = self.stages.seconds
+        self.stages.forget()
         if self.streamer is not None:
             self.streamer.end()
         return self.output()
@@ -290,7 +291,9 @@ class Speculation:
         adapts = self.options.tree == "auto"
         tree = most_nodes(self.model.device) if adapts else self.options.tree
         self.session = self.drafter.start(self.context, tree)
-        if not self.session.on_device:
+        # a tree that must be checked is looked at by the host
+        self.drafts_on_device = self.session.on_device and self.session.trusted
+        if not self.drafts_on_device:
             self.reports.lag = 0  # it drafts from what the host has read
         self.context.ahead = self.reports.lag * (self.session.max_depth + 1)
         if adapts and self.session.max_nodes > 1:
@@ -303,11 +306,11 @@ class Speculation:
         if asked and not self.context.fixed_shapes:
             asked = asked.limited(self.context.useful_depth)
         shape = self.prepare(asked)
-        if self.session.on_device:
-            tree = self.stages.run(("draft", shape), self.draft)
+        if self.drafts_on_device:
+            tree = self.stages.run("draft", shape, self.draft)
         else:
             shape, tree = self.hold(self.draft())
-        report, kept = self.stages.run(("verify", shape), lambda: self.settle(tree, self.verify(tree)))
+        report, kept = self.stages.run("verify", shape, lambda: self.settle(tree, self.verify(tree)))
         self.stats.rounds += 1
         spent = {name: self.stats.seconds[name] - before.get(name, 0) for name in ("draft", "verify")}
         verified = asked and asked.limited(tree.max_depth)

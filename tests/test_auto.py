@@ -94,6 +94,7 @@ def test_a_draft_model_catches_up_after_plain_rounds(monkeypatch, lag, replaceme
     """The draft is the target's twin: whatever it drafts is right, if it has seen the text."""
     if lag:
         capture_here(monkeypatch, 1)
+        monkeypatch.setattr(engine, "MAX_SHAPES", 2)  # some are captured again
     script = Script([ROOT, ROOT, ROOT, sdt.Topology.chain(3), ROOT, TREES["wide"], sdt.Topology.chain(1)])
     monkeypatch.setattr(generate, "controller", lambda *arguments: script)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 60}

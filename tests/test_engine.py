@@ -138,7 +138,7 @@ class MumblingSession(DraftSession):
 
 
 def test_drafts_of_the_host_are_verified_by_captured_rounds(captured, monkeypatch):
-    monkeypatch.setattr(engine, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(engine, "MAX_SHAPES", 2)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     plain = model.generate(**inputs)
     text, stats = speculative(model, Mumbling(plain), inputs)

@@ -19,9 +19,9 @@ from .drafters import (
     OracleDrafter,
     PromptLookupDrafter,
 )
-from .generate import Stats
 from .options import Options
 from .patch import SpeculativeGenerate, patch, patched, stats, unpatch
+from .stats import Stats
 from .tree import DraftTree, DynamicTree, Topology
 
 __version__ = "0.1.0"

@@ -8,11 +8,7 @@ Everything a round needs is on the device; the host reads one small tensor a rou
 """
 
 import threading
-import time
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from functools import wraps
+from collections.abc import Hashable
 
 import numpy as np
 import torch
@@ -33,13 +29,15 @@ from .drafters import DraftContext
 from .drafters.base import check_rule
 from .engine import LAG, Reports, Stages, cannot_capture
 from .filters import Filters, filtered_log_probs
-from .noise import COUPLED, gumbel, row_seeds
+from .inputs import left_padding, row_seeds_of
+from .noise import COUPLED, gumbel
 from .options import Options
 from .penalties import is_vectorised, process_nodes
 from .processors import first_choice, process_each, process_path, split_processors
 from .reference import Acceptance
 from .rules import LOSSY_RULES
 from .runner import TreeRunner
+from .stats import Stats, timed
 from .transcript import Transcript
 from .tree import DraftTree, Topology
 
@@ -49,65 +47,6 @@ STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidance
 LEAST_TEMPERATURE = 1e-20
 FIRST_RESERVE = 512  # new tokens that the first cache buffer has room for
 NODES_RESERVE = 256  # and draft tokens, where it should not move
-
-
-@dataclass
-class Stats:
-    """What a generation did.
-
-    Attributes:
-        rule: acceptance rule.
-        lossless: the rule leaves the target's output distribution unchanged.
-        rounds: target forwards after the prompt's.
-        drafted: draft tokens verified, in rows that were unfinished.
-        accepted: of those, accepted.
-        emitted: tokens emitted, all rows; the prompt's forward emits the first of each row.
-        row_rounds: (row, round) pairs in which the row was unfinished.
-        seconds: host time by stage: prefill, draft, verify, accept, compact, emit; and replay, of stages that were
-            captured. On a GPU, stages run behind the host: only their sum means something.
-        why_eager: why rounds ran without CUDA graphs, or None.
-        captured, replayed: stages captured as a CUDA graph, and run by replaying one.
-        graph_bytes: device memory that the graphs held at the end of the call; it is free again afterwards.
-        lag: rounds that the host looked back.
-        auto: with `tree="auto"`, what was chosen: see `AdaptiveTree.summary`.
-    """
-
-    rule: str
-    lossless: bool = True
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    emitted: int = 0
-    row_rounds: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    why_eager: str | None = None
-    captured: int = 0
-    replayed: int = 0
-    graph_bytes: int = 0
-    lag: int = 0
-    auto: dict | None = None
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens that an unfinished row emitted in a round, on average; 0.0 without rounds."""
-        return (self.accepted + self.row_rounds) / self.row_rounds if self.row_rounds else 0.0
-
-
-def timed(stage: str) -> Callable:
-    """Add a method's host time to `stats.seconds[stage]`."""
-
-    def decorate(method: Callable) -> Callable:
-        @wraps(method)
-        def run(self, *args):
-            begin = time.perf_counter()
-            try:
-                return method(self, *args)
-            finally:
-                self.stats.seconds[stage] += time.perf_counter() - begin
-
-        return run
-
-    return decorate
 
 
 class Speculation:
@@ -534,52 +473,3 @@ class Speculation:
             logits=kept.get("logits"),
             past_key_values=self.runner.cache.to_dynamic(sequences.shape[1] - 1),
         )
-
-
-def row_seeds_of(seed: int | Sequence[int] | None, batch: int) -> torch.Tensor:
-    """[B] int64. A list is taken as it is.
-
-    Raises:
-        ValueError: a list is not of one seed for each row.
-    """
-    if isinstance(seed, (list, tuple)):
-        if len(seed) != batch:
-            raise ValueError(
-                f"generate: seed must be a number or a list of one for each of the {batch} rows (each prompt's "
-                f"num_return_sequences among them), got {len(seed)}"
-            )
-        return torch.tensor(seed, dtype=torch.int64)
-    return row_seeds(int(torch.randint(2**62, ())) if seed is None else seed, batch)
-
-
-def left_padding(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
-    """First real column of each sequence: [B] int64, from `attention_mask` [B, T] or, without one, 0.
-
-    Raises:
-        ValueError: the mask has holes or padding on the right, a row is all padding, or `position_ids` do not count
-            the real tokens.
-    """
-    batch, length = input_ids.shape
-    columns = torch.arange(length, device=input_ids.device)
-    mask = model_kwargs.get("attention_mask")
-    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device).bool()
-    if real.shape != input_ids.shape:
-        raise ValueError(f"generate: attention_mask must be [{batch}, {length}], got {list(real.shape)}")
-    start = length - real.sum(1)
-    if not torch.equal(real, columns >= start[:, None]) or not real[:, -1].all():
-        raise ValueError(
-            "generate: attention_mask must be zeros, then ones (padding on the left only) when speculation is on, got "
-            "holes, padding on the right, or a row without tokens: set tokenizer.padding_side = 'left', or pass "
-            "attention_mask if it was inferred from a pad token in mid-prompt"
-        )
-    positions = model_kwargs.get("position_ids")
-    if positions is not None:
-        wanted = columns - start[:, None]
-        positions = positions.to(input_ids.device)
-        counted = positions.dim() == 2 and positions.shape[0] in (1, batch) and positions.shape[1] == length
-        if not counted or not torch.equal(torch.where(real, positions, wanted), wanted):
-            raise ValueError(
-                f"generate: position_ids must count the real tokens from 0, [{batch}, {length}], when speculation is "
-                f"on, got other positions of shape {list(positions.shape)}"
-            )
-    return start

@@ -19,8 +19,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from .attention import check_supported, graph_hazard
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .engine import cannot_capture
-from .generate import TURN, Speculation, Stats
+from .generate import TURN, Speculation
 from .options import Options
+from .stats import Stats
 from .tree import DynamicTree, Topology
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")

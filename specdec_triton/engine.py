@@ -20,15 +20,15 @@ LAG = {"cuda": 1}  # rounds that the host looks back, by kind of device; 0 where
 class CudaGraphs:
     """Captures stages as CUDA graphs that share one memory pool: they are replayed on one stream, one at a time."""
 
-    def __init__(self, device: torch.device):
-        self._device, self._pool = device, None
+    def __init__(self):
+        self._pool = None
         self.nbytes = 0  # of the pool
 
     def __call__(self, stage: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """What replays the stage, and the stage's outputs, which each replay overwrites. Nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
         # other threads may go on with what a capture would forbid
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
             before = torch.cuda.memory_reserved()
             outputs = stage()
             self.nbytes += torch.cuda.memory_reserved() - before
@@ -61,7 +61,7 @@ class Stages:
     def __init__(self, device: torch.device, why_eager: str | None = None):
         self.why_eager = why_eager = why_eager or cannot_capture(device)
         self._device = device
-        self._capture = None if why_eager else CAPTURES[device.type](device)
+        self._capture = None if why_eager else CAPTURES[device.type]()
         # shape -> stage -> what replays it, its outputs, and the stage, which holds what it reads
         self._graphs: OrderedDict[Hashable, dict[str, tuple[Callable[[], None], Any, Callable]]] = OrderedDict()
         self._seen: set[tuple[str, Hashable]] = set()

@@ -9,6 +9,7 @@ Everything a round needs is on the device; the host reads one small tensor a rou
 
 import threading
 from collections.abc import Hashable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -184,7 +185,9 @@ class Speculation:
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The whole call: what `generate` returns. Calls from several threads take turns."""
-        with TURN:
+        device = self.model.device
+        # Triton and events go by the current device
+        with TURN, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return self._run()
 
     def _run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
@@ -425,6 +428,11 @@ class Speculation:
             return  # while a processor raised
         context, batch = self.context, len(report)
         counts, drafted, budget, has_nan, draft_nan = ([row[field] for row in report] for field in range(-5, 0))
+        # a row that a criterion stopped may have gone on until the device heard of it
+        counts, budget, has_nan, draft_nan = (
+            [0 if stopped else number for number, stopped in zip(numbers, self.stopped, strict=True)]
+            for numbers in (counts, budget, has_nan, draft_nan)
+        )
         op = "accept_greedy" if self.rule == "greedy" else "accept_sample"
         for source, rows in (
             (f"{op}: logits of {type(self.model).__name__}", has_nan),
@@ -435,13 +443,10 @@ class Speculation:
                     f"{source} must be finite numbers, got NaN or inf in row {rows.index(True)} of {batch} in round "
                     f"{number}"
                 )
-        # a row that a criterion stopped may have gone on until the device heard of it
-        counts = [0 if stopped else count for count, stopped in zip(counts, self.stopped, strict=True)]
-        budget = [0 if stopped else left for left, stopped in zip(budget, self.stopped, strict=True)]
         self.stats.emitted += sum(counts)
         if number:
             self.stats.row_rounds += sum(count > 0 for count in counts)
-            self.stats.drafted += sum(number for number, count in zip(drafted, counts, strict=True) if count)
+            self.stats.drafted += sum(nodes for nodes, count in zip(drafted, counts, strict=True) if count)
             self.stats.accepted += sum(count - 1 for count in counts if count)
             if verified is not None:
                 self.learn(verified, report, counts, drafted, spent)

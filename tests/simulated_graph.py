@@ -39,9 +39,6 @@ class SimulatedGraphs:
 
     nbytes = 0
 
-    def __init__(self, device):
-        self.device = device
-
     def __call__(self, stage):
         with Record() as record:
             outputs = self.without_effect(stage)

@@ -162,8 +162,7 @@ class Failing(SimulatedGraphs):
 
     good, error = 0, None
 
-    def __init__(self, device):
-        super().__init__(device)
+    def __init__(self):
         self.left = self.good
 
     def __call__(self, stage):
@@ -330,8 +329,8 @@ def test_the_simulation_has_teeth():
     """A captured stage that reads a value is an error, and one that depends on Python is wrong."""
     there, number = torch.zeros(2), [1.0]
     with pytest.raises(HostRead):
-        SimulatedGraphs("cpu")(lambda: (there > 0).any().item())
-    replay, result = SimulatedGraphs("cpu")(lambda: there.add_(number[0]).sum())
+        SimulatedGraphs()(lambda: (there > 0).any().item())
+    replay, result = SimulatedGraphs()(lambda: there.add_(number[0]).sum())
     assert there.tolist() == [0.0, 0.0]
     number[0] = 5.0
     replay(), replay()

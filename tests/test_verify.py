@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import specdec_triton as sdt
-from families import NEVER, VOCAB, build, prompt
+from families import FAMILIES, NEVER, VOCAB, build, prompt
+from specdec_triton import runner
 from specdec_triton.cache import BUCKET
 from specdec_triton.instruments import count_host_reads
 from specdec_triton.runner import TreeRunner
@@ -149,3 +150,18 @@ def test_dense_masks_are_refused_by_the_tree_attention():
         with pytest.raises(ValueError, match="specdec_tree: attention_mask must be a packed tree.*got"):
             model(**prompt())
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_long_prompt_is_run_in_chunks(family, monkeypatch):
+    model, inputs = build(family), {**prompt(batch=2, length=14), "do_sample": False, "max_new_tokens": 8}
+    plain = model.generate(**inputs)
+    widths = []
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", 5)
+    hook = model.register_forward_pre_hook(
+        lambda module, args, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    with sdt.patched(model, drafter=sdt.ModelDrafter(build(family, seed=1), num_tokens=2)):
+        text = model.generate(**inputs)
+    hook.remove()
+    assert torch.equal(text, plain) and widths[:3] == [5, 5, 4]

@@ -1,8 +1,9 @@
-"""The command `specdec-triton`: demo, generate, prove, doctor."""
+"""The command `specdec-triton`: demo, generate, prove, doctor, inspect."""
 
 import argparse
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import sys
 import time
@@ -13,7 +14,7 @@ from transformers import TextStreamer
 
 import specdec_triton as sdt
 
-from . import models, ops
+from . import inspection, models, ops
 from .prove import exact_law, prove
 from .rules import CHAIN_RULES, LOSSY_RULES, RULES
 
@@ -92,12 +93,13 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what is installed, and which implementation each op will use")
     doctor.set_defaults(run=_doctor)
+
+    _add_inspect(commands)
     return parser
 
 
 def _demo(args: argparse.Namespace) -> int:
-    if importlib.util.find_spec("rich") is None:
-        raise ImportError("needs the package rich: pip install 'specdec-triton[demo]'")
+    _require_rich()
     from . import demo
 
     return demo.run(args.model, args.dtype, args.max_new_tokens)
@@ -207,6 +209,42 @@ def _doctor(args: argparse.Namespace) -> int:
     for label, text in rows:
         print(f"{label:{width}}  {text}")
     return 0
+
+
+def _add_inspect(commands) -> None:
+    inspect = commands.add_parser(
+        "inspect", help="what the compiler makes of the kernels: registers, occupancy, instructions; needs no GPU"
+    )
+    inspect.add_argument("op", nargs="?", choices=inspection.OPS, help="(all)")
+    inspect.add_argument(
+        "--arch", choices=[f"sm_{arch}" for arch in inspection.ARCHES], default="sm_90", help="(%(default)s)"
+    )
+    inspect.add_argument("--json", action="store_true", help="rows on standard output, nothing else")
+    inspect.set_defaults(run=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    _require_rich()
+    from rich.console import Console
+    from rich.progress import Progress
+
+    arch = int(args.arch.removeprefix("sm_"))
+    only = f"^{args.op}/" if args.op else ""
+    total = sum(1 for _ in inspection.cases(arch, only))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"compiling for {args.arch}", total=total)
+        table = inspection.compile_table(arch, only, progress=lambda: progress.advance(task))
+    rows = [inspection.describe(name, row, arch) for name, row in table.items()]
+    if args.json:
+        print(json.dumps({"arch": args.arch, "rows": rows}))
+    else:
+        Console().print(inspection.as_table(rows, arch))
+    return 0
+
+
+def _require_rich() -> None:
+    if importlib.util.find_spec("rich") is None:
+        raise ImportError("needs the package rich: pip install 'specdec-triton[demo]'")
 
 
 def _describe(device: torch.device) -> str:

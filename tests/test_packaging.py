@@ -16,7 +16,8 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "specdec_triton"
 
-# module or folder -> the modules of ours that it may import. Arrows point down only; ops alone reaches the kernels.
+# module or folder -> the modules of ours that it may import. Arrows point down only; the kernels are reached
+# by ops, which launches them, and by inspection, which compiles them.
 ARROWS = {
     # each other's private helpers only
     "kernels": {f"kernels.{name}" for name in ("_chances", "_common", "_law", "_noise", "_walk")},
@@ -61,6 +62,7 @@ ARROWS = {
     },
     "patch": {"attention", "drafters", "generate", "rules", "tree"},
     "instruments": set(),
+    "inspection": {"kernels"},
     "proof": set(),
     "models": set(),
     "prompts": set(),
@@ -71,6 +73,7 @@ ARROWS = {
         "specdec_triton",
         "demo",
         "generate",
+        "inspection",
         "instruments",
         "models",
         "ops",

@@ -1,0 +1,435 @@
+"""Which tree pays: the best topology under measured acceptance and costs, and the controller behind `tree="auto"`.
+
+Acceptance is a table [D, K]: the probability that the child of rank k of a node at depth d is the accepted one, given
+that the node was. Siblings exclude each other, so rows sum to at most 1. A tree emits one token and, for every node
+below the root, the product of the acceptances on its path more, in expectation.
+
+Source: Sequoia (Chen et al. 2024, arXiv 2402.12374), which maximises the same sum by a dynamic programme. A child is
+never likelier than its parent, so the likeliest nodes are always a tree, and ranking them gives the same optimum.
+"""
+
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from .costs import Costs, OnlineCosts
+from .tree import Topology
+
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # node counts: few shapes, few compiled graphs
+
+PLAIN_ROUNDS = 3  # that come first where costs are learned: all other rounds are measured against them
+MARGIN = 1.05  # expected gain over plain decoding below which a tree is a trial
+STAY = 0.98  # share of the best tree's tokens a second at which the last tree stays
+# Losses are counted in plain rounds.
+ALLOWANCE = 2.0  # what may be lost before anything was gained
+ALLOWANCE_RATE = 0.02  # earned with every token
+ALLOWANCE_MOST = 4.0  # gains and waiting buy no longer series of losses than this
+
+DECAY = 0.97  # of what was seen at a depth, a round that sees it again
+PRIOR_WEIGHT = 4.0  # tries that the expectation for a depth counts as
+CAUTION = 0.95  # what a depth is expected to accept, of the depth above it
+RESTED = 4.0  # tries that remain of what was seen, when no tree was verified for long
+RESTING = 0.9  # what remains of more than that after one more such round
+DISTRUST = 0.5  # what remains of what was seen, when a tree that should pay has used up the allowance
+
+_ROOT = Topology((-1,), (0,))
+
+
+def expected_tokens(topology: Topology, acceptance: np.ndarray | Sequence[Sequence[float]]) -> float:
+    """Tokens that a round with this tree emits in expectation, 1 without a draft.
+
+    Args:
+        topology: the tree.
+        acceptance: [D, K], see above; 0 for deeper nodes and higher ranks.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    acceptance = _checked("expected_tokens", acceptance)
+    _check_type("expected_tokens", "topology", topology, Topology)
+    depth, ranks = acceptance.shape
+    mass = [1.0]
+    for node in range(1, topology.num_nodes):
+        parent, rank, level = topology.parents[node], topology.ranks[node], topology.depths[node] - 1
+        mass.append(mass[parent] * float(acceptance[level, rank]) if level < depth and rank < ranks else 0.0)
+    return sum(mass)
+
+
+def optimal_topology(
+    acceptance: np.ndarray | Sequence[Sequence[float]],
+    costs: Costs,
+    max_nodes: int,
+    max_depth: int,
+    chain: bool = False,
+) -> Topology:
+    """The tree of most expected tokens a second; a lone root where no tree beats plain decoding.
+
+    Args:
+        acceptance: [D, K], see above.
+        costs: what a round takes.
+        max_nodes: N, root included, at most. Only `LADDER` and the largest N possible are considered.
+        max_depth: depth at most; D if that is less.
+        chain: no node has two children; the candidates of rank 0 alone count.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    acceptance = _checked("optimal_topology", acceptance)
+    _check_limits("optimal_topology", max_nodes, max_depth)
+    _check_type("optimal_topology", "costs", costs, Costs)
+    search = _Search(acceptance[:, :1] if chain else acceptance, max_nodes, max_depth)
+    return search.best(costs, search.sizes)
+
+
+class AdaptiveTree:
+    """Chooses the tree of each round of one `generate` call, from what earlier rounds accepted and took.
+
+    The tree of most expected tokens a second is verified where it is expected to beat plain decoding by `MARGIN`.
+    Unless what was seen supports it without the prior, and in trials of trees that are not expected to pay, no more is
+    risked than the allowance: `ALLOWANCE` plain rounds, and `ALLOWANCE_RATE` a token, less the losses since. A trial
+    starts with 2 nodes and doubles with each success. So a drafter without hope costs a bounded share of the time,
+    and is asked again as often as the allowance lets it.
+
+    `choose` and `record` alternate; the record of a round may come after the next choice. Nothing is random.
+
+    Args:
+        costs: what a round takes: given, or learned from the seconds told to `record`.
+        max_nodes: N, root included, at most.
+        max_depth: depth at most.
+        chain: the trees must be chains.
+        max_rank: candidates that the drafter has for a node: ranks are below it.
+        start: expected acceptance before the first round, by rank ([K], the same at every depth) or by depth and rank
+            ([D, K], its last row holding below).
+        every: rounds between two plans, at least.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+
+    def __init__(
+        self,
+        costs: Costs | OnlineCosts,
+        max_nodes: int,
+        max_depth: int,
+        chain: bool,
+        max_rank: int,
+        start: np.ndarray | Sequence[float] | Sequence[Sequence[float]],
+        every: int = 4,
+    ):
+        _check_type("AdaptiveTree", "costs", costs, Costs, OnlineCosts)
+        _check_limits("AdaptiveTree", max_nodes, max_depth)
+        for name, number in (("max_rank", max_rank), ("every", every)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"AdaptiveTree: {name} must be a whole number of at least 1, got {number!r}")
+        start = _checked("AdaptiveTree", start, name="start", dims=(1, 2))
+        self.costs, self.max_nodes, self.max_depth, self.every = costs, max_nodes, max_depth, every
+        self._ranks = 1 if chain else max_rank
+        self._seen = _Seen(np.atleast_2d(start), max_depth, self._ranks)
+        self._allowance = ALLOWANCE
+        self._risked: deque[float] = deque()  # by rounds chosen and not yet recorded
+        self._trial_nodes = 2
+        self._trees: Counter[tuple[int, int]] = Counter()
+        self._tree = _ROOT
+        self._plain_rounds = 0
+        if isinstance(costs, OnlineCosts):
+            self._plain_rounds = max(PLAIN_ROUNDS - costs.rounds(1), 0)
+        self._plan()
+
+    def choose(self) -> Topology:
+        """The tree of the next round; of one node for plain decoding."""
+        if self._rounds >= self.every and self._news:
+            self._plan()
+        spare = self._allowance - sum(self._risked)
+        tree = self._tree
+        if self._plain_rounds:
+            self._plain_rounds -= 1
+            tree = _ROOT
+        elif self._speedup < MARGIN or not (self._proven or self._risk(tree) <= spare):
+            tree = self._trial(spare)
+        self._risked.append(self._risk(tree))
+        self._trees[tree.num_nodes, tree.max_depth] += 1
+        return tree
+
+    def record(
+        self,
+        topology: Topology,
+        accepted: Sequence[Sequence[int]],
+        drafted: Sequence[bool],
+        seconds: dict[str, float] | None = None,
+    ) -> None:
+        """Learn from a finished round, the oldest that was chosen and not recorded.
+
+        Args:
+            topology: the tree that was verified, which may be smaller than the chosen one.
+            accepted: for each row that was unfinished, its accepted nodes from shallow to deep.
+            drafted: for each of these rows, whether it had a draft.
+            seconds: the round's time in "verify" and "draft", where the host's clock tells. Used by `OnlineCosts`.
+
+        Raises:
+            ValueError: the tree is larger than asked for, the rows of `accepted` and `drafted` differ in number, or a
+                path does not lead down the tree.
+        """
+        _check_type("AdaptiveTree.record", "topology", topology, Topology)
+        if topology.max_depth > self.max_depth or max(topology.ranks) >= self._ranks:
+            raise ValueError(
+                f"AdaptiveTree.record: topology must be at most {self.max_depth} deep with ranks below {self._ranks}, "
+                f"got {topology.max_depth} and {max(topology.ranks)}"
+            )
+        if len(accepted) != len(drafted):
+            raise ValueError(
+                f"AdaptiveTree.record: accepted and drafted must be of one length, got {len(accepted)} and "
+                f"{len(drafted)}"
+            )
+        for path in accepted:
+            if any(
+                not 0 < node < topology.num_nodes or topology.parents[node] != before
+                for before, node in zip((0, *path), path, strict=False)
+            ):
+                raise ValueError(
+                    f"AdaptiveTree.record: accepted must be paths from the root of a tree of {topology.num_nodes} "
+                    f"nodes, got {list(path)}"
+                )
+        if self._risked:
+            self._risked.popleft()
+        self._rounds += 1
+        if not accepted:
+            return
+        # a tree without a draft in any row is never built
+        tree = topology if any(drafted) else _ROOT
+        if isinstance(self.costs, OnlineCosts) and seconds and tree == topology:
+            self.costs.record(tree.num_nodes, tree.max_depth, seconds.get("verify"), seconds.get("draft"))
+            self._news = True
+        tokens = 1 + sum(map(len, accepted)) / len(accepted)
+        loss = 1 + self._risk(tree) - tokens
+        self._allowance = min(self._allowance + ALLOWANCE_RATE * tokens - loss, ALLOWANCE_MOST)
+        if tree.num_nodes == 1:
+            self._seen.rest()
+            return
+        self._news = True
+        self._seen.add(tree, accepted, drafted)
+        self._trial_nodes = min(2 * tree.num_nodes, self.max_nodes) if loss < 0 else 2
+        if self._allowance < 0:
+            self._allowance = 0.0
+            self._seen.forget()
+
+    @property
+    def summary(self) -> dict:
+        """For the stats: `trees`, rounds by (nodes, depth) chosen; `acceptance`, by depth, of some child of an
+        accepted node, as estimated; `speedup`, expected of the last plan over plain decoding."""
+        return {
+            "trees": dict(self._trees),
+            "acceptance": self._seen.means().sum(1).tolist(),
+            "speedup": self._speedup,
+        }
+
+    def _plan(self) -> None:
+        self._now = self.costs.costs if isinstance(self.costs, OnlineCosts) else self.costs
+        self._plain = self._now.round_seconds(1, 0)
+        acceptance = self._seen.means(share=True)
+        self._search = _Search(acceptance, self.max_nodes, self.max_depth)
+        best = self._search.best(self._now, self._search.sizes)
+        if self._gain(self._tree, acceptance) < STAY * self._gain(best, acceptance):
+            self._tree = best
+        self._speedup = self._gain(self._tree, acceptance)
+        self._proven = self._gain(self._tree, self._seen.means(share=True, hoped=False)) >= 1
+        self._rounds, self._news = 0, False
+
+    def _gain(self, tree: Topology, acceptance: np.ndarray) -> float:
+        """Expected tokens a second, of plain decoding's."""
+        return expected_tokens(tree, acceptance) / (1 + self._risk(tree))
+
+    def _risk(self, tree: Topology) -> float:
+        """Plain rounds lost where nothing is accepted."""
+        return self._now.round_seconds(tree.num_nodes, tree.max_depth) / self._plain - 1
+
+    def _trial(self, spare: float) -> Topology:
+        """The largest tree that has earned a trial and risks no more than is spare."""
+        for size in reversed(self._search.sizes):
+            if 1 < size <= self._trial_nodes:
+                tree = self._search.best(self._now, (size,))
+                if self._risk(tree) <= spare:
+                    return tree
+        return _ROOT
+
+
+class _Search:
+    """The likeliest nodes under a depth limit, for every limit and number of nodes at once.
+
+    Args:
+        acceptance: [D, K].
+        max_nodes, max_depth: limits.
+
+    Attributes:
+        sizes: numbers of nodes considered.
+    """
+
+    def __init__(self, acceptance: np.ndarray, max_nodes: int, max_depth: int):
+        depth = min(max_depth, len(acceptance), max_nodes - 1)
+        ranks = acceptance.shape[1]
+        self._parents, self._ranks = [np.array([-1])], [np.array([0])]
+        # for each depth limit, the likeliest nodes' numbers; how many tokens the first n of them emit, 0 for too few
+        self._nodes, self._tokens = [np.array([0])], np.zeros((max_nodes, depth + 1))
+        self._tokens[0] = 1.0
+        level, mass, first = np.array([0]), np.array([1.0]), 0  # the last level's nodes, likeliest first
+        nodes, likeliest = level, mass
+        for limit, chances in enumerate(acceptance[:depth], start=1):
+            children = (mass[:, None] * chances).ravel()
+            order = np.argsort(-children, kind="stable")[: max_nodes - 1]
+            self._parents.append(level[order // ranks])
+            self._ranks.append(order % ranks)
+            first += len(level)
+            level, mass = first + np.arange(len(order)), children[order]
+            nodes, likeliest = np.concatenate([nodes, level]), np.concatenate([likeliest, mass])
+            # stable: where a child is as likely as its parent, the parent comes first
+            order = np.argsort(-likeliest, kind="stable")[:max_nodes]
+            nodes, likeliest = nodes[order], likeliest[order]
+            self._nodes.append(nodes)
+            self._tokens[: len(nodes), limit] = np.cumsum(likeliest)
+        self._parents, self._ranks = np.concatenate(self._parents), np.concatenate(self._ranks)
+        most = len(nodes)
+        self.sizes = tuple(size for size in LADDER if size < most) + (most,)
+
+    def best(self, costs: Costs, sizes: Sequence[int]) -> Topology:
+        """The tree of most tokens a second among those of `sizes` nodes; the smallest and shallowest of equals."""
+        verify = np.array([costs.verify_seconds(size) for size in sizes])
+        draft = np.array([costs.draft_seconds(depth) + costs.other for depth in range(len(self._nodes))])
+        rate = self._tokens[np.array(sizes) - 1] / (verify[:, None] + draft)
+        place, depth = divmod(int(rate.argmax()), len(draft))
+        return self._topology(sizes[place], depth)
+
+    def _topology(self, size: int, depth: int) -> Topology:
+        paths = {-1: ()}
+        for node in np.sort(self._nodes[depth][:size]).tolist():
+            parent = int(self._parents[node])
+            paths[node] = (*paths[parent], int(self._ranks[node])) if node else ()
+        return _from_paths(tuple(paths.values()))
+
+
+@lru_cache(maxsize=256)
+def _from_paths(paths: tuple[tuple[int, ...], ...]) -> Topology:
+    return Topology.from_paths(paths)
+
+
+class _Seen:
+    """Acceptance by depth and rank, estimated from rounds, older ones counting less.
+
+    A depth's estimate starts from that of the depth above, the first from `start`: little is lost where deep nodes
+    are rarely reached.
+
+    Args:
+        start: [D, K] expected acceptance; the last row holds below.
+        max_depth, ranks: shape of the estimate.
+    """
+
+    def __init__(self, start: np.ndarray, max_depth: int, ranks: int):
+        self._start = np.zeros((max_depth, ranks))
+        rows = np.minimum(np.arange(max_depth), len(start) - 1)
+        self._start[:, : start.shape[1]] = start[rows, :ranks]
+        self._tried, self._taken = np.zeros((2, max_depth, ranks))
+        self._rows, self._drafted = 0.0, 0.0
+
+    def add(self, topology: Topology, accepted: Sequence[Sequence[int]], drafted: Sequence[bool]) -> None:
+        """Count a round's rows that had a draft."""
+        paths = [path for path, has_draft in zip(accepted, drafted, strict=True) if has_draft]
+        visits = np.bincount(
+            np.array([node for path in paths for node in path], dtype=int), minlength=topology.num_nodes
+        )
+        visits[0] = len(paths)
+        parents, place = _places(topology)
+        tried, taken = np.zeros((2, *self._tried.shape))
+        np.add.at(tried, place, visits[parents])
+        np.add.at(taken, place, visits[1:])
+        keep = np.where(tried.any(1), DECAY, 1.0)[:, None]
+        self._tried = keep * self._tried + tried
+        self._taken = keep * self._taken + taken
+        self._rows = DECAY * self._rows + len(drafted)
+        self._drafted = DECAY * self._drafted + len(paths)
+
+    def rest(self) -> None:
+        """After a round without a tree: old evidence counts less, and soon no more than a few tries."""
+        tried = self._tried.max(1, initial=RESTED)
+        keep = np.maximum(RESTING, RESTED / tried)[:, None]
+        self._tried *= keep
+        self._taken *= keep
+
+    def forget(self) -> None:
+        """What was seen has misled."""
+        self._tried *= DISTRUST
+        self._taken *= DISTRUST
+
+    def means(self, share: bool = False, hoped: bool = True) -> np.ndarray:
+        """Estimated acceptance [D, K].
+
+        Args:
+            share: of all rows, those without a draft accepting nothing.
+            hoped: start from the prior; else from none accepted, so that only what was seen counts.
+        """
+        means, above = [], None
+        # lists: of so few numbers, faster than arrays
+        for start, tried, taken in zip(self._start.tolist(), self._tried.tolist(), self._taken.tolist(), strict=True):
+            expected = [chance * hoped for chance in start]
+            if above is not None:
+                # the prior's course from one depth to the next, from where the depth above has been found to be
+                expected = [
+                    CAUTION * mean * chance / before if before else 0.0
+                    for mean, chance, before in zip(means[-1], start, above, strict=True)
+                ]
+                expected = _at_most_1(expected)
+            above = start
+            first = (taken[0] + PRIOR_WEIGHT * expected[0]) / (tried[0] + PRIOR_WEIGHT)
+            # other candidates share what a better first one leaves; a worse one says that they may be no better
+            fall = first / expected[0] if expected[0] else 1.0
+            room = (1 - first) / (1 - expected[0]) if expected[0] < 1 else 1.0
+            scale = PRIOR_WEIGHT * min(room, math.sqrt(fall * room))
+            others = [
+                (hits + scale * chance) / (tries + PRIOR_WEIGHT)
+                for tries, hits, chance in zip(tried[1:], taken[1:], expected[1:], strict=True)
+            ]
+            means.append(_at_most_1([first, *others]))
+        means = np.array(means).reshape(self._start.shape)
+        if share and self._rows and len(means):
+            means[0] *= self._drafted / self._rows
+        return means
+
+
+def _at_most_1(chances: list[float]) -> list[float]:
+    total = sum(chances)
+    return chances if total <= 1 else [chance / total for chance in chances]
+
+
+@lru_cache(maxsize=256)
+def _places(topology: Topology) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Of each node below the root: its parent, and its place (depth - 1, rank) in a table of acceptance."""
+    return np.array(topology.parents[1:]), (np.array(topology.depths[1:]) - 1, np.array(topology.ranks[1:]))
+
+
+def _check_type(owner: str, name: str, value: object, *kinds: type) -> None:
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{owner}: {name} must be {wanted}, got {type(value).__name__}")
+
+
+def _check_limits(owner: str, max_nodes: int, max_depth: int) -> None:
+    for name, number, least in (("max_nodes", max_nodes, 1), ("max_depth", max_depth, 0)):
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"{owner}: {name} must be a whole number of at least {least}, got {number!r}")
+
+
+def _checked(owner: str, table, name: str = "acceptance", dims: tuple[int, ...] = (2,)) -> np.ndarray:
+    """`table` as an array, refused unless it holds probabilities of siblings that exclude each other."""
+    try:
+        array = np.asarray(table, dtype=float)
+    except (TypeError, ValueError):
+        array = np.array(np.nan)
+    if (
+        array.ndim not in dims
+        or not array.shape[-1]
+        or not ((array >= 0) & (array <= 1)).all()
+        or (array.sum(-1) > 1 + 1e-6).any()
+    ):
+        shapes = " or ".join({1: "[K]", 2: "[D, K]"}[dim] for dim in dims)
+        raise ValueError(f"{owner}: {name} must be {shapes} probabilities, of sum 1 at most in a row, got {table!r}")
+    return array

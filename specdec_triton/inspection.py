@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from .cards import CARDS, Card
+
 OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
 PROCESSES = os.cpu_count() or 1
 CASES_A_PROCESS = 8  # at least: a process takes seconds to start
@@ -37,24 +39,21 @@ ISSUE, SPECIAL_LANES, RESERVED_BYTES, REGISTER_UNIT = 4, 16, 1024, 256
 
 
 class Arch(NamedTuple):
-    """A multiprocessor's limits (CUDA programming guide), and the card that stands for the architecture (datasheet)."""
+    """A multiprocessor's limits (CUDA programming guide), its clock, and the card that stands for the architecture."""
 
-    card: str
+    card: Card
     warps: int
     programs: int
     registers: int
     shared_bytes: int
     fp32_lanes: int
-    multiprocessors: int
     clock: float  # Hz
-    bandwidth: float  # bytes a second
-    tensor_flops: float  # a second, bf16, dense
 
 
 ARCHES = {
-    80: Arch("A100-SXM4-80GB", 64, 32, 65536, 164 * 1024, 64, 108, 1.41e9, 2.039e12, 312e12),
-    90: Arch("H100-SXM5-80GB", 64, 32, 65536, 228 * 1024, 128, 132, 1.83e9, 3.35e12, 989e12),
-    100: Arch("B200", 64, 32, 65536, 228 * 1024, 128, 148, 1.85e9, 8.0e12, 2250e12),
+    80: Arch(CARDS["a100"], 64, 32, 65536, 164 * 1024, 64, 1.41e9),
+    90: Arch(CARDS["h100"], 64, 32, 65536, 228 * 1024, 128, 1.83e9),
+    100: Arch(CARDS["b200"], 64, 32, 65536, 228 * 1024, 128, 1.85e9),
 }
 
 TENSOR = r"[HIQ]G?MMA|UTC\w*MMA"
@@ -302,10 +301,10 @@ def limiter(row: dict[str, Any], arch: int, programs: int) -> str:
     has, tile, warps = ARCHES[arch], row["tile"], row["warps"]
     if not tile["bytes"]:
         return "latency"
-    bandwidth = has.bandwidth / has.multiprocessors
+    bandwidth = has.card.bandwidth / has.card.multiprocessors
     seconds = {
         "memory": tile["bytes"] / bandwidth,
-        "tensor cores": tile["tensor_flops"] * has.multiprocessors / has.tensor_flops,
+        "tensor cores": tile["tensor_flops"] * has.card.multiprocessors / has.card.tensor_flops,
         "instruction issue": tile["instructions"] * warps / ISSUE / has.clock,
         "fp32 units": tile["fp32_instructions"] * WARP * warps / has.fp32_lanes / has.clock,
         "special functions": tile["special_instructions"] * WARP * warps / SPECIAL_LANES / has.clock,
@@ -350,7 +349,7 @@ def as_table(rows: Sequence[dict[str, Any]], arch: int):
 
     has = ARCHES[arch]
     table = Table(
-        title=f"sm_{arch}: occupancy of {has.warps} warps; limiter estimated for a full multiprocessor of {has.card}",
+        title=f"sm_{arch}: occupancy of {has.warps} warps; limiter estimated for {has.card.name}, multiprocessors full",
         caption="tile: one pass of the hot loop; FLOP: of tensor cores and fp32 units; issued: by all warps",
     )
     for heading in ("op", "config"):

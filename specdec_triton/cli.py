@@ -241,7 +241,8 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"arch": args.arch, "rows": rows}))
     else:
-        Console().print(inspection.as_table(rows, arch))
+        # narrower, nothing could be read; a terminal folds the lines
+        Console(width=inspection.TABLE_WIDTH).print(inspection.as_table(rows, arch))
     return 0
 
 

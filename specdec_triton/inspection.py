@@ -30,6 +30,7 @@ PROCESSES = os.cpu_count() or 1
 CASES_A_PROCESS = 8  # at least: a process takes seconds to start
 INSTRUCTION_BYTES = 16
 WARP = 32
+TABLE_WIDTH = 176
 
 # Unloaded, in clocks; 466 on A100 and 479 on H100 (Luo et al., arXiv 2402.13499). Assumed for B200 too.
 MEMORY_LATENCY = 480
@@ -344,33 +345,40 @@ def describe(name: str, row: dict[str, Any], arch: int) -> dict[str, Any]:
 
 
 def as_table(rows: Sequence[dict[str, Any]], arch: int):
-    """A `rich` table of described rows."""
+    """A `rich` table of described rows, `TABLE_WIDTH` characters wide."""
     from rich.table import Table
 
     has = ARCHES[arch]
     table = Table(
-        title=f"sm_{arch}: occupancy of {has.warps} warps; limiter estimated for {has.card.name}, multiprocessors full",
-        caption="tile: one pass of the hot loop; FLOP: of tensor cores and fp32 units; issued: by all warps",
+        title=f"sm_{arch}, of which {has.warps} warps are full occupancy; limiters estimated for {has.card.name}",
+        caption=(
+            "Instructions: tensor cores, loads of 128 bits and narrower, special functions, barriers. A pass of the "
+            "hot loop: KiB from and to memory, FLOP a byte, instructions issued by all warps."
+        ),
+        box=None,
     )
-    for heading in ("op", "config"):
-        table.add_column(heading)
-    numbers = ("registers", "spills, B", "shared, KiB", "occupancy, %", "tensor", "loads: 128 bits", "narrower")
-    numbers += ("special", "barriers", "tile, KiB", "kFLOP", "FLOP/B", "issued")
-    for heading in numbers:
+    table.add_column("config", no_wrap=True)
+    for heading in ("registers", "spills\nB", "shared\nKiB", "occupied\n%"):
         table.add_column(heading, justify="right")
-    table.add_column("occupancy by")
-    table.add_column("limiter")
+    table.add_column("by", no_wrap=True)
+    for heading in ("tensor", "128", "narrow", "special", "barrier", "pass\nKiB", "FLOP/B", "issued"):
+        table.add_column(heading, justify="right")
+    table.add_column("limiter", no_wrap=True)
+    op = None
     for row in rows:
+        if row["op"] != op:
+            op = row["op"]
+            table.add_row(f"[bold]{op}[/bold]")
         mix = row["mix"]
         loads = {kind: count for kind, count in mix.items() if kind.startswith(("load", "async"))}
         wide = sum(count for kind, count in loads.items() if kind.endswith("_128"))
-        streams = [f"{row['tile_bytes'] / 1024:.1f}", f"{row['tile_flops'] / 1e3:.0f}", f"{row['intensity'] or 0:.1f}"]
+        streams = [""] * 3
+        if row["tile_bytes"]:
+            streams = [f"{row['tile_bytes'] / 1024:.1f}", f"{row['intensity']:.1f}", str(row["tile_instructions"])]
         table.add_row(
-            row["op"], row["config"], str(row["registers"]), str(row["spills"]), f"{row['shared_bytes'] / 1024:.1f}",
-            f"{100 * row['occupancy']:.0f}", str(mix["tensor"]), str(wide), str(sum(loads.values()) - wide),
-            str(mix["special"]), str(mix["barrier"]),
-            *([*streams, str(row["tile_instructions"])] if row["tile_bytes"] else [""] * 4),
-            row["occupancy_limit"], row["limiter"],
+            row["config"], str(row["registers"]), str(row["spills"]), f"{row['shared_bytes'] / 1024:.1f}",
+            f"{100 * row['occupancy']:.0f}", row["occupancy_limit"], str(mix["tensor"]), str(wide),
+            str(sum(loads.values()) - wide), str(mix["special"]), str(mix["barrier"]), *streams, row["limiter"],
         )  # fmt: skip
     return table
 

@@ -165,3 +165,26 @@ def test_refusals():
         inspection.compile_table(70)
     with pytest.raises(SystemExit):
         cli.main(["inspect", "attention"])
+
+
+def test_table(capsys):
+    """Nothing is cut off, in a terminal of any width."""
+    from rich.console import Console
+
+    counted = {"bytes": 32768, "tensor_flops": 4194304, "fp32_flops": 0, "instructions": 500}
+    counted |= {"fp32_instructions": 0, "special_instructions": 40}
+    mix = {"tensor": 64, "special": 21, "barrier": 17, "local": 0, "async_load_128": 96, "load_128": 2, "load_32": 5}
+    rows = {
+        name: row(tile=tile, shared_bytes=71936, spill_bytes=0, instructions=1496, mix=mix)
+        for name, tile in (
+            ("tree_attention/bf16 d128 m128 n64 split window softcap", counted),
+            ("op/walk", {"bytes": 0}),
+        )
+    }
+    described = [inspection.describe(name, found, 90) for name, found in rows.items()]
+    Console(width=inspection.TABLE_WIDTH).print(inspection.as_table(described, 90))
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("…" in line for line in lines)
+    shown = next(line for line in lines if "window softcap" in line).split()
+    assert shown[-15:] == "128 0 70.2 19 shared memory 64 98 5 21 17 32.0 128.0 2000 memory".split()
+    assert next(line for line in lines if line.split()[:1] == ["walk"]).split()[-1] == "latency"

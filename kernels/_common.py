@@ -4,9 +4,9 @@ Each kernel module exports
 
     def compile_cases(arch: int) -> Iterator[CompileCase]
 
-with one case for every default configuration on a CUDA architecture (80, 90, 100). `bench/compile_report.py` compiles
-them without a GPU and compares registers, spills and instructions with the committed tables; `tests/test_compile.py`
-holds what must be true of them.
+with one case for every default configuration on a CUDA architecture (80, 90, 100). `specdec_triton.inspection` compiles
+them without a GPU; `bench/compile_report.py` compares registers, spills and instructions with the committed tables;
+`tests/test_compile.py` holds what must be true of them.
 """
 
 import contextlib
@@ -49,6 +49,9 @@ class CompileCase(NamedTuple):
         options: {"num_warps": 4, "num_stages": 3}.
         tensor_cores: the kernel must show HMMA or HGMMA.
         wide_loads: the kernel must show 128-bit loads from global memory.
+        tile_bytes: read and written by one pass of a program's loop over keys, logits or slots, or by the program where
+            it has no such loop. 0: nothing streams, the time is latency.
+        tile_flops: floating-point operations of the tensor cores in that pass, padding included.
     """
 
     name: str
@@ -58,6 +61,8 @@ class CompileCase(NamedTuple):
     options: dict[str, Any]
     tensor_cores: bool = False
     wide_loads: bool = True
+    tile_bytes: int = 0
+    tile_flops: int = 0
 
     @classmethod
     def of(cls, name: str, kernel: Any, arguments: dict[str, Any], options: dict[str, Any], **wanted) -> "CompileCase":

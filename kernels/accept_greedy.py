@@ -197,6 +197,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                     constexprs={"stride_v": 1, "BLOCK_V": block_v},
                     options=options,
                     wide_loads=not kind,
+                    tile_bytes=block_v * (4 if dtype == "fp32" else 2) + 8,
                 )
     outputs = {"path_ptr": "*i32:16", "length_ptr": "*i64:16", "next_ids_ptr": "*i64:16", "has_nan_ptr": "*i1:16"}
     inputs = {"keys_ptr": "*i64:16", "tokens_ptr": "*i64:16", "parents_ptr": "*i32:16"}

@@ -447,7 +447,10 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         arguments, constants = common | arguments, constants or {}
         types = {name: arguments[name] for name in kernel.arg_names if isinstance(arguments.get(name), str)}
         rest = {name: constants.get(name, arguments.get(name)) for name in kernel.arg_names if name not in types}
-        return CompileCase(name, kernel, types, rest, options, wide_loads=wide_loads)
+        tiles = ("logits_ptr", "draft_logits_ptr") if kernel is draws_kernel else ("logits_ptr",)
+        itemsizes = [4 if types[logits].startswith("*fp32") else 2 for logits in tiles if logits in types]
+        tile_bytes = 0 if kernel is walk_kernel else BLOCK_V * sum(itemsizes)
+        return CompileCase(name, kernel, types, rest, options, wide_loads=wide_loads, tile_bytes=tile_bytes)
 
     def target(dtype):
         return {"logits_ptr": f"*{dtype}:16", "SHIFT": SHIFTS[_TORCH[dtype]]}

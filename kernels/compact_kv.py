@@ -117,4 +117,5 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             constexprs={"UNIT": unit_bytes // lane_bytes, "BLOCK_C": BLOCK_C, "BLOCK_K": BLOCK_K},
             options={"num_warps": NUM_WARPS, **FP_FUSION},
             wide_loads=unit_bytes == 16,
+            tile_bytes=2 * BLOCK_K * BLOCK_C * lane_bytes,
         )

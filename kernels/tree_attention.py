@@ -294,5 +294,11 @@ def tree_attention(
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Every default configuration; see kernels/_common.py."""
     for name, arguments, options, cores in attention_launches(arch):
-        kernel = _merge_kernel if name.startswith("merge") else _tree_attention_kernel
-        yield CompileCase.of(name, kernel, arguments, options, tensor_cores=cores)
+        if name.startswith("merge"):
+            kernel, rows, width, itemsize = _merge_kernel, 0, arguments["DV"] + 1, 4
+            slots = arguments["MERGE_P"]
+        else:
+            kernel, rows, slots = _tree_attention_kernel, arguments["BLOCK_M"], arguments["BLOCK_N"]
+            width, itemsize = arguments["BLOCK_D"] + arguments["BLOCK_DV"], 2 if cores else 4
+        tile = {"tile_bytes": slots * width * itemsize, "tile_flops": 2 * rows * slots * width if cores else 0}
+        yield CompileCase.of(name, kernel, arguments, options, tensor_cores=cores, **tile)

@@ -1,8 +1,10 @@
-"""The command `specdec-triton`: demo, generate, prove, doctor."""
+"""The command `specdec-triton`: demo, generate, prove, doctor, inspect, plan."""
 
 import argparse
 import importlib.metadata
 import importlib.util
+import json
+import pathlib
 import platform
 import sys
 import time
@@ -13,7 +15,8 @@ from transformers import TextStreamer
 
 import specdec_triton as sdt
 
-from . import models, ops
+from . import inspection, models, ops, plan
+from .cards import CARDS
 from .engine import LAG, MAX_SHAPES, cannot_capture
 from .prove import exact_law, prove
 from .rules import CHAIN_RULES, LOSSY_RULES, RULES
@@ -93,12 +96,14 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what is installed, and which implementation each op will use")
     doctor.set_defaults(run=_doctor)
+
+    _add_inspect(commands)
+    _add_plan(commands)
     return parser
 
 
 def _demo(args: argparse.Namespace) -> int:
-    if importlib.util.find_spec("rich") is None:
-        raise ImportError("needs the package rich: pip install 'specdec-triton[demo]'")
+    _require_rich()
     from . import demo
 
     return demo.run(args.model, args.dtype, args.max_new_tokens)
@@ -213,6 +218,89 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_inspect(commands) -> None:
+    inspect = commands.add_parser(
+        "inspect", help="what the compiler makes of the kernels: registers, occupancy, instructions; needs no GPU"
+    )
+    inspect.add_argument("op", nargs="?", choices=inspection.OPS, help="(all)")
+    inspect.add_argument(
+        "--arch", choices=[f"sm_{arch}" for arch in inspection.ARCHES], default="sm_90", help="(%(default)s)"
+    )
+    inspect.add_argument("--json", action="store_true", help="rows on standard output, nothing else")
+    inspect.set_defaults(run=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    _require_rich()
+    from rich.console import Console
+    from rich.progress import Progress
+
+    arch = int(args.arch.removeprefix("sm_"))
+    only = f"^{args.op}/" if args.op else ""
+    total = sum(1 for _ in inspection.cases(arch, only))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"compiling for {args.arch}", total=total)
+        table = inspection.compile_table(arch, only, progress=lambda: progress.advance(task))
+    rows = [inspection.describe(name, row, arch) for name, row in table.items()]
+    if args.json:
+        print(json.dumps({"arch": args.arch, "rows": rows}))
+    else:
+        # narrower, nothing could be read; a terminal folds the lines
+        Console(width=inspection.TABLE_WIDTH).print(inspection.as_table(rows, arch))
+    return 0
+
+
+def _add_plan(commands) -> None:
+    planner = commands.add_parser("plan", help="does speculation pay for a pair on a card: predicted from shapes")
+    config_help = f"a model folder, a config.json, or one of {', '.join(plan.SHAPES)}"
+    planner.add_argument("--target", required=True, metavar="CONFIG", help=config_help)
+    planner.add_argument("--draft", required=True, metavar="CONFIG", help="the same, or none: drafting is free")
+    planner.add_argument("--card", required=True, choices=[*CARDS, "cpu"], help="cpu: forwards are timed here")
+    planner.add_argument(
+        "--acceptance", required=True, type=_numbers, metavar="P[,P...]",
+        help="probability that a draft token is accepted, its parent being so; several, by rank, allow a tree",
+    )  # fmt: skip
+    planner.add_argument("--batch", type=positive_int, default=1, metavar="N", help="sequences (%(default)s)")
+    planner.add_argument("--context", type=positive_int, default=2048, metavar="N", help="tokens (%(default)s)")
+    planner.add_argument("--dtype", choices=plan.DTYPES, default="bf16", help="(%(default)s)")
+    planner.add_argument(
+        "--max-depth", type=positive_int, default=plan.MAX_DEPTH, metavar="D", help="of the tree (%(default)s)"
+    )
+    for model in ("target", "draft"):
+        help = "a weight, scales included, where it is quantized"
+        planner.add_argument(f"--{model}-bits", type=_positive, metavar="BITS", help=help)
+    planner.add_argument(
+        "--overhead-us", type=_positive, default=0.0, metavar="US", help="of a round, beside its forwards (%(default)s)"
+    )
+    planner.add_argument("--calibration", type=pathlib.Path, metavar="FILE", help="of bench/calibrate.py")
+    planner.add_argument("--json", action="store_true", help="on standard output, nothing else")
+    planner.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="speedup against acceptance, by batch")
+    planner.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    planner = plan.Planner(plan.Request(*(getattr(args, name) for name in plan.Request._fields)))
+    found = planner.plan()
+    if args.json:
+        print(json.dumps(planner.report(found)))
+    else:
+        _require_rich()
+        from rich.console import Console
+
+        Console().print(planner.as_table(found))
+    if args.plot:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("plot needs the package matplotlib: pip install 'specdec-triton[bench]'")
+        planner.plot(args.plot)
+        _say(f"plot: {args.plot}")
+    return 0
+
+
+def _require_rich() -> None:
+    if importlib.util.find_spec("rich") is None:
+        raise ImportError("needs the package rich: pip install 'specdec-triton[demo]'")
+
+
 def _describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"no GPU; CPU with {torch.get_num_threads()} threads"
@@ -234,6 +322,17 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return number
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def _say(line: str) -> None:

@@ -12,6 +12,8 @@ BENCH = pathlib.Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 import compile_report  # noqa: E402
 
+from specdec_triton import inspection  # noqa: E402
+
 QUICK = (
     r"tree_attention/(bf16 d128 m(16|64|128) n\d+ split|fp16 d128 m32 n64 one|bf16 d64 m16 n64 one window sinks"
     r"|merge d128 p16)$|accept_greedy/.*bf16|compact_kv/(16|1)-byte"
@@ -21,9 +23,9 @@ QUICK = (
 
 def hold(arch: int, only: str) -> dict:
     """Compile, and compare: numbers with the committed table only where the same Triton made it."""
-    rows = compile_report.compile_table(arch, only)
+    rows = compile_report.table(arch, only)
     expected = compile_report.committed(arch)
-    found = [fault for name, row in rows.items() for fault in compile_report.faults(name, row)]
+    found = [fault for name, row in rows.items() for fault in inspection.faults(name, row)]
     assert not found, "\n".join(found)
     if expected["versions"] == compile_report.versions():
         found = compile_report.compare(rows, expected["rows"], whole=not only)
@@ -33,7 +35,7 @@ def hold(arch: int, only: str) -> dict:
 
 def test_quick():
     rows = hold(90, QUICK)
-    assert {name.partition("/")[0] for name in rows} == set(compile_report.OPS)
+    assert {name.partition("/")[0] for name in rows} == set(inspection.OPS)
     for name, row in rows.items():
         if " m64 " in name or " m128 " in name:
             assert row["hgmma"], f"{name}: no warpgroup instruction"
@@ -42,17 +44,17 @@ def test_quick():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", compile_report.ARCHES)
+@pytest.mark.parametrize("arch", inspection.ARCHES)
 def test_whole_table(arch):
     hold(arch, "")
 
 
-@pytest.mark.parametrize("arch", compile_report.ARCHES)
+@pytest.mark.parametrize("arch", inspection.ARCHES)
 def test_committed_tables(arch):
     """The tables list the configurations of today, and say nothing bad of them."""
     rows = compile_report.committed(arch)["rows"]
-    assert not [fault for name, row in rows.items() for fault in compile_report.faults(name, row)]
-    assert rows.keys() == {name for name, _ in compile_report.cases(arch)}, "run python bench/compile_report.py"
+    assert not [fault for name, row in rows.items() for fault in inspection.faults(name, row)]
+    assert rows.keys() == {name for name, _ in inspection.cases(arch)}, "run python bench/compile_report.py"
     wide = [row for name, row in rows.items() if arch == 90 and (" m64 " in name or " m128 " in name)]
     assert all(row["hgmma"] for row in wide)
 
@@ -60,9 +62,9 @@ def test_committed_tables(arch):
 def test_faults_are_found():
     row = {"spill_bytes": 0, "local": 0, "hmma": 1, "hgmma": 0, "ldg128": 1, "ldgsts128": 0}
     row |= {"tensor_cores": True, "wide_loads": True}
-    assert not compile_report.faults("case", row)
+    assert not inspection.faults("case", row)
     for wrong in ({"spill_bytes": 8}, {"local": 2}, {"hmma": 0}, {"ldg128": 0}):
-        assert len(compile_report.faults("case", row | wrong)) == 1
+        assert len(inspection.faults("case", row | wrong)) == 1
     assert compile_report.compare({"a": row}, {"a": row | {"hmma": 2}, "b": row}) == [
         "a: hmma 2 -> 1",
         "b: in the committed table, not compiled",

@@ -16,7 +16,8 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "specdec_triton"
 
-# module or folder -> the modules of ours that it may import. Arrows point down only; ops alone reaches the kernels.
+# module or folder -> the modules of ours that it may import. Arrows point down only; the kernels are reached
+# by ops, which launches them, and by inspection, which compiles them.
 ARROWS = {
     # each other's private helpers only
     "kernels": {f"kernels.{name}" for name in ("_chances", "_common", "_law", "_noise", "_walk")},
@@ -74,6 +75,9 @@ ARROWS = {
     },
     "patch": {"attention", "drafters", "engine", "generate", "options", "stats", "tree"},
     "instruments": set(),
+    "cards": set(),
+    "plan": {"adaptive", "cards", "costs"},
+    "inspection": {"cards", "kernels"},
     "proof": set(),
     "models": set(),
     "prompts": set(),
@@ -82,13 +86,16 @@ ARROWS = {
     "prove": {"specdec_triton", "drafters", "proof"},
     "cli": {
         "specdec_triton",
+        "cards",
         "demo",
         "engine",
         "generate",
+        "inspection",
         "instruments",
         "models",
         "ops",
         "patch",
+        "plan",
         "prompts",
         "prove",
         "rules",

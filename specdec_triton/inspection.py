@@ -1,0 +1,405 @@
+"""What the compiler makes of every default configuration of every kernel, for GPUs that need not be there.
+
+A case is an entry of its module's `compile_cases` (see kernels/_common.py). Cases are compiled in processes of their
+own: Triton's interpreter and its compiler cannot share one. Registers, spills and shared memory are the compiler's,
+instructions are counted in the machine code; occupancy follows from them, and the limiter is an estimate for a
+multiprocessor that holds as many programs as fit.
+
+    python -m specdec_triton.inspection ARCH ONLY PART PARTS    # the worker: rows as JSON, last line of its output
+"""
+
+import collections
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from .cards import CARDS, Card
+
+OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
+PROCESSES = os.cpu_count() or 1
+CASES_A_PROCESS = 8  # at least: a process takes seconds to start
+INSTRUCTION_BYTES = 16
+WARP = 32
+TABLE_WIDTH = 176
+
+# Unloaded, in clocks; 466 on A100 and 479 on H100 (Luo et al., arXiv 2402.13499). Assumed for B200 too.
+MEMORY_LATENCY = 480
+# A multiprocessor: warps that issue in a clock, lanes of special functions; bytes of shared memory kept for each
+# program; registers are given out to a warp by 256 (CUDA programming guide, compute capabilities 8.0 to 10.0)
+ISSUE, SPECIAL_LANES, RESERVED_BYTES, REGISTER_UNIT = 4, 16, 1024, 256
+
+
+class Arch(NamedTuple):
+    """A multiprocessor's limits (CUDA programming guide), its clock, and the card that stands for the architecture."""
+
+    card: Card
+    warps: int
+    programs: int
+    registers: int
+    shared_bytes: int
+    fp32_lanes: int
+    clock: float  # Hz
+
+
+ARCHES = {
+    80: Arch(CARDS["a100"], 64, 32, 65536, 164 * 1024, 64, 1.41e9),
+    90: Arch(CARDS["h100"], 64, 32, 65536, 228 * 1024, 128, 1.83e9),
+    100: Arch(CARDS["b200"], 64, 32, 65536, 228 * 1024, 128, 1.85e9),
+}
+
+TENSOR = r"[HIQ]G?MMA|UTC\w*MMA"
+# what `bench/results/compile` keeps: copies by 128 bits from global memory to registers, to shared memory, and back
+COUNTED = {
+    "hmma": r"HMMA|UTC\w*MMA",
+    "hgmma": r"HGMMA",
+    "ldg128": r"LDG\.\S*128",
+    "ldgsts128": r"LDGSTS\.\S*128",
+    "stg128": r"STG\.\S*128",
+    "local": r"LDL|STL",
+}
+# the instruction mix; those with a width are counted by it
+MIX = {"tensor": TENSOR, "special": r"MUFU", "barrier": r"BAR\.", "local": r"LDL|STL"}
+WIDE = {"load": r"LDG\.", "async_load": r"LDGSTS", "store": r"STG\."}
+# operations a lane: multiply-adds are two, the packed ones of sm_100 work on pairs
+FP32 = {r"FFMA2": 4, r"FADD2|FMUL2": 2, r"FFMA": 2, r"FADD|FMUL": 1}
+
+
+class Instruction(NamedTuple):
+    name: str
+    target: int | None  # index of the instruction that it jumps to
+
+
+def cases(arch: int, only: str = "") -> Iterator[tuple[str, Any]]:
+    """("op/case name", case) of every kernel module whose name matches the regular expression `only`."""
+    for op in OPS:
+        for case in importlib.import_module(f"specdec_triton.kernels.{op}").compile_cases(arch):
+            name = f"{op}/{case.name}"
+            if re.search(only, name):
+                yield name, case
+
+
+def compile_table(
+    arch: int, only: str = "", processes: int = PROCESSES, progress: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, Any]]:
+    """{"op/case name": row} for sm_`arch`; `progress` is called, from any thread, after each configuration.
+
+    Raises:
+        ValueError: unknown `arch`.
+        ImportError: no triton.
+        ChildProcessError: a configuration does not compile.
+    """
+    if arch not in ARCHES:
+        raise ValueError(f"inspect: arch must be one of {', '.join(f'sm_{known}' for known in ARCHES)}, got sm_{arch}")
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("inspect: needs the package triton, which has no build for this system")
+
+    def part(which):
+        return list(_work(arch, only, which, processes, progress).items())
+
+    processes = max(min(processes, sum(1 for _ in cases(arch, only)) // CASES_A_PROCESS), 1)
+    with ThreadPoolExecutor(processes) as pool:
+        parts = list(pool.map(part, range(processes)))
+    return dict(item for items in itertools.zip_longest(*parts) for item in items if item)
+
+
+def _work(arch, only, which, parts, progress):
+    env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(pathlib.Path(__file__).resolve().parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "specdec_triton.inspection", *map(str, (arch, only, which, parts))]
+    line = ""
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            for line in process.stdout:
+                if not line.startswith("{"):
+                    progress()
+        if process.returncode:
+            errors.seek(0)
+            raise ChildProcessError(f"inspect: sm_{arch} does not compile:\n{errors.read()[-4000:]}")
+    return json.loads(line)
+
+
+def measure(some: Sequence[tuple[str, Any]], arch: int, progress: Callable[[str], None] = lambda name: None) -> dict:
+    """Compile (name, case) pairs for sm_`arch` in this process: {name: row}.
+
+    A row: registers and spilled bytes a thread, bytes of shared memory a program, warps and stages, instructions by
+    kind (`COUNTED`, and "mix" for the whole program), and one pass of the hot loop ("tile"): bytes and tensor_flops
+    (the case says so), moved_bytes and fp32_flops of all lanes, instructions of a warp, fp32 and special ones among
+    them (counted).
+    """
+    rows, codes = {}, []
+    for name, case in some:
+        compiled = _compile(name, case, arch)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = pathlib.Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
+        codes.append(_machine_code(compiled.asm["cubin"]))
+        rows[name] = {
+            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "spill_bytes": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+            "shared_bytes": compiled.metadata.shared,
+            "warps": compiled.metadata.num_warps,
+            "stages": compiled.metadata.num_stages,
+            "tensor_cores": case.tensor_cores,
+            "wide_loads": case.wide_loads,
+        }
+        progress(name)
+    for (name, case), code in zip(some, _disassemble(codes, arch) if codes else (), strict=True):
+        rows[name] |= _counts(code) | {"tile": _tile(case, code)}
+    return rows
+
+
+def _compile(name, case, arch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from .kernels._common import FP_FUSION
+
+    names = case.kernel.arg_names
+    given = set(case.signature) | set(case.constexprs)
+    if given != set(names):
+        raise ValueError(f"{name}: arguments missing {set(names) - given}, unknown {given - set(names)}")
+    signature = {name: case.signature.get(name, "constexpr").removesuffix(":16") for name in names}
+    attrs = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if case.signature.get(name, "").endswith(":16")
+    }
+    return triton.compile(
+        ASTSource(case.kernel, signature, case.constexprs, attrs),
+        target=GPUTarget("cuda", arch, WARP),
+        options={**FP_FUSION, **case.options},
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    binary = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(binary), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The contents of the one section of a cubin (64-bit ELF) that holds a kernel."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    entry_bytes, entries, names_entry = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + index * entry_bytes) for index in range(entries)]
+    names = sections[names_entry][4]
+    (found,) = (
+        cubin[offset : offset + size]
+        for name, _, _, _, offset, size in sections
+        if cubin.startswith(b".text.", names + name)
+    )
+    return found
+
+
+def _disassemble(codes: Sequence[bytes], arch: int) -> Iterator[list[Instruction]]:
+    """Of each kernel its instructions. One call for all: most of its time goes into the start."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "code"
+        path.write_bytes(b"".join(codes))
+        text = _tool("nvdisasm", "-b", f"SM{arch}{'a' if arch >= 90 else ''}", str(path))
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", text, re.MULTILINE)
+    first = 0
+    for code in codes:
+        count = len(code) // INSTRUCTION_BYTES
+        if len(lines) < first + count:
+            raise ValueError(f"nvdisasm: {len(lines)} instructions, too few for {len(codes)} kernels")
+        yield [Instruction(name, _target(name, operands, first)) for name, operands in lines[first : first + count]]
+        first += count
+
+
+def _target(name, operands, first):
+    found = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
+    return int(found[1], 16) // INSTRUCTION_BYTES - first if found else None
+
+
+def _counts(code: Sequence[Instruction]) -> dict[str, Any]:
+    counts, mix = collections.Counter(), collections.Counter()
+    for name, number in collections.Counter(instruction.name for instruction in code).items():
+        for kind, pattern in COUNTED.items():
+            counts[kind] += number * bool(re.match(pattern, name))
+        for kind, pattern in MIX.items():
+            mix[kind] += number * bool(re.match(pattern, name))
+        for kind, pattern in WIDE.items():
+            if re.match(pattern, name):
+                mix[f"{kind}_{_bits(name)}"] += number
+    widths = {kind: count for kind, count in sorted(mix.items()) if kind not in MIX}
+    return {
+        **{kind: counts[kind] for kind in COUNTED},
+        "instructions": len(code),
+        "mix": {kind: mix[kind] for kind in MIX} | widths,
+    }
+
+
+def _bits(name: str) -> int:
+    found = re.search(r"\.(128|64|[US]16|[US]8)\b", name)
+    return int(found[1].lstrip("US")) if found else 32
+
+
+def _moved_bytes(instruction, lanes):
+    return lanes * _bits(instruction.name) // 8 if re.match("|".join(WIDE.values()), instruction.name) else 0
+
+
+def hot_loop(code: Sequence[Instruction], tile_bytes: int, lanes: int) -> Sequence[Instruction]:
+    """The shortest loop whose accesses to global memory, by `lanes` lanes, come to a tile; without one, all."""
+    moved = [_moved_bytes(instruction, lanes) for instruction in code]
+    loops = [(target, index + 1) for index, (_, target) in enumerate(code) if target is not None and target <= index]
+    tiles = [loop for loop in loops if loop[0] >= 0 and sum(moved[slice(*loop)]) >= tile_bytes]
+    begin, end = min(tiles, key=lambda loop: loop[1] - loop[0], default=(0, len(code)))
+    return code[begin:end]
+
+
+def _tile(case, code):
+    lanes = WARP * case.options["num_warps"]
+    loop = hot_loop(code, case.tile_bytes, lanes)
+    fp32 = [next((flops for kind, flops in FP32.items() if re.match(kind, entry.name)), 0) for entry in loop]
+    return {
+        "bytes": case.tile_bytes,
+        "tensor_flops": case.tile_flops,
+        "moved_bytes": sum(_moved_bytes(instruction, lanes) for instruction in loop),
+        "fp32_flops": lanes * sum(fp32),
+        "instructions": len(loop),
+        "fp32_instructions": sum(bool(flops) for flops in fp32),
+        "special_instructions": sum(entry.name.startswith("MUFU") for entry in loop),
+    }
+
+
+def occupancy(row: dict[str, Any], arch: int) -> tuple[int, str]:
+    """Programs that a multiprocessor of sm_`arch` holds at a time, and what limits them."""
+    has = ARCHES[arch]
+    registers_a_warp = -(-row["registers"] * WARP // REGISTER_UNIT) * REGISTER_UNIT
+    # a quarter of the registers belongs to each of the schedulers, and a warp to one of them
+    warps = has.registers // ISSUE // registers_a_warp * ISSUE
+    limits = {
+        "registers": warps // row["warps"],
+        "shared memory": has.shared_bytes // (row["shared_bytes"] + RESERVED_BYTES),
+        "warps": has.warps // row["warps"],
+        "programs": has.programs,
+    }
+    least = min(limits, key=limits.get)
+    return limits[least], least
+
+
+def limiter(row: dict[str, Any], arch: int, programs: int) -> str:
+    """What a pass of the hot loop waits for, of a multiprocessor's share of the card; an estimate.
+
+    "latency" where nothing streams; "bytes in flight" where memory is the slowest, and the programs at hand do not ask
+    for enough at a time to keep it busy (Little's law).
+    """
+    has, tile, warps = ARCHES[arch], row["tile"], row["warps"]
+    if not tile["bytes"]:
+        return "latency"
+    bandwidth = has.card.bandwidth / has.card.multiprocessors
+    seconds = {
+        "memory": tile["bytes"] / bandwidth,
+        "tensor cores": tile["tensor_flops"] * has.card.multiprocessors / has.card.tensor_flops,
+        "instruction issue": tile["instructions"] * warps / ISSUE / has.clock,
+        "fp32 units": tile["fp32_instructions"] * WARP * warps / has.fp32_lanes / has.clock,
+        "special functions": tile["special_instructions"] * WARP * warps / SPECIAL_LANES / has.clock,
+    }
+    slowest = max(seconds, key=seconds.get)
+    tiles = max(row["stages"] - 1, 1) if row["ldgsts128"] else 1
+    if slowest == "memory" and programs * tiles * tile["bytes"] < bandwidth * MEMORY_LATENCY / has.clock:
+        return "bytes in flight"
+    return slowest
+
+
+def describe(name: str, row: dict[str, Any], arch: int) -> dict[str, Any]:
+    """A row as `specdec-triton inspect` shows it."""
+    op, _, config = name.partition("/")
+    programs, limited_by = occupancy(row, arch)
+    tile = row["tile"]
+    flops = tile["tensor_flops"] + tile["fp32_flops"] if tile["bytes"] else 0
+    return {
+        "op": op,
+        "config": config,
+        "registers": row["registers"],
+        "spills": row["spill_bytes"],
+        "shared_bytes": row["shared_bytes"],
+        "occupancy": round(programs * row["warps"] / ARCHES[arch].warps, 4),
+        "occupancy_limit": limited_by,
+        "programs": programs,
+        "warps": row["warps"],
+        "stages": row["stages"],
+        "instructions": row["instructions"],
+        "mix": row["mix"],
+        "tile_bytes": tile["bytes"],
+        "tile_flops": flops,
+        "tile_instructions": tile["instructions"] * row["warps"] if tile["bytes"] else 0,
+        "intensity": round(flops / tile["bytes"], 3) if tile["bytes"] else None,
+        "limiter": limiter(row, arch, programs),
+    }
+
+
+def as_table(rows: Sequence[dict[str, Any]], arch: int):
+    """A `rich` table of described rows, `TABLE_WIDTH` characters wide."""
+    from rich.table import Table
+
+    has = ARCHES[arch]
+    table = Table(
+        title=f"sm_{arch}, of which {has.warps} warps are full occupancy; limiters estimated for {has.card.name}",
+        caption=(
+            "Instructions: tensor cores, loads of 128 bits and narrower, special functions, barriers. A pass of the "
+            "hot loop: KiB from and to memory, FLOP a byte, instructions issued by all warps."
+        ),
+        box=None,
+    )
+    table.add_column("config", no_wrap=True)
+    for heading in ("registers", "spills\nB", "shared\nKiB", "occupied\n%"):
+        table.add_column(heading, justify="right")
+    table.add_column("by", no_wrap=True)
+    for heading in ("tensor", "128", "narrow", "special", "barrier", "pass\nKiB", "FLOP/B", "issued"):
+        table.add_column(heading, justify="right")
+    table.add_column("limiter", no_wrap=True)
+    op = None
+    for row in rows:
+        if row["op"] != op:
+            op = row["op"]
+            table.add_row(f"[bold]{op}[/bold]")
+        mix = row["mix"]
+        loads = {kind: count for kind, count in mix.items() if kind.startswith(("load", "async"))}
+        wide = sum(count for kind, count in loads.items() if kind.endswith("_128"))
+        streams = [""] * 3
+        if row["tile_bytes"]:
+            streams = [f"{row['tile_bytes'] / 1024:.1f}", f"{row['intensity']:.1f}", str(row["tile_instructions"])]
+        table.add_row(
+            row["config"], str(row["registers"]), str(row["spills"]), f"{row['shared_bytes'] / 1024:.1f}",
+            f"{100 * row['occupancy']:.0f}", row["occupancy_limit"], str(mix["tensor"]), str(wide),
+            str(sum(loads.values()) - wide), str(mix["special"]), str(mix["barrier"]), *streams, row["limiter"],
+        )  # fmt: skip
+    return table
+
+
+def faults(name: str, row: dict[str, Any]) -> list[str]:
+    """What no default configuration may do."""
+    found = []
+    if row["spill_bytes"] or row["local"]:
+        found.append(f"{name}: spills {row['spill_bytes']} bytes, {row['local']} local accesses")
+    if row["tensor_cores"] and not row["hmma"] + row["hgmma"]:
+        found.append(f"{name}: no tensor core instruction")
+    if row["wide_loads"] and not row["ldg128"] + row["ldgsts128"]:
+        found.append(f"{name}: no 128-bit load")
+    return found
+
+
+def main(arch: str, only: str, which: str, parts: str) -> None:
+    share = list(cases(int(arch), only))[int(which) :: int(parts)]
+    rows = measure(share, int(arch), lambda name: print(name, flush=True))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

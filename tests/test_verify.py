@@ -42,9 +42,11 @@ def test_the_host_reads_once_a_round(layers, batch):
         "oracle": oracle(text, tree=TREES["wide"]),
         "lookup": sdt.PromptLookupDrafter(branches=2),
         "model": sdt.ModelDrafter(build("llama", seed=1), tree=TREES["wide"]),
+        "dynamic": sdt.ModelDrafter(build("llama", seed=1), tree=sdt.DynamicTree(8, 3, 3)),
+        "auto": sdt.ModelDrafter(build("llama", seed=1)),
     }
     for name, drafter in drafters.items():
-        with sdt.patched(model, drafter=drafter):
+        with sdt.patched(model, drafter=drafter, tree="auto" if name == "auto" else None):
             assert reads_a_round(model, inputs, lambda **more: model.generate(**inputs, **more)) <= 1, name
 
 

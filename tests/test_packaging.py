@@ -61,6 +61,8 @@ ARROWS = {
     },
     "patch": {"attention", "drafters", "generate", "rules", "tree"},
     "instruments": set(),
+    "calibration": set(),
+    "profiling": {"generate", "instruments"},
     "proof": set(),
     "models": set(),
     "prompts": set(),
@@ -90,6 +92,7 @@ PACKAGES = {
     "tree": {"torch"},
     "ops": {"torch"},
     "instruments": {"torch"},
+    "calibration": {"torch"},
     "proof": {"numpy", "torch"},
     "prompts": set(),
 }

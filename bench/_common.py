@@ -10,7 +10,8 @@ A bench describes its cases and providers and leaves the rest to `Bench`:
     sys.exit(bench.run(measure, CASES, SMALL, REHEARSED))  # 1 if a check was red or a provider failed
 
 Rows go to `rows.json` in the folder of `--out`, which all benches share. A run that was interrupted, or ran out of its
-`--budget`, goes on where it stopped when it is started again with the same folder; a new folder starts afresh.
+`--budget`, goes on where it stopped when it is started again with the same folder, unless the commit is another one by
+then: its rows are measured anew.
 
 Without a GPU a bench runs small sizes: what is timed then is PyTorch on this CPU, and Triton's kernels are verified in
 its interpreter, without a time. `--rehearse` runs tiny sizes anywhere: it shows that the bench works, and its numbers
@@ -28,23 +29,19 @@ import json
 import os
 import pathlib
 import platform
-import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from _rows import CALIBRATION, RESULTS, ROOT, Results, commit, output, slug
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
-ROWS, CALIBRATION = "rows.json", "calibration.json"
 COLD_BYTES = 200e6  # several times the largest L2 cache: what one call reads, the calls between it and the next evict
 MAX_SETS = 128
 CALIBRATION_HOURS = 1
-TERMINATED = 143  # as a shell says it
+TERMINATED, DEAD = 143, 3  # exit statuses: stopped, as a shell says it; the GPU is lost to this process
 UNTIMED = "Triton's interpreter: checked, has no speed"
 
 sys.path.insert(0, str(ROOT))
@@ -71,42 +68,6 @@ class Provider:
     graph: bool = True
     absent: str | None = None
     kernel: bool = False
-
-
-class Results:
-    """What a folder's `rows.json` holds: {"steps": {bench: state}, "rows": [row, ...]}.
-
-    Args:
-        folder: made when first saved; None keeps nothing.
-    """
-
-    def __init__(self, folder: pathlib.Path | None):
-        self.file = None if folder is None else folder / ROWS
-        found = json.loads(self.file.read_text()) if self.file and self.file.exists() else {}
-        self.steps: dict[str, dict] = found.get("steps", {})
-        self._rows: dict[tuple, dict] = {_key(row): row for row in found.get("rows", [])}
-
-    @property
-    def rows(self) -> list[dict]:
-        return list(self._rows.values())
-
-    def add(self, row: dict) -> None:
-        """Take in a row; it replaces the one of the same bench, provider, dtype, inputs and shapes."""
-        self._rows.pop(_key(row), None)
-        self._rows[_key(row)] = row
-
-    def save(self) -> None:
-        if self.file is None:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        rows = ",\n".join(json.dumps(row) for row in self._rows.values())
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(f'{{"steps": {json.dumps(self.steps)},\n"rows": [\n{rows}\n]}}\n')
-        partial.replace(self.file)
-
-
-def _key(row: dict) -> tuple:
-    return (*(row[name] for name in ("bench", "provider", "dtype", "inputs")), json.dumps(row["shapes"]))
 
 
 class Bench:
@@ -138,14 +99,16 @@ class Bench:
         if folder is None and not self.rehearse:
             folder = RESULTS / slug(self.provenance["device"])
         self.results = Results(folder)
-        fresh = {"rehearsal": self.rehearse, "done": [], "complete": False, "seconds": 0.0, "wrong": 0, "failed": 0}
-        self.state = self.results.steps.setdefault(name, fresh)
+        self.state = self.results.step(name, self.provenance["commit"], self.rehearse)
+        if self.state["rehearsal"] != self.rehearse:
+            kept = "a rehearsal" if self.state["rehearsal"] else "real rows"
+            parser.error(f"--out must be a folder of its own for rehearsals, got {folder} with {kept} of {name}")
         if self.state["complete"]:
             parser.exit(self.status, f"{name}: complete in {self.results.file}\n")
         self.ceilings = ceilings(self.device, folder)
-        self._case: str | None = None
+        self._case, self._dead = "", False
         self._before = self.state["seconds"]
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+        signal.signal(signal.SIGTERM, lambda *_: self._stopped())
         atexit.register(self.results.save)
         print(json.dumps(self.provenance), json.dumps(self.ceilings), sep="\n", flush=True)
 
@@ -173,19 +136,27 @@ class Bench:
         for case in progress(todo, self.name):
             if self.out_of_time:
                 break
-            found = {}
+            found, self._case = {}, repr(case)
             with self.guarded(found):
                 measure(self, case)
             if found:
                 self.add("inputs", {"case": repr(case)}, "", found)
-            self.state["done"].append(repr(case))
-            self._save()
+            self._case_done()
         self.state["left"] = sum(repr(case) not in self.state["done"] for case in chosen)
         self.state["complete"] = not self.state["left"]
         self._save()
         rows = sum(row["bench"] == self.name for row in self.results.rows)
         print(f"{self.name}: {rows} rows in {self.results.file or 'no file'}, {self.state['left']} cases left")
         return self.status
+
+    def _case_done(self) -> None:
+        self.state["done"].append(self._case)
+        self._save()
+
+    def _stopped(self) -> None:
+        """At once: an exception could be caught by whatever runs at the moment."""
+        self._save()
+        os._exit(TERMINATED)
 
     @property
     def status(self) -> int:
@@ -259,8 +230,8 @@ class Bench:
 
     @contextlib.contextmanager
     def guarded(self, found: dict) -> Iterator[None]:
-        """Note what goes wrong inside, and go on: a wrong answer as "wrong", any other error as "failed". A GPU that
-        does not answer any more ends the bench."""
+        """Note what goes wrong inside, and go on: a wrong answer as "wrong", any other error as "failed". After one
+        that leaves this process without its GPU, the next row ends the bench: see `add`."""
         try:
             yield
         except AssertionError as fault:
@@ -270,17 +241,28 @@ class Bench:
             found.clear()
             found["failed"] = f"{type(error).__name__}: {first_line(error)}"
             if self.device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
+                try:
+                    torch.cuda.synchronize()
+                    torch.cuda.empty_cache()
+                except RuntimeError:
+                    self._dead = True
         for kind in ("wrong", "failed"):
             self.state[kind] += kind in found
 
     def add(self, provider: str, shapes: dict[str, Any], dtype: str, found: dict, inputs: str = "synthetic") -> dict:
-        """Add a row of what was found, and print it."""
+        """Add a row of what was found, and print it.
+
+        Raises:
+            SystemExit: `DEAD`: the GPU is lost to this process. The case counts as done, so that a new process goes on
+                with the next.
+        """
         row = {"bench": self.name, "provider": provider, "dtype": dtype, "inputs": inputs, "shapes": shapes, **found}
         print(json.dumps(row), flush=True)
         size = {"size": self.size, "seconds_asked": self.seconds}
         self.results.add(row | size | self.ceilings | self.provenance)
+        if self._dead:
+            self._case_done()
+            raise SystemExit(DEAD)
         return row
 
 
@@ -326,23 +308,17 @@ def ceilings(device: torch.device, folder: pathlib.Path | None = None) -> dict[s
     return measured
 
 
-def slug(device: str) -> str:
-    """A device's name as that of a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
 def provenance(device: torch.device) -> dict[str, str]:
-    """What a row must say about where it was measured. BENCH_COMMIT names the commit where there is no repository."""
+    """What a row must say about where it was measured."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
         if on_gpu
         else "none",
         **{package: _version(package) for package in ("torch", "triton", "transformers")},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": os.environ.get("BENCH_COMMIT")
-        or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
+        "commit": commit(),
     }
 
 
@@ -358,10 +334,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "absent"
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -21,7 +21,7 @@ AGREED = 4
 # B, N, V: one sequence, then batches of small trees; Llama 3's vocabulary, Qwen's, Gemma's, and GPT-2's odd one
 CASES = [(1, nodes, 128256) for nodes in (64, 32, 1, 8, 16, 128, 256)]
 CASES += [(16, 8, 128256), (64, 4, 128256), (1, 64, 151936), (1, 64, 262144), (1, 64, 50257)]
-SMALL = [(1, 8, 32000), (1, 32, 32000), (8, 4, 32000)]
+SMALL = [(1, 8, 4096), (1, 32, 4096), (8, 4, 4096)]
 REHEARSED = [(1, 8, 1000), (2, 5, 333)]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

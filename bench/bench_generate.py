@@ -34,6 +34,7 @@ GAP = 1.0  # logits
 DRAFT_TOKENS = 5
 DRAFT_ERRORS = 0.1
 LOOKUP = 10
+PROFILED_BATCH = 16  # larger ones take long over their prompts
 DEPTH = 7  # of the oracle's chains
 CONTROLLED = "synthetic, controlled acceptance"
 PLAIN, EAGER, ASSISTED = "ours, plain", "transformers eager", "transformers assisted"
@@ -65,10 +66,10 @@ COUNTED = (ASSISTED, THEIR_LOOKUP)  # they emit several tokens a forward of the 
 CASES = [
     Case("drafts", (PLAIN, EAGER, ASSISTED, DRAFTED), oracle=((64, 4.5),), options=GRAPHS),
     Case("batch of 16", (PLAIN,), 16, oracle=((8, 3.0),), options=GRAPHS, turns=2),
+    Case("compiled", (PLAIN,), oracle=((64, 4.5),), options=COMPILED),
     Case("acceptance", (PLAIN,), oracle=((32, 1.5), (32, 2.0), (32, 3.0), (32, 4.5)), options=GRAPHS),
-    Case("batch of 64", (PLAIN,), 64, tokens=(8, 40), oracle=((4, 3.0),), options=GRAPHS, turns=2),
+    Case("batch of 64", (PLAIN,), 64, tokens=(8, 40), oracle=((4, 3.0),), options=GRAPHS, turns=1),
     Case("without graphs", (PLAIN, DRAFTED), oracle=((64, 4.5),), options=EAGER_ROUNDS),
-    Case("compiled", (PLAIN, DRAFTED), oracle=((64, 4.5),), options=COMPILED),
     Case("nodes", (PLAIN,), oracle=((4, 2.0), (8, 2.0), (32, 2.0), (64, 2.0)), options=GRAPHS),
     Case("repetition", (PLAIN, LOOKED_UP, THEIR_LOOKUP), options=GRAPHS, repeats=True),
     Case("static cache", (EAGER, STATIC), turns=2),
@@ -306,7 +307,7 @@ def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates:
     nbytes = profiling.efficiency_bytes(target, case.batch, context, way.draft, forwards)
     found["round_ms"] = round(1e3 * round_seconds, 4)
     found["eta"] = round(calibration.floor_seconds(bench.ceilings, nbytes) / round_seconds, 4)
-    if way.ours and bench.device.type == "cuda":
+    if way.ours and bench.device.type == "cuda" and case.batch <= PROFILED_BATCH:
         seen = profiling.profile_rounds(lambda: way.call(case.tokens[1]), bench.device, count_reads=False)
         found |= {"host_us": round(1e6 * seen.host_seconds, 1), "idle_share": seen.idle_share, "kernels": seen.kernels}
         found["joules_per_token"] = None if seen.joules is None else seen.joules / case.batch / case.tokens[1]

@@ -10,13 +10,12 @@ of transformers' `generate` first.
 
 import dataclasses
 import functools
-import statistics
 import sys
 
-from _common import Bench
+from _common import Bench, first_line
 from bench_generate import CONTROLLED, Case, check, make_oracle, make_way, pair, plain_text
 
-from specdec_triton import calibration, profiling
+from specdec_triton import profiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,35 +59,13 @@ def profiled(bench: Bench, cell: Cell, case: Case, way, target) -> dict:
     try:
         found = check(target, way.call(cell.tokens), plain, cell.context)
     except ValueError as refusal:
-        return {"absent": str(refusal).partition("\n")[0]}
+        return {"absent": first_line(refusal)}
     seen = profiling.profile_rounds(functools.partial(way.call, cell.tokens), bench.device)
     context = cell.context + cell.tokens / 2
-    round_seconds = seen.round_seconds()
-    for name, quantile in zip(("p20_us", "p50_us", "p80_us"), calibration.quantiles(round_seconds), strict=True):
-        found[name] = round(1e6 * quantile, 2)
     work = profiling.round_work(target, cell.batch, cell.nodes, context)
-    found["stages"] = {
-        name: {
-            "us": round(1e6 * statistics.median(seen.stage_seconds(name)), 2),
-            "host_us": round(1e6 * statistics.median(seen.stage_seconds(name, host=True)), 2),
-            "floor_us": round(1e6 * calibration.floor_seconds(bench.ceilings, work[name].nbytes, work[name].flops), 3),
-        }
-        for name in seen.stages
-    }
-    read = calibration.floor_seconds(bench.ceilings, profiling.efficiency_bytes(target, cell.batch, context))
-    host = seen.host_seconds
-    return found | {
-        "rounds": len(seen.rounds),
-        "eta": round(read / statistics.median(round_seconds), 4),
-        "host_us": None if host is None else round(1e6 * host, 2),
-        "waits": round(seen.waits.count / len(seen.rounds), 2),
-        "wait_us": round(1e6 * seen.waits.seconds / len(seen.rounds), 2),
-        "kernels": seen.kernels,
-        "idle_share": seen.idle_share,
-        "host_reads": seen.host_reads,
-        "peak_bytes": seen.peak_bytes,
-        "joules": seen.joules,
-    }
+    nbytes = profiling.efficiency_bytes(target, cell.batch, context)
+    found["stages"] = profiling.stage_rows(seen, work, bench.ceilings)
+    return found | profiling.summary_row(seen, nbytes, bench.ceilings)
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from .calibration import floor_seconds, quantiles
 from .generate import Speculation
 from .instruments import HostWaits, count_host_reads, time_host_waits
 
@@ -387,3 +388,50 @@ def efficiency_bytes(
     each of its forwards."""
     drafting = 0 if draft is None else draft_forwards * streamed_weights(draft)[0]
     return streamed_weights(model)[0] + batch * context * kv_bytes(model) + drafting
+
+
+def stage_rows(found: Profile, work: dict[str, Work], ceilings: dict[str, float]) -> dict[str, dict[str, float]]:
+    """By stage: us and host_us (medians), bytes, flops, and floor_us, the least time that the ceilings allow.
+
+    Args:
+        found: from `profile_rounds`.
+        work: from `round_work`.
+        ceilings: from `calibrate`.
+    """
+    return {
+        name: {
+            "us": round(1e6 * statistics.median(found.stage_seconds(name)), 2),
+            "host_us": round(1e6 * statistics.median(found.stage_seconds(name, host=True)), 2),
+            "bytes": work[name].nbytes,
+            "flops": work[name].flops,
+            "floor_us": round(1e6 * floor_seconds(ceilings, work[name].nbytes, work[name].flops), 3),
+        }
+        for name in found.stages
+    }
+
+
+def summary_row(found: Profile, nbytes: float, ceilings: dict[str, float]) -> dict[str, float | None]:
+    """A round as a whole: its time (p50_us and its spread), eta, and what the host and the GPU did in it.
+
+    Args:
+        found: from `profile_rounds`.
+        nbytes: from `efficiency_bytes`.
+        ceilings: from `calibrate`.
+    """
+    p20, p50, p80 = quantiles(found.round_seconds())
+    count = len(found.rounds)
+    return {
+        "rounds": count,
+        "p20_us": round(1e6 * p20, 2),
+        "p50_us": round(1e6 * p50, 2),
+        "p80_us": round(1e6 * p80, 2),
+        "eta": round(floor_seconds(ceilings, nbytes) / p50, 4),
+        "host_us": None if found.host_seconds is None else round(1e6 * found.host_seconds, 2),
+        "waits": round(found.waits.count / count, 2),
+        "wait_us": round(1e6 * found.waits.seconds / count, 2),
+        "kernels": found.kernels,
+        "idle_share": found.idle_share,
+        "host_reads": found.host_reads,
+        "peak_bytes": found.peak_bytes,
+        "joules": found.joules,
+    }

@@ -13,6 +13,7 @@ from specdec_triton import calibration, ops
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 import _common  # noqa: E402
+import _rows  # noqa: E402
 import bench_accept  # noqa: E402
 from _common import Bench, Provider  # noqa: E402
 
@@ -32,7 +33,7 @@ def bench(folder, *argv, name="accept"):
 
 
 def rows(folder, **wanted):
-    found = json.loads((folder / _common.ROWS).read_text())["rows"]
+    found = json.loads((folder / _rows.ROWS).read_text())["rows"]
     return [row for row in found if all(row.get(name) == value for name, value in wanted.items())]
 
 
@@ -129,7 +130,7 @@ def test_ceilings_are_kept_for_an_hour_on_the_same_machine(tmp_path, monkeypatch
     assert _common.ceilings(device, tmp_path) == CEILINGS
     monkeypatch.setattr(calibration, "calibrate", lambda device: {"copy_bytes_s": 1.0})
     assert _common.ceilings(device, tmp_path) == CEILINGS
-    file = tmp_path / _common.CALIBRATION
+    file = tmp_path / _rows.CALIBRATION
     for change in ({"date": "2020-01-01T00:00:00+00:00"}, {"device": "another"}):
         file.write_text(json.dumps({**json.loads(file.read_text()), "ceilings": CEILINGS, **change}))
         assert _common.ceilings(device, tmp_path) == {"copy_bytes_s": 1.0}

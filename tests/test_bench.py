@@ -119,6 +119,43 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert bench(tmp_path, name="other").state["done"] == []
 
 
+def test_a_bench_that_is_stopped_keeps_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(_common.os, "_exit", sys.exit)
+
+    def measure(run, case):
+        run.add("one", {"case": case}, "fp32", {"p50_us": 1})
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        bench(tmp_path).run(measure, [], [], [1, 2])
+    assert stopped.value.code == _common.TERMINATED
+    assert len(rows(tmp_path)) == 1 and bench(tmp_path).state["done"] == []
+
+
+def test_a_lost_gpu_ends_the_process_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    def measure(run, case):
+        found = {}
+        with run.guarded(found):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        run._dead = case == 1  # what `guarded` finds out by asking the GPU
+        run.add("one", {"case": case}, "fp32", found)
+
+    with pytest.raises(SystemExit) as stopped:
+        bench(tmp_path).run(measure, [], [], [1, 2])
+    assert stopped.value.code == _common.DEAD
+    again = bench(tmp_path)
+    assert again.run(measure, [], [], [1, 2]) == 1 and again.state["complete"]
+    (first, second) = rows(tmp_path)
+    assert first["failed"] == second["failed"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+def test_rehearsals_have_folders_of_their_own(tmp_path):
+    bench(tmp_path)._save()
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_common.torch.cuda, "is_available", lambda: False)
+        Bench("accept", "", argv=["--out", str(tmp_path)])
+
+
 def test_a_rehearsal_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(_common, "RESULTS", tmp_path)
     assert bench(None).run(measure_three, [], [], [1]) == 1

@@ -63,6 +63,7 @@ ARROWS = {
     "instruments": set(),
     "calibration": set(),
     "profiling": {"calibration", "generate", "instruments"},
+    "trace": {"drafters", "reference", "tree"},
     "proof": set(),
     "models": set(),
     "prompts": set(),

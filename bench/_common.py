@@ -213,7 +213,14 @@ class Bench:
         return self.add(provider.name, shapes, dtype, found, inputs)
 
     def _timed(self, provider: Provider, sets: Sequence, nbytes: float, flops: float) -> dict:
-        method, times = calibration.timed(provider.call, sets, self.device, self.seconds, provider.graph)
+        try:
+            method, times = calibration.timed(provider.call, sets, self.device, self.seconds, provider.graph)
+        except RuntimeError:
+            if provider.kernel or not provider.graph or self.device.type == "cpu":
+                raise
+            # others may wait for the host at some sizes
+            method, times = calibration.timed(provider.call, sets, self.device, self.seconds, graph=False)
+            method += ", since it cannot be captured"
         p20, p50, p80 = (1e6 * quantile for quantile in calibration.quantiles(times))
         floor = 1e6 * calibration.floor_seconds(self.ceilings, nbytes, flops)
         return {

@@ -34,7 +34,7 @@ NODES = (1, 64, 8, 32, 128)
 CELLS = [Cell(nodes) for nodes in NODES] + [Cell(nodes, options=EAGER_ROUNDS) for nodes in (64, 1)]
 CELLS += [Cell(1, 16), Cell(8, 16), Cell(1, 64, tokens=40), Cell(4, 64, tokens=40)]
 SMALL = [Cell(nodes, batch, 64, 48, ()) for batch in (1, 4) for nodes in (1, 8, 32)]
-REHEARSED = [Cell(1, 1, 12, 10, ()), Cell(8, 2, 12, 10, ()), Cell(8, 1, 12, 10, EAGER_ROUNDS), Cell(8, 1, 12, 10)]
+REHEARSED = [Cell(1, 1, 12, 24, ()), Cell(8, 2, 12, 24, ()), Cell(8, 1, 12, 24, EAGER_ROUNDS), Cell(8, 1, 12, 24)]
 
 
 def measure(bench: Bench, cell: Cell) -> None:
@@ -60,7 +60,8 @@ def profiled(bench: Bench, cell: Cell, case: Case, way, target) -> dict:
         found = check(target, way.call(cell.tokens), plain, cell.context)
     except ValueError as refusal:
         return {"absent": first_line(refusal)}
-    seen = profiling.profile_rounds(functools.partial(way.call, cell.tokens), bench.device)
+    calls = [functools.partial(way.call, tokens) for tokens in (cell.tokens, cell.tokens // 3)]
+    seen = profiling.profile_rounds(calls[0], bench.device, shorter=calls[1])
     context = cell.context + cell.tokens / 2
     work = profiling.round_work(target, cell.batch, cell.nodes, context)
     nbytes = profiling.efficiency_bytes(target, cell.batch, context)

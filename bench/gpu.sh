@@ -20,8 +20,8 @@ cd "$(dirname "$0")/.." || exit 2
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 # a CPU may be slow, and shared: there the limits only end what hangs
-slower=1
-[[ -n $rehearse ]] || ! command -v nvidia-smi >/dev/null && slower=6
+slower=6
+[[ -z $rehearse ]] && "$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && slower=1
 
 log="$out/log.txt"
 status=0

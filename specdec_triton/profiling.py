@@ -106,8 +106,9 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
     def stage(name: str, method: Callable) -> Callable:
         @wraps(method)
         def run(*args, **kwargs):
-            # the prompt's own acceptance comes before the first round
-            if not rounds or rounds[-1].whole.end:
+            # the prompt's own acceptance comes before the first round; what is being captured does not run
+            outside = not rounds or rounds[-1].whole.end
+            if outside or (on_gpu and torch.cuda.is_current_stream_capturing()):
                 return method(*args, **kwargs)
             with span(name) as found:
                 rounds[-1].stages.append((name, found))
@@ -199,7 +200,11 @@ class Profile:
 
 
 def profile_rounds(
-    generate: Callable[[], object], device: torch.device, trace: Path | None = None, count_reads: bool = True
+    generate: Callable[[], object],
+    device: torch.device,
+    trace: Path | None = None,
+    count_reads: bool = True,
+    shorter: Callable[[], object] | None = None,
 ) -> Profile:
     """Run `generate` timed, then under torch's profiler, then with its host reads counted.
 
@@ -208,6 +213,8 @@ def profile_rounds(
         device: where the model is.
         trace: a file for the profiler's Chrome trace, which Perfetto opens.
         count_reads: the third run is wanted.
+        shorter: a call of fewer rounds for the second and third runs, whose counts are taken a round; reading a
+            profile takes longer than making it.
 
     Raises:
         ValueError: no round of speculative decoding ran.
@@ -226,10 +233,10 @@ def profile_rounds(
     )
     found = Profile(device, rounds, waits, peak, joules=joules[0] if joules else None)
     if on_gpu or trace:
-        found.kernels, found.idle_share = _traced(generate, device, trace)
+        found.kernels, found.idle_share = _traced(shorter or generate, device, trace)
     if count_reads:
         with count_host_reads() as reads, record_rounds(device, lambda: reads.total) as counted:
-            generate()
+            (shorter or generate)()
         if len(counted) > 1:
             found.host_reads = (counted[-1].mark - counted[0].mark) / (len(counted) - 1)
     return found
@@ -261,7 +268,8 @@ def _traced(
     last = max(end for _, end, _ in events)
     part = [event for event in events if event[0] >= last - length]
     kernels = sum(not name.startswith(NO_KERNELS) for _, _, name in part) / len(rounds)
-    return kernels, 1 - covered([(begin, end) for begin, end, _ in part]) / (last - min(begin for begin, _, _ in part))
+    busy = covered([(begin, end) for begin, end, _ in part]) / (last - min(begin for begin, _, _ in part))
+    return round(kernels, 1), round(1 - busy, 4)
 
 
 def covered(intervals: Sequence[tuple[float, float]]) -> float:

@@ -232,7 +232,7 @@ class Bench:
             "p80_us": round(p80, 3),
             "floor_us": round(floor, 3),
             "of_ceiling": round(floor / p50, 4),
-            "launches": launches(provider.call, sets[0]) if self.device.type == "cuda" else None,
+            "launches": launches(provider.call, sets[0]) if self.device.type == "cuda" and provider.kernel else None,
         }
 
     @contextlib.contextmanager

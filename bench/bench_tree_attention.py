@@ -20,7 +20,9 @@ from specdec_triton.tree import DraftTree, Topology
 
 # B, Hq, Hkv, D, context, N: Llama 3.1 8B's heads; then Gemma 2's head dim, plain multi-head attention, batches
 LLAMA = (32, 8, 128)
-CASES = [(1, *LLAMA, context, nodes) for nodes in (32, 64, 1, 128, 16) for context in (32768, 8192, 1024, 512, 2048)]
+NODES = (32, 64, 1, 16, 128)
+CASES = [(1, *LLAMA, context, nodes) for nodes in NODES for context in (32768, 8192)]
+CASES += [(1, *LLAMA, context, nodes) for context in (1024, 512, 2048) for nodes in NODES]
 CASES += [(16, *LLAMA, 2048, 8), (64, *LLAMA, 2048, 4)]
 CASES += [(1, 16, 8, 256, 8192, 32), (1, 32, 32, 128, 8192, 32), (1, 28, 4, 128, 8192, 32)]
 SMALL = [(1, 4, 2, 64, context, nodes) for context in (256, 1024) for nodes in (1, 8, 16)]

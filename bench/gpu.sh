@@ -42,7 +42,7 @@ step() {
 	[[ $code -eq 0 ]] || status=1
 }
 
-# bench NAME SECONDS [ARGUMENTS]: the bench stops by itself ten seconds early; where it lost the GPU (exit status 3) a
+# bench NAME SECONDS [ARGUMENTS]: the bench stops by itself fifteen seconds early; where it lost the GPU (exit status 3) a
 # new process goes on with the next case
 bench() {
 	local name=$1 until=$((SECONDS + $2 * slower)) left
@@ -52,19 +52,19 @@ bench() {
 		return
 	fi
 	code=3
-	while [[ $code -eq 3 ]] && left=$((until - SECONDS)) && [[ $left -gt 15 ]]; do
-		step "$name" "$left" "bench/bench_$name.py" --out "$out" --budget $((left - 10)) "$@" ${rehearse:+"$rehearse"}
+	while [[ $code -eq 3 ]] && left=$((until - SECONDS)) && [[ $left -gt 20 ]]; do
+		step "$name" "$left" "bench/bench_$name.py" --out "$out" --budget $((left - 15)) "$@" ${rehearse:+"$rehearse"}
 	done
 }
 
-step calibrate $((30 * slower)) bench/calibrate.py --out "$out"
-bench tree_attention 70 --seconds 0.1
-bench accept 30 --seconds 0.1
+step calibrate $((25 * slower)) bench/calibrate.py --out "$out"
+bench tree_attention 95 --seconds 0.1
+bench accept 25 --seconds 0.1
 bench accept_sample 50 --seconds 0.1
-bench compact 30 --seconds 0.1
-bench generate 225
+bench compact 25 --seconds 0.1
+bench generate 220
 bench round 60
 # the table comes last
-timeout -k 5 $((30 * slower)) "$py" bench/report.py "$out" 2>>"$log" || { status=1; echo "report: failed, see $log"; }
+timeout -k 5 $((20 * slower)) "$py" bench/report.py "$out" 2>>"$log" || { status=1; echo "report: failed, see $log"; }
 echo "$((SECONDS - started)) s in all; everything is in $out"
 exit $status

@@ -45,11 +45,7 @@ lint: $(READY) ## ruff: rules and format
 	@$(PY) -m ruff format --check .
 
 bench: $(BENCH_READY) ## every benchmark that this machine can run; rows go to bench/results
-	@gpu=$$($(PY) -c "import torch; print('' if torch.cuda.is_available() else '--rehearse')"); \
-	for op in tree_attention accept accept_sample compact; do \
-		echo "== bench_$$op $$gpu"; \
-		$(PY) bench/bench_$$op.py $$gpu || exit 1; \
-	done
+	@PY=$(PY) bash bench/gpu.sh $$($(PY) bench/calibrate.py --where)
 
 clean: ## remove .venv and everything built
 	@rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

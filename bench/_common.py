@@ -2,42 +2,53 @@
 
 A bench describes its cases and providers and leaves the rest to `Bench`:
 
-    bench = Bench("accept", __doc__)                          # parses --rehearse, --out, --seconds
-    sets = [inputs() for _ in range(bench.num_sets(nbytes))]  # buffers in rotation: more than any cache holds
-    bench.measure(Provider("triton", call), {"N": 64}, "bf16", sets, verify, nbytes=nbytes)
-    sys.exit(bench.finish())                                  # writes bench/results/accept.json; 1 if a check was red
+    def measure(bench, nodes):
+        sets = [inputs() for _ in range(bench.num_sets(nbytes))]  # in rotation: more than any cache holds
+        bench.measure(Provider("triton", call, kernel=True), {"N": nodes}, "bf16", sets, verify, nbytes=nbytes)
 
-On a GPU a call is timed in a captured CUDA graph that runs once over all sets, or, where a provider waits for the host,
-between CUDA events; on a CPU by the host's clock. `--rehearse` runs tiny sizes, on the CPU in Triton's interpreter
-too: it shows that the bench works, and its numbers mean nothing, so nothing is written.
+    bench = Bench("accept", __doc__)  # parses --rehearse, --out, --seconds, --budget
+    sys.exit(bench.run(measure, CASES, SMALL, REHEARSED))  # 1 if a check was red or a provider failed
+
+Rows go to `rows.json` in the folder of `--out`, which all benches share. A run that was interrupted, or ran out of its
+`--budget`, goes on where it stopped when it is started again with the same folder, unless the commit is another one by
+then: its rows are measured anew.
+
+Without a GPU a bench runs small sizes: what is timed then is PyTorch on this CPU, and Triton's kernels are verified in
+its interpreter, without a time. `--rehearse` runs tiny sizes anywhere: it shows that the bench works, and its numbers
+mean nothing.
 """
 
 import argparse
+import atexit
+import contextlib
 import dataclasses
 import datetime
-import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import platform
-import statistics
-import subprocess
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from _rows import CALIBRATION, RESULTS, ROOT, Results, commit, output, slug
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
 COLD_BYTES = 200e6  # several times the largest L2 cache: what one call reads, the calls between it and the next evict
 MAX_SETS = 128
+CALIBRATION_HOURS = 1
+TERMINATED, DEAD = 143, 3  # exit statuses: stopped, as a shell says it; the GPU is lost to this process
+UNTIMED = "Triton's interpreter: checked, has no speed"
 
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton's first import
+
+from specdec_triton import calibration  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,36 +60,122 @@ class Provider:
         call: takes one set of inputs, returns the outputs.
         graph: it can be captured in a CUDA graph (no wait for the host).
         absent: why it cannot run here; then it is reported, not timed.
+        kernel: a Triton kernel: without a GPU it is verified, not timed.
     """
 
     name: str
     call: Callable[[Any], Any] | None
     graph: bool = True
     absent: str | None = None
+    kernel: bool = False
 
 
 class Bench:
-    def __init__(self, name: str, description: str):
+    """One bench's run, see the module.
+
+    Args:
+        name: of the bench, as its rows say it.
+        description: for --help.
+        arguments: adds the bench's own to the parser.
+    """
+
+    def __init__(
+        self, name: str, description: str, arguments: Callable | None = None, argv: Sequence[str] | None = None
+    ):
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--rehearse", action="store_true", help="tiny sizes, nothing written")
-        parser.add_argument("--out", type=pathlib.Path, default=RESULTS / f"{name}.json", help="default: %(default)s")
+        parser.add_argument("--rehearse", action="store_true", help="tiny sizes, numbers that mean nothing")
+        parser.add_argument("--out", type=pathlib.Path, help="folder (default: bench/results/DEVICE; none to rehearse)")
         parser.add_argument("--seconds", type=float, default=0.5, help="of timing for each row (default %(default)s)")
-        options = parser.parse_args()
-        self.name, self.out = name, options.out
-        self.rehearse = options.rehearse
-        self.seconds = 0.02 if options.rehearse else options.seconds
+        parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for the whole bench")
+        if arguments is not None:
+            arguments(parser)
+        self.began = time.perf_counter()
+        self.options = parser.parse_args(argv)
+        self.name, self.rehearse = name, self.options.rehearse
+        self.seconds = 0.005 if self.rehearse else self.options.seconds
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu" and not self.rehearse:
-            parser.error("no CUDA GPU here: --rehearse runs the bench at tiny sizes, as a check of the bench itself")
         self.provenance = provenance(self.device)
-        self.ceilings = calibrate(self.device)
-        self.rows: list[dict] = []
-        self.red = False
+        folder = self.options.out
+        if folder is None and not self.rehearse:
+            folder = RESULTS / slug(self.provenance["device"])
+        self.results = Results(folder)
+        self.state = self.results.step(name, self.provenance["commit"], self.rehearse)
+        if self.state["rehearsal"] != self.rehearse:
+            kept = "a rehearsal" if self.state["rehearsal"] else "real rows"
+            parser.error(f"--out must be a folder of its own for rehearsals, got {folder} with {kept} of {name}")
+        if self.state["complete"]:
+            parser.exit(self.status, f"{name}: complete in {self.results.file}\n")
+        self.ceilings = ceilings(self.device, folder)
+        self._case, self._dead = "", False
+        self._before = self.state["seconds"]
+        signal.signal(signal.SIGTERM, lambda *_: self._stopped())
+        atexit.register(self.results.save)
         print(json.dumps(self.provenance), json.dumps(self.ceilings), sep="\n", flush=True)
+
+    @property
+    def size(self) -> str:
+        """ "gpu", "cpu" or "rehearsal": which of the cases run."""
+        return "rehearsal" if self.rehearse else "gpu" if self.device.type == "cuda" else "cpu"
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.perf_counter() - self.began > self.options.budget
+
+    def run(self, measure: Callable[["Bench", Any], None], full: Sequence, small: Sequence, rehearsed: Sequence) -> int:
+        """Measure the cases that are not done yet, until the budget is spent, each in its own fault barrier.
+
+        Args:
+            measure: takes this bench and a case.
+            full, small, rehearsed: the cases on a GPU, on a CPU, and in a rehearsal; what matters most comes first.
+
+        Returns:
+            The exit status: 1 where an output was wrong or something failed.
+        """
+        chosen = {"gpu": full, "cpu": small, "rehearsal": rehearsed}[self.size]
+        todo = [case for case in chosen if repr(case) not in self.state["done"]]
+        for case in progress(todo, self.name):
+            if self.out_of_time:
+                break
+            found, self._case = {}, repr(case)
+            with self.guarded(found):
+                measure(self, case)
+            if found:
+                self.add("inputs", {"case": repr(case)}, "", found)
+            self._case_done()
+        self.state["left"] = sum(repr(case) not in self.state["done"] for case in chosen)
+        self.state["complete"] = not self.state["left"]
+        self._save()
+        rows = sum(row["bench"] == self.name for row in self.results.rows)
+        print(f"{self.name}: {rows} rows in {self.results.file or 'no file'}, {self.state['left']} cases left")
+        return self.status
+
+    def _case_done(self) -> None:
+        self.state["done"].append(self._case)
+        self._save()
+
+    def _stopped(self) -> None:
+        """At once: an exception could be caught by whatever runs at the moment."""
+        self._save()
+        os._exit(TERMINATED)
+
+    @property
+    def status(self) -> int:
+        return int(bool(self.state["wrong"] or self.state["failed"]))
+
+    def _save(self) -> None:
+        self.state["seconds"] = round(self._before + time.perf_counter() - self.began, 1)
+        self.results.save()
 
     def num_sets(self, nbytes: float) -> int:
         """How many sets of inputs, of which a call touches `nbytes`, must rotate so that no cache helps."""
-        return 2 if self.rehearse else min(MAX_SETS, int(COLD_BYTES / nbytes) + 2)
+        return min(MAX_SETS, int(COLD_BYTES / nbytes) + 2) if self.size == "gpu" else 2
+
+    def made(self, name: str, make: Callable[[], Provider]) -> Provider:
+        """What `make` returns; a provider of that name, absent, where it cannot be set up."""
+        try:
+            return make()
+        except Exception as error:
+            return Provider(name, None, absent=f"cannot be set up: {type(error).__name__}: {first_line(error)}")
 
     def measure(
         self,
@@ -91,7 +188,7 @@ class Bench:
         flops: float = 0,
         inputs: str = "synthetic",
     ) -> dict:
-        """Add one row.
+        """Add one row: a time only where the outputs are right.
 
         Args:
             provider: what runs.
@@ -103,126 +200,119 @@ class Bench:
             flops: at least.
             inputs: "synthetic", or where real ones came from.
         """
-        row = {"op": self.name, "provider": provider.name, "dtype": dtype, "inputs": inputs, **shapes}
+        found = {}
         if provider.absent is not None:
-            row["absent"] = provider.absent
+            found["absent"] = provider.absent
         else:
-            try:
+            with self.guarded(found):
                 verify(provider.call)
-            except AssertionError as fault:
-                self.red = True
-                row["wrong"] = str(fault).partition("\n")[0] or "outputs differ"
-            else:
-                method, times = timed(provider, sets, self.device, self.seconds)
-                p20, p50, p80 = (1e6 * quantile for quantile in quantiles(times))
-                row |= {"method": method, "calls": len(times), "sets": len(sets)}
-                row |= {"p20_us": round(p20, 3), "p50_us": round(p50, 3), "p80_us": round(p80, 3)}
-                bandwidth = max(self.ceilings["copy_bytes_s"], self.ceilings["read_bytes_s"])
-                floor = max(nbytes / bandwidth, flops / self.ceilings["matmul_flops_s"])
-                row |= {"floor_us": round(1e6 * floor, 3), "of_ceiling": round(1e6 * floor / p50, 4)}
+                if provider.kernel and self.device.type == "cpu":
+                    found["untimed"] = UNTIMED
+                else:
+                    found |= self._timed(provider, sets, nbytes, flops)
+        return self.add(provider.name, shapes, dtype, found, inputs)
+
+    def _timed(self, provider: Provider, sets: Sequence, nbytes: float, flops: float) -> dict:
+        try:
+            method, times = calibration.timed(provider.call, sets, self.device, self.seconds, provider.graph)
+        except RuntimeError:
+            if provider.kernel or not provider.graph or self.device.type == "cpu":
+                raise
+            # others may wait for the host at some sizes
+            method, times = calibration.timed(provider.call, sets, self.device, self.seconds, graph=False)
+            method += ", since it cannot be captured"
+        p20, p50, p80 = (1e6 * quantile for quantile in calibration.quantiles(times))
+        floor = 1e6 * calibration.floor_seconds(self.ceilings, nbytes, flops)
+        return {
+            "method": method,
+            "calls": len(times),
+            "sets": len(sets),
+            "p20_us": round(p20, 3),
+            "p50_us": round(p50, 3),
+            "p80_us": round(p80, 3),
+            "floor_us": round(floor, 3),
+            "of_ceiling": round(floor / p50, 4),
+            "launches": launches(provider.call, sets[0]) if self.device.type == "cuda" and provider.kernel else None,
+        }
+
+    @contextlib.contextmanager
+    def guarded(self, found: dict) -> Iterator[None]:
+        """Note what goes wrong inside, and go on: a wrong answer as "wrong", any other error as "failed". After one
+        that leaves this process without its GPU, the next row ends the bench: see `add`."""
+        try:
+            yield
+        except AssertionError as fault:
+            found.clear()
+            found["wrong"] = first_line(fault) or "outputs differ"
+        except Exception as error:
+            found.clear()
+            found["failed"] = f"{type(error).__name__}: {first_line(error)}"
+            if self.device.type == "cuda":
+                try:
+                    torch.cuda.synchronize()
+                    torch.cuda.empty_cache()
+                except RuntimeError:
+                    self._dead = True
+        for kind in ("wrong", "failed"):
+            self.state[kind] += kind in found
+
+    def add(self, provider: str, shapes: dict[str, Any], dtype: str, found: dict, inputs: str = "synthetic") -> dict:
+        """Add a row of what was found, and print it.
+
+        Raises:
+            SystemExit: `DEAD`: the GPU is lost to this process. The case counts as done, so that a new process goes on
+                with the next.
+        """
+        row = {"bench": self.name, "provider": provider, "dtype": dtype, "inputs": inputs, "shapes": shapes, **found}
         print(json.dumps(row), flush=True)
-        self.rows.append(row | self.ceilings | self.provenance)
+        size = {"size": self.size, "seconds_asked": self.seconds}
+        self.results.add(row | size | self.ceilings | self.provenance)
+        if self._dead:
+            self._case_done()
+            raise SystemExit(DEAD)
         return row
 
-    def finish(self) -> int:
-        """Write the rows; the exit status: 1 where an output was wrong."""
-        if self.rehearse:
-            print("rehearsal: the numbers above mean nothing, nothing is written")
-        else:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text("[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n")
-            print(f"{len(self.rows)} rows in {self.out}")
-        return int(self.red)
+
+def progress(cases: Sequence, what: str) -> Iterator:
+    """The cases; with a bar on a terminal where rich is installed."""
+    if importlib.util.find_spec("rich") is None or not sys.stderr.isatty():
+        yield from cases
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(cases, what, console=Console(stderr=True))
 
 
-def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """p20, p50, p80."""
-    if len(times) < 2:
-        return (times[0],) * 3
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return fifths[0], statistics.median(times), fifths[3]
+def first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
-def timed(provider: Provider, sets: Sequence, device: torch.device, seconds: float) -> tuple[str, list[float]]:
-    """How it was timed, and seconds a call, measured for about `seconds`."""
-    if device.type == "cpu":
-        return "host clock", _times(provider.call, sets, _host_clock, seconds)
-    if not provider.graph:
-        return "cuda events", _times(provider.call, sets, _event_clock, seconds)
-    graph = captured(provider.call, sets)
-    replays = _times(lambda _: graph.replay(), [None], _event_clock, seconds)
-    return "cuda graph", [replay / len(sets) for replay in replays]
-
-
-def captured(call: Callable, sets: Sequence) -> torch.cuda.CUDAGraph:
-    """A graph of one call for each set, warmed up (compilers and autotuners must not run in a capture)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call(sets[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for inputs in sets:
-            call(inputs)
-    return graph
-
-
-def _times(call: Callable, sets: Sequence, clock: Callable, seconds: float) -> list[float]:
-    for inputs in sets[:3]:
+def launches(call: Callable, inputs: Any) -> int | None:
+    """Kernels that one call launches; None where the profiler cannot say."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         call(inputs)
-    times, until = [], time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < until:
-        times.append(clock(call, sets[len(times) % len(sets)]))
-    return times
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(events) or None
 
 
-def _host_clock(call: Callable, inputs: Any) -> float:
-    start = time.perf_counter()
-    call(inputs)
-    return time.perf_counter() - start
-
-
-def _event_clock(call: Callable, inputs: Any) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call(inputs)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-@functools.lru_cache(maxsize=2)
-def calibrate(device: torch.device) -> dict[str, float]:
-    """This machine's ceilings, in this run: bandwidth of a copy (read + write) and a read, bf16 products, launches."""
-    on_gpu = device.type == "cuda"
-    count = 2**29 if on_gpu else 2**22
-    source = torch.ones(count, dtype=torch.int16, device=device)
-    target = torch.empty_like(source)
-    width, dtype = (8192, torch.bfloat16) if on_gpu else (256, torch.float32)
-    left = torch.randn(width, width, device=device, dtype=dtype)
-    tiny = torch.zeros(1, device=device)
-    calls = {
-        "copy": lambda _: target.copy_(source),
-        "read": lambda _: source.view(torch.float32).amax(),
-        "matmul": lambda _: left @ left,
-        "launch": lambda _: tiny.zero_(),
-    }
-    seconds = 0.3 if on_gpu else 0.02
-    medians = {
-        name: statistics.median(timed(Provider(name, call), [None], device, seconds)[1]) for name, call in calls.items()
-    }
-    launches = timed(Provider("launches", calls["launch"]), [None] * 100, device, seconds)[1]
-    nbytes = source.numel() * source.element_size()
-    return {
-        "copy_bytes_s": 2 * nbytes / medians["copy"],
-        "read_bytes_s": nbytes / medians["read"],
-        "matmul_flops_s": 2 * width**3 / medians["matmul"],
-        "graph_replay_us": 1e6 * medians["launch"],
-        "graph_kernel_us": 1e6 * statistics.median(launches),
-    }
+def ceilings(device: torch.device, folder: pathlib.Path | None = None) -> dict[str, float]:
+    """This machine's ceilings: what `calibration.json` in the folder says if it is of this machine and fresh, else
+    measured now, and written there."""
+    file = None if folder is None else folder / CALIBRATION
+    origin = provenance(device)
+    if file is not None and file.exists():
+        found = json.loads(file.read_text())
+        age = datetime.datetime.fromisoformat(origin["date"]) - datetime.datetime.fromisoformat(found["date"])
+        same = all(found[name] == origin[name] for name in ("device", "driver"))
+        if same and age < datetime.timedelta(hours=CALIBRATION_HOURS):
+            return found["ceilings"]
+    measured = calibration.calibrate(device)
+    if file is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"ceilings": measured, **origin}, indent=1) + "\n")
+    return measured
 
 
 def provenance(device: torch.device) -> dict[str, str]:
@@ -230,18 +320,20 @@ def provenance(device: torch.device) -> dict[str, str]:
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
         if on_gpu
         else "none",
         **{package: _version(package) for package in ("torch", "triton", "transformers")},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
+        "commit": commit(),
     }
 
 
-def absent_unless_importable(package: str) -> str | None:
-    """The reason for `Provider.absent`, or None where `package` is installed."""
-    return None if _version(package) != "absent" else f"{package} is not installed"
+def absent_unless_importable(*packages: str) -> str | None:
+    """The reason for `Provider.absent`, or None where one of `packages` is installed."""
+    if any(_version(package) != "absent" for package in packages):
+        return None
+    return f"{packages[0]} is not installed"
 
 
 def _version(package: str) -> str:
@@ -249,10 +341,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "absent"
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -19,9 +19,11 @@ EOS_ID = 2
 AGREED = 4
 
 # B, N, V: one sequence, then batches of small trees; Llama 3's vocabulary, Qwen's, Gemma's, and GPT-2's odd one
-CASES = [(1, nodes, 128256) for nodes in (1, 8, 16, 32, 64, 128, 256)]
-CASES += [(1, 64, 151936), (1, 64, 262144), (1, 64, 50257), (16, 8, 128256), (64, 4, 128256)]
+CASES = [(1, nodes, 128256) for nodes in (64, 32, 1, 8, 16, 128, 256)]
+CASES += [(16, 8, 128256), (64, 4, 128256), (1, 64, 151936), (1, 64, 262144), (1, 64, 50257)]
+SMALL = [(1, 8, 4096), (1, 32, 4096), (8, 4, 4096)]
 REHEARSED = [(1, 8, 1000), (2, 5, 333)]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def make_inputs(batch: int, nodes: int, vocab: int, dtype: torch.dtype, device: torch.device) -> dict:
@@ -64,27 +66,30 @@ def accept_eager(inputs: dict) -> tuple[list, list, list]:
     return paths, [sum(node >= 0 for node in path) for path in paths], next_ids
 
 
+def measure(bench: Bench, case: tuple[int, int, int]) -> None:
+    batch, nodes, vocab = case
+    for name, dtype in DTYPES.items():
+        nbytes = batch * nodes * vocab * dtype.itemsize
+        sets = [make_inputs(batch, nodes, vocab, dtype, bench.device) for _ in range(bench.num_sets(nbytes))]
+
+        def verify(call, sets=sets):
+            for inputs in sets[:2]:
+                wanted = [field.tolist() for field in accept(inputs, "reference")]
+                got = [field.tolist() if torch.is_tensor(field) else field for field in call(inputs)]
+                assert got == wanted[: len(got)], "path, length or next_ids differ from the reference"
+
+        for provider in (
+            Provider("triton", lambda inputs: accept(inputs, "triton"), kernel=True),
+            Provider("reference", lambda inputs: accept(inputs, "reference")),
+            Provider("eager argmax, walk on the host", accept_eager, graph=False),
+        ):
+            bench.measure(provider, {"B": batch, "N": nodes, "V": vocab}, name, sets, verify, nbytes=nbytes)
+
+
 def main() -> int:
     bench = Bench("accept", __doc__)
     torch.manual_seed(0)
-    for batch, nodes, vocab in REHEARSED if bench.rehearse else CASES:
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            nbytes = batch * nodes * vocab * dtype.itemsize
-            sets = [make_inputs(batch, nodes, vocab, dtype, bench.device) for _ in range(bench.num_sets(nbytes))]
-
-            def verify(call, sets=sets):
-                for inputs in sets[:2]:
-                    wanted = [field.tolist() for field in accept(inputs, "reference")]
-                    got = [field.tolist() if torch.is_tensor(field) else field for field in call(inputs)]
-                    assert got == wanted[: len(got)], "path, length or next_ids differ from the reference"
-
-            for provider in (
-                Provider("triton", lambda inputs: accept(inputs, "triton")),
-                Provider("reference", lambda inputs: accept(inputs, "reference")),
-                Provider("eager argmax, walk on the host", accept_eager, graph=False),
-            ):
-                bench.measure(provider, {"B": batch, "N": nodes, "V": vocab}, name, sets, verify, nbytes=nbytes)
-    return bench.finish()
+    return bench.run(measure, CASES, SMALL, REHEARSED)
 
 
 if __name__ == "__main__":

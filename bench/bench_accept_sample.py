@@ -24,13 +24,22 @@ EOS_ID = 2
 AGREED = 4
 SPREAD = 0.5
 
-# B, N, V: Llama 2's vocabulary, Llama 3's, Qwen's, Gemma's; then a batch of small trees
-CASES = [(1, nodes, vocab) for nodes in (8, 16, 32, 64) for vocab in (32000, 128256, 151936, 262144)] + [(8, 8, 128256)]
-REHEARSED = [(1, 3, 333)]
-# rule, how the tree came about, filters
-CELLS = [(rule, "none", kind) for rule in ("coupled", "typical") for kind in ("temperature", "filtered")]
-CELLS += [(rule, "with", kind) for rule in ("rejection", "block") for kind in ("temperature", "filtered")]
-CELLS += [(rule, "without", kind) for rule in ("multi_round", "traversal") for kind in ("temperature", "filtered")]
+RULES = {"coupled": "none", "typical": "none", "rejection": "with", "block": "with"}
+RULES |= {"multi_round": "without", "traversal": "without"}  # how the tree came about
+KINDS = ("temperature", "filtered")
+# B, N, V, rule, filters; the goals' sizes first, then Llama 2's, Qwen's and Gemma's vocabularies, and small trees
+CASES = [(1, nodes, 128256, rule, kind) for rule in RULES for nodes in (64, 32) for kind in KINDS]
+CASES += [(8, 8, 128256, rule, kind) for rule in RULES for kind in KINDS]
+CASES += [
+    (1, nodes, vocab, rule, kind)
+    for nodes, vocab in ((8, 128256), (16, 128256), (64, 32000), (64, 151936), (64, 262144))
+    for rule in RULES
+    for kind in KINDS
+]
+SMALL = [(1, 4, 2048, rule, kind) for rule in RULES for kind in KINDS]
+REHEARSED = [(1, 3, 333, rule, KINDS[place % 2]) for place, rule in enumerate(RULES)]
+# compiling takes long
+COMPILED = [(1, 32, 128256, rule, kind) for rule in ("coupled", "rejection") for kind in KINDS]
 CHAIN_RULES = ("rejection", "block")
 
 
@@ -111,63 +120,51 @@ def accept_flashinfer(inputs: dict):
     return accepted
 
 
-def flashinfer_absent() -> str | None:
-    for package in ("flashinfer-python", "flashinfer"):
-        if absent_unless_importable(package) is None:
-            return None
-    return absent_unless_importable("flashinfer-python")
+def measure(bench: Bench, case: tuple[int, int, int, str, str]) -> None:
+    batch, nodes, vocab, rule, kind = case
+    sampling, dtype = RULES[rule], torch.bfloat16
+    nbytes = batch * nodes * vocab * dtype.itemsize * (2 if sampling != "none" else 1)
+    sets = [
+        make_inputs(batch, nodes, vocab, dtype, bench.device, rule, sampling, kind)
+        for _ in range(bench.num_sets(nbytes))
+    ]
+
+    def verify(call):
+        """Answers equal the reference's; a row that hangs on a rounding may differ, one in twenty."""
+        equal = []
+        for inputs in sets[:20]:
+            want, got = accept(inputs, "reference"), call(inputs)
+            equal += ((got.length == want.length) & (got.next_ids == want.next_ids)).tolist()
+        assert sum(equal) >= 0.95 * len(equal), "length or next_ids differ from the reference"
+
+    def verify_range(call):
+        accepted = call(sets[0])
+        assert 0 <= int(torch.as_tensor(accepted).max()) <= nodes - 1, "accepted tokens out of range"
+
+    not_compiled = None if case in COMPILED and bench.size == "gpu" else "compiled for a few cases only, on a GPU"
+    compiled = torch.compile(accept, dynamic=False)
+    checks = {
+        Provider("triton", lambda inputs: accept(inputs, "triton"), kernel=True): verify,
+        Provider("reference", lambda inputs: accept(inputs, "reference")): verify,
+        Provider(
+            "torch.compile of the reference", lambda inputs: compiled(inputs, "reference"), absent=not_compiled
+        ): verify,
+    }
+    if rule == "rejection":
+        one = None if batch == 1 else "takes one sequence"
+        theirs = Provider("transformers _speculative_sampling", accept_eager, graph=False, absent=one)
+        flashinfer = absent_unless_importable("flashinfer-python", "flashinfer")
+        checks |= {theirs: verify_range}
+        checks |= {Provider("flashinfer chain", accept_flashinfer, absent=flashinfer): verify_range}
+    shapes = {"B": batch, "N": nodes, "V": vocab, "rule": rule, "sampling": sampling, "filters": kind}
+    for provider, check in checks.items():
+        bench.measure(provider, shapes, "bf16", sets, check, nbytes=nbytes)
 
 
 def main() -> int:
     bench = Bench("accept_sample", __doc__)
     torch.manual_seed(0)
-    compiled = torch.compile(accept, dynamic=False)
-    for batch, nodes, vocab in REHEARSED if bench.rehearse else CASES:
-        for rule, sampling, kind in CELLS:
-            dtype = torch.bfloat16
-            nbytes = batch * nodes * vocab * dtype.itemsize * (2 if sampling != "none" else 1)
-            sets = [
-                make_inputs(batch, nodes, vocab, dtype, bench.device, rule, sampling, kind)
-                for _ in range(bench.num_sets(nbytes))
-            ]
-
-            def verify(call, sets=sets):
-                """Answers equal the reference's; a row that hangs on a rounding may differ, one in twenty."""
-                equal = []
-                for inputs in sets[:20]:
-                    want, got = accept(inputs, "reference"), call(inputs)
-                    equal += ((got.length == want.length) & (got.next_ids == want.next_ids)).tolist()
-                assert sum(equal) >= 0.95 * len(equal), "length or next_ids differ from the reference"
-
-            def verify_range(call, inputs=sets[0], drafted=nodes - 1):
-                accepted = call(inputs)
-                assert 0 <= int(torch.as_tensor(accepted).max()) <= drafted, "accepted tokens out of range"
-
-            shapes = {"B": batch, "N": nodes, "V": vocab, "rule": rule, "sampling": sampling, "filters": kind}
-            providers = [
-                (Provider("triton", lambda inputs: accept(inputs, "triton")), verify),
-                (Provider("reference", lambda inputs: accept(inputs, "reference")), verify),
-                (
-                    Provider(
-                        "torch.compile of the reference",
-                        lambda inputs: compiled(inputs, "reference"),
-                        absent="rehearsed on a GPU only" if bench.rehearse else None,
-                    ),
-                    verify,
-                ),
-            ]
-            if rule == "rejection":
-                one = None if batch == 1 else "takes one sequence"
-                providers += [
-                    (
-                        Provider("transformers _speculative_sampling", accept_eager, graph=False, absent=one),
-                        verify_range,
-                    ),
-                    (Provider("flashinfer chain", accept_flashinfer, absent=flashinfer_absent()), verify_range),
-                ]
-            for provider, check in providers:
-                bench.measure(provider, shapes, "bf16", sets, check, nbytes=nbytes)
-    return bench.finish()
+    return bench.run(measure, CASES, SMALL, REHEARSED)
 
 
 if __name__ == "__main__":

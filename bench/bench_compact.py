@@ -17,7 +17,8 @@ from specdec_triton import ops
 
 # layers, elements a slot: Llama 3.1 8B (8 KV heads of 128), a 1B, and a model of mixed layers
 MODELS = {"8B": [1024] * 64, "1B": [512] * 32, "mixed": ([1024] * 2 + [512, 640]) * 12}
-REHEARSED = {"tiny": [64] * 4, "odd": [6, 10, 15]}
+SMALL = {"tiny": [64] * 4, "odd": [6, 10, 15]}
+WIDTHS = MODELS | SMALL
 PATHS = {"spread": (3, 9, 17, 30), "first child, then spread": (1, 2, 11, 29), "long": tuple(range(2, 34, 2))}
 NODES = 34  # slots a round uses
 
@@ -53,37 +54,41 @@ def compact_eager(inputs: dict) -> None:
         layer.index_copy_(1, inputs["target"], layer.index_select(1, inputs["source"]))
 
 
+def measure(bench: Bench, case: tuple[str, int, str]) -> None:
+    model, batch, kind = case
+    widths, nodes = WIDTHS[model], PATHS[kind]
+    moved = sum(node != place for place, node in enumerate(nodes, start=1))
+    nbytes = 2 * moved * batch * sum(widths) * torch.bfloat16.itemsize
+    # as few rounds as keep the caches cold, and no more than a few GB of storage
+    slot_bytes = batch * sum(widths) * torch.bfloat16.itemsize
+    rounds = max(2, min(bench.num_sets(nbytes), int(20 * COLD_BYTES / (NODES * slot_bytes))))
+    sets = make_sets(widths, batch, nodes, rounds, bench.device)
+
+    def verify(call):
+        storage, before = sets[0]["storage"], sets[0]["storage"].clone()
+        call(sets[1])
+        got = storage.clone()
+        storage.copy_(before)
+        compact(sets[1], "reference")
+        assert torch.equal(got.view(torch.int16), storage.view(torch.int16)), "storage differs from the reference's"
+
+    shapes = {"model": model, "B": batch, "P": len(widths), "D": len(nodes) + 1, "path": kind}
+    for provider in (
+        Provider("triton", lambda inputs: compact(inputs, "triton"), kernel=True),
+        Provider("reference", lambda inputs: compact(inputs, "reference")),
+        Provider("eager, a layer at a time", compact_eager),
+    ):
+        bench.measure(provider, shapes, "bf16", sets, verify, nbytes=nbytes)
+
+
 def main() -> int:
     bench = Bench("compact", __doc__)
     torch.manual_seed(0)
-    for model, widths in (REHEARSED if bench.rehearse else MODELS).items():
-        for batch in (1, 2) if bench.rehearse else (1, 16):
-            for kind, nodes in PATHS.items():
-                moved = sum(node != place for place, node in enumerate(nodes, start=1))
-                nbytes = 2 * moved * batch * sum(widths) * torch.bfloat16.itemsize
-                # as few rounds as keep the caches cold, and no more than a few GB of storage
-                slot_bytes = batch * sum(widths) * torch.bfloat16.itemsize
-                rounds = max(2, min(bench.num_sets(nbytes), int(20 * COLD_BYTES / (NODES * slot_bytes))))
-                sets = make_sets(widths, batch, nodes, rounds, bench.device)
-
-                def verify(call, sets=sets):
-                    storage, before = sets[0]["storage"], sets[0]["storage"].clone()
-                    call(sets[1])
-                    got = storage.clone()
-                    storage.copy_(before)
-                    compact(sets[1], "reference")
-                    assert torch.equal(got.view(torch.int16), storage.view(torch.int16)), (
-                        "storage differs from the reference's"
-                    )
-
-                shapes = {"model": model, "B": batch, "P": len(widths), "D": len(nodes) + 1, "path": kind}
-                for provider in (
-                    Provider("triton", lambda inputs: compact(inputs, "triton")),
-                    Provider("reference", lambda inputs: compact(inputs, "reference")),
-                    Provider("eager, a layer at a time", compact_eager),
-                ):
-                    bench.measure(provider, shapes, "bf16", sets, verify, nbytes=nbytes)
-    return bench.finish()
+    full, small = (
+        [(model, batch, kind) for model in models for batch in batches for kind in PATHS]
+        for models, batches in ((MODELS, (1, 16)), (SMALL, (1, 2)))
+    )
+    return bench.run(measure, full, small, small[::3])
 
 
 if __name__ == "__main__":

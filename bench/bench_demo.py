@@ -16,13 +16,15 @@ import torch
 from _common import Bench
 
 import specdec_triton as sdt
-from specdec_triton import models
+from specdec_triton import instruments, models
 from specdec_triton.prompts import PROMPTS
 
 TOKENS = {"code edit": 256}
 FEWER = 96
 HOPELESS = "no hope"  # the chat prompt, with an oracle that is always wrong
 PLAIN, THEIRS = "plain generate", "transformers' lookup"
+OURS, AUTO = "specdec_triton", 'specdec_triton, tree="auto"'
+COUNTED = (8, 40)  # tokens of the calls whose host reads are counted: what the prompt costs is in both
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +37,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def ways_of(prompt: str, text: torch.Tensor) -> dict[str, tuple[dict | None, dict]]:
     """Name -> options of `patched` (None: unpatched), arguments of `generate`."""
     ours = {
-        "ours, lookup": ({}, {"prompt_lookup_num_tokens": 10}),
-        'ours, lookup, tree="auto"': ({"tree": "auto"}, {"prompt_lookup_num_tokens": 10}),
+        OURS: ({}, {"prompt_lookup_num_tokens": 10}),
+        AUTO: ({"tree": "auto"}, {"prompt_lookup_num_tokens": 10}),
     }
     if prompt == HOPELESS:
-        ours = {'ours, tree="auto"': ({"drafter": sdt.OracleDrafter(text, 1.0), "tree": "auto"}, {})}
+        ours = {AUTO: ({"drafter": sdt.OracleDrafter(text, 1.0), "tree": "auto"}, {})}
     return {PLAIN: (None, {}), THEIRS: (None, {"prompt_lookup_num_tokens": 10})} | ours
 
 
@@ -64,6 +66,17 @@ def run(model, inputs: dict, options: dict | None, **generate) -> dict:
     return {"text": text[0].tolist(), "seconds": seconds, "forwards": len(rows) - 1, "rows": sum(rows[1:])}
 
 
+def host_reads(model, inputs: dict, options: dict | None, more: dict) -> float:
+    """Host reads that a longer text adds, for each of the target's forwards that it adds."""
+    counted = []
+    for tokens in COUNTED:
+        with instruments.count_host_reads() as reads:
+            done = run(model, inputs, options, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, **more)
+        counted.append((reads.total, done["forwards"]))
+    (few, first), (many, last) = counted
+    return round((many - few) / (last - first), 2)
+
+
 def main() -> int:
     bench = Bench("demo", __doc__, arguments)
     name = models.find_default_model(bench.options.model, "float32")
@@ -86,6 +99,7 @@ def main() -> int:
             with bench.guarded(found):
                 assert all(each["text"] == text[0].tolist() for each in done), "the text is not plain's"
                 found |= {"forwards": done[-1]["forwards"], "rows": done[-1]["rows"], "pairs": len(done)}
+                found["host_reads"] = host_reads(model, inputs, *ways[way])
                 for against, other in (("plain", PLAIN), ("lookup", THEIRS)):
                     ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs[other], done, strict=True)]
                     found[f"ratio_{against}"] = round(statistics.median(ratios), 3)

@@ -9,6 +9,7 @@ keys and values of [start, length + N), or the tensor cores' time for both produ
 """
 
 import sys
+from functools import partial
 
 import torch
 from _common import Bench, Provider, absent_unless_importable
@@ -19,10 +20,16 @@ from specdec_triton.tree import DraftTree, Topology
 
 # B, Hq, Hkv, D, context, N: Llama 3.1 8B's heads; then Gemma 2's head dim, plain multi-head attention, batches
 LLAMA = (32, 8, 128)
-CASES = [(1, *LLAMA, context, nodes) for context in (512, 1024, 2048, 8192, 32768) for nodes in (1, 16, 32, 64, 128)]
-CASES += [(1, 16, 8, 256, 8192, 32), (1, 32, 32, 128, 8192, 32), (1, 28, 4, 128, 8192, 32)]
+NODES = (32, 64, 1, 16, 128)
+CASES = [(1, *LLAMA, context, nodes) for nodes in NODES for context in (32768, 8192)]
+CASES += [(1, *LLAMA, context, nodes) for context in (1024, 512, 2048) for nodes in NODES]
 CASES += [(16, *LLAMA, 2048, 8), (64, *LLAMA, 2048, 4)]
-REHEARSED = [(1, 4, 2, 64, 100, 5), (2, 4, 2, 64, 1100, 3)]
+CASES += [(1, 16, 8, 256, 8192, 32), (1, 32, 32, 128, 8192, 32), (1, 28, 4, 128, 8192, 32)]
+SMALL = [(1, 4, 2, 64, context, nodes) for context in (256, 1024) for nodes in (1, 8, 16)]
+REHEARSED = [(1, 4, 2, 64, 60, 5), (2, 4, 2, 64, 300, 3)]
+# what takes seconds to compile or plan is held against these only
+PEER_NODES, PEER_CONTEXTS = (32, 64), (8192, 32768)
+NOT_HERE = f"timed at N = {PEER_NODES} and contexts of {PEER_CONTEXTS} only"
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float32: 1e-4}
 
 
@@ -64,84 +71,91 @@ def sdpa(inputs: dict) -> torch.Tensor:
     return out.transpose(1, 2).contiguous()
 
 
-def flex_provider(device: torch.device, sets: list) -> Provider:
+def flex_provider(device: torch.device, inputs: dict) -> Provider:
+    """FlexAttention, compiled; all sets share one block mask, since their trees are the same."""
     if device.type != "cuda":
         return Provider("flex_attention", None, absent="compiled FlexAttention is timed on a GPU only")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.reset()  # else the eighth shape is the last that is compiled
     compiled = torch.compile(flex_attention, dynamic=False)
-    for inputs in sets:
-        mask = inputs["mask"]
-        batch, _, nodes, slots = mask.shape
-        inputs["block_mask"] = create_block_mask(
-            lambda b, h, q, k, mask=mask: mask[b, 0, q, k], batch, None, nodes, slots, device=device
-        )
+    mask = inputs["mask"]
+    batch, _, nodes, slots = mask.shape
+    block_mask = create_block_mask(lambda b, h, q, k: mask[b, 0, q, k], batch, None, nodes, slots, device=device)
 
     def call(inputs: dict) -> torch.Tensor:
         query, key, value = (inputs[name] for name in ("query", "key", "value"))
-        out = compiled(query, key, value, block_mask=inputs["block_mask"], enable_gqa=True)
+        out = compiled(query, key, value, block_mask=block_mask, enable_gqa=True)
         return out.transpose(1, 2).contiguous()
 
     return Provider("flex_attention", call)
 
 
-def flashinfer_provider(device: torch.device, sets: list) -> Provider:
-    absent = absent_unless_importable("flashinfer-python")
+def flashinfer_provider(device: torch.device, inputs: dict) -> Provider:
+    """FlashInfer's ragged prefill, planned once: all sets have the same lengths and mask."""
+    absent = absent_unless_importable("flashinfer-python", "flashinfer")
     if absent is None and device.type != "cuda":
         absent = "needs a GPU"
     if absent is not None:
         return Provider("flashinfer", None, absent=absent)
     import flashinfer
 
-    for inputs in sets:
-        batch, query_heads, nodes, head_dim = inputs["query"].shape
-        kv_heads, slots = inputs["key"].shape[1:3]
-        wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
-            torch.empty(128 * 2**20, dtype=torch.uint8, device=device), "NHD"
-        )
-        ends = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        wrapper.plan(
-            ends * nodes, ends * slots, query_heads, kv_heads, head_dim, custom_mask=inputs["mask"].flatten(),
-            q_data_type=inputs["query"].dtype,
-        )  # fmt: skip
-        inputs["flashinfer"] = wrapper
+    batch, query_heads, nodes, head_dim = inputs["query"].shape
+    kv_heads, slots = inputs["key"].shape[1:3]
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
+        torch.empty(128 * 2**20, dtype=torch.uint8, device=device), "NHD"
+    )
+    ends = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    wrapper.plan(
+        ends * nodes, ends * slots, query_heads, kv_heads, head_dim, custom_mask=inputs["mask"].flatten(),
+        q_data_type=inputs["query"].dtype,
+    )  # fmt: skip
 
     def call(inputs: dict) -> torch.Tensor:
         query, key, value = (inputs[name].transpose(1, 2).flatten(0, 1) for name in ("query", "key", "value"))
-        return inputs["flashinfer"].run(query, key, value).view(inputs["query"].transpose(1, 2).shape)
+        return wrapper.run(query, key, value).view(inputs["query"].transpose(1, 2).shape)
 
     return Provider("flashinfer", call)
+
+
+PEERS = {"flex_attention": flex_provider, "flashinfer": flashinfer_provider}
+
+
+def measure(bench: Bench, case: tuple[int, ...]) -> None:
+    batch, query_heads, kv_heads, head_dim, context, nodes = case
+    name, dtype = ("fp32", torch.float32) if bench.device.type == "cpu" else ("bf16", torch.bfloat16)
+    keys = batch * (context + nodes)
+    nbytes = dtype.itemsize * head_dim * (2 * keys * kv_heads + 2 * batch * nodes * query_heads)
+    flops = 4 * keys * nodes * query_heads * head_dim
+    sets = [
+        with_dense_mask(make_inputs(batch, query_heads, kv_heads, head_dim, context, nodes, dtype, bench.device))
+        for _ in range(bench.num_sets(nbytes))
+    ]
+
+    def verify(call):
+        for inputs in sets[:2]:
+            difference = (call(inputs).float() - ours(inputs, "reference").float()).abs().max().item()
+            assert difference <= TOLERANCE[dtype], f"differs from the reference by {difference}"
+
+    providers = [
+        Provider("triton", lambda inputs: ours(inputs, "triton"), kernel=True),
+        Provider("reference", lambda inputs: ours(inputs, "reference")),
+        Provider("eager", eager),
+        Provider("sdpa, dense mask", sdpa),
+    ]
+    if bench.size != "gpu" or (nodes in PEER_NODES and context in PEER_CONTEXTS):
+        providers += [bench.made(peer, partial(make, bench.device, sets[0])) for peer, make in PEERS.items()]
+    else:
+        providers += [Provider(peer, None, absent=NOT_HERE) for peer in PEERS]
+    shapes = {"B": batch, "Hq": query_heads, "Hkv": kv_heads, "D": head_dim, "context": context, "N": nodes}
+    for provider in providers:
+        bench.measure(provider, shapes, name, sets, verify, nbytes=nbytes, flops=flops)
 
 
 def main() -> int:
     bench = Bench("tree_attention", __doc__)
     torch.manual_seed(0)
-    dtype = torch.float32 if bench.device.type == "cpu" else torch.bfloat16
-    for batch, query_heads, kv_heads, head_dim, context, nodes in REHEARSED if bench.rehearse else CASES:
-        keys = batch * (context + nodes)
-        nbytes = dtype.itemsize * head_dim * (2 * keys * kv_heads + 2 * batch * nodes * query_heads)
-        flops = 4 * keys * nodes * query_heads * head_dim
-        sets = [
-            with_dense_mask(make_inputs(batch, query_heads, kv_heads, head_dim, context, nodes, dtype, bench.device))
-            for _ in range(bench.num_sets(nbytes))
-        ]
-
-        def verify(call, sets=sets):
-            for inputs in sets[:2]:
-                difference = (call(inputs).float() - ours(inputs, "reference").float()).abs().max().item()
-                assert difference <= TOLERANCE[dtype], f"differs from the reference by {difference}"
-
-        shapes = {"B": batch, "Hq": query_heads, "Hkv": kv_heads, "D": head_dim, "S": context + nodes, "N": nodes}
-        for provider in (
-            Provider("triton", lambda inputs: ours(inputs, "triton")),
-            Provider("reference", lambda inputs: ours(inputs, "reference")),
-            Provider("eager", eager),
-            Provider("sdpa, dense mask", sdpa),
-            flex_provider(bench.device, sets),
-            flashinfer_provider(bench.device, sets),
-        ):
-            bench.measure(provider, shapes, str(dtype).removeprefix("torch."), sets, verify, nbytes=nbytes, flops=flops)
-    return bench.finish()
+    return bench.run(measure, CASES, SMALL, REHEARSED)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command `specdec-triton`: demo, generate, prove, doctor, inspect, plan."""
+"""The command `specdec-triton`: demo, generate, prove, bench, profile, inspect, plan, doctor."""
 
 import argparse
 import importlib.metadata
@@ -6,16 +6,19 @@ import importlib.util
 import json
 import pathlib
 import platform
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from transformers import TextStreamer
 
 import specdec_triton as sdt
 
-from . import inspection, models, ops, plan
+from . import inspection, models, ops, plan, profiling, prompts
+from .calibration import calibrate
 from .cards import CARDS
 from .engine import LAG, MAX_SHAPES, cannot_capture
 from .prove import exact_law, prove
@@ -25,6 +28,11 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "gguf", "platformdirs", 
 PROMPT_LOOKUP = 10
 INTERRUPTED = 130
 PROOF_ROWS = 500  # sampled in a batch
+BENCHES = {
+    "kernels": ("tree_attention", "accept", "accept_sample", "compact"),
+    "generate": ("generate",),
+    "round": ("round",),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,14 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="answer one prompt, streamed")
     generate.add_argument("--model", required=True, help=model_help)
     generate.add_argument("--prompt", required=True, help="the text, or - to read it from standard input")
-    how = generate.add_mutually_exclusive_group()
-    how.add_argument("--draft", metavar="MODEL", help=f"a smaller model that drafts: {model_help}")
-    how.add_argument(
-        "--prompt-lookup",
-        type=positive_int,
-        metavar="N",
-        help=f"draft up to N tokens from the text so far (the default, with N = {PROMPT_LOOKUP})",
-    )
+    how = _add_drafting(generate, model_help)
     how.add_argument("--plain", action="store_true", help="no speculation")
     generate.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="(%(default)s)")
     generate.add_argument(
@@ -94,12 +95,48 @@ def _parser() -> argparse.ArgumentParser:
     proof.add_argument("--dtype", choices=models.DTYPES, default="float32", help="of the weights (%(default)s)")
     proof.set_defaults(run=_prove)
 
+    bench = commands.add_parser("bench", help="the benchmarks of a checkout: kernels, generate, round")
+    bench.add_argument("what", choices=BENCHES)
+    bench.add_argument(
+        "--out", type=Path, default=Path("bench-results"), help="folder of rows and report (%(default)s)"
+    )
+    bench.add_argument("--budget", type=float, metavar="SECONDS", help="for each bench; then it can be continued")
+    bench.add_argument("--rehearse", action="store_true", help="tiny sizes, numbers that mean nothing")
+    bench.set_defaults(run=_bench)
+
+    profile = commands.add_parser("profile", help="where the time of a round goes, against its floor")
+    profile.add_argument("--model", help=f"the target (default: the demo's): {model_help}")
+    profile.add_argument("--prompt", help="the text, or - to read it from standard input (default: the demo's edit)")
+    _add_drafting(profile, model_help)
+    profile.add_argument("--max-new-tokens", type=positive_int, default=64, metavar="N", help="(%(default)s)")
+    profile.add_argument("--dtype", choices=["auto", *models.DTYPES], default="auto", help="as in generate")
+    profile.add_argument("--out", type=Path, metavar="FOLDER", help="for profile.json, and trace.json (for Perfetto)")
+    profile.add_argument("--json", action="store_true", help="nothing but JSON on standard output")
+    profile.set_defaults(run=_profile)
+
     doctor = commands.add_parser("doctor", help="what is installed, and which implementation each op will use")
     doctor.set_defaults(run=_doctor)
 
     _add_inspect(commands)
     _add_plan(commands)
     return parser
+
+
+def _add_drafting(command: argparse.ArgumentParser, model_help: str):
+    """The two ways to draft; the group that excludes one another."""
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--draft", metavar="MODEL", help=f"a smaller model that drafts: {model_help}")
+    how.add_argument(
+        "--prompt-lookup",
+        type=positive_int,
+        metavar="N",
+        help=f"draft up to N tokens from the text so far (the default, with N = {PROMPT_LOOKUP})",
+    )
+    return how
+
+
+def _dtype(args: argparse.Namespace, device: torch.device) -> str:
+    return args.dtype if args.dtype != "auto" else {"cuda": "bfloat16"}.get(device.type, "float32")
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -111,7 +148,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     device = models.default_device()
-    dtype = args.dtype if args.dtype != "auto" else {"cuda": "bfloat16"}.get(device.type, "float32")
+    dtype = _dtype(args, device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
 
     model, tokenizer, description = models.load(args.model, dtype, _say)
@@ -180,6 +217,95 @@ def _prove(args: argparse.Namespace) -> int:
         )
         agrees &= found.agrees != (rule in LOSSY_RULES)
     return 0 if agrees else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    scripts = Path(sdt.__file__).resolve().parent.parent / "bench"
+    if not (scripts / "report.py").is_file():
+        raise OSError(
+            f"the benchmarks must be at hand, got no folder {scripts}: they come with the repository, not with the "
+            "package; run this in a checkout"
+        )
+    options = ["--out", str(args.out)]
+    options += ["--budget", str(args.budget)] if args.budget else []
+    options += ["--rehearse"] if args.rehearse else []
+    status = 0
+    for name in BENCHES[args.what]:
+        _say(f"bench {name}")
+        command = [sys.executable, str(scripts / f"bench_{name}.py"), *options]
+        # its rows are in the folder; its progress bar is on standard error
+        status |= subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0
+    status |= subprocess.run([sys.executable, str(scripts / "report.py"), str(args.out)], check=False).returncode != 0
+    _say(f"tables: {args.out / 'report.md'}")
+    return int(status)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    device = models.default_device()
+    dtype = _dtype(args, device)
+    model, tokenizer, description = models.load(models.find_default_model(args.model, dtype), dtype, _say)
+    _say(f"model: {description}, {dtype}, {device}")
+    model.to(device)
+    draft, drafter = None, sdt.PromptLookupDrafter(args.prompt_lookup or PROMPT_LOOKUP)
+    if args.draft:
+        draft, _, description = models.load(args.draft, dtype, _say)
+        _say(f"draft: {description}")
+        drafter = sdt.ModelDrafter(draft.to(device))
+    prompt = prompts.CODE_EDIT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+    inputs = models.encode_chat(tokenizer, prompt, device)
+    options = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    with sdt.patched(model, drafter=drafter):
+        model.generate(**inputs, **options)  # warms up
+        found = profiling.profile_rounds(
+            lambda: model.generate(**inputs, **options), device, args.out and args.out / "trace.json"
+        )
+    report = _profile_report(model, draft, found, inputs["input_ids"].shape[1])
+    if args.out:
+        (args.out / "profile.json").write_text(json.dumps(report, indent=1) + "\n")
+        _say(f"{args.out / 'profile.json'}; {args.out / 'trace.json'} opens in https://ui.perfetto.dev")
+    print(json.dumps(report) if args.json else _profile_text(report))
+    return 0
+
+
+def _profile_report(model, draft, found: profiling.Profile, prompt_length: int) -> dict:
+    stats, ceilings = sdt.stats(model), calibrate(found.device)
+    context = prompt_length + stats.emitted / 2
+    forwards = found.depth if draft else 0.0
+    # both drafters make chains, whose accepted keys are in place
+    work = profiling.round_work(model, 1, found.nodes, context, draft=draft, draft_forwards=forwards)
+    nbytes = profiling.efficiency_bytes(model, 1, context, draft, forwards)
+    report = {
+        "device": _describe(found.device),
+        **{name: _version(name) for name in ("torch", "triton", "transformers")},
+        "ceilings": ceilings,
+        "nodes": round(found.nodes, 2),
+        "acceptance_length": round(stats.acceptance_length, 3),
+        **profiling.summary_row(found, nbytes, ceilings),
+        "stages": profiling.stage_rows(found, work, ceilings),
+    }
+    report["tokens_per_joule"] = found.joules and round(stats.emitted / found.joules, 4)
+    return report
+
+
+def _profile_text(report: dict) -> str:
+    lines = [f"{'stage':10}{'µs':>10}{'host µs':>10}{'MB':>10}{'GFLOP':>10}{'floor µs':>10}{'of floor':>10}"]
+    for name, stage in report["stages"].items():
+        share = f"{stage['floor_us'] / stage['us']:.1%}" if stage["floor_us"] and stage["us"] else "–"
+        lines.append(
+            f"{name:10}{stage['us']:10.1f}{stage['host_us']:10.1f}{stage['bytes'] / 1e6:10.2f}"
+            f"{stage['flops'] / 1e9:10.3f}{stage['floor_us']:10.1f}{share:>10}"
+        )
+    lines.append(f"{'round':10}{report['p50_us']:10.1f}  ({report['p20_us']:.1f} to {report['p80_us']:.1f})")
+    words = {
+        "rounds": "rounds", "nodes": "nodes a round", "acceptance_length": "acceptance length", "eta": "eta",
+        "host_reads": "host reads a round", "host_us": "host work a round, µs", "wait_us": "waits a round, µs",
+        "kernels": "kernels a round", "idle_share": "GPU idle share", "tokens_per_joule": "tokens per joule",
+    }  # fmt: skip
+    for name, what in words.items():
+        lines.append(f"{what}: {'not measured here' if report[name] is None else report[name]}")
+    return "\n".join(lines)
 
 
 def _bushy(nodes: int) -> sdt.Topology:

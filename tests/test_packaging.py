@@ -78,6 +78,9 @@ ARROWS = {
     "cards": set(),
     "plan": {"adaptive", "cards", "costs"},
     "inspection": {"cards", "kernels"},
+    "calibration": set(),
+    "profiling": {"calibration", "generate", "instruments"},
+    "trace": {"drafters", "reference", "tree"},
     "proof": set(),
     "models": set(),
     "prompts": set(),
@@ -87,6 +90,7 @@ ARROWS = {
     "cli": {
         "specdec_triton",
         "cards",
+        "calibration",
         "demo",
         "engine",
         "generate",
@@ -96,6 +100,7 @@ ARROWS = {
         "ops",
         "patch",
         "plan",
+        "profiling",
         "prompts",
         "prove",
         "rules",
@@ -113,6 +118,7 @@ PACKAGES = {
     "adaptive": {"numpy"},
     "ops": {"torch"},
     "instruments": {"torch"},
+    "calibration": {"torch"},
     "proof": {"numpy", "torch"},
     "prompts": set(),
 }

@@ -1,0 +1,148 @@
+"""Models and texts for the end-to-end benches: real shapes, random weights, made on the device.
+
+Greedy text of ordinary random weights hangs on near-ties. Here the head holds the input embeddings in another order,
+and the layers' outputs are scaled as in a deep residual net, so that a token's successor is nearly always the one that
+the order gives it, by a wide margin. Every weight is dense, and is read as in a trained model.
+
+A draft follows the target's order but for a share of the tokens, on which it is wrong: its acceptance is controlled.
+"""
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from specdec_triton.tree import Topology
+
+SHAPES = {
+    "llama 8B": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama 1B": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "tiny draft": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+LAYER_STD = 0.02
+
+
+def successors(vocab_size: int) -> torch.Tensor:
+    """[V] int64. The order: what follows each token. One cycle through all of them."""
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))
+    follows = torch.empty_like(order)
+    follows[order] = order.roll(-1)
+    return follows
+
+
+@torch.no_grad()
+def synthetic(shape: str, dtype: torch.dtype, device: torch.device, errors: float = 0.0) -> PreTrainedModel:
+    """A Llama of one of `SHAPES` that follows the order, but for a share `errors` of the tokens.
+
+    Args:
+        shape: name in `SHAPES`.
+        dtype: of the weights.
+        device: where they are made.
+        errors: 0 to 1; after so many of the tokens the model goes on with a wrong one.
+    """
+    config = LlamaConfig(
+        **SHAPES[shape],
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.to_empty(device=device)
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(config=config).to(device)  # its frequencies are no weights
+    generator = torch.Generator(device).manual_seed(0)
+    for name, weight in model.named_parameters():
+        if name.endswith(("norm.weight", "layernorm.weight")):
+            weight.fill_(1.0)
+        else:
+            weight.normal_(0.0, LAYER_STD, generator=generator)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.div_((2 * config.num_hidden_layers) ** 0.5)
+    embedding = model.get_input_embeddings().weight.normal_(0.0, 1.0, generator=generator)
+    follows = successors(config.vocab_size)
+    wrong = torch.rand(config.vocab_size, generator=torch.Generator().manual_seed(2)) < errors
+    follows = torch.where(wrong, follows.roll(1), follows).to(device)
+    head = model.get_output_embeddings().weight
+    head[follows] = embedding / config.hidden_size**0.5
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def prompts(batch: int, length: int, vocab_size: int, device: torch.device, repeats: bool = False) -> torch.Tensor:
+    """[B, length] int64. Rows follow the order from tokens far apart.
+
+    Args:
+        repeats: the prompt ends where it began, so that its continuation is a repetition of it.
+    """
+    follows = successors(vocab_size)
+    tokens = torch.arange(batch) * (vocab_size // batch)
+    columns = []
+    for _ in range(length - repeats):
+        columns.append(tokens)
+        tokens = follows[tokens]
+    if repeats:
+        columns.append(columns[0])
+    return torch.stack(columns, 1).to(device)
+
+
+def spider(num_nodes: int, depth: int) -> Topology:
+    """Chains of `depth` from one root, as many as fit into `num_nodes`; what is left over is a shorter chain. On it a
+    path is as deep as the chain that it takes, so that few nodes or many have the same acceptance."""
+    paths, left = [], num_nodes - 1
+    while left > 0:
+        paths.append((len(paths), *[0] * (min(depth, left) - 1)))
+        left -= depth
+    return Topology.from_paths(paths)
+
+
+def expected_length(topology: Topology, error_rate: float) -> float:
+    """Acceptance length of the oracle drafter: at each node one child, any of them, is right but for its errors."""
+
+    def below(node: int) -> float:
+        children = [child for child, parent in enumerate(topology.parents) if parent == node]
+        return sum((1 - error_rate) * (1 + below(child)) for child in children) / len(children) if children else 0.0
+
+    return 1 + below(0)
+
+
+def error_rate(topology: Topology, acceptance_length: float) -> float | None:
+    """At which the oracle drafter reaches that acceptance length; None where the tree is too shallow for it."""
+    if expected_length(topology, 0.0) < acceptance_length:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_length(topology, middle) > acceptance_length else (low, middle)
+    return (low + high) / 2

@@ -1,0 +1,84 @@
+"""Where rows are kept. Needs no torch: reports are made from rows alone.
+
+python bench/_rows.py FOLDER BENCH  # exit status 0 where that bench is complete there, of this commit
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+ROWS, CALIBRATION, REPORT = "rows.json", "calibration.json", "report.md"
+
+
+class Results:
+    """What a folder's `rows.json` holds: {"steps": {bench: state}, "rows": [row, ...]}.
+
+    Args:
+        folder: made when first saved; None keeps nothing.
+    """
+
+    def __init__(self, folder: pathlib.Path | None):
+        self.file = None if folder is None else folder / ROWS
+        found = json.loads(self.file.read_text()) if self.file and self.file.exists() else {}
+        self.steps: dict[str, dict] = found.get("steps", {})
+        self._rows: dict[tuple, dict] = {_key(row): row for row in found.get("rows", [])}
+
+    @property
+    def rows(self) -> list[dict]:
+        return list(self._rows.values())
+
+    def add(self, row: dict) -> None:
+        """Take in a row; it replaces the one of the same bench, provider, dtype, inputs and shapes."""
+        self._rows.pop(_key(row), None)
+        self._rows[_key(row)] = row
+
+    def step(self, bench: str, commit: str, rehearsal: bool) -> dict:
+        """The state of a bench's run: what is left of one of the same commit; else a new one, without rows."""
+        state = self.steps.get(bench)
+        if state is None or state["commit"] != commit:
+            self._rows = {key: row for key, row in self._rows.items() if row["bench"] != bench}
+            counts = {"done": [], "complete": False, "seconds": 0.0, "wrong": 0, "failed": 0}
+            state = self.steps[bench] = {"commit": commit, "rehearsal": rehearsal, **counts}
+        return state
+
+    def save(self) -> None:
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        rows = ",\n".join(json.dumps(row) for row in self._rows.values())
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(f'{{"steps": {json.dumps(self.steps)},\n"rows": [\n{rows}\n]}}\n')
+        partial.replace(self.file)
+
+
+def _key(row: dict) -> tuple:
+    return (*(row[name] for name in ("bench", "provider", "dtype", "inputs")), json.dumps(row["shapes"]))
+
+
+def slug(device: str) -> str:
+    """A device's name as that of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def commit() -> str:
+    """Of the repository; BENCH_COMMIT says it where there is none."""
+    named = os.environ.get("BENCH_COMMIT")
+    return named or output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def output(*command: str) -> str:
+    """What a command prints; "unknown" where it fails or is not there."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    state = Results(pathlib.Path(sys.argv[1])).steps.get(sys.argv[2], {})
+    sys.exit(not (state.get("complete") and state["commit"] == commit()))

@@ -1,0 +1,343 @@
+"""Decoding end to end: ours against transformers' own, with and without speculation.
+
+    python bench/bench_generate.py [--rehearse]
+
+The target has the shape of Llama 3.1 8B (a tiny one on a CPU) and random weights, see `_models`. The oracle drafter
+replays the target's text with errors at a set rate: its rows say "controlled acceptance", and its draft costs nothing.
+Of a few seeds of its errors, that whose acceptance length comes nearest the wanted one is kept: a short text alone
+would be a matter of luck. The draft model's errors are set as well; its cost is real.
+
+The ways of a case take turns in one run (every second turn in reverse order), each with a short and a long text.
+"tokens_s" is of the difference between the two: neither prompt nor set-up; "call_tokens_s" of the long call as it is.
+Ratios are medians over turns. Before anything is timed, a way's text must be that of transformers' eager `generate`;
+in bf16 it may differ where, teacher-forced, every token is within `GAP` of the target's largest logit.
+
+"eta", the round efficiency, is the time to read the target's weights, its keys and values, and the draft's weights once
+for each of its forwards, at the bandwidth measured here, over the time of a round.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from _common import Bench, absent_unless_importable, first_line
+from _models import error_rate, prompts, spider, synthetic
+
+import specdec_triton as sdt
+from specdec_triton import calibration, profiling
+
+GAP = 1.0  # logits
+SEEDS, NEAR = 5, 0.05  # tried for the oracle; how near to the wanted acceptance length is enough
+DRAFT_TOKENS = 5
+DRAFT_ERRORS = 0.1
+LOOKUP = 10
+PROFILED_TOKENS = 16  # beyond the short text's, under torch's profiler
+PROFILED_BATCH = 16  # larger ones take long over their prompts
+DEPTH = 7  # of the oracle's chains
+CONTROLLED = "synthetic, controlled acceptance"
+PLAIN, EAGER, ASSISTED = "ours, plain", "transformers eager", "transformers assisted"
+BASELINES = (PLAIN, EAGER, ASSISTED)
+LARGE, TINY = ("llama 8B", "llama 1B"), ("tiny", "tiny draft")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Ways that take turns. `oracle` holds (N, acceptance length) pairs; `options` those of our ways."""
+
+    name: str
+    ways: tuple[str, ...]
+    batch: int = 1
+    context: int = 2048
+    tokens: tuple[int, int] = (8, 72)
+    oracle: tuple[tuple[int, float], ...] = ()
+    options: tuple[tuple[str, object], ...] = ()
+    turns: int = 3
+    repeats: bool = False
+
+
+GRAPHS = (("cuda_graphs", True),)
+EAGER_ROUNDS = (("cuda_graphs", False),)
+COMPILED = (("cuda_graphs", True), ("compile", True))
+DRAFTED, LOOKED_UP, THEIR_LOOKUP = "ours, draft model", "ours, prompt lookup", "transformers prompt lookup"
+STATIC = "transformers static cache, compiled"
+COUNTED = (ASSISTED, THEIR_LOOKUP)  # they emit several tokens a forward of the target
+CASES = [
+    Case("drafts", (PLAIN, EAGER, ASSISTED, DRAFTED), oracle=((64, 4.5),), options=GRAPHS),
+    Case("batch of 16", (PLAIN,), 16, oracle=((8, 3.0),), options=GRAPHS, turns=2),
+    Case("compiled", (PLAIN,), oracle=((64, 4.5),), options=COMPILED),
+    Case("acceptance", (PLAIN,), oracle=((32, 1.5), (32, 2.0), (32, 3.0), (32, 4.5)), options=GRAPHS),
+    Case("batch of 64", (PLAIN,), 64, tokens=(8, 40), oracle=((4, 3.0),), options=GRAPHS, turns=1),
+    Case("without graphs", (PLAIN, DRAFTED), oracle=((64, 4.5),), options=EAGER_ROUNDS),
+    Case("nodes", (PLAIN,), oracle=((4, 2.0), (8, 2.0), (32, 2.0), (64, 2.0)), options=GRAPHS),
+    Case("repetition", (PLAIN, LOOKED_UP, THEIR_LOOKUP), options=GRAPHS, repeats=True),
+    Case("static cache", (EAGER, STATIC), turns=2),
+    Case("engines", ("flashspec", "flashinfer")),
+]
+
+
+def scaled(case: Case, batch: int, **sizes) -> Case:
+    """The case at other sizes, and without asking for what a CPU has not got."""
+    options = () if case.options == GRAPHS else case.options
+    return dataclasses.replace(case, options=options, batch=min(case.batch, batch), **sizes)
+
+
+SMALL = [scaled(case, 4, context=64, tokens=(4, 36)) for case in CASES if case.options != EAGER_ROUNDS]
+REHEARSED = [scaled(case, 2, context=12, tokens=(2, 14), turns=1) for case in CASES]
+REHEARSED.append(Case("graphs", (PLAIN,), context=12, tokens=(2, 14), turns=1, options=GRAPHS))
+
+
+@functools.lru_cache(maxsize=1)
+def pair(large: bool, device: torch.device):
+    """The target and its draft."""
+    names, dtype = (LARGE, torch.bfloat16) if large else (TINY, torch.float32)
+    target, draft = (
+        synthetic(name, dtype, device, errors) for name, errors in zip(names, (0, DRAFT_ERRORS), strict=True)
+    )
+    draft.generation_config.num_assistant_tokens = DRAFT_TOKENS
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    return names[0], target, draft
+
+
+@functools.lru_cache(maxsize=4)
+def plain_text(large: bool, device: torch.device, batch: int, context: int, tokens: int, repeats: bool) -> torch.Tensor:
+    """[B, context + tokens] int64. transformers' greedy text, which every way must give."""
+    _, target, _ = pair(large, device)
+    return generate(target, prompts(batch, context, target.config.vocab_size, device, repeats), tokens)
+
+
+def generate(target, input_ids: torch.Tensor, tokens: int, **options) -> torch.Tensor:
+    mask = torch.ones_like(input_ids)
+    return target.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, **options)
+
+
+@dataclasses.dataclass
+class Way:
+    """One way to decode.
+
+    Attributes:
+        call: a number of new tokens -> [B, T] int64.
+        ours: it leaves `sdt.stats`.
+        nodes: N, the root included.
+        wanted: acceptance length that the oracle was set to.
+        calls: other calls like `call`, of which the one nearest to `wanted` becomes `call`.
+        draft: the model that drafts.
+    """
+
+    name: str
+    call: Callable[[int], torch.Tensor] | None
+    ours: bool = True
+    nodes: int = 1
+    wanted: float | None = None
+    calls: tuple[Callable[[int], torch.Tensor], ...] = ()
+    draft: object = None
+    absent: str | None = None
+
+
+def make_way(name: str, case: Case, large: bool, device: torch.device) -> Way:
+    _, target, draft = pair(large, device)
+    ids = prompts(case.batch, case.context, target.config.vocab_size, device, case.repeats)
+    run = functools.partial(generate, target, ids)
+    if name in ("flashspec", "flashinfer"):
+        absent = absent_unless_importable(name, f"{name}-python")
+        return Way(name, None, False, absent=absent or "installed; decodes no transformers model end to end")
+    if name == STATIC:
+        absent = None if device.type == "cuda" else "compiled on a GPU only"
+        return Way(name, functools.partial(run, cache_implementation="static"), False, absent=absent)
+    if name == EAGER:
+        return Way(name, run, False)
+    if name == ASSISTED:
+        return Way(name, functools.partial(run, assistant_model=draft), False, DRAFT_TOKENS + 1, draft=draft)
+    if name == THEIR_LOOKUP:
+        return Way(name, functools.partial(run, prompt_lookup_num_tokens=LOOKUP), False, LOOKUP + 1)
+    drafter = {
+        DRAFTED: lambda: sdt.ModelDrafter(draft, num_tokens=DRAFT_TOKENS),
+        LOOKED_UP: lambda: sdt.PromptLookupDrafter(LOOKUP),
+        PLAIN: lambda: None,
+    }[name]()
+    nodes = {DRAFTED: DRAFT_TOKENS + 1, LOOKED_UP: LOOKUP + 1, PLAIN: 1}[name]
+    way = ours(name, case, device, run, drafter)
+    return dataclasses.replace(way, nodes=nodes, draft=draft if name == DRAFTED else None)
+
+
+def make_oracle(nodes: int, wanted: float, case: Case, large: bool, device: torch.device) -> Way:
+    _, target, _ = pair(large, device)
+    topology = spider(nodes, min(DEPTH, nodes - 1))
+    rate = error_rate(topology, wanted)
+    if rate is None:
+        return Way("ours, oracle", None, nodes=nodes, wanted=wanted, absent=f"{nodes} nodes cannot accept so many")
+    shape = (large, device, case.batch, case.context, case.tokens[1], case.repeats)
+    ids = prompts(case.batch, case.context, target.config.vocab_size, device, case.repeats)
+    drafters = [sdt.OracleDrafter(plain_text(*shape), rate, tree=topology, seed=seed) for seed in range(SEEDS)]
+    run = functools.partial(generate, target, ids)
+    first, *others = (ours("ours, oracle", case, device, run, drafter) for drafter in drafters)
+    return dataclasses.replace(first, nodes=nodes, wanted=wanted, calls=tuple(way.call for way in others))
+
+
+def ours(name: str, case: Case, device: torch.device, run: Callable, drafter: sdt.Drafter | None) -> Way:
+    """Decoding through our engine; absent where an option is not to be had."""
+    options = dict(case.options)
+    if options.get("compile") and device.type != "cuda":
+        return Way(name, None, absent="compiled on a GPU only")
+    try:
+        custom = sdt.SpeculativeGenerate(drafter=drafter, **options)
+    except ValueError as refusal:
+        return Way(name, None, absent=first_line(refusal))
+    return Way(name, functools.partial(run, custom_generate=custom))
+
+
+def check(target, text: torch.Tensor, plain: torch.Tensor, context: int) -> dict:
+    """How a text differs from the plain one.
+
+    Raises:
+        AssertionError: it is another text, beyond what rounding explains.
+    """
+    assert text.shape == plain.shape, f"{list(text.shape)} tokens, plain has {list(plain.shape)}"
+    flipped = (text != plain).any(1)
+    if not flipped.any():
+        return {"identical": True}
+    worst = 0.0
+    for row in text[flipped]:
+        with torch.no_grad():
+            logits = target(row[None], logits_to_keep=len(row) - context + 1).logits[0, :-1].float()
+        gaps = logits.amax(-1) - logits.gather(1, row[context:, None]).squeeze(1)
+        worst = max(worst, gaps.max().item())
+    assert target.dtype != torch.float32, "the text is not that of transformers' generate"
+    assert worst <= GAP, f"a token is {worst:.3f} logits below the target's choice"
+    return {"identical": False, "flipped_rows": int(flipped.sum()), "worst_gap": round(worst, 4)}
+
+
+def clocked(way: Way, tokens: int, device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    way.call(tokens)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(bench: Bench, case: Case) -> None:
+    device, large = bench.device, bench.size == "gpu"
+    model, target, _ = pair(large, device)
+    plain = plain_text(large, device, case.batch, case.context, case.tokens[1], case.repeats)
+    ways = [make_way(name, case, large, device) for name in case.ways]
+    ways += [make_oracle(*oracle, case, large, device) for oracle in case.oracle]
+    found, times = [{} for _ in ways], [[] for _ in ways]
+    for way, row in zip(ways, found, strict=True):
+        if way.absent is None:
+            with bench.guarded(row):
+                verify(way, row, target, plain, case)
+        else:
+            row["absent"] = way.absent
+    ready = [place for place, row in enumerate(found) if "identical" in row]
+    for turn in range(case.turns):
+        for place in ready if turn % 2 == 0 else reversed(ready):
+            short, long = (clocked(ways[place], tokens, device) for tokens in case.tokens)
+            times[place].append((short, long))
+            if ways[place].ours:
+                found[place]["seconds"] = {name: round(spent, 5) for name, spent in sdt.stats(target).seconds.items()}
+    rates = {place: [case.batch * new_tokens(case) / max(b - a, 1e-9) for a, b in times[place]] for place in ready}
+    for place, (way, row) in enumerate(zip(ways, found, strict=True)):
+        if place in ready:
+            row |= summary(bench, case, way, row["rounds"], times[place], rates[place])
+            row["ratio"] = {
+                ways[other].name: round(
+                    statistics.median(a / b for a, b in zip(rates[place], rates[other], strict=True)), 3
+                )
+                for other in ready
+                if ways[other].name in BASELINES and other != place
+            }
+        shapes = {
+            "case": case.name,
+            "model": model,
+            "B": case.batch,
+            "context": case.context,
+            "N": way.nodes,
+            "tau": way.wanted,
+        }
+        shapes |= {"repeats": case.repeats, **(dict(case.options) if way.ours else {})}
+        dtype = "bf16" if large else "fp32"
+        bench.add(way.name, shapes, dtype, row, CONTROLLED if way.wanted or way.draft else "synthetic")
+
+
+def new_tokens(case: Case) -> int:
+    return case.tokens[1] - case.tokens[0]
+
+
+def verify(way: Way, row: dict, target, plain: torch.Tensor, case: Case) -> None:
+    """Warm up, and hold the text against plain's; a way that is refused is absent."""
+    rounds = []
+    try:
+        if way.wanted is not None:
+            way.call = nearest(way, target, case.tokens[1])
+        for tokens in case.tokens:
+            with counted_forwards(target if way.name in COUNTED else None) as forwards:
+                text = way.call(tokens)
+            rounds.append(sdt.stats(target).rounds if way.ours else len(forwards))
+    except ValueError as refusal:
+        row["absent"] = first_line(refusal)
+        return
+    row |= check(target, text, plain, case.context)
+    row["rounds"] = rounds[1] - rounds[0] if way.ours or way.name in COUNTED else new_tokens(case)
+    emitted = sdt.stats(target).acceptance_length if way.ours else new_tokens(case) / max(row["rounds"], 1)
+    row["acceptance_length"] = round(emitted, 3)
+
+
+def nearest(way: Way, target, tokens: int) -> Callable[[int], torch.Tensor]:
+    """The call whose acceptance length is nearest to the wanted one; the first that is near enough."""
+    found = {}
+    for call in (way.call, *way.calls):
+        call(tokens)
+        found[call] = abs(sdt.stats(target).acceptance_length / way.wanted - 1)
+        if found[call] <= NEAR:
+            break
+    return min(found, key=found.get)
+
+
+@contextlib.contextmanager
+def counted_forwards(target):
+    """A list that gets an entry for each forward of the target inside; None is not counted."""
+    forwards = []
+    hook = None if target is None else target.register_forward_pre_hook(lambda *_: forwards.append(None))
+    try:
+        yield forwards
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates: list[float]) -> dict:
+    """The row of a way that was timed, its rounds profiled where there is a GPU."""
+    _, target, _ = pair(bench.size == "gpu", bench.device)
+    found = {"turns": case.turns, "new_tokens": new_tokens(case)}
+    for name, rate in zip(("p20", "p50", "p80"), calibration.quantiles(rates), strict=True):
+        found[f"{name}_tokens_s"] = round(rate, 2)
+    found["call_tokens_s"] = round(statistics.median(case.batch * case.tokens[1] / long for _, long in times), 2)
+    round_seconds = case.batch * new_tokens(case) / statistics.median(rates) / max(rounds, 1)
+    context = case.context + sum(case.tokens) / 2
+    forwards = DRAFT_TOKENS if way.draft is not None else 0
+    nbytes = profiling.efficiency_bytes(target, case.batch, context, way.draft, forwards)
+    found["round_ms"] = round(1e3 * round_seconds, 4)
+    found["eta"] = round(calibration.floor_seconds(bench.ceilings, nbytes) / round_seconds, 4)
+    if way.ours and bench.device.type == "cuda" and case.batch <= PROFILED_BATCH:
+        calls = [functools.partial(way.call, tokens) for tokens in (case.tokens[1], case.tokens[0] + PROFILED_TOKENS)]
+        seen = profiling.profile_rounds(calls[0], bench.device, count_reads=False, shorter=calls[1])
+        found |= {"host_us": round(1e6 * seen.host_seconds, 1), "idle_share": seen.idle_share, "kernels": seen.kernels}
+        found["joules_per_token"] = None if seen.joules is None else seen.joules / case.batch / case.tokens[1]
+    return found
+
+
+def main() -> int:
+    bench = Bench("generate", __doc__)
+    return bench.run(measure, CASES, SMALL, REHEARSED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

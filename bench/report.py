@@ -1,0 +1,418 @@
+"""Tables and plots from rows, and the goals: met, missed or not measured.
+
+    python bench/report.py FOLDER    # of one run: report.md and plots beside its rows.json; a short table on the screen
+    python bench/report.py --readme  # the README's table, from the rows under bench/results
+
+Needs no torch; without matplotlib there are no plots, and the report says so. Rows of a rehearsal are shown as such,
+and never count.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterator
+
+from _goals import GOALS, LLAMA, Rows
+from _rows import CALIBRATION, REPORT, RESULTS, ROOT, ROWS, Results
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- made by bench/report.py: begin -->", "<!-- made by bench/report.py: end -->"
+STAGES = {"draft": "#9ecae1", "verify": "#3182bd", "accept": "#e6550d", "compact": "#31a354", "emit": "#756bb1"}
+REST = "#d9d9d9"
+MARKS = {"met": "met", "missed": "**missed**", "not measured": "not measured"}
+NO_PLOTS = "matplotlib is not installed: no plots. Make them elsewhere: python bench/report.py FOLDER"
+LONGEST_REASON = 160
+
+
+def table(heads: list[str], lines: list[list]) -> list[str]:
+    """Markdown; the first column is text, the others are numbers."""
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in (heads, rule, *lines)] + [""]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}g}" if abs(value) < 10 ** (digits - 1) else f"{value:,.0f}"
+
+
+def goals_lines(rows: list[dict]) -> list[list[str]]:
+    lines = []
+    for check in GOALS:
+        value, verdict = check.judge(rows)
+        goal = f"{'≥' if check.sign == '>=' else '≤'} {check.bound:g}"
+        lines.append([check.goal, check.what, goal, number(value), MARKS[verdict]])
+    return lines
+
+
+def goals_table(rows: list[dict]) -> list[str]:
+    heads = ["goal", "what", "wanted", "measured", "verdict"]
+    lines = [
+        "| " + " | ".join(line) + " |" for line in (heads, ["---", "---", "---:", "---:", "---"], *goals_lines(rows))
+    ]
+    return [*lines, ""]
+
+
+def origin(rows: list[dict]) -> str:
+    """Where rows are from, in words."""
+    said = {name: sorted({row[name] for row in rows}) for name in ("device", "driver", "commit")}
+    packages = ("torch", "triton", "transformers")
+    versions = [f"{name} {', '.join(sorted({row[name] for row in rows}))}" for name in packages]
+    dates = sorted({row["date"][:10] for row in rows})
+    return (
+        f"{', '.join(said['device'])}, driver {', '.join(said['driver'])}, {', '.join(versions)}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(said['commit'])}"
+    )
+
+
+def shown(row: dict) -> str:
+    """A row's sizes, and how it ran, as a table's first cell."""
+    return ", ".join(f"{name} {value}" for name, value in row["shapes"].items() if value not in (None, False))
+
+
+def kernel_table(rows: list[dict], bench: str) -> list[str]:
+    """Times of each provider: median µs, p20 to p80, share of the ceiling."""
+    lines = []
+    for row in rows:
+        if row["bench"] == bench and "p50_us" in row:
+            spread = f"{number(row['p20_us'])} to {number(row['p80_us'])}"
+            share = f"{row['of_ceiling']:.0%}" if row["of_ceiling"] <= 1 else number(row["of_ceiling"])
+            lines.append(
+                [
+                    f"{shown(row)}, {row['dtype']}",
+                    row["provider"],
+                    number(row["p50_us"]),
+                    spread,
+                    share,
+                    row["launches"] or "–",
+                ]
+            )
+    heads = ["sizes", "provider", "µs", "p20 to p80", "of the ceiling", "launches"]
+    return [f"### {bench}", "", *table(heads, lines)] if lines else []
+
+
+def generate_table(rows: list[dict]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["bench"] == "generate" and "p50_tokens_s" in row:
+            ratios = "; ".join(f"{ratio:.2f} × {name}" for name, ratio in row["ratio"].items())
+            lines.append(
+                [
+                    shown(row),
+                    row["provider"],
+                    number(row["p50_tokens_s"], 4),
+                    f"{number(row['p20_tokens_s'], 4)} to {number(row['p80_tokens_s'], 4)}",
+                    ratios or "–",
+                    row["acceptance_length"],
+                    number(row["eta"]),
+                    number(row.get("host_us")),
+                    number(row.get("idle_share")),
+                    "yes" if row["identical"] else f"{row['flipped_rows']} rows, gap {row['worst_gap']}",
+                ]
+            )
+    heads = [
+        "case", "provider", "tokens/s", "p20 to p80", "ratio", "acceptance length", "eta", "host µs a round",
+        "GPU idle", "text identical",
+    ]  # fmt: skip
+    note = (
+        "Rows with an oracle or a draft of set errors have *controlled acceptance*; the oracle's draft costs nothing. "
+        "tokens/s leave out the prompt and set-up."
+    )
+    return ["### generate", "", note, "", *table(heads, lines)] if lines else []
+
+
+def round_table(rows: list[dict]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["bench"] == "round" and "stages" in row:
+            stages = [number(row["stages"][name]["us"]) if name in row["stages"] else "–" for name in STAGES]
+            rest = [number(row[name]) for name in ("kernels", "host_reads", "host_us", "wait_us", "idle_share")]
+            lines.append([shown(row), number(row["p50_us"]), *stages, *rest, number(row["peak_bytes"] / 2**20)])
+    heads = [
+        "round", "µs", *STAGES, "kernels", "host reads", "host µs", "waiting µs", "GPU idle", "peak MiB",
+    ]  # fmt: skip
+    return ["### round", "", "µs a round and of each stage, medians.", "", *table(heads, lines)] if lines else []
+
+
+def unmeasured(rows: list[dict]) -> list[str]:
+    """What was wrong, what failed and what was absent, with the reason; alike ones together."""
+    lines = []
+    for kind in ("wrong", "failed", "absent", "untimed"):
+        groups: dict[tuple, int] = {}
+        for row in rows:
+            if kind in row:
+                key = (row["bench"], row["provider"], row[kind][:LONGEST_REASON])
+                groups[key] = groups.get(key, 0) + 1
+        lines += [
+            [f"**{kind}**" if kind in ("wrong", "failed") else kind, *key, count] for key, count in groups.items()
+        ]
+    if not lines:
+        return []
+    head = table(["", "bench", "provider", "why", "rows"], lines)
+    return ["## Not measured", "", *head]
+
+
+def steps_table(steps: dict[str, dict]) -> list[str]:
+    lines = [
+        [
+            name,
+            "yes" if step["complete"] else "no",
+            step.get("left", "–"),
+            step["wrong"],
+            step["failed"],
+            step["seconds"],
+        ]
+        for name, step in steps.items()
+    ]
+    return table(["step", "complete", "cases left", "wrong", "failed", "seconds"], lines) if lines else []
+
+
+def report(folder: pathlib.Path) -> list[str]:
+    """Write report.md and the plots of a folder; the lines of a short table for the screen."""
+    results = Results(folder)
+    rows, rehearsal = results.rows, any(row["size"] == "rehearsal" for row in results.rows)
+    title = "A rehearsal: the numbers mean nothing" if rehearsal else "Results"
+    lines = [f"# {title}", "", origin(rows) if rows else "no rows", ""]
+    lines += ["## Goals", "", *goals_table(rows), "## Steps", "", *steps_table(results.steps)]
+    file = folder / CALIBRATION
+    if file.exists():
+        ceilings = json.loads(file.read_text())["ceilings"]
+        lines += [
+            "## Ceilings",
+            "",
+            *table(["ceiling", "measured"], [[name, f"{value:.4g}"] for name, value in ceilings.items()]),
+        ]
+    lines += ["## Kernels", ""]
+    for bench in ("tree_attention", "accept", "accept_sample", "compact"):
+        lines += kernel_table(rows, bench)
+    lines += ["## End to end", "", *generate_table(rows), *round_table(rows), *unmeasured(rows)]
+    plots = draw(rows, folder)
+    lines += [
+        "## Plots",
+        "",
+        *([f"![{name}]({name})" for name in plots] or [NO_PLOTS if not has_matplotlib() else "no rows to draw"]),
+        "",
+    ]
+    (folder / REPORT).write_text("\n".join(lines))
+    return short(rows, results.steps, plots)
+
+
+def short(rows: list[dict], steps: dict[str, dict], plots: list[str]) -> list[str]:
+    lines = []
+    for name, step in steps.items():
+        state = "complete" if step["complete"] else f"{step.get('left', '?')} cases left"
+        faults = "".join(f", {step[kind]} {kind}" for kind in ("wrong", "failed") if step[kind])
+        lines.append(f"{name:16} {state}{faults}, {step['seconds']:.0f} s")
+    for kind in ("wrong", "failed"):
+        reasons = dict.fromkeys(
+            f"{kind}: {row['bench']}, {row['provider']}: {row[kind][:LONGEST_REASON]}" for row in rows if kind in row
+        )
+        lines += list(reasons)[:8]
+    absent = dict.fromkeys(f"{row['bench']}: {row['provider']}" for row in rows if "absent" in row)
+    lines.append(f"absent, at least in some cases: {'; '.join(absent) or 'nothing'}")
+    if not has_matplotlib():
+        lines.append(NO_PLOTS)
+    unread = []
+    for goal, what, wanted, measured, verdict in goals_lines(rows):
+        if measured == "–":
+            unread.append(goal)
+        else:
+            lines.append(f"{goal:4} {verdict.strip('*'):7} {measured:>8} (wanted {wanted})  {what}")
+    if unread:
+        lines.append(f"goals not measured, or not wholly: {', '.join(dict.fromkeys(unread))}")
+    return lines
+
+
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(rows: list[dict], folder: pathlib.Path) -> list[str]:
+    """The plots that the rows allow; their file names."""
+    if not has_matplotlib():
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "report"  # the same rows make the same files
+    drawn = []
+    for name, plot in (("bandwidth.svg", bandwidth_plot), ("speedup.svg", speedup_plot), ("round.svg", round_plot)):
+        figure, axes = plt.subplots(figsize=(8, 4.5))
+        if plot(rows, axes):
+            where = {
+                f"{row['device']}, commit {row['commit']}" + ", REHEARSAL" * (row["size"] == "rehearsal")
+                for row in rows
+            }
+            axes.set_title("; ".join(sorted(where)), fontsize=8, loc="left")
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+            figure.tight_layout()
+            figure.savefig(folder / name, metadata={"Date": None})
+            drawn.append(name)
+        plt.close(figure)
+    return drawn
+
+
+def bandwidth_plot(rows: list[dict], axes) -> bool:
+    """Share of the ceiling against context: our kernel by N, its peers at N = 32."""
+    found = [row for row in rows if row["bench"] == "tree_attention" and "p50_us" in row and row["shapes"]["B"] == 1]
+    on_gpu = any(row["provider"] == "triton" for row in found)
+    if on_gpu:
+        found = [row for row in found if all(row["shapes"][name] == size for name, size in LLAMA.items())]
+    ours = "triton" if on_gpu else "reference"
+    lines: dict[tuple, list[dict]] = {}
+    for row in found:
+        if row["provider"] == ours or row["shapes"]["N"] == 32:
+            lines.setdefault((row["provider"], row["shapes"]["N"]), []).append(row)
+    for (provider, nodes), line in sorted(lines.items(), key=lambda item: (item[0][0] != ours, item[0])):
+        line.sort(key=lambda row: row["shapes"]["context"])
+        style = "o-" if provider == ours else "x--"
+        axes.plot(
+            [row["shapes"]["context"] for row in line],
+            [100 * row["of_ceiling"] for row in line],
+            style,
+            label=f"{provider}, N = {nodes}",
+            markersize=4,
+        )
+    if not lines:
+        return False
+    axes.set_xscale("log", base=2)
+    contexts = sorted({row["shapes"]["context"] for line in lines.values() for row in line})
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.minorticks_off()
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("share of the measured ceiling (%)")
+    top = max(100 * row["of_ceiling"] for line in lines.values() for row in line)
+    axes.set_ylim(0, 100 if on_gpu else 1.15 * top)
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    return True
+
+
+def speedup_plot(rows: list[dict], axes) -> bool:
+    """Speedup over our own plain decoding against acceptance length; what free rounds would give."""
+    over = "ours, plain"
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["bench"] == "generate" and over in row.get("ratio", {}) and row["provider"].startswith("ours"):
+            shapes = row["shapes"]
+            name = f"{row['provider'].removeprefix('ours, ')}, batch {shapes['B']}, N = {shapes['N']}"
+            name += " ".join(["", *(option for option in ("compile",) if shapes.get(option))])
+            name += ", no graphs" if shapes.get("cuda_graphs") is False else ""
+            lines.setdefault(name, []).append((row["acceptance_length"], row["ratio"][over]))
+    if not lines:
+        return False
+    for place, (name, points) in enumerate(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), "osD^vP*X"[place % 8] + "-", label=name, markersize=5)
+    furthest = 1.05 * max(length for points in lines.values() for length, _ in points)
+    axes.plot([0, furthest], [0, furthest], ":", color="0.5", label="a round as cheap as a plain step")
+    axes.axhline(1, color="0.7", linewidth=0.8)
+    axes.set_xlim(0, furthest)
+    axes.set_ylim(0, 1.08 * max([furthest, *(ratio for points in lines.values() for _, ratio in points)]))
+    axes.set_xlabel("acceptance length (tokens a round)")
+    axes.set_ylabel("speedup over plain decoding (×)")
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    return True
+
+
+def round_plot(rows: list[dict], axes) -> bool:
+    """One bar a kind of round: its stages, one after another, and what lies between rounds."""
+    found = [row for row in rows if row["bench"] == "round" and "stages" in row]
+    if not found:
+        return False
+    labels = []
+    for place, row in enumerate(found):
+        shapes, at = row["shapes"], 0.0
+        graphs = {True: ", graphs", False: ", no graphs", None: ""}[shapes.get("cuda_graphs")]
+        labels.append(f"batch {shapes['B']}, N = {shapes['N']}{graphs}")
+        for name, color in STAGES.items():
+            width = row["stages"].get(name, {"us": 0.0})["us"] / 1e3
+            axes.barh(place, width, left=at, color=color, label=name if place == 0 else None)
+            at += width
+        rest = max(row["p50_us"] / 1e3 - at, 0.0)
+        axes.barh(place, rest, left=at, color=REST, label="between" if place == 0 else None)
+        other = row["p50_us"] - row["stages"].get("verify", {"us": 0.0})["us"]
+        axes.text(at + rest, place, f"  all but verify: {number(other)} µs", va="center", fontsize=7)
+    axes.set_yticks(range(len(found)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.3e-3 * max(row["p50_us"] for row in found))
+    axes.set_xlabel("time in a round (ms), medians")
+    axes.legend(frameon=False, fontsize=8, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    return True
+
+
+def readme_lines(folders: Iterator[pathlib.Path]) -> list[str]:
+    """What the README says: the goals on each GPU, and on CPUs, ratios and counts alone."""
+    lines, on_gpu = [], False
+    for folder in folders:
+        rows = Results(folder).rows
+        for size in ("gpu", "cpu"):
+            measured = [row for row in rows if row["size"] == size]
+            if not measured:
+                continue
+            on_gpu |= size == "gpu"
+            kept = [line for line in goals_lines(measured) if size == "gpu" or line[3] != "–"]
+            if size == "gpu":
+                lines += [f"On {origin(measured)}:", "", *goals_table(measured)]
+            elif kept:
+                heads = ["goal", "what", "wanted", "measured", "verdict"]
+                lines += [f"On a CPU, {origin(measured)}:", "", *table(heads, kept)]
+            lines += cpu_ratios(measured) if size == "cpu" else []
+            lines += [f"All rows: [`{folder.relative_to(ROOT)}`]({folder.relative_to(ROOT)}).", ""]
+    if not on_gpu:
+        lines = ["No GPU has been measured: there are no rows of one.", "", *lines]
+    return lines
+
+
+def cpu_ratios(rows: list[dict]) -> list[str]:
+    """Speedups over our plain decoding on a CPU, by acceptance length; of a tiny random model."""
+    found = Rows(rows, "cpu").find("generate", "ours, oracle", case="acceptance")
+    points = [(row["acceptance_length"], row["ratio"]["ours, plain"]) for row in found if "ours, plain" in row["ratio"]]
+    if not points:
+        return []
+    text = ", ".join(f"{length:.2f} → {ratio:.2f} ×" for length, ratio in sorted(points))
+    median = statistics.median(row["shapes"]["N"] for row in found)
+    return [f"Tiny random model, controlled acceptance, N = {median:g}, acceptance length → speedup: {text}.", ""]
+
+
+def with_table(text: str, lines: list[str]) -> str:
+    """`text` with the lines between its markers.
+
+    Raises:
+        ValueError: it has none.
+    """
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise ValueError(f"report: the text must have the markers {BEGIN} and {END}")
+    body = "\n".join(lines).strip("\n")
+    return f"{before}{BEGIN}\n{body}\n{END}{after}"
+
+
+def measured_folders() -> list[pathlib.Path]:
+    return sorted(file.parent for file in RESULTS.glob(f"*/{ROWS}"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path, nargs="?", help="with a rows.json")
+    parser.add_argument("--readme", action="store_true", help="rewrite the README's table")
+    options = parser.parse_args()
+    if options.readme == (options.folder is not None):
+        parser.error("give a folder, or --readme")
+    if options.readme:
+        README.write_text(with_table(README.read_text(), readme_lines(measured_folders())))
+        return 0
+    if not (options.folder / ROWS).exists():
+        print(f"report: wanted a folder with a {ROWS}, got {options.folder}", file=sys.stderr)
+        return 2
+    print("\n".join(report(options.folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

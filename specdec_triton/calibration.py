@@ -1,0 +1,152 @@
+"""Clocks, and the ceilings of the machine in hand as they measure them: no fraction is quoted of a datasheet.
+
+On a GPU a call is timed in a captured CUDA graph that runs once over all sets of inputs, or, where it waits for the
+host, between CUDA events; on a CPU by the host's clock.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+EAGER_LAUNCHES = 200  # queued in one go: far fewer than a stream holds before it makes the host wait
+
+
+def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
+    if len(times) < 2:
+        return (times[0],) * 3
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return fifths[0], statistics.median(times), fifths[3]
+
+
+def timed(
+    call: Callable[[Any], Any], sets: Sequence, device: torch.device, seconds: float, graph: bool = True
+) -> tuple[str, list[float]]:
+    """How it was timed, and seconds a call, measured for about `seconds`.
+
+    Args:
+        call: takes one set of inputs.
+        sets: inputs in rotation.
+        device: where it runs.
+        seconds: to spend.
+        graph: the call can be captured in a CUDA graph (no wait for the host).
+    """
+    if device.type == "cpu":
+        return "host clock", clocked(call, sets, _host_clock, seconds)
+    if not graph:
+        return "cuda events", clocked(call, sets, _event_clock, seconds)
+    recorded = captured(call, sets)
+    replays = clocked(lambda _: recorded.replay(), [None], _event_clock, seconds)
+    return "cuda graph", [replay / len(sets) for replay in replays]
+
+
+def captured(call: Callable[[Any], Any], sets: Sequence) -> torch.cuda.CUDAGraph:
+    """A graph of one call for each set, warmed up (compilers and autotuners must not run in a capture)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call(sets[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for inputs in sets:
+            call(inputs)
+    return graph
+
+
+def clocked(call: Callable[[Any], Any], sets: Sequence, clock: Callable, seconds: float) -> list[float]:
+    """Seconds of each call, at least five, until `seconds` are over; the first three go unmeasured.
+
+    Raises:
+        ValueError: there are no inputs.
+    """
+    if not sets:
+        raise ValueError("clocked: sets must hold at least one set of inputs, got none")
+    for inputs in (*sets, *sets, *sets)[:3]:
+        call(inputs)
+    times, until = [], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < until:
+        times.append(clock(call, sets[len(times) % len(sets)]))
+    return times
+
+
+def _host_clock(call: Callable, inputs: Any) -> float:
+    start = time.perf_counter()
+    call(inputs)
+    return time.perf_counter() - start
+
+
+def _event_clock(call: Callable, inputs: Any) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call(inputs)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@functools.lru_cache(maxsize=4)
+def calibrate(device: torch.device, seconds: float | None = None) -> dict[str, float]:
+    """This machine's ceilings, in this run, from random data.
+
+    Args:
+        device: to measure.
+        seconds: for each of them; default 0.3 on a GPU, 0.02 on a CPU.
+
+    Returns:
+        copy_bytes_s (read and written), read_bytes_s (the better of two reductions), matmul_flops_s (bf16 on a GPU,
+        fp32 on a CPU), launch_us (host time of one eager op); on a GPU also graph_replay_us (a graph of one kernel),
+        graph_kernel_us (one of 100 kernels in a graph) and host_read_us (a value read after an idle queue).
+    """
+    on_gpu = device.type == "cuda"
+    seconds = seconds or (0.3 if on_gpu else 0.02)
+    source = torch.randn(2**28 if on_gpu else 2**24, device=device)
+    target = torch.empty_like(source)
+    width, dtype = (8192, torch.bfloat16) if on_gpu else (256, torch.float32)
+    left = torch.randn(width, width, device=device, dtype=dtype)
+    tiny = torch.zeros(1, device=device)
+
+    def median(call: Callable[[Any], Any], sets: Sequence = (None,)) -> float:
+        return statistics.median(timed(call, sets, device, seconds)[1])
+
+    def launches(_: Any) -> None:
+        for _ in range(EAGER_LAUNCHES):
+            tiny.zero_()
+
+    nbytes = source.numel() * source.element_size()
+    found = {
+        "copy_bytes_s": 2 * nbytes / median(lambda _: target.copy_(source)),
+        "read_bytes_s": nbytes / min(median(lambda _: source.amax()), median(lambda _: source.sum())),
+        "matmul_flops_s": 2 * width**3 / median(lambda _: left @ left),
+        "launch_us": 1e6 * statistics.median(clocked(launches, [None], _queueing_clock, seconds)) / EAGER_LAUNCHES,
+    }
+    if on_gpu:
+        found["graph_replay_us"] = 1e6 * median(lambda _: tiny.zero_())
+        found["graph_kernel_us"] = 1e6 * median(lambda _: tiny.zero_(), [None] * 100)
+        found["host_read_us"] = 1e6 * statistics.median(clocked(lambda _: tiny.item(), [None], _host_clock, seconds))
+    return found
+
+
+def _queueing_clock(call: Callable, inputs: Any) -> float:
+    """Host time to hand the call's work to the device, which begins idle."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return _host_clock(call, inputs)
+
+
+def floor_seconds(ceilings: dict[str, float], nbytes: float, flops: float = 0) -> float:
+    """The least time in which so much can be moved and computed.
+
+    Args:
+        ceilings: from `calibrate`.
+        nbytes: that must be read or written once.
+        flops: that must be computed.
+    """
+    bandwidth = max(ceilings["copy_bytes_s"], ceilings["read_bytes_s"])
+    return max(nbytes / bandwidth, flops / ceilings["matmul_flops_s"])

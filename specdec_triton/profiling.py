@@ -1,0 +1,445 @@
+"""Where the time of a round goes: its stages by CUDA events and by the host's clock, against the floor of each.
+
+    found = profile_rounds(lambda: model.generate(**inputs), model.device)
+    found.stage_seconds("verify"), found.idle_share, found.kernels
+
+Stages are the methods of `Speculation` by those names. Nothing here waits for the device inside a round.
+"""
+
+import ctypes
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import wraps
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from .calibration import floor_seconds, quantiles
+from .generate import Speculation
+from .instruments import HostWaits, count_host_reads, time_host_waits
+
+STAGES = ("draft", "verify", "accept", "compact", "emit")
+LABEL = "round: "  # before a stage's name in traces
+NO_KERNELS = ("Memcpy", "Memset")
+
+
+@dataclass
+class Span:
+    """A stretch of one round: host times in seconds, and on a GPU the events around its work."""
+
+    begin: float
+    end: float = 0.0
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+    @property
+    def host_seconds(self) -> float:
+        return self.end - self.begin
+
+    @property
+    def seconds(self) -> float:
+        """Between its events, or by the host's clock where there are none."""
+        return self.events[0].elapsed_time(self.events[1]) / 1e3 if self.events else self.host_seconds
+
+
+@dataclass
+class Round:
+    """One round.
+
+    Attributes:
+        whole: all of it.
+        stages: by name, in the order in which they ran; a stage that ran more than once has its spans added.
+        nodes, depth: N and D of the tree; 0 where `draft` did not return one.
+        mark: what the recorder's `mark` returned before the round.
+    """
+
+    whole: Span
+    stages: list[tuple[str, Span]] = field(default_factory=list)
+    nodes: int = 0
+    depth: int = 0
+    mark: float = 0.0
+
+
+@contextmanager
+def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0) -> Iterator[list[Round]]:
+    """Record every round of every call inside, in order.
+
+    The times of the list's spans may be read once the context is left. Stages are ranges of NVTX and of torch's
+    profiler as well. Calls of other threads are recorded with the rest.
+
+    Args:
+        device: where the model is.
+        mark: a number to keep with each round, read before it.
+    """
+    rounds: list[Round] = []
+    on_gpu = device.type == "cuda"
+
+    @contextmanager
+    def span(name: str) -> Iterator[Span]:
+        events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) if on_gpu else None
+        with torch.profiler.record_function(LABEL + name), torch.cuda.nvtx.range(name) if on_gpu else nullcontext():
+            if on_gpu:
+                events[0].record()
+            found = Span(time.perf_counter(), events=events)
+            try:
+                yield found
+            finally:
+                found.end = time.perf_counter()
+                if on_gpu:
+                    events[1].record()
+
+    def whole(method: Callable) -> Callable:
+        @wraps(method)
+        def run(*args, **kwargs):
+            before = mark()
+            with span("whole") as found:
+                rounds.append(Round(found, mark=before))
+                return method(*args, **kwargs)
+
+        return run
+
+    def stage(name: str, method: Callable) -> Callable:
+        @wraps(method)
+        def run(*args, **kwargs):
+            # the prompt's own acceptance comes before the first round; what is being captured does not run
+            outside = not rounds or rounds[-1].whole.end
+            if outside or (on_gpu and torch.cuda.is_current_stream_capturing()):
+                return method(*args, **kwargs)
+            with span(name) as found:
+                rounds[-1].stages.append((name, found))
+                result = method(*args, **kwargs)
+            if name == "draft":
+                rounds[-1].nodes = getattr(result, "num_nodes", 0)
+                rounds[-1].depth = getattr(result, "max_depth", 0)
+            return result
+
+        return run
+
+    methods = {name: vars(Speculation)[name] for name in ("step", *STAGES) if name in vars(Speculation)}
+    try:
+        for name, method in methods.items():
+            setattr(Speculation, name, whole(method) if name == "step" else stage(name, method))
+        yield rounds
+    finally:
+        for name, method in methods.items():
+            setattr(Speculation, name, method)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+
+@dataclass
+class Profile:
+    """What `profile_rounds` found.
+
+    Attributes:
+        device: where the model is.
+        rounds: of the timed call.
+        waits: of the host, all rounds of that call and what came before and after them.
+        peak_bytes: of device memory; on a CPU, of the process's so far.
+        joules: of the whole timed call by the GPU's own counter; None where it cannot be read.
+        kernels: launched a round; None on a CPU or where CUPTI is not to be had.
+        idle_share: of the rounds' time in which the GPU ran nothing; None likewise.
+        host_reads: a round, of device values; None where no count was possible.
+    """
+
+    device: torch.device
+    rounds: list[Round]
+    waits: HostWaits
+    peak_bytes: int
+    joules: float | None = None
+    kernels: float | None = None
+    idle_share: float | None = None
+    host_reads: float | None = None
+
+    @property
+    def steady(self) -> list[Round]:
+        """The rounds after the first two, which may compile or capture; all, where there are no more."""
+        return self.rounds[2:] or self.rounds
+
+    def round_seconds(self) -> list[float]:
+        """From each steady round's beginning to the next one's; the last by itself."""
+        steady = self.steady
+        if self.device.type == "cuda":
+            gaps = [a.whole.events[0].elapsed_time(b.whole.events[0]) / 1e3 for a, b in pairwise(steady)]
+        else:
+            gaps = [b.whole.begin - a.whole.begin for a, b in pairwise(steady)]
+        return gaps or [steady[-1].whole.seconds]
+
+    def stage_seconds(self, name: str, host: bool = False) -> list[float]:
+        """A stage's time in each steady round: of the device (the host's clock on a CPU), or of the host."""
+        return [
+            sum(span.host_seconds if host else span.seconds for stage, span in found.stages if stage == name)
+            for found in self.steady
+        ]
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages that ran."""
+        return list(dict.fromkeys(name for found in self.rounds for name, _ in found.stages))
+
+    @property
+    def host_seconds(self) -> float | None:
+        """Host work of a round on a GPU: median of the rounds' host time, less the waits of an average one."""
+        if self.device.type != "cuda":
+            return None
+        spans = statistics.median(found.whole.host_seconds for found in self.steady)
+        return max(spans - self.waits.seconds / len(self.rounds), 0.0)
+
+    @property
+    def nodes(self) -> float:
+        return statistics.mean(found.nodes for found in self.steady)
+
+    @property
+    def depth(self) -> float:
+        return statistics.mean(found.depth for found in self.steady)
+
+
+def profile_rounds(
+    generate: Callable[[], object],
+    device: torch.device,
+    trace: Path | None = None,
+    count_reads: bool = True,
+    shorter: Callable[[], object] | None = None,
+) -> Profile:
+    """Run `generate` timed, then under torch's profiler, then with its host reads counted.
+
+    Args:
+        generate: one whole call, the same each time; warmed up.
+        device: where the model is.
+        trace: a file for the profiler's Chrome trace, which Perfetto opens.
+        count_reads: the third run is wanted.
+        shorter: a call of fewer rounds for the second and third runs, whose counts are taken a round; reading a
+            profile takes longer than making it.
+
+    Raises:
+        ValueError: no round of speculative decoding ran.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    with energy(device) as joules, time_host_waits() as waits, record_rounds(device) as rounds:
+        generate()
+    if not rounds:
+        raise ValueError("profile_rounds: generate must run at least one speculative round, got none: patch the model")
+    # Linux counts in KiB
+    peak = (
+        torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    found = Profile(device, rounds, waits, peak, joules=joules[0] if joules else None)
+    if on_gpu or trace:
+        found.kernels, found.idle_share = _traced(shorter or generate, device, trace)
+    if count_reads:
+        with count_host_reads() as reads, record_rounds(device, lambda: reads.total) as counted:
+            (shorter or generate)()
+        if len(counted) > 1:
+            found.host_reads = (counted[-1].mark - counted[0].mark) / (len(counted) - 1)
+    return found
+
+
+def _traced(
+    generate: Callable[[], object], device: torch.device, trace: Path | None
+) -> tuple[float | None, float | None]:
+    """Kernels a round and the GPU's idle share, from a run under the profiler; None on a CPU."""
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    if trace or not on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CPU)
+    with torch.profiler.profile(activities=activities) as profiler, record_rounds(device) as rounds:
+        generate()
+    if trace:
+        profiler.export_chrome_trace(str(trace))
+    if not on_gpu:
+        return None, None
+    events = [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(LABEL)
+    ]
+    if not events:
+        return None, None
+    # the prompt is one forward; the rounds' part of the trace is its end, as long as the rounds took
+    length = 1e6 * sum(found.whole.seconds for found in rounds)
+    last = max(end for _, end, _ in events)
+    part = [event for event in events if event[0] >= last - length]
+    kernels = sum(not name.startswith(NO_KERNELS) for _, _, name in part) / len(rounds)
+    busy = covered([(begin, end) for begin, end, _ in part]) / (last - min(begin for begin, _, _ in part))
+    return round(kernels, 1), round(1 - busy, 4)
+
+
+def covered(intervals: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of the intervals."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(end - max(begin, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+@contextmanager
+def energy(device: torch.device) -> Iterator[list[float]]:
+    """A list that holds, after the context, the joules that the GPU's own counter counted inside; empty where NVML or
+    its counter (Volta and later) is not to be had."""
+    found: list[float] = []
+    before = _millijoules(device)
+    yield found
+    if before is not None:
+        torch.cuda.synchronize(device)
+        found.append((_millijoules(device) - before) / 1e3)
+
+
+def _millijoules(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    handle, count = ctypes.c_void_p(), ctypes.c_ulonglong()
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle))
+        or nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(count))
+    )
+    return None if failed else count.value
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that a stage of one round must move and compute."""
+
+    nbytes: float = 0.0
+    flops: float = 0.0
+
+
+def streamed_weights(model: PreTrainedModel) -> tuple[int, int]:
+    """(bytes, numbers) of the weights that a forward of a dense model reads whole: all but an input embedding that is
+    not the head as well."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    left_out = set()
+    if head is None or embedding.weight is not head.weight:
+        left_out = {id(parameter) for parameter in embedding.parameters()}
+    kept = [parameter for parameter in model.parameters() if id(parameter) not in left_out]
+    return sum(p.numel() * p.element_size() for p in kept), sum(p.numel() for p in kept)
+
+
+def kv_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values that one token adds, all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * _head_dim(config) * model.dtype.itemsize
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def forward_work(model: PreTrainedModel, batch: int, nodes: float, context: float) -> Work:
+    """One forward of `nodes` rows a sequence over `context` tokens: weights and keys read once, logits written."""
+    config = model.config.get_text_config()
+    nbytes, numbers = streamed_weights(model)
+    rows = batch * nodes
+    attention = 4 * rows * (context + nodes) * config.num_hidden_layers * config.num_attention_heads * _head_dim(config)
+    return Work(
+        nbytes + batch * (context + nodes) * kv_bytes(model) + rows * config.vocab_size * model.dtype.itemsize,
+        2 * rows * numbers + attention,
+    )
+
+
+def round_work(
+    model: PreTrainedModel,
+    batch: int,
+    nodes: float,
+    context: float,
+    accepted: float = 0.0,
+    draft: PreTrainedModel | None = None,
+    draft_forwards: float = 0.0,
+) -> dict[str, Work]:
+    """The floor of every stage of a round of dense models.
+
+    Args:
+        model: the target.
+        batch: B.
+        nodes: N, the root included.
+        context: tokens in the cache, on average.
+        accepted: draft tokens accepted a sequence, whose keys and values move; 0 where paths are in place (a chain).
+        draft: the draft model, and how often it runs in a round. None: drafting costs nothing.
+    """
+    logits = batch * nodes * model.config.get_text_config().vocab_size * model.dtype.itemsize
+    drafting = Work()
+    if draft is not None:
+        one = forward_work(draft, batch, 1, context)
+        drafting = Work(draft_forwards * one.nbytes, draft_forwards * one.flops)
+    return {
+        "draft": drafting,
+        "verify": forward_work(model, batch, nodes, context),
+        "accept": Work(logits),
+        "compact": Work(2 * batch * accepted * kv_bytes(model)),
+        "emit": Work(),
+    }
+
+
+def efficiency_bytes(
+    model: PreTrainedModel,
+    batch: int,
+    context: float,
+    draft: PreTrainedModel | None = None,
+    draft_forwards: float = 0.0,
+) -> float:
+    """What the round efficiency counts: the target's weights, its keys and values, and the draft's weights once for
+    each of its forwards."""
+    drafting = 0 if draft is None else draft_forwards * streamed_weights(draft)[0]
+    return streamed_weights(model)[0] + batch * context * kv_bytes(model) + drafting
+
+
+def stage_rows(found: Profile, work: dict[str, Work], ceilings: dict[str, float]) -> dict[str, dict[str, float]]:
+    """By stage: us and host_us (medians), bytes, flops, and floor_us, the least time that the ceilings allow.
+
+    Args:
+        found: from `profile_rounds`.
+        work: from `round_work`.
+        ceilings: from `calibrate`.
+    """
+    return {
+        name: {
+            "us": round(1e6 * statistics.median(found.stage_seconds(name)), 2),
+            "host_us": round(1e6 * statistics.median(found.stage_seconds(name, host=True)), 2),
+            "bytes": work[name].nbytes,
+            "flops": work[name].flops,
+            "floor_us": round(1e6 * floor_seconds(ceilings, work[name].nbytes, work[name].flops), 3),
+        }
+        for name in found.stages
+    }
+
+
+def summary_row(found: Profile, nbytes: float, ceilings: dict[str, float]) -> dict[str, float | None]:
+    """A round as a whole: its time (p50_us and its spread), eta, and what the host and the GPU did in it.
+
+    Args:
+        found: from `profile_rounds`.
+        nbytes: from `efficiency_bytes`.
+        ceilings: from `calibrate`.
+    """
+    p20, p50, p80 = quantiles(found.round_seconds())
+    count = len(found.rounds)
+    return {
+        "rounds": count,
+        "p20_us": round(1e6 * p20, 2),
+        "p50_us": round(1e6 * p50, 2),
+        "p80_us": round(1e6 * p80, 2),
+        "eta": round(floor_seconds(ceilings, nbytes) / p50, 4),
+        "host_us": None if found.host_seconds is None else round(1e6 * found.host_seconds, 2),
+        "waits": round(found.waits.count / count, 2),
+        "wait_us": round(1e6 * found.waits.seconds / count, 2),
+        "kernels": found.kernels,
+        "idle_share": found.idle_share,
+        "host_reads": found.host_reads,
+        "peak_bytes": found.peak_bytes,
+        "joules": found.joules,
+    }

@@ -1,0 +1,184 @@
+"""The benches' own promises: no time for a wrong answer, nothing absent in silence, and runs that go on."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdec_triton import calibration, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+import _common  # noqa: E402
+import _rows  # noqa: E402
+import bench_accept  # noqa: E402
+from _common import Bench, Provider  # noqa: E402
+
+CEILINGS = {"copy_bytes_s": 1e10, "read_bytes_s": 2e10, "matmul_flops_s": 1e11, "launch_us": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(calibration, "calibrate", lambda device: CEILINGS)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def bench(folder, *argv, name="accept"):
+    return Bench(name, "", argv=["--rehearse", *(["--out", str(folder)] if folder else []), *argv])
+
+
+def rows(folder, **wanted):
+    found = json.loads((folder / _rows.ROWS).read_text())["rows"]
+    return [row for row in found if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def test_a_wrong_kernel_has_no_time(tmp_path, monkeypatch):
+    right = ops.accept_greedy
+
+    def spoiled(*args, impl, **kwargs):
+        accepted = right(*args, impl=impl, **kwargs)
+        if impl == "triton":
+            accepted.next_ids.add_(1)
+        return accepted
+
+    monkeypatch.setattr(ops, "accept_greedy", spoiled)
+    run = bench(tmp_path)
+    assert run.run(bench_accept.measure, [], [], [(1, 3, 70)]) == 1
+    (spoiled_row,) = rows(tmp_path, provider="triton", dtype="fp32")
+    assert spoiled_row["wrong"].startswith("path, length or next_ids differ")
+    assert "p50_us" not in spoiled_row and "untimed" not in spoiled_row
+    (honest,) = rows(tmp_path, provider="reference", dtype="fp32")
+    assert honest["p50_us"] > 0 and "wrong" not in honest
+
+
+def test_a_kernel_in_the_interpreter_is_checked_and_not_timed(tmp_path):
+    assert bench(tmp_path).run(bench_accept.measure, [], [], [(1, 3, 70)]) == 0
+    for row in rows(tmp_path, provider="triton"):
+        assert ("p50_us" in row) == torch.cuda.is_available() and row["device"] and row["commit"]
+
+
+def measure_three(run, case):
+    def check(call):
+        call(None)
+
+    for provider in (
+        Provider("good", lambda _: None),
+        Provider("bad", lambda _: 1 // 0),
+        Provider("gone", None, absent="not installed"),
+    ):
+        run.measure(provider, {"case": case}, "fp32", [None], check, nbytes=2e10)
+
+
+def test_failures_and_absences_are_rows_and_stop_nothing(tmp_path):
+    run = bench(tmp_path)
+    assert run.run(measure_three, [], [], [1, 2]) == 1
+    assert [row["failed"] for row in rows(tmp_path, provider="bad")] == ["ZeroDivisionError: " + ZERO] * 2
+    assert [row["absent"] for row in rows(tmp_path, provider="gone")] == ["not installed"] * 2
+    (row, _) = rows(tmp_path, provider="good")
+    assert row["floor_us"] == 1e6 and row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+    with pytest.raises(SystemExit) as stopped:
+        bench(tmp_path)
+    assert stopped.value.code == 1  # complete, and red still
+
+
+ZERO = "integer division or modulo by zero"
+
+
+def test_inputs_that_cannot_be_made_are_a_row_too(tmp_path):
+    def measure(run, case):
+        raise MemoryError("no room")
+
+    assert bench(tmp_path).run(measure, [], [], ["large"]) == 1
+    assert [row["failed"] for row in rows(tmp_path, provider="inputs")] == ["MemoryError: no room"]
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    measured = []
+
+    def measure(run, case):
+        measured.append(case)
+        run.add("one", {"case": case}, "fp32", {"p50_us": len(measured)})
+        if case == 2:
+            run.options.budget = 0
+
+    first = bench(tmp_path)
+    assert first.run(measure, [], [], [1, 2, 3]) == 0
+    assert measured == [1, 2] and first.state["left"] == 1 and not first.state["complete"]
+    second = bench(tmp_path)
+    second.run(measure, [], [], [1, 2, 3])
+    assert measured == [1, 2, 3] and second.state["complete"]
+    assert [row["p50_us"] for row in rows(tmp_path)] == [1, 2, 3]
+    with pytest.raises(SystemExit) as stopped:
+        bench(tmp_path)
+    assert stopped.value.code == 0
+    assert bench(tmp_path, name="other").state["done"] == []
+
+
+def test_a_bench_that_is_stopped_keeps_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(_common.os, "_exit", sys.exit)
+
+    def measure(run, case):
+        run.add("one", {"case": case}, "fp32", {"p50_us": 1})
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        bench(tmp_path).run(measure, [], [], [1, 2])
+    assert stopped.value.code == _common.TERMINATED
+    assert len(rows(tmp_path)) == 1 and bench(tmp_path).state["done"] == []
+
+
+def test_a_lost_gpu_ends_the_process_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    def measure(run, case):
+        found = {}
+        with run.guarded(found):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        run._dead = case == 1  # what `guarded` finds out by asking the GPU
+        run.add("one", {"case": case}, "fp32", found)
+
+    with pytest.raises(SystemExit) as stopped:
+        bench(tmp_path).run(measure, [], [], [1, 2])
+    assert stopped.value.code == _common.DEAD
+    again = bench(tmp_path)
+    assert again.run(measure, [], [], [1, 2]) == 1 and again.state["complete"]
+    (first, second) = rows(tmp_path)
+    assert first["failed"] == second["failed"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+def test_rehearsals_have_folders_of_their_own(tmp_path):
+    bench(tmp_path)._save()
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_common.torch.cuda, "is_available", lambda: False)
+        Bench("accept", "", argv=["--out", str(tmp_path)])
+
+
+def test_a_rehearsal_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(_common, "RESULTS", tmp_path)
+    assert bench(None).run(measure_three, [], [], [1]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ceilings_are_kept_for_an_hour_on_the_same_machine(tmp_path, monkeypatch):
+    device = torch.device("cpu")
+    assert _common.ceilings(device, tmp_path) == CEILINGS
+    monkeypatch.setattr(calibration, "calibrate", lambda device: {"copy_bytes_s": 1.0})
+    assert _common.ceilings(device, tmp_path) == CEILINGS
+    file = tmp_path / _rows.CALIBRATION
+    for change in ({"date": "2020-01-01T00:00:00+00:00"}, {"device": "another"}):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "ceilings": CEILINGS, **change}))
+        assert _common.ceilings(device, tmp_path) == {"copy_bytes_s": 1.0}
+
+
+def test_clocks_quantiles_and_floors():
+    clocked, quantiles, floor_seconds = calibration.clocked, calibration.quantiles, calibration.floor_seconds
+    assert quantiles([3.0]) == (3.0, 3.0, 3.0) and quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert floor_seconds(CEILINGS, 4e10, 1e11) == 2.0 and floor_seconds(CEILINGS, 0, 5e11) == 5.0
+    calls = []
+    assert len(clocked(calls.append, ["a", "b"], lambda call, x: call(x), 0.0)) == 5
+    assert calls == ["a", "b", "a", "a", "b", "a", "b", "a"]
+    with pytest.raises(ValueError, match="clocked: sets must hold at least one set of inputs, got none"):
+        clocked(calls.append, [], lambda call, x: call(x), 0.0)

@@ -1,0 +1,220 @@
+"""Reports are made of rows: the goals by hand, what never counts, the plots, the README."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+import _goals  # noqa: E402
+import _rows  # noqa: E402
+import report  # noqa: E402
+
+ORIGIN = {"device": "Card 1", "driver": "1", "torch": "2", "triton": "3", "transformers": "5", "commit": "abc"}
+ORIGIN |= {"date": "2026-01-01T00:00:00+00:00"}
+TIMES = {"p20_us": 1.0, "p80_us": 99.0, "launches": 1}
+
+
+def row(bench, provider, shapes, size="gpu", dtype="bf16", **found):
+    return {
+        "bench": bench, "provider": provider, "dtype": dtype, "inputs": "synthetic", "shapes": shapes, "size": size,
+        **found, **ORIGIN,
+    }  # fmt: skip
+
+
+def attention(provider, nodes, context, us, share):
+    shapes = {"B": 1, "Hq": 32, "Hkv": 8, "D": 128, "context": context, "N": nodes}
+    return row("tree_attention", provider, shapes, p50_us=us, of_ceiling=share, **TIMES)
+
+
+def generated(provider, case, ratio, eta=0.5, length=1.0, **shapes):
+    shapes = {"case": case, "B": 1, "N": 64, "cuda_graphs": True, **shapes}
+    rates = {"p20_tokens_s": 9.0, "p50_tokens_s": 10.0, "p80_tokens_s": 11.0, "identical": True}
+    return row("generate", provider, shapes, ratio=ratio, eta=eta, acceptance_length=length, **rates)
+
+
+def rounds(nodes, verify, graphs=True, **found):
+    shapes = {"B": 1, "context": 2048, "N": nodes, "cuda_graphs": graphs}
+    stages = {"draft": {"us": 50.0}, "verify": {"us": verify}, "accept": {"us": 20.0}}
+    found = {"host_us": 100.0, "idle_share": 0.01, "host_reads": 1.0, "wait_us": 5.0, "kernels": 40.0, **found}
+    return row("round", "ours", shapes, stages=stages, p50_us=verify + 100.0, peak_bytes=2**30, **found)
+
+
+def gpu_rows():
+    """Rows of a card that meets every goal."""
+    rows = []
+    for context, share in ((512, 0.3), (1024, 0.4), (8192, 0.72), (32768, 0.86)):
+        for nodes in (1, 16, 32, 64, 128):
+            us = 6.0 if context <= 1024 else context / 400
+            rows.append(attention("triton", nodes, context, us, share))
+            rows.append(attention("sdpa, dense mask", nodes, context, 6 * us, share / 6))
+            rows.append(attention("flex_attention", nodes, context, 1.4 * us, share / 1.4))
+            rows.append(attention("flashinfer", nodes, context, 1.5 * us, share / 1.5))
+    rows.append(row("accept", "triton", {"B": 1, "N": 64, "V": 128256}, p50_us=11.0, of_ceiling=0.5, **TIMES))
+    for nodes in (32, 64):
+        for filters, us in (("temperature", 15.0), ("filtered", 40.0)):
+            shapes = {"B": 1, "N": nodes, "V": 128256, "rule": "coupled", "sampling": "none", "filters": filters}
+            rows.append(row("accept_sample", "triton", shapes, p50_us=us, of_ceiling=0.3, **TIMES))
+    rows.append(row("compact", "triton", {"model": "8B", "B": 1, "path": "long"}, p50_us=9.0, of_ceiling=0.2, **TIMES))
+    rows += [rounds(1, 5000.0), rounds(64, 5400.0), rounds(128, 6000.0), rounds(64, 9000.0, graphs=False)]
+    plain, assisted, eager = "ours, plain", "transformers assisted", "transformers eager"
+    rows.append(generated(plain, "compiled", {}, eta=0.9, compile=True, N=1))
+    rows.append(generated("ours, oracle", "drafts", {plain: 3.6, eager: 14.0}, eta=0.75, length=4.4))
+    rows.append(generated("ours, draft model", "drafts", {plain: 2.6, assisted: 4.2, eager: 11.0}, length=4.1, N=6))
+    for length, ratio in ((1.5, 1.3), (2.0, 1.7), (3.0, 2.5), (4.5, 3.7)):
+        rows.append(generated("ours, oracle", "acceptance", {plain: ratio}, length=length, N=32, tau=length))
+    rows.append(generated("ours, oracle", "batch of 16", {plain: 1.7}, length=3.0, B=16, N=8))
+    rows.append(generated("ours, oracle", "batch of 64", {plain: 1.5}, length=3.0, B=64, N=4))
+    rows.append(row("generate", "flashspec", {"case": "engines"}, absent="flashspec is not installed"))
+    return rows
+
+
+def cpu_rows():
+    found = {"code edit": (3.4, 1.1), "chat": (0.99, 1.05)}
+    return [
+        row("demo", "specdec_triton", {"prompt": p}, "cpu", "fp32", ratio_plain=a, ratio_lookup=b, host_reads=1.0)
+        for p, (a, b) in found.items()
+    ]
+
+
+def verdicts(rows):
+    return {(check.goal, check.what): check.judge(rows)[1] for check in _goals.GOALS}
+
+
+def test_every_goal_of_the_list_has_a_check_that_rows_can_meet():
+    assert {check.goal for check in _goals.GOALS} == {*map(str, range(1, 15)), "CPU"}
+    found = verdicts(gpu_rows() + cpu_rows())
+    assert set(found.values()) == {"met"}, {what for what, verdict in found.items() if verdict != "met"}
+
+
+def test_without_rows_nothing_is_met():
+    assert set(verdicts([]).values()) == {"not measured"}
+
+
+@pytest.mark.parametrize("size", ["rehearsal", "cpu"])
+def test_what_is_not_of_a_gpu_never_counts(size):
+    rows = [{**found, "size": size} for found in gpu_rows()]
+    assert set(verdicts(rows).values()) == {"not measured"}
+
+
+@pytest.mark.parametrize("fault", ["wrong", "failed", "absent", "untimed"])
+def test_a_faulty_row_is_no_measurement(fault):
+    rows = gpu_rows()
+    for found in rows:
+        if found["bench"] == "compact":
+            found[fault] = "why"
+    assert {found for (goal, _), found in verdicts(rows).items() if goal == "8"} == {"not measured"}
+
+
+@pytest.mark.parametrize(
+    ("goal", "spoil"),
+    [
+        ("1", lambda f: f["bench"] == "tree_attention" and f["shapes"]["N"] == 16 and f.update(of_ceiling=0.1)),
+        ("3", lambda f: f["provider"] == "sdpa, dense mask" and f["shapes"]["N"] == 64 and f.update(p50_us=1.0)),
+        ("4", lambda f: f["provider"] == "flex_attention" and f["shapes"]["N"] == 1 and f.update(p50_us=10.0)),
+        ("5", lambda f: f["shapes"].get("context") == 512 and f.update(launches=2)),
+        ("7", lambda f: f["shapes"].get("filters") == "filtered" and f.update(p50_us=90.0)),
+        ("9", lambda f: f["bench"] == "round" and f["shapes"]["N"] == 128 and f["stages"]["verify"].update(us=7e3)),
+        ("10", lambda f: f["bench"] == "round" and f["shapes"]["N"] == 64 and f.update(idle_share=0.2)),
+        ("13", lambda f: f["provider"] == "ours, oracle" and f["ratio"].update({"ours, plain": 3.4})),
+    ],
+)
+def test_a_number_beyond_its_bound_misses_its_goal(goal, spoil):
+    rows = gpu_rows()
+    for found in rows:
+        spoil(found)
+    assert "missed" in {verdict for (number, _), verdict in verdicts(rows).items() if number == goal}
+
+
+def test_a_goal_is_not_met_while_one_of_its_sizes_is_missing():
+    rows = [r for r in gpu_rows() if not (r["bench"] == "tree_attention" and r["shapes"]["N"] == 16)]
+    found = {what: verdict for (_, what), verdict in verdicts(rows).items()}
+    assert found["attention, N = 16 and 32, 32k: share of bandwidth"] == "not measured"
+
+
+def test_a_peer_that_leaves_no_room_is_not_held_against_us():
+    rows = gpu_rows()
+    for found in rows:
+        if found["provider"] == "flex_attention" and found["shapes"]["context"] == 32768:
+            found["p50_us"] /= 1.4  # as fast as we are, and we are at 86% of the roofline
+    assert _goals.against("flex_attention", 0.85)(_goals.Rows(rows)) == pytest.approx(_goals.PEER_RATIO)
+    assert _goals.against("flex_attention")(_goals.Rows(rows)) == pytest.approx(1.0)
+
+
+def written(folder, rows, size="gpu"):
+    results = _rows.Results(folder)
+    results.step("generate", "abc", size == "rehearsal") | {}
+    for found in rows:
+        results.add(found)
+    results.save()
+    return folder
+
+
+def test_a_report_has_its_tables_and_plots(tmp_path):
+    lines = report.report(written(tmp_path, [*gpu_rows(), *cpu_rows(), row("compact", "eager", {}, wrong="storage")]))
+    text = (tmp_path / "report.md").read_text()
+    for heading in ("## Goals", "### tree_attention", "### accept_sample", "### generate", "### round"):
+        assert heading in text
+    assert "| **wrong** | compact | eager | storage | 1 |" in text
+    assert "| absent | generate | flashspec | flashspec is not installed | 1 |" in text
+    assert "| 4 | tree tax: N = 32 over the best N = 1, 8k and 32k | ≤ 1.1 | 1 | met |" in text
+    assert any("wrong: compact, eager: storage" in line for line in lines)
+    assert sum(len(line) + 1 for line in lines) < 8000  # what a screen, or a log's tail, shows
+    if report.has_matplotlib():
+        for name, axis in (("bandwidth", "context (tokens)"), ("speedup", "acceptance length"), ("round", "(ms)")):
+            assert axis in (tmp_path / f"{name}.svg").read_text().replace("\n", " ") and f"![{name}.svg]" in text
+    else:
+        assert report.NO_PLOTS in text and report.NO_PLOTS in lines
+
+
+def test_without_matplotlib_there_are_no_plots_and_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "has_matplotlib", lambda: False)
+    assert report.NO_PLOTS in report.report(written(tmp_path, gpu_rows()))
+    assert report.NO_PLOTS in (tmp_path / "report.md").read_text() and not list(tmp_path.glob("*.svg"))
+
+
+def test_a_rehearsal_is_called_one(tmp_path):
+    report.report(written(tmp_path, [{**found, "size": "rehearsal"} for found in gpu_rows()], "rehearsal"))
+    assert (tmp_path / "report.md").read_text().startswith("# A rehearsal: the numbers mean nothing")
+
+
+def test_the_readme_shows_gpus_goals_and_says_when_there_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    rehearsed = written(tmp_path / "r", [{**found, "size": "rehearsal"} for found in gpu_rows()], "rehearsal")
+    assert report.readme_lines([rehearsed])[0] == "No GPU has been measured: there are no rows of one."
+    on_cpu = report.readme_lines([written(tmp_path / "c", cpu_rows())])
+    assert on_cpu[0].startswith("No GPU") and any("code edit" in line and "3.4" in line for line in on_cpu)
+    on_gpu = "\n".join(report.readme_lines([written(tmp_path / "g", gpu_rows())]))
+    assert "No GPU" not in on_gpu and "On Card 1, driver 1" in on_gpu and "| ≥ 0.85 | 0.86 | met |" in on_gpu
+
+
+def test_the_readmes_table_is_made_of_the_rows():
+    text = (ROOT / "README.md").read_text()
+    made = report.with_table(text, report.readme_lines(report.measured_folders()))
+    assert text == made, "run: python bench/report.py --readme"
+    with pytest.raises(ValueError, match="must have the markers"):
+        report.with_table("text", [])
+
+
+def test_the_command_refuses_a_folder_without_rows(tmp_path):
+    done = subprocess.run([sys.executable, report.__file__, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "wanted a folder with a rows.json" in done.stderr
+
+
+def test_rows_of_another_commit_are_dropped(tmp_path):
+    written(tmp_path, gpu_rows())
+    results = _rows.Results(tmp_path)
+    count = len(results.rows)
+    assert results.step("generate", "abc", False) == results.steps["generate"] and len(results.rows) == count
+    assert results.step("generate", "def", False)["done"] == []
+    assert {found["bench"] for found in results.rows} == {
+        "tree_attention",
+        "accept",
+        "accept_sample",
+        "compact",
+        "round",
+    }
+    assert json.loads((tmp_path / "rows.json").read_text())["steps"]["generate"]["commit"] == "abc"

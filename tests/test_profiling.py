@@ -1,0 +1,137 @@
+"""Where a round's time goes: what is recorded, what is left as it was, and the floors by hand."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import specdec_triton as sdt
+import tiny
+from specdec_triton import instruments, profiling
+from specdec_triton.generate import Speculation
+
+CPU = torch.device("cpu")
+TREE = sdt.Topology.from_widths((2, 2))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+def decode(model, drafter=None, tokens=12):
+    ids = torch.arange(3, 9)[None]
+    with sdt.patched(model, drafter=drafter or sdt.ModelDrafter(tiny.model(layers=1), tree=TREE)):
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, eos_token_id=None)
+
+
+def test_every_round_is_recorded_stage_by_stage(model):
+    plain = decode(model)
+    before = dict(vars(Speculation))
+    with profiling.record_rounds(CPU) as rounds:
+        assert torch.equal(decode(model), plain)
+    assert dict(vars(Speculation)) == before
+    assert len(rounds) == sdt.stats(model).rounds
+    for found in rounds:
+        assert [name for name, _ in found.stages] == list(profiling.STAGES)
+        spent = sum(span.host_seconds for _, span in found.stages)
+        assert 0 < spent <= found.whole.host_seconds and found.whole.events is None
+    assert (rounds[0].nodes, rounds[0].depth) == (7, 2)
+
+
+def test_an_exception_leaves_the_engine_as_it_was(model, monkeypatch):
+    before = dict(vars(Speculation))
+    monkeypatch.setattr(sdt.DraftTree, "from_topology", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), profiling.record_rounds(CPU):
+        decode(model)
+    assert dict(vars(Speculation)) == before
+
+
+def test_a_profile_counts_reads_and_writes_a_trace(model, tmp_path):
+    trace = tmp_path / "trace.json"
+    found = profiling.profile_rounds(lambda: decode(model), CPU, trace)
+    assert found.host_reads == 1.0
+    assert found.stages == list(profiling.STAGES)
+    assert found.kernels is found.idle_share is found.joules is found.host_seconds is None
+    assert len(found.stage_seconds("verify")) == len(found.steady) == len(found.rounds) - 2
+    assert all(seconds > 0 for seconds in found.stage_seconds("verify") + found.round_seconds())
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {profiling.LABEL + stage for stage in (*profiling.STAGES, "whole")} <= names
+
+
+def test_a_call_without_rounds_is_refused(model):
+    ids = torch.arange(3, 9)[None]
+    with pytest.raises(ValueError, match="profile_rounds: generate must run at least one speculative round, got none"):
+        profiling.profile_rounds(lambda: model.generate(ids, max_new_tokens=2), CPU)
+
+
+def test_the_union_of_intervals():
+    assert profiling.covered([]) == 0
+    assert profiling.covered([(4, 6), (0, 2), (1, 3), (1, 2)]) == 5
+
+
+def test_rounds_on_a_gpu_are_told_from_its_events(monkeypatch):
+    """Events that say when they were recorded, a host that waits half of the time, and no GPU."""
+
+    class At:
+        def __init__(self, milliseconds):
+            self.at = milliseconds
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    rounds = [
+        profiling.Round(
+            profiling.Span(begin=i, end=i + 0.5, events=(At(10 * i), At(10 * i + 8))),
+            [("verify", profiling.Span(begin=i, end=i + 0.25, events=(At(10 * i), At(10 * i + 6))))],
+            nodes=4,
+            depth=2,
+        )
+        for i in range(6)
+    ]
+    waits = instruments.HostWaits(count=6, seconds=1.2)
+    found = profiling.Profile(torch.device("cuda"), rounds, waits, 0)
+    assert found.round_seconds() == [0.01] * 3
+    assert found.stage_seconds("verify") == [0.006] * 4 and found.stage_seconds("verify", host=True) == [0.25] * 4
+    assert found.host_seconds == pytest.approx(0.3)
+    assert (found.nodes, found.depth) == (4, 2)
+
+
+def test_waits_for_the_gpu_are_timed_once_and_undone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (time.sleep(0.01), torch.ones(1).tolist()))
+    before = [vars(torch.Tensor).get(name) for name in instruments.WAITING_METHODS]
+    slow = torch.cuda.synchronize
+    with instruments.time_host_waits() as waits:
+        torch.ones(2).tolist()  # on the CPU: nothing to wait for
+        assert waits.count == 0
+        torch.cuda.synchronize()
+        on_gpu = SimpleNamespace(is_cuda=True, tolist=list)
+        with pytest.raises(TypeError):
+            torch.Tensor.tolist(on_gpu)
+    assert waits.count == 2 and waits.seconds >= 0.01
+    assert torch.cuda.synchronize is slow
+    assert [vars(torch.Tensor).get(name) for name in instruments.WAITING_METHODS] == before
+
+
+def test_the_floors_of_a_round_by_hand(model):
+    """2 layers, hidden 64, 4 heads of 16 over 2 KV heads, feed-forward 128, fp32."""
+    vocab = len(tiny.TOKENS)
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
+    numbers = 2 * layer + 64 + vocab * 64
+    assert profiling.streamed_weights(model) == (4 * numbers, numbers)
+    assert profiling.kv_bytes(model) == 2 * 2 * 32 * 4
+    work = profiling.round_work(model, batch=3, nodes=5, context=10, accepted=2, draft=model, draft_forwards=4)
+    assert work["verify"].nbytes == 4 * numbers + 3 * 15 * 512 + 15 * vocab * 4
+    assert work["verify"].flops == 2 * 15 * numbers + 4 * 15 * 15 * 2 * 4 * 16
+    assert work["accept"].nbytes == 15 * vocab * 4 and work["compact"].nbytes == 2 * 3 * 2 * 512
+    assert work["draft"].nbytes == 4 * (4 * numbers + 3 * 11 * 512 + 3 * vocab * 4)
+    assert profiling.round_work(model, 1, 1, 10)["draft"].nbytes == 0
+    assert profiling.efficiency_bytes(model, 3, 10, model, 4) == 5 * 4 * numbers + 30 * 512
+
+
+def test_a_tied_head_is_read_with_its_embedding(model):
+    tied = tiny.model()
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    assert profiling.streamed_weights(tied) == profiling.streamed_weights(model)

@@ -20,7 +20,7 @@ from specdec_triton import instruments, models
 from specdec_triton.prompts import PROMPTS
 
 TOKENS = {"code edit": 256}
-FEWER = 96
+FEWER = 64
 HOPELESS = "no hope"  # the chat prompt, with an oracle that is always wrong
 PLAIN, THEIRS = "plain generate", "transformers' lookup"
 OURS, AUTO = "specdec_triton", 'specdec_triton, tree="auto"'

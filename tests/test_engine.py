@@ -290,7 +290,7 @@ def test_models_run_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **options: compile_it(call, backend=backend, **options))
     model, inputs = build("llama", num_hidden_layers=2), {**prompt(batch=3), **OPTIONS}
     plain = model.generate(**inputs)
-    for name in ("tree", "lookup"):
+    for name in ("tree", "oracle"):
         text, stats = speculative(model, drafter_of(name, plain), inputs, compile=True)
         assert torch.equal(text, plain) and stats.accepted
     assert 2 <= backend.graphs <= 6

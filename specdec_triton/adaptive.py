@@ -159,6 +159,7 @@ class AdaptiveTree:
         accepted: Sequence[Sequence[int]],
         drafted: Sequence[bool],
         seconds: dict[str, float] | None = None,
+        built: bool = False,
     ) -> None:
         """Learn from a finished round, the oldest that was chosen and not recorded.
 
@@ -198,7 +199,7 @@ class AdaptiveTree:
         if not accepted:
             return
         # a tree without a draft in any row is never built
-        tree = topology if any(drafted) else _ROOT
+        tree = topology if built or any(drafted) else _ROOT
         if isinstance(self.costs, OnlineCosts) and seconds and tree == topology:
             self.costs.record(tree.num_nodes, tree.max_depth, seconds.get("verify"), seconds.get("draft"))
             self._news = True

@@ -13,6 +13,7 @@ from types import CodeType
 
 import torch
 from torch import nn
+from torch.nn.modules import module as global_hooks
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
@@ -220,6 +221,8 @@ def graph_hazard(model: PreTrainedModel) -> str | None:
     A rope that may change with the length compares positions; experts run one by one list the tokens of each. And
     hooks are Python, which a replay does not run.
     """
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return "forward hooks of all modules"
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{type(module).__name__}: has hooks or a forward of its own"

@@ -14,7 +14,7 @@ from .costs import CPU_PRIOR, Costs, OnlineCosts, measure_costs
 from .drafters import DraftContext, DraftSession
 from .engine import Stages
 from .rules import CHAIN_RULES
-from .tree import RANK_ACCEPTANCE, Topology, topology_tensors
+from .tree import RANK_ACCEPTANCE, Topology, chain_tensors
 
 MOST_NODES = {"cuda": 64}
 MOST_NODES_ELSEWHERE = 16
@@ -41,16 +41,18 @@ def controller(
         stages: how the call runs its stages.
         costs: of its rounds, where they are given.
     """
+    most = min(session.max_nodes, most_nodes(context.start.device))
     if costs is not None:
         pass
-    elif context.fixed_shapes:  # seconds of the host's clock say nothing
+    elif context.fixed_shapes or context.start.device.type == "cuda":  # the host's clock says nothing
         costs = measured_costs(context, session, stages)
+        most = min(most, costs.verify[-1][0])
     else:
         share = session.level_cost
         costs = OnlineCosts(Costs(CPU_PRIOR.verify, ((1, share), (2, 2 * share)) if share else ()))
     return AdaptiveTree(
         costs,
-        max_nodes=min(session.max_nodes, most_nodes(context.start.device)),
+        max_nodes=most,
         max_depth=min(session.max_depth, MOST_DEPTH),
         chain=session.chains_only or context.rule in CHAIN_RULES,
         max_rank=len(RANK_ACCEPTANCE),
@@ -60,11 +62,18 @@ def controller(
 
 def measured_costs(context: DraftContext, session: DraftSession, stages: Stages) -> Costs:
     """Seconds of verifying and drafting, timed now or, for a call like this one, before."""
-    known = _measured.setdefault(context.target.model, {})
-    call = len(context.start), type(session), session.level_cost, context.compiled, stages.why_eager is None
-    if call not in known:
-        known[call] = _measure(context, session, Stages(context.start.device, stages.why_eager))
-    return known[call]
+    target = context.target
+    known = _measured.setdefault(target.model, {})
+    call = (
+        len(context.start), target.cache.capacity, target.cache.storage.dtype, context.start.device, context.impl,
+        context.compiled, stages.why_eager is None, type(session), session.level_cost, session.max_nodes,
+    )  # fmt: skip
+    if call in known:
+        return known[call]
+    costs, how = _measure(context, session, stages), stages.why_eager is None
+    if how == call[6]:  # else capturing was given up on the way
+        known[call] = costs
+    return costs
 
 
 def _measure(context: DraftContext, session: DraftSession, stages: Stages) -> Costs:
@@ -72,17 +81,27 @@ def _measure(context: DraftContext, session: DraftSession, stages: Stages) -> Co
     context.target.cache.reserve(context.longest + session.max_nodes)
 
     def verify(num_nodes: int) -> None:
-        _, depth, ancestors = topology_tensors(Topology.chain(num_nodes - 1), device)
-        tree = depth.expand(batch, -1), ancestors.expand(batch, -1, -1)
+        depth, ancestors = (part.expand(batch, *part.shape[1:]) for part in chain_tensors(num_nodes, device))
         tokens = context.root[:, None].expand(-1, num_nodes)
-        stages.run("verify", num_nodes, lambda: context.target.forward(tokens, *tree, context.length))
+
+        def forward() -> torch.Tensor:
+            return context.target.forward(tokens, depth, ancestors, context.length)[:, -1].amax(-1)
+
+        stages.run("time verify", num_nodes, forward)
 
     def draft(depth: int) -> None:
-        stages.run("draft", session.prepare(Topology.chain(depth)), session.draft)
+        stages.run("time draft", session.prepare(Topology.chain(depth)), session.draft)
 
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    sizes = [size for size in LADDER if size <= session.max_nodes]
+    measured, sizes = (), [*(size for size in LADDER if size < session.max_nodes), session.max_nodes]
+    while not measured:
+        try:
+            measured = measure_costs(verify, sizes, synchronize)
+        except torch.OutOfMemoryError:
+            if len(sizes) == 1:
+                raise
+            sizes.pop()  # and no larger tree is chosen
     depths = [depth for depth in DRAFT_DEPTHS if depth <= session.max_depth]
-    costs = Costs(measure_costs(verify, sizes, synchronize), measure_costs(draft, depths, synchronize))
+    drafting = measure_costs(draft, depths, synchronize)
     stages.forget()
-    return costs
+    return Costs(measured, drafting)

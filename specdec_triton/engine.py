@@ -7,13 +7,13 @@ and from then on replayed: one launch. A stage that cannot be captured runs as i
 
 import time
 import warnings
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
-MAX_SHAPES = 12  # of a call's rounds that are captured; the one that was not used for longest goes first
+MAX_SHAPES = 12  # of a call's rounds that are captured; others run as they are
 LAG = {"cuda": 1}  # rounds that the host looks back, by kind of device; 0 where there is nothing to wait for
 
 
@@ -56,6 +56,7 @@ class Stages:
         captured: graphs captured.
         replayed: stages run by replaying one.
         seconds: host time of replays.
+        worthwhile: what is not captured yet may be: enough rounds are left to pay for it.
     """
 
     def __init__(self, device: torch.device, why_eager: str | None = None):
@@ -63,15 +64,24 @@ class Stages:
         self._device = device
         self._capture = None if why_eager else CAPTURES[device.type]()
         # shape -> stage -> what replays it, its outputs, and the stage, which holds what it reads
-        self._graphs: OrderedDict[Hashable, dict[str, tuple[Callable[[], None], Any, Callable]]] = OrderedDict()
+        self._graphs: dict[Hashable, dict[str, tuple[Callable[[], None], Any, Callable]]] = {}
         self._seen: set[tuple[str, Hashable]] = set()
         self.captured = self.replayed = 0
         self.seconds = 0.0
+        self.worthwhile = True
 
     @property
     def nbytes(self) -> int:
         """Device memory that the graphs hold."""
         return self._capture.nbytes if self._graphs else 0
+
+    def captures(self, name: str, shape: Hashable) -> bool:
+        """Whether the next run of this stage is a graph's."""
+        if self.why_eager is not None or (name, shape) not in self._seen:
+            return False
+        if name in self._graphs.get(shape, ()):
+            return True
+        return self.worthwhile and (shape in self._graphs or len(self._graphs) < MAX_SHAPES)
 
     def run(self, name: str, shape: Hashable, stage: Callable[[], Any]) -> Any:
         """The stage's outputs; those of a replayed stage are overwritten by its next run.
@@ -81,13 +91,10 @@ class Stages:
             shape: tells rounds apart. In rounds of one shape, a stage does the same to the same tensors: those that
                 were there before the round, and the outputs of the stages before it.
         """
-        if self.why_eager is not None:
-            return stage()
-        if (name, shape) not in self._seen:
+        if not self.captures(name, shape):
             self._seen.add((name, shape))
             return stage()
         graphs = self._graphs.setdefault(shape, {})
-        self._graphs.move_to_end(shape)
         if name not in graphs:
             try:
                 graphs[name] = *self._capture(stage), stage
@@ -95,9 +102,6 @@ class Stages:
                 self._give_up(error)
                 return stage()
             self.captured += 1
-            if len(self._graphs) > MAX_SHAPES:
-                self._wait()
-                self._graphs.popitem(last=False)
         replay, outputs, _ = graphs[name]
         begin = time.perf_counter()
         replay()
@@ -108,14 +112,11 @@ class Stages:
     def forget(self) -> None:
         """Drop all graphs: the call is over, or tensors that they write to are no longer where they were."""
         if self._graphs:
-            self._wait()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # a graph must not be destroyed while it runs
+            self._capture = CAPTURES[self._device.type]()  # with a pool of its own
         self._graphs.clear()
         self._seen.clear()
-
-    def _wait(self) -> None:
-        """A graph must not be destroyed while it runs."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
     def _give_up(self, error: Exception) -> None:
         self.forget()
@@ -144,7 +145,7 @@ class Reports:
         """Send a round's report [B, F] int64 on its way; `kept` tensors and `beside` wait for it."""
         arrived = None
         if self._pinned:
-            host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+            host = torch.empty(report.shape, dtype=report.dtype, device="cpu", pin_memory=True)
             host.copy_(report, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()

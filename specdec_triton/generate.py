@@ -48,6 +48,7 @@ STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidance
 LEAST_TEMPERATURE = 1e-20
 FIRST_RESERVE = 512  # new tokens that the first cache buffer has room for
 NODES_RESERVE = 256  # and draft tokens, where it should not move
+WORTH_CAPTURING = 16  # tokens left to emit: fewer are done sooner by rounds that are not captured
 
 
 class Speculation:
@@ -199,6 +200,7 @@ class Speculation:
             self.read()
             if not self.transcript.done:
                 self.start_drafter()
+                self.start_controller()
             while not self.transcript.done:
                 # unless what is on its way is all that may still be emitted
                 if self.context.host_budget.max() > len(self.reports) or not self.reports:
@@ -208,6 +210,7 @@ class Speculation:
         except BaseException:
             if self.input_ids.device.type == "cuda":
                 torch.cuda.synchronize(self.input_ids.device)  # nothing may be restored under a running kernel
+            self.stages.forget()  # whose stages hold this call in a cycle
             raise
         self.stats.why_eager, self.stats.lag = self.stages.why_eager, self.reports.lag
         self.stats.captured, self.stats.replayed = self.stages.captured, self.stages.replayed
@@ -231,14 +234,17 @@ class Speculation:
     @timed("draft")
     def start_drafter(self) -> None:
         adapts = self.options.tree == "auto"
-        tree = most_nodes(self.model.device) if adapts else self.options.tree
-        self.session = self.drafter.start(self.context, tree)
+        largest = Topology.chain(most_nodes(self.model.device) - 1) if adapts else None
+        self.session = self.drafter.start(self.context, largest or self.options.tree)
         # a tree that must be checked is looked at by the host
         self.drafts_on_device = self.session.on_device and self.session.trusted
         if not self.drafts_on_device:
             self.reports.lag = 0  # it drafts from what the host has read
         self.context.ahead = self.reports.lag * (self.session.max_depth + 1)
-        if adapts and self.session.max_nodes > 1:
+
+    @timed("measure")
+    def start_controller(self) -> None:
+        if self.options.tree == "auto" and self.session.max_nodes > 1:
             self.controller = controller(self.context, self.session, self.stages, self.options.costs)
 
     def step(self) -> None:
@@ -247,12 +253,18 @@ class Speculation:
         asked = self.controller.choose() if self.controller else None
         if asked and not self.context.fixed_shapes:
             asked = asked.limited(self.context.useful_depth)
+        self.stages.worthwhile = self.context.host_budget.max() >= WORTH_CAPTURING
         shape = self.prepare(asked)
         if self.drafts_on_device:
             tree = self.stages.run("draft", shape, self.draft)
         else:
             shape, tree = self.hold(self.draft())
-        report, kept = self.stages.run("verify", shape, lambda: self.settle(tree, self.verify(tree)))
+        if self.drafts_on_device:
+            report, kept = self.stages.run("verify", shape, lambda: self.settle(tree, self.verify(tree)))
+        else:
+            accepted, kept = self.stages.run("verify", shape, lambda: self.judge(tree, self.verify(tree)))
+            self.session.observe(tree, accepted)  # Python of its own, which a replay would not run
+            report = self.stages.run("append", shape, lambda: self.append(tree, accepted))
         self.stats.rounds += 1
         spent = {name: self.stats.seconds[name] - before.get(name, 0) for name in ("draft", "verify")}
         verified = asked and asked.limited(tree.max_depth)
@@ -286,9 +298,9 @@ class Speculation:
 
     def hold(self, tree: DraftTree) -> tuple[Hashable, DraftTree]:
         """A tree drafted on the host, in tensors that stay where they are where stages are captured; and its shape."""
-        if self.stages.why_eager is not None:
-            return None, tree
         shape = tree.shape, self.runner.cache.slots
+        if not self.stages.captures("verify", shape):
+            return shape, tree
         if shape in self.held:
             self.held[shape].copy_(tree)
         else:
@@ -306,9 +318,15 @@ class Speculation:
 
     def settle(self, tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What follows verification on the device: the round's report to the host, and the scores to keep."""
+        accepted, kept = self.judge(tree, logits)
+        self.session.observe(tree, accepted)
+        return self.append(tree, accepted), kept
+
+    def judge(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, dict[str, torch.Tensor]]:
+        """The accepted path, its keys and values in place, and the scores to keep."""
         accepted, kept = self.accept(tree, logits)
         self.compact(tree, accepted)
-        return self.append(tree, accepted), kept
+        return accepted, kept
 
     @timed("accept")
     def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, dict[str, torch.Tensor]]:
@@ -393,7 +411,6 @@ class Speculation:
         """Accepted keys and values move next to the root's, in the target's cache and the drafter's."""
         if not tree.is_chain:
             self.runner.cache.compact(self.context.length, accepted.path, self.impl)
-        self.session.observe(tree, accepted)
 
     @timed("emit")
     def append(self, tree: DraftTree, accepted: Acceptance) -> torch.Tensor:
@@ -465,7 +482,9 @@ class Speculation:
         depth = (len(report[0]) - 6) // 2
         live = [row for row, count in enumerate(counts) if count]
         paths = [report[row][depth + 1 : depth + counts[row]] for row in live]
-        self.controller.record(verified, paths, [drafted[row] > 0 for row in live], spent)
+        self.controller.record(
+            verified, paths, [drafted[row] > 0 for row in live], spent, built=self.context.fixed_shapes
+        )
 
     def output(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         sequences = self.transcript.sequences

@@ -24,6 +24,8 @@ class Options:
         seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
             (after expansion by num_return_sequences); None draws one from torch's global generator at each call. Calls
             that stay plain have no use for it: the seeded text without a draft is that of `SpeculativeGenerate()`.
+            With tree="auto" and measured costs, trees follow the clock, and texts of the rules that weigh tokens
+            (not "coupled") follow the trees: these repeat with given `costs` only.
         cuda_graphs: "auto" captures rounds as CUDA graphs where model and drafter allow it (`Stats.why_eager` says why
             not); True refuses where they do not; False never does.
         compile: run tree nodes through `torch.compile`, target's and draft's: fewer and larger kernels.
@@ -53,7 +55,7 @@ class Options:
         seeds = self.seed if isinstance(self.seed, (list, tuple)) else [] if self.seed is None else [self.seed]
         if any(isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63 for seed in seeds):
             raise ValueError(f"patch: seed must be None, a 64-bit integer or a list of them, got {self.seed!r}")
-        if self.cuda_graphs not in ("auto", True, False):
+        if not (isinstance(self.cuda_graphs, bool) or self.cuda_graphs == "auto"):
             raise ValueError(f'patch: cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
         if not isinstance(self.compile, bool):
             raise ValueError(f"patch: compile must be True or False, got {self.compile!r}")

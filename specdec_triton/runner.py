@@ -2,14 +2,18 @@
 
 import copy
 import inspect
+from contextlib import nullcontext
+from functools import partial
 
 import torch
+import torch._dynamo
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from .attention import own_configs, tree_attention_enabled
 from .cache import TreeCache
 from .tree import pack_tree
 
+RECOMPILES = 64  # shapes that one process may compile a model for; torch's own limit of 8 counts all models together
 PREFILL_CHUNK = 8192  # columns of a long prompt that one forward takes, where the call does not say
 
 
@@ -36,7 +40,10 @@ class TreeRunner:
         compiled: bool = False,
     ):
         self.model, self.start, self.impl, self._fixed = model, start, impl, fixed
-        self._call = torch.compile(model.forward, fullgraph=True) if compiled else model
+        self._call, self._recompiles = model, nullcontext
+        if compiled:
+            self._call = torch.compile(model, fullgraph=True)
+            self._recompiles = partial(torch._dynamo.config.patch, recompile_limit=RECOMPILES)
         self.last_position = torch.as_tensor(last_position, device=start.device).expand(len(start))
         self.cache: TreeCache | None = None
         self._configs = own_configs(model)
@@ -81,7 +88,7 @@ class TreeRunner:
         num_rows, first = tokens.shape[1], depth.shape[1] - tokens.shape[1]
         position = (base - self.start)[:, None] + depth[:, first:]
         self.cache.place(base + first, num_rows)
-        with tree_attention_enabled(self._configs, self.impl):
+        with self._recompiles(), tree_attention_enabled(self._configs, self.impl):
             outputs = self._call(
                 input_ids=tokens,
                 attention_mask=pack_tree(depth, ancestors, self.start, base)[:, None],

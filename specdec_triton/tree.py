@@ -516,3 +516,12 @@ def topology_tensors(topology: Topology, device: torch.device) -> tuple[torch.Te
     parents = torch.tensor([topology.parents], dtype=torch.int32)
     member = _ancestor_matrix(parents)
     return parents.to(device), (member.sum(-1) - 1).to(device), _pack_bits(member).to(device)
+
+
+def chain_tensors(num_nodes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """depth [1, N] int64 and ancestors [1, N, W] int64 of a chain, made on the device."""
+    depth = torch.arange(num_nodes, device=device)
+    words = torch.arange(-(-num_nodes // WORD_BITS), device=device)
+    bits = (depth[:, None] + 1 - words * WORD_BITS).clamp(0, WORD_BITS)  # of each word that are set, the lowest
+    ones = torch.where(bits == WORD_BITS, -1, (1 << bits.clamp(max=WORD_BITS - 1)) - 1)
+    return depth[None], ones[None]

@@ -23,6 +23,11 @@ class Record(TorchDispatchMode):
         super().__init__()
         self.operations = []
 
+    @classmethod
+    def is_infra_mode(cls):
+        """What is compiled already runs as compiled."""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
@@ -62,6 +67,8 @@ class SimulatedGraphs:
 
 class Undo(TorchDispatchMode):
     """Restores, on leaving, what operations inside wrote to tensors made outside."""
+
+    is_infra_mode = Record.is_infra_mode
 
     def __enter__(self):
         self._made, self._before = set(), {}

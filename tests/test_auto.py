@@ -8,7 +8,7 @@ from families import NEVER, build, prompt
 from specdec_triton import auto, engine, generate
 from specdec_triton.runner import TreeRunner
 from test_engine import Mumbling, capture_here, drafter_of, speculative
-from test_generate import TREES, oracle
+from test_generate import TREES, eos_in_mid_row, oracle
 
 OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 40}
 FLAT = sdt.Costs(verify=((1, 1.0), (64, 1.1)), draft=((1, 0.02), (10, 0.2)))
@@ -42,6 +42,35 @@ def test_without_hope_little_is_lost(rows, batch):
     assert torch.equal(text, plain) and stats.accepted == 0 < stats.drafted
     assert len(rows) == stats.rounds == 219
     assert sum(rows) <= 1.05 * len(rows)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_lookup_of_fixed_width_loses_little_where_nothing_is_found(monkeypatch, padding):
+    """Captured, it verifies its width whether or not there was a match."""
+    capture_here(monkeypatch, 1)
+    model, inputs = build("llama"), {**prompt(batch=1, padding=0), **OPTIONS, "max_new_tokens": 220}
+    monkeypatch.setattr(sdt.drafters.prompt_lookup, "FIRST_NEEDED", 4)
+    plain = model.generate(**inputs)
+    text, stats = speculative(model, sdt.PromptLookupDrafter(adaptive=False), inputs, tree="auto", costs=STEEP)
+    assert torch.equal(text, plain)
+    trees = stats.auto["trees"]
+    spent = sum(STEEP.verify_seconds(nodes) * count for (nodes, _), count in trees.items())
+    assert spent <= 1.08 * (219 + 4), trees
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_rows_that_end_early_are_caught_up_within_their_text(monkeypatch, family, lag):
+    """One step further back would be a position that learned positions do not have."""
+    if lag:
+        capture_here(monkeypatch, 1)
+    script = Script([*[ROOT] * 12, sdt.Topology.chain(2)])
+    monkeypatch.setattr(generate, "controller", lambda *arguments: script)
+    model, inputs = build(family), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 40}
+    inputs["eos_token_id"] = eos_in_mid_row(model, prompt(batch=3), **OPTIONS)
+    plain = model.generate(**inputs)
+    text, _ = speculative(model, sdt.ModelDrafter(build(family)), inputs, tree="auto")
+    assert torch.equal(text, plain)
 
 
 def test_trees_follow_what_pays(rows):
@@ -84,7 +113,7 @@ class Script:
         self.trees = self.trees[1:] + self.trees[:1]
         return self.trees[-1]
 
-    def record(self, topology, accepted, drafted, seconds):
+    def record(self, topology, accepted, drafted, seconds, built=False):
         self.recorded.append((topology, accepted, drafted))
 
 
@@ -117,7 +146,7 @@ def test_costs_are_measured_once(monkeypatch):
     for _ in range(2):
         speculative(model, sdt.PromptLookupDrafter(), inputs, tree="auto")
     assert len(measured) == 1
-    assert [size for size, _ in measured[0].verify] == [1, 2, 3, 4, 6, 8, 12, 16]
+    assert [size for size, _ in measured[0].verify] == [1, 2, 3, 4, 6, 8, 12]
     speculative(model, sdt.PromptLookupDrafter(), {**inputs, **prompt(batch=1)}, tree="auto")
     assert len(measured) == 2
 

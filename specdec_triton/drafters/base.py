@@ -39,7 +39,7 @@ class DraftContext:
         seeds: [B] int64. What each row's noise is keyed by; None with "greedy".
         filters: the call's temperature, top-k, top-p and min-p.
         impl: implementation of the ops that was asked for.
-        fixed_shapes: rounds are captured, or read late: the session must be `on_device`, and shapes must not follow the
+        fixed_shapes: rounds may be captured, and read late: shapes of a session that is `on_device` must not follow the
             host's view of the text.
         compiled: models are run through `torch.compile`.
         ahead: tokens that a row may have emitted beyond the host's view.

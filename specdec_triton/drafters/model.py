@@ -13,11 +13,12 @@ from ..noise import COUPLED, DRAFT, gumbel
 from ..reference import Acceptance
 from ..rules import WEIGHING_RULES
 from ..runner import TreeRunner
-from ..tree import DraftTree, DynamicTree, Topology, topology_tensors
+from ..tree import DraftTree, DynamicTree, Topology, chain_tensors, topology_tensors
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, topology_of
 
 # The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
 CATCH_UP = 2
+CHUNK = 128  # tokens a forward, where the draft has more to catch up with
 VOCABULARY_PADDING = 0.01  # vocabularies whose sizes differ by no more share a tokenizer, padded differently
 DEFAULT_TOKENS = 20  # as in transformers, where a generation config says nothing
 
@@ -212,13 +213,16 @@ class ModelSession(DraftSession):
 
     def _catch_up_with(self, rounds: int) -> None:
         """Run the tokens of rounds that drafted nothing, one a round, in a row that had not ended."""
+        context = self.context
         if self._shares_cache:
             return
-        depth, ancestors = topology_tensors(Topology.chain(rounds - 1), self.context.length.device)[1:]
-        first = (self.context.length - (self._catch_up - 1) - rounds).clamp(min=0)
-        fed = self.context.tokens.gather(1, first[:, None] + depth)
-        shape = len(first), -1
-        self._runner.forward(fed.clamp(max=self._last_token), depth.expand(shape), ancestors.expand(*shape, -1), first)
+        # a row that had ended goes back too far, and no further than to its first token
+        first = torch.maximum(context.length - (self._catch_up - 1) - rounds, context.start)
+        for done in range(0, rounds, CHUNK):
+            depth, ancestors = chain_tensors(min(CHUNK, rounds - done), first.device)
+            base, shape = first + done, (len(first), -1)
+            fed = context.tokens.gather(1, base[:, None] + depth).clamp(max=self._last_token)
+            self._runner.forward(fed, depth.expand(shape), ancestors.expand(*shape, -1), base)
 
     def draft(self) -> DraftTree:
         context, topology = self.context, self._drafted

@@ -66,9 +66,9 @@ class _Session(DraftSession):
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
         self.drafter, self.context = drafter, context
-        self._most = max_nodes
-        self.max_nodes = in_buckets(max_nodes)
-        self.max_depth = self._depth = min(drafter.num_tokens, max_nodes - 1)
+        self._most = min(max_nodes, 1 + drafter.num_tokens * drafter.branches)
+        self.max_nodes = in_buckets(self._most)
+        self.max_depth = self._depth = min(drafter.num_tokens, self._most - 1)
         self._first_needed = min(FIRST_NEEDED, drafter.max_ngram) if drafter.adaptive else 1
 
     def prepare(self, tree=None):

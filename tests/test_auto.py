@@ -49,7 +49,6 @@ def test_a_lookup_of_fixed_width_loses_little_where_nothing_is_found(monkeypatch
     """Captured, it verifies its width whether or not there was a match."""
     capture_here(monkeypatch, 1)
     model, inputs = build("llama"), {**prompt(batch=1, padding=0), **OPTIONS, "max_new_tokens": 220}
-    monkeypatch.setattr(sdt.drafters.prompt_lookup, "FIRST_NEEDED", 4)
     plain = model.generate(**inputs)
     text, stats = speculative(model, sdt.PromptLookupDrafter(adaptive=False), inputs, tree="auto", costs=STEEP)
     assert torch.equal(text, plain)

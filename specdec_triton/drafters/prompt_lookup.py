@@ -11,11 +11,14 @@ from ..reference import Acceptance
 from ..tree import DraftTree, Topology
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_static
 
-FIRST_NEEDED = 2  # tokens that a match must have at first: one alone is mostly chance
-# trees are padded to a multiple: on CPUs a product over 11 rows takes longer than over 12, and fewer widths mean fewer
-# compiled graphs
+# trees are padded to a multiple: on CPUs a product over 2, 3 or 11 rows takes longer than over 4 or 12, and fewer
+# widths mean fewer compiled graphs
 NODE_BUCKET = 4
-GOOD_DRAFT = 2  # accepted tokens that pay for a forward of more rows
+# A draft after a match of m tokens is expected to have so many accepted at first, for each of the m, and later what
+# such drafts have had; it pays where that makes up for the longer forward. What is passed over drifts back to the
+# first expectation, so that it is tried again.
+FIRST_WORTH, PAYS = 0.8, 0.75
+LEARNING, DRIFT = 0.2, 0.02
 
 
 class PromptLookupDrafter(Drafter):
@@ -26,8 +29,8 @@ class PromptLookupDrafter(Drafter):
         max_ngram: longest n-gram compared; matches of more tokens come first, earlier ones before later ones. What
             transformers calls `max_matching_ngram_size`.
         branches: matches that may become branches; common beginnings are shared. No match: no draft, a plain step.
-        adaptive: ask each row for a longer match after a draft that was wrong from its first token, and for a shorter
-            one again after a good draft. Matters where a forward of more rows takes longer, as on a CPU.
+        adaptive: draft where a match of such a length has been worth it in this row. Matters where a forward of more
+            rows takes longer, as on a CPU.
 
     Raises:
         ValueError: a number is below 1.
@@ -69,7 +72,6 @@ class _Session(DraftSession):
         self._most = min(max_nodes, 1 + drafter.num_tokens * drafter.branches)
         self.max_nodes = in_buckets(self._most)
         self.max_depth = self._depth = min(drafter.num_tokens, self._most - 1)
-        self._first_needed = min(FIRST_NEEDED, drafter.max_ngram) if drafter.adaptive else 1
 
     def prepare(self, tree=None):
         """A tree that is asked for limits the length of continuations to its depth. Returns the widest draft's number
@@ -83,8 +85,8 @@ class _Session(DraftSession):
 
 
 def in_buckets(nodes: int) -> int:
-    """The width of a tree of so many nodes; small ones are not widened."""
-    return nodes if nodes < NODE_BUCKET else -(-nodes // NODE_BUCKET) * NODE_BUCKET
+    """The width of a tree of so many nodes: a lone root stays alone."""
+    return nodes if nodes == 1 else -(-nodes // NODE_BUCKET) * NODE_BUCKET
 
 
 class _LookupSession(_Session):
@@ -94,7 +96,9 @@ class _LookupSession(_Session):
         super().__init__(drafter, context, max_nodes)
         self._start = context.start.tolist()  # once a call, before the first round
         batch = len(self._start)
-        self._needed = np.full(batch, self._first_needed)
+        self._first_worth = np.arange(1, drafter.max_ngram + 1, dtype=np.float32) * np.float32(FIRST_WORTH)
+        self._worth = np.tile(self._first_worth, (batch, 1))  # tokens accepted, by length of the match
+        self._matched = np.zeros(batch, dtype=np.int64)  # length of the row's last match, 0 for none
         self._drafted = np.zeros(batch, dtype=bool)  # whether the row's last tree had a draft
         self._length = context.host_length.copy()
 
@@ -115,11 +119,14 @@ class _LookupSession(_Session):
         return DraftTree.from_parents(tokens, parents, depth, is_chain=chains)
 
     def _adapt(self) -> None:
-        accepted = self.context.host_length - self._length - 1
+        accepted = (self.context.host_length - self._length - 1).clip(0)
         self._length = self.context.host_length.copy()
-        self._needed[self._drafted & (accepted <= 0)] += 1
-        self._needed[self._drafted & (accepted >= GOOD_DRAFT)] -= 1
-        self._needed.clip(1, self.drafter.max_ngram, out=self._needed)
+        rows = np.flatnonzero(self._matched)
+        places = rows, self._matched[rows] - 1
+        worth, first = self._worth[places], self._first_worth[places[1]]
+        learnt = worth + np.float32(LEARNING) * (accepted[rows].astype(np.float32) - worth)
+        drifted = worth + np.float32(DRIFT) * (first - worth)
+        self._worth[places] = np.where(self._drafted[rows], learnt, drifted)
 
     def _row(self, row: int) -> tuple[list[int], list[int]]:
         """Tokens and parents of one row's tree: a trie of the continuations, cut at the nodes asked for."""
@@ -128,8 +135,10 @@ class _LookupSession(_Session):
         text = context.host_tokens[row, self._start[row] : end]
         tokens, parents, children = [int(text[-1])], [-1], {}
         longest = min(self._depth, max(int(context.host_budget[row]) - 1, 0))
-        self._drafted[row] = False
-        matches = _matches(text, self.drafter.max_ngram, self.drafter.branches, int(self._needed[row]))
+        matches, matched = _matches(text, self.drafter.max_ngram, self.drafter.branches)
+        self._matched[row], self._drafted[row] = matched if longest else 0, False
+        if matched and self.drafter.adaptive and self._worth[row, matched - 1] < PAYS:
+            return tokens, parents
         for match in matches if longest else ():
             self._drafted[row] = True
             node = 0
@@ -151,7 +160,10 @@ class _DeviceLookupSession(_Session):
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
         super().__init__(drafter, context, max_nodes)
-        self._needed = torch.full_like(context.length, self._first_needed)
+        lengths = torch.arange(1, drafter.max_ngram + 1, dtype=torch.float32, device=context.length.device)
+        self._first_worth = (lengths * FIRST_WORTH).expand(len(context.length), -1)
+        self._worth = self._first_worth.clone()  # [B, max_ngram]: tokens accepted, by length of the match
+        self._matched = torch.zeros_like(context.length)  # length of the row's last match, 0 for none
 
     def draft(self) -> DraftTree:
         root, width = self.context.root, self._width
@@ -186,30 +198,39 @@ class _DeviceLookupSession(_Session):
             running = running & (columns - back >= context.start[:, None])
             matched = matched + running
         # the longest first, then the earliest
-        order = torch.where(matched >= self._needed[:, None], (matched + 1) * len(columns) - columns, 0)
+        order = torch.where(matched > 0, (matched + 1) * len(columns) - columns, 0)
         best, end = order.topk(min(self.drafter.branches, len(columns)), dim=1)
+        self._matched.copy_(matched.amax(1))
+        if self.drafter.adaptive:
+            best = torch.where(self._worth.gather(1, self._place) >= PAYS, best, 0)
         column = end[:, :, None] + 1 + torch.arange(self._depth, device=text.device)
         real = (best > 0)[:, :, None] & (column <= length[:, :, None])
         return text.gather(1, column.clamp(max=len(columns) - 1).flatten(1)).view_as(column), real
 
+    @property
+    def _place(self) -> torch.Tensor:
+        """[B, 1] int64. The last match's column of `_worth`."""
+        return (self._matched - 1).clamp(min=0)[:, None]
+
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
         if not self.drafter.adaptive:
             return
-        drafted = (tree.parents[:, 1:] >= 0).any(1)
-        failed, held = drafted & (accepted.length == 0), drafted & (accepted.length >= GOOD_DRAFT)
-        self._needed.add_(failed.long() - held.long()).clamp_(1, self.drafter.max_ngram)
+        worth, first = (table.gather(1, self._place) for table in (self._worth, self._first_worth))
+        learnt = worth + LEARNING * (accepted.length[:, None].float() - worth)
+        drifted = worth + DRIFT * (first - worth)
+        drafted = (tree.parents[:, 1:] >= 0).any(1, keepdim=True)
+        now = torch.where(drafted, learnt, torch.where(self._matched[:, None] > 0, drifted, worth))
+        self._worth.scatter_(1, self._place, now)
 
 
-def _matches(text: np.ndarray, max_ngram: int, count: int, needed: int = 1) -> list[int]:
-    """Where the last tokens of `text` [L] occurred before: ends of `count` matches, longest first, then earliest.
-
-    Only matches of at least `needed` tokens count.
-    """
+def _matches(text: np.ndarray, max_ngram: int, count: int) -> tuple[list[int], int]:
+    """Where the last tokens of `text` [L] occurred before: ends of `count` matches, longest first, then earliest; and
+    the length of the first, 0 where there is none."""
     matched = np.zeros(len(text) - 1, dtype=np.int64)
     running = np.ones(len(text) - 1, dtype=bool)
     for back in range(min(max_ngram, len(text) - 1)):
         running[back:] &= text[: len(text) - 1 - back] == text[-1 - back]
         running[:back] = False
         matched += running
-    ends = np.flatnonzero(matched >= needed)
-    return ends[np.argsort(-matched[ends], kind="stable")][:count].tolist()
+    ends = np.flatnonzero(matched)
+    return ends[np.argsort(-matched[ends], kind="stable")][:count].tolist(), int(matched.max(initial=0))

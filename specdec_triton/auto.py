@@ -1,17 +1,22 @@
 """`tree="auto"` in a call: what its rounds cost here, and the controller that is told.
 
 On a GPU costs are timed before the first round, once for each model and batch size: verification of some sizes and
-drafts of some depths, as the rounds will run them. They write only to slots that the next round overwrites. On a CPU
-nothing is run for it: costs are learned from the rounds themselves.
+drafts of some depths, as the rounds will run them. They write only to slots that the next round overwrites. On a CPU,
+where a forward is dear, costs are learned from the rounds themselves, and only matrix products of single layers are
+timed before: they tell how a forward grows with its rows.
 """
 
+import itertools
+import time
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedModel
 
 from .adaptive import LADDER, AdaptiveTree
 from .costs import CPU_PRIOR, Costs, OnlineCosts, measure_costs
 from .drafters import DraftContext, DraftSession
+from .drafters.early_exit import decoder_layers
 from .engine import Stages
 from .rules import CHAIN_RULES
 from .tree import RANK_ACCEPTANCE, Topology, chain_tensors
@@ -21,8 +26,11 @@ MOST_NODES_ELSEWHERE = 16
 MOST_DEPTH = 16
 DRAFT_DEPTHS = (1, 4)  # timed; a level more costs what the levels between them do
 
+GROWTH_REPEATS = 3
+
 # model -> (batch, drafter, ...) -> what was measured
 _measured: WeakKeyDictionary = WeakKeyDictionary()
+_growth: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def most_nodes(device: torch.device) -> int:
@@ -49,7 +57,8 @@ def controller(
         most = min(most, costs.verify[-1][0])
     else:
         share = session.level_cost
-        costs = OnlineCosts(Costs(CPU_PRIOR.verify, ((1, share), (2, 2 * share)) if share else ()))
+        growth = row_growth(context.target.model, len(context.start), most)
+        costs = OnlineCosts(Costs(growth, ((1, share), (2, 2 * share)) if share else ()))
     return AdaptiveTree(
         costs,
         max_nodes=most,
@@ -58,6 +67,33 @@ def controller(
         max_rank=len(RANK_ACCEPTANCE),
         start=RANK_ACCEPTANCE,
     )
+
+
+def row_growth(model: PreTrainedModel, batch: int, most: int) -> tuple[tuple[int, float], ...]:
+    """What a forward over N rows a sequence takes, of one over a single row: (N, ratio) pairs, from the model's linear
+    layers, layer after layer so that none is in a cache. Timed once for each model and batch size."""
+    known = _growth.setdefault(model, {})
+    if (batch, most) not in known:
+        try:
+            _, layers = decoder_layers(model)
+        except ValueError:  # no list of layers that is clearly the decoder's
+            return CPU_PRIOR.verify
+        layers = [[part for part in layer.modules() if type(part) is torch.nn.Linear] for layer in layers]
+        if not all(layers):  # quantized, say
+            return CPU_PRIOR.verify
+        turns = itertools.cycle(layers)
+        seconds = {size: [] for size in LADDER if size <= most}
+        for size in [*seconds] * GROWTH_REPEATS:
+            linears = next(turns)
+            rows = [part.weight.new_ones(batch * size, part.in_features) for part in linears]
+            begin = time.perf_counter()
+            for part, row in zip(linears, rows, strict=True):
+                torch.nn.functional.linear(row, part.weight)
+            seconds[size].append(time.perf_counter() - begin)
+        fastest = [min(times) for times in seconds.values()]
+        growing = itertools.accumulate(fastest, max)
+        known[batch, most] = tuple((size, best / fastest[0]) for size, best in zip(seconds, growing, strict=True))
+    return known[batch, most]
 
 
 def measured_costs(context: DraftContext, session: DraftSession, stages: Stages) -> Costs:

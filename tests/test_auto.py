@@ -136,6 +136,15 @@ def test_a_draft_model_catches_up_after_plain_rounds(monkeypatch, lag, replaceme
         assert drafted == [True] * 3 and [len(path) for path in accepted] == [topology.max_depth] * 3
 
 
+def test_on_a_cpu_layers_tell_how_a_forward_grows():
+    model = build("llama")
+    growth = auto.row_growth(model, 2, 16)
+    assert [rows for rows, _ in growth] == [1, 2, 3, 4, 6, 8, 12, 16]
+    assert growth[0][1] == 1 and all(a <= b for (_, a), (_, b) in zip(growth, growth[1:], strict=False))
+    assert auto.row_growth(model, 2, 16) is growth
+    assert auto.row_growth(build("gpt2"), 1, 8) == auto.CPU_PRIOR.verify  # its layers have no nn.Linear
+
+
 def test_costs_are_measured_once(monkeypatch):
     capture_here(monkeypatch, 1)
     model, inputs = build("llama"), {**prompt(batch=2), **OPTIONS, "max_new_tokens": 8}

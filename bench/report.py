@@ -361,11 +361,42 @@ def readme_lines(folders: Iterator[pathlib.Path]) -> list[str]:
             elif kept:
                 heads = ["goal", "what", "wanted", "measured", "verdict"]
                 lines += [f"On a CPU, {origin(measured)}:", "", *table(heads, kept)]
-            lines += cpu_ratios(measured) if size == "cpu" else []
+            lines += [*demo_table(measured), *cpu_ratios(measured)] if size == "cpu" else []
             lines += [f"All rows: [`{folder.relative_to(ROOT)}`]({folder.relative_to(ROOT)}).", ""]
     if not on_gpu:
         lines = ["No GPU has been measured: there are no rows of one.", "", *lines]
     return lines
+
+
+def demo_table(rows: list[dict]) -> list[str]:
+    """The demo's model on its prompts: what each way takes, and its speed against two others, with the extremes."""
+    found = [row for row in Rows(rows, "cpu").find("demo") if "ratio_plain_range" in row]
+    if not found:
+        return []
+    heads = ["prompt, new tokens", "way", "forwards", "rows", "host reads each", "× plain", "× transformers' lookup"]
+
+    def ratio(row: dict, against: str) -> str:
+        low, high = row[f"ratio_{against}_range"]
+        return f"{row[f'ratio_{against}']:.2f} ({low:.2f} to {high:.2f})"
+
+    lines = [
+        [
+            f"{row['shapes']['prompt']}, {row['shapes']['new_tokens']}",
+            row["provider"],
+            row["forwards"],
+            row["rows"],
+            number(row["host_reads"]),
+            ratio(row, "plain"),
+            ratio(row, "lookup"),
+        ]
+        for row in found
+    ]
+    said = (
+        f"{found[0]['shapes']['model']}, {found[0]['dtype']}, greedy, batch 1, all texts plain's: the target's "
+        f"forwards and rows after the prompt's, and speed (median of {found[0]['pairs']} runs in turn, and the extremes). "
+        "“no hope” is the chat prompt with a drafter that is never right."
+    )
+    return [said, "", *table(heads, lines)]
 
 
 def cpu_ratios(rows: list[dict]) -> list[str]:

@@ -391,10 +391,11 @@ def demo_table(rows: list[dict]) -> list[str]:
         ]
         for row in found
     ]
+    model = f"{found[0]['shapes']['model']}, {found[0]['dtype']}"
     said = (
-        f"{found[0]['shapes']['model']}, {found[0]['dtype']}, greedy, batch 1, all texts plain's: the target's "
-        f"forwards and rows after the prompt's, and speed (median of {found[0]['pairs']} runs in turn, and the extremes). "
-        "“no hope” is the chat prompt with a drafter that is never right."
+        f"{model}, greedy, batch 1, all texts plain's: the target's forwards and rows after the prompt's, and speed "
+        f"(median of {found[0]['pairs']} runs in turn, and the extremes). “no hope” is the chat prompt with a drafter "
+        "that is never right."
     )
     return [said, "", *table(heads, lines)]
 

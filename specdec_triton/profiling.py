@@ -10,10 +10,10 @@ import ctypes
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration import floor_seconds, quantiles
+from .engine import Stages
 from .generate import Speculation
 from .instruments import HostWaits, count_host_reads, time_host_waits
 
@@ -70,7 +71,8 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
     """Record every round of every call inside, in order.
 
     The times of the list's spans may be read once the context is left. Stages are ranges of NVTX and of torch's
-    profiler as well. Calls of other threads are recorded with the rest.
+    profiler as well. Calls of other threads are recorded with the rest. A round that is replayed from CUDA graphs has
+    two stages: "draft", and "verify" with all that follows it but the host's look, which is "emit".
 
     Args:
         device: where the model is.
@@ -120,14 +122,45 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
 
         return run
 
-    methods = {name: vars(Speculation)[name] for name in ("step", *STAGES) if name in vars(Speculation)}
+    def replay(method: Callable) -> Callable:
+        @wraps(method)
+        def run(stages: Stages, name: str, shape: Hashable, compute: Callable):
+            recorded = stage(name, method) if stages.captures(name, shape) else method
+            return recorded(stages, name, shape, compute)
+
+        return run
+
+    def look(method: Callable) -> Callable:
+        """The host's look follows the round's other stages, and ends the round."""
+
+        @wraps(method)
+        def run(*args):
+            if not rounds:
+                return method(*args)
+            with span("emit") as found:
+                rounds[-1].stages.append(("emit", found))
+                method(*args)
+            rounds[-1].whole.end = found.end
+            if on_gpu:
+                rounds[-1].whole.events[1].record()
+
+        return run
+
+    wrapped = {
+        (Speculation, "step"): whole,
+        (Speculation, "read"): look,
+        (Speculation, "append"): partial(stage, "emit"),
+        **{(Speculation, name): partial(stage, name) for name in STAGES if name != "emit"},
+        (Stages, "run"): replay,
+    }
+    methods = {(owner, name): vars(owner)[name] for owner, name in wrapped}
     try:
-        for name, method in methods.items():
-            setattr(Speculation, name, whole(method) if name == "step" else stage(name, method))
+        for (owner, name), wrap in wrapped.items():
+            setattr(owner, name, wrap(methods[owner, name]))
         yield rounds
     finally:
-        for name, method in methods.items():
-            setattr(Speculation, name, method)
+        for (owner, name), method in methods.items():
+            setattr(owner, name, method)
         if on_gpu:
             torch.cuda.synchronize(device)
 

@@ -79,7 +79,7 @@ ARROWS = {
     "plan": {"adaptive", "cards", "costs"},
     "inspection": {"cards", "kernels"},
     "calibration": set(),
-    "profiling": {"calibration", "generate", "instruments"},
+    "profiling": {"calibration", "engine", "generate", "instruments"},
     "trace": {"drafters", "reference", "tree"},
     "proof": set(),
     "models": set(),

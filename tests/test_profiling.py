@@ -9,8 +9,11 @@ import torch
 
 import specdec_triton as sdt
 import tiny
+from families import NEVER, build, prompt
 from specdec_triton import instruments, profiling
 from specdec_triton.generate import Speculation
+from specdec_triton.profiling import record_rounds
+from test_engine import capture_here
 
 CPU = torch.device("cpu")
 TREE = sdt.Topology.from_widths((2, 2))
@@ -35,7 +38,7 @@ def test_every_round_is_recorded_stage_by_stage(model):
     assert dict(vars(Speculation)) == before
     assert len(rounds) == sdt.stats(model).rounds
     for found in rounds:
-        assert [name for name, _ in found.stages] == list(profiling.STAGES)
+        assert list(dict.fromkeys(name for name, _ in found.stages)) == list(profiling.STAGES)
         spent = sum(span.host_seconds for _, span in found.stages)
         assert 0 < spent <= found.whole.host_seconds and found.whole.events is None
     assert (rounds[0].nodes, rounds[0].depth) == (7, 2)
@@ -135,3 +138,14 @@ def test_a_tied_head_is_read_with_its_embedding(model):
     tied = tiny.model()
     tied.lm_head.weight = tied.model.embed_tokens.weight
     assert profiling.streamed_weights(tied) == profiling.streamed_weights(model)
+
+
+def test_captured_rounds_have_two_stages_and_the_hosts_look(monkeypatch):
+    capture_here(monkeypatch, 1)
+    model = build("llama")
+    inputs = {**prompt(batch=2), "do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 30}
+    with record_rounds(model.device) as rounds:
+        model.generate(**inputs, custom_generate=sdt.SpeculativeGenerate(drafter=sdt.EarlyExitDrafter(1, num_tokens=2)))
+    last = rounds[-1]
+    assert list(dict.fromkeys(name for name, _ in last.stages)) == ["draft", "verify", "emit"]
+    assert last.nodes == 3 and last.whole.end >= last.stages[-1][1].end

@@ -4,7 +4,8 @@ In a round the drafter proposes a tree of tokens for every sequence; the target 
 forward; the longest path that the target agrees with is accepted, and the target's own next token follows it. So a
 round emits at least one token, and every token is the target's.
 
-Everything a round needs is on the device; the host reads one small tensor a round: what was emitted.
+Everything a round needs is on the device; the host reads one small tensor a round: what was emitted. On a GPU a round
+is a few CUDA graphs, and that look is a round late (`engine`).
 """
 
 import threading
@@ -257,13 +258,11 @@ class Speculation:
         shape = self.prepare(asked)
         if self.drafts_on_device:
             tree = self.stages.run("draft", shape, self.draft)
-        else:
+            report, kept = self.stages.run("verify", shape, lambda: self.settle(tree))
+        else:  # its Python comes between, and a replay would not run it
             shape, tree = self.hold(self.draft())
-        if self.drafts_on_device:
-            report, kept = self.stages.run("verify", shape, lambda: self.settle(tree, self.verify(tree)))
-        else:
-            accepted, kept = self.stages.run("verify", shape, lambda: self.judge(tree, self.verify(tree)))
-            self.session.observe(tree, accepted)  # Python of its own, which a replay would not run
+            accepted, kept = self.stages.run("verify", shape, lambda: self.judge(tree))
+            self.session.observe(tree, accepted)
             report = self.stages.run("append", shape, lambda: self.append(tree, accepted))
         self.stats.rounds += 1
         spent = {name: self.stats.seconds[name] - before.get(name, 0) for name in ("draft", "verify")}
@@ -307,6 +306,19 @@ class Speculation:
             self.held[shape] = tree.clone()
         return shape, self.held[shape]
 
+    def settle(self, tree: DraftTree) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """All that follows the draft, on the device: the round's report to the host, and the scores to keep."""
+        accepted, kept = self.judge(tree)
+        self.session.observe(tree, accepted)
+        return self.append(tree, accepted), kept
+
+    def judge(self, tree: DraftTree) -> tuple[Acceptance, dict[str, torch.Tensor]]:
+        """The accepted path, its keys and values in place, and the scores to keep."""
+        logits = self.verify(tree)
+        accepted, kept = self.accept(tree, logits)
+        self.compact(tree, accepted)
+        return accepted, kept
+
     @timed("verify")
     def verify(self, tree: DraftTree) -> torch.Tensor:
         """The target's logits [B, N, V] at every node."""
@@ -315,18 +327,6 @@ class Speculation:
         if self.plain_steps and tree.num_nodes == 1 and (self.context.host_length == length).all():
             return self.runner.decode(tree.tokens, length)
         return self.runner.forward(tree.tokens, tree.depth, tree.ancestors, self.context.length)
-
-    def settle(self, tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What follows verification on the device: the round's report to the host, and the scores to keep."""
-        accepted, kept = self.judge(tree, logits)
-        self.session.observe(tree, accepted)
-        return self.append(tree, accepted), kept
-
-    def judge(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, dict[str, torch.Tensor]]:
-        """The accepted path, its keys and values in place, and the scores to keep."""
-        accepted, kept = self.accept(tree, logits)
-        self.compact(tree, accepted)
-        return accepted, kept
 
     @timed("accept")
     def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, dict[str, torch.Tensor]]:

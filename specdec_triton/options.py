@@ -46,6 +46,10 @@ class Options:
             raise ValueError(f"patch: drafter must be a Drafter or None, got {type(self.drafter).__name__}")
         if self.rule not in (None, "greedy", *RULES):
             raise ValueError(f"patch: rule must be None, greedy or one of {', '.join(RULES)}, got {self.rule!r}")
+        if isinstance(self.tree, str) and self.tree != "auto":
+            raise ValueError(
+                f'patch: tree must be "auto", a Topology, a DynamicTree, a number of nodes or None, got {self.tree!r}'
+            )
         if self.tree != "auto":
             check_tree("patch", self.tree)
         if self.costs is not None and not isinstance(self.costs, Costs):

@@ -180,7 +180,7 @@ def test_vocabularies_may_differ_by_padding_only():
         ({"drafter": "lookup"}, "drafter must be a Drafter or None, got str"),
         ({"rule": "greedily"}, "rule must be None, greedy or one of coupled, rejection"),
         ({"tree": 0}, "tree must be None, a Topology or a number"),
-        ({"tree": "best"}, "tree must be None, a Topology or a number"),
+        ({"tree": "best"}, 'tree must be "auto", a Topology'),
         ({"tree": True}, "tree must be None, a Topology or a number"),
         ({"seed": "x"}, "seed must be None, a 64-bit integer or a list of them"),
         ({"cuda_graphs": "always"}, 'cuda_graphs must be "auto", True or False'),

@@ -147,7 +147,7 @@ class AdaptiveTree:
         if self._plain_rounds:
             self._plain_rounds -= 1
             tree = _ROOT
-        elif self._speedup < MARGIN or not (self._proven or self._risk(tree) <= spare):
+        elif self._speedup < MARGIN or not self._proven:
             tree = self._trial(spare)
         self._risked.append(self._risk(tree))
         self._trees[tree.num_nodes, tree.max_depth] += 1

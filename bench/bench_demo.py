@@ -19,7 +19,7 @@ import specdec_triton as sdt
 from specdec_triton import instruments, models
 from specdec_triton.prompts import PROMPTS
 
-TOKENS = {"code edit": 256}
+TOKENS = {"code edit": 256, "no hope": 256}
 FEWER = 64
 HOPELESS = "no hope"  # the chat prompt, with an oracle that is always wrong
 PLAIN, THEIRS = "plain generate", "transformers' lookup"

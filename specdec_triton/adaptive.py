@@ -25,7 +25,7 @@ MARGIN = 1.05  # expected gain over plain decoding below which a tree is a trial
 STAY = 0.98  # share of the best tree's tokens a second at which the last tree stays
 # Losses are counted in plain rounds.
 ALLOWANCE = 2.0  # what may be lost before anything was gained
-ALLOWANCE_RATE = 0.02  # earned with every token
+ALLOWANCE_RATE = 0.01  # earned with every token
 ALLOWANCE_MOST = 4.0  # gains and waiting buy no longer series of losses than this
 
 DECAY = 0.97  # of what was seen at a depth, a round that sees it again

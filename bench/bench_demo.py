@@ -106,7 +106,7 @@ def main() -> int:
                     found[f"ratio_{against}_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
             emitted = text.shape[1] - inputs["input_ids"].shape[1]
             shapes = {"model": description.partition(" ")[0], "prompt": prompt, "new_tokens": emitted}
-            bench.add(way, shapes, "fp32", found)
+            bench.add(way, shapes, "fp32", found, "the demo's prompts")
 
     chosen = bench.options.prompts or [*PROMPTS, HOPELESS]
     return bench.run(measure, chosen, chosen, chosen)

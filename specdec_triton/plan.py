@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from .adaptive import LADDER, expected_tokens, optimal_topology
 from .cards import CARDS
 from .costs import Costs, measure_costs
+from .runner import TreeRunner
+from .tree import chain_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS_A_LAYER = 10  # two norms, q/k/v, rope, cache write, attention, its output, gate and up, activation, down
@@ -256,14 +258,21 @@ def _timed_forwards(config, engine, dtype, sizes, repeats):
             f"got {nbytes / 2**30:.0f} GiB"
         )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    ids = torch.zeros(engine.batch, engine.context + max(sizes), dtype=torch.int64)
+    ids = torch.zeros(engine.batch, engine.context, dtype=torch.int64)
+    runner = TreeRunner(model, ids.new_zeros(engine.batch), engine.context + max(sizes))
+    length = ids.new_full((engine.batch,), engine.context)
     with torch.inference_mode():
-        cache = DynamicCache(config=config)
-        model(ids[:, : engine.context], past_key_values=cache, logits_to_keep=1)
+        # as a round runs them: a chain through our cache and attention, one row as a plain step
+        runner.prefill(ids, GenerationConfig(), {"logits_to_keep": 1}, engine.context + max(sizes))
+        runner.cache.reserve(engine.context + max(sizes))
 
         def forward(rows):
-            model(ids[:, :rows], past_key_values=cache)
-            cache.crop(-rows)  # takes away so many; newer versions refuse a length
+            tokens = ids.new_zeros(engine.batch, rows)
+            if rows == 1:
+                runner.decode(tokens, engine.context)
+            else:
+                tree = (part.expand(engine.batch, *part.shape[1:]) for part in chain_tensors(rows, ids.device))
+                runner.forward(tokens, *tree, length)
 
         return measure_costs(forward, sizes, repeats=repeats)
 

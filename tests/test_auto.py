@@ -84,8 +84,9 @@ def test_trees_follow_what_pays(rows):
     assert sum(rows) <= 4 * len(rows)
 
 
-@pytest.mark.parametrize("name", ["model", "lookup", "oracle", "early"])
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "lag"), [("model", 0), ("model", 1), ("lookup", 1), ("oracle", 0), ("early", 0), ("early", 1)]
+)
 def test_the_text_stays(monkeypatch, name, lag):
     if lag:
         capture_here(monkeypatch, 1)

@@ -223,7 +223,7 @@ def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_rounds_are_one_graph(monkeypatch, family, name):
     """Two rounds are the same operations on the same addresses, and read nothing: what a CUDA graph asks for."""
     monkeypatch.setitem(engine.LAG, "cpu", 1)

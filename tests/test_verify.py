@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import specdec_triton as sdt
-from families import FAMILIES, NEVER, VOCAB, build, prompt
+from families import FAMILIES, FEW, NEVER, VOCAB, build, prompt
 from specdec_triton import runner
 from specdec_triton.cache import BUCKET
 from specdec_triton.instruments import count_host_reads
@@ -154,7 +154,9 @@ def test_dense_masks_are_refused_by_the_tree_attention():
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*FEW, *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family not in FEW)]
+)
 def test_a_long_prompt_is_run_in_chunks(family, monkeypatch):
     model, inputs = build(family), {**prompt(batch=2, length=14), "do_sample": False, "max_new_tokens": 8}
     plain = model.generate(**inputs)

@@ -19,7 +19,7 @@ from .drafters import DraftContext, DraftSession
 from .drafters.early_exit import decoder_layers
 from .engine import Stages
 from .rules import CHAIN_RULES
-from .tree import RANK_ACCEPTANCE, Topology, chain_tensors
+from .tree import RANK_ACCEPTANCE, Topology
 
 MOST_NODES = {"cuda": 64}
 MOST_NODES_ELSEWHERE = 16
@@ -50,12 +50,10 @@ def controller(
         costs: of its rounds, where they are given.
     """
     most = min(session.max_nodes, most_nodes(context.start.device))
-    if costs is not None:
-        pass
-    elif context.fixed_shapes or context.start.device.type == "cuda":  # the host's clock says nothing
+    if costs is None and (context.fixed_shapes or context.start.device.type == "cuda"):  # whose clock says nothing
         costs = measured_costs(context, session, stages)
         most = min(most, costs.verify[-1][0])
-    else:
+    elif costs is None:
         share = session.level_cost
         growth = row_growth(context.target.model, len(context.start), most)
         costs = OnlineCosts(Costs(growth, ((1, share), (2, 2 * share)) if share else ()))
@@ -98,30 +96,29 @@ def row_growth(model: PreTrainedModel, batch: int, most: int) -> tuple[tuple[int
 
 def measured_costs(context: DraftContext, session: DraftSession, stages: Stages) -> Costs:
     """Seconds of verifying and drafting, timed now or, for a call like this one, before."""
-    target = context.target
+    target, captured = context.target, stages.why_eager is None
     known = _measured.setdefault(target.model, {})
     call = (
         len(context.start), target.cache.capacity, target.cache.storage.dtype, context.start.device, context.impl,
-        context.compiled, stages.why_eager is None, type(session), session.level_cost, session.max_nodes,
+        context.compiled, captured, type(session), session.level_cost, session.max_nodes,
     )  # fmt: skip
     if call in known:
         return known[call]
-    costs, how = _measure(context, session, stages), stages.why_eager is None
-    if how == call[6]:  # else capturing was given up on the way
+    costs = _measure(context, session, stages)
+    if (stages.why_eager is None) == captured:  # else capturing was given up on the way
         known[call] = costs
     return costs
 
 
 def _measure(context: DraftContext, session: DraftSession, stages: Stages) -> Costs:
-    device, batch = context.start.device, len(context.start)
+    device = context.start.device
     context.target.cache.reserve(context.longest + session.max_nodes)
 
     def verify(num_nodes: int) -> None:
-        depth, ancestors = (part.expand(batch, *part.shape[1:]) for part in chain_tensors(num_nodes, device))
         tokens = context.root[:, None].expand(-1, num_nodes)
 
         def forward() -> torch.Tensor:
-            return context.target.forward(tokens, depth, ancestors, context.length)[:, -1].amax(-1)
+            return context.target.forward_chain(tokens, context.length)[:, -1].amax(-1)
 
         stages.run("time verify", num_nodes, forward)
 

@@ -26,7 +26,6 @@ from .adaptive import LADDER, expected_tokens, optimal_topology
 from .cards import CARDS
 from .costs import Costs, measure_costs
 from .runner import TreeRunner
-from .tree import chain_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS_A_LAYER = 10  # two norms, q/k/v, rope, cache write, attention, its output, gate and up, activation, down
@@ -271,8 +270,7 @@ def _timed_forwards(config, engine, dtype, sizes, repeats):
             if rows == 1:
                 runner.decode(tokens, engine.context)
             else:
-                tree = (part.expand(engine.batch, *part.shape[1:]) for part in chain_tensors(rows, ids.device))
-                runner.forward(tokens, *tree, length)
+                runner.forward_chain(tokens, length)
 
         return measure_costs(forward, sizes, repeats=repeats)
 

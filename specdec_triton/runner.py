@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from .attention import own_configs, tree_attention_enabled
 from .cache import TreeCache
-from .tree import pack_tree
+from .tree import chain_tensors, pack_tree
 
 RECOMPILES = 64  # shapes that one process may compile a model for; torch's own limit of 8 counts all models together
 PREFILL_CHUNK = 8192  # columns of a long prompt that one forward takes, where the call does not say
@@ -99,6 +99,11 @@ class TreeRunner:
                 **self._arguments,
             )
         return outputs.logits
+
+    def forward_chain(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """`forward` of tokens [B, N] that continue each other, the first at slot `base`: logits [B, N, V]."""
+        depth, ancestors = chain_tensors(tokens.shape[1], tokens.device)
+        return self.forward(tokens, *(part.expand(len(tokens), *part.shape[1:]) for part in (depth, ancestors)), base)
 
     def decode(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
         """Logits [B, 1, V] of one token [B, 1] after `length` unpadded ones: transformers' own decoding step."""

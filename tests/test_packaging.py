@@ -76,7 +76,7 @@ ARROWS = {
     "patch": {"attention", "drafters", "engine", "generate", "options", "stats", "tree"},
     "instruments": set(),
     "cards": set(),
-    "plan": {"adaptive", "cards", "costs", "runner", "tree"},
+    "plan": {"adaptive", "cards", "costs", "runner"},
     "inspection": {"cards", "kernels"},
     "calibration": set(),
     "profiling": {"calibration", "engine", "generate", "instruments"},

@@ -13,7 +13,7 @@ from ..noise import COUPLED, DRAFT, gumbel
 from ..reference import Acceptance
 from ..rules import WEIGHING_RULES
 from ..runner import TreeRunner
-from ..tree import DraftTree, DynamicTree, Topology, chain_tensors, topology_tensors
+from ..tree import DraftTree, DynamicTree, Topology, topology_tensors
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, topology_of
 
 # The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
@@ -161,8 +161,6 @@ class ModelSession(DraftSession):
         self._last_token = model.get_input_embeddings().num_embeddings - 1
         last = (context.max_length - context.start).clamp(max=limit) - 1
         self._runner = TreeRunner(model, context.start, last, context.impl, context.fixed_shapes, context.compiled)
-        sizes = [sum(weight.numel() for weight in each.parameters()) for each in (model, context.target.model)]
-        self.level_cost = sizes[0] / sizes[1]
         self._behind = 0  # rounds since the draft model last ran
         self._plans: dict[Topology, _Plan] = {}  # kept: captured rounds read their tensors
         if shares_cache:
@@ -192,6 +190,14 @@ class ModelSession(DraftSession):
         """Slots that a round needs beyond the root's column."""
         return self._catch_up + self.max_nodes
 
+    @property
+    def level_cost(self) -> float:
+        draft, target = (
+            sum(weight.numel() for weight in runner.model.parameters())
+            for runner in (self._runner, self.context.target)
+        )
+        return draft / target
+
     def prepare(self, tree=None):
         context, topology = self.context, self.topology if tree is None else tree
         if not context.fixed_shapes:
@@ -219,10 +225,9 @@ class ModelSession(DraftSession):
         # a row that had ended goes back too far, and no further than to its first token
         first = torch.maximum(context.length - (self._catch_up - 1) - rounds, context.start)
         for done in range(0, rounds, CHUNK):
-            depth, ancestors = chain_tensors(min(CHUNK, rounds - done), first.device)
-            base, shape = first + done, (len(first), -1)
-            fed = context.tokens.gather(1, base[:, None] + depth).clamp(max=self._last_token)
-            self._runner.forward(fed, depth.expand(shape), ancestors.expand(*shape, -1), base)
+            base = first + done
+            columns = base[:, None] + torch.arange(min(CHUNK, rounds - done), device=first.device)
+            self._runner.forward_chain(context.tokens.gather(1, columns).clamp(max=self._last_token), base)
 
     def draft(self) -> DraftTree:
         context, topology = self.context, self._drafted

@@ -133,7 +133,7 @@ def check_forward(model: PreTrainedModel, role: str) -> None:
             f"patch: {role} must run in the dtype of its weights, got {type(model).__name__} whose forward runs under "
             "torch.autocast (accelerate's mixed precision): load the model in the dtype wanted instead"
         )
-    if model.training and model.is_gradient_checkpointing:
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             f"patch: {role} must keep keys and values, got {type(model).__name__} in training mode with gradient "
             "checkpointing, which keeps none: call model.eval() first"

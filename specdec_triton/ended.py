@@ -69,9 +69,11 @@ class EndedRows:
         for done in range(0, count, CHUNK):
             wanted = min(CHUNK, count - done)
             width = 1 << (wanted - 1).bit_length()  # few shapes
-            fed = (base[:, None] + done + torch.arange(width, device=device)).clamp(max=len(columns) - 1)
-            tree = DraftTree.from_topology(Topology.chain(width - 1), context.tokens.gather(1, fed))
+            fed = context.tokens.new_full((len(base), width), pad)
+            if not done:
+                fed[index, 0] = context.root[index]
+            tree = DraftTree.from_topology(Topology.chain(width - 1), fed)
             logits = context.target.forward(tree.tokens, tree.depth, tree.ancestors, base + done)
-            yield tree, logits, base + done, (left - done).clip(0, wanted)
+            yield tree, logits, (base + done).clamp(max=context.max_length - 1), (left - done).clip(0, wanted)
         context.host_length[rows] += left[rows]
         context.length[index] += torch.from_numpy(left[rows]).to(device)

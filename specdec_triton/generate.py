@@ -255,8 +255,8 @@ class Speculation:
         if asked and not self.context.fixed_shapes:
             asked = asked.limited(self.context.useful_depth)
         self.stages.worthwhile = self.context.host_budget.max() >= WORTH_CAPTURING
+        self.prepare_ended()  # which moves rows on
         shape = self.prepare(asked)
-        self.prepare_ended()
         if self.drafts_on_device:
             tree = self.stages.run("draft", shape, self.draft)
             report, kept = self.stages.run("verify", shape, lambda: self.settle(tree))

@@ -177,6 +177,7 @@ def test_the_text_before_a_callback_raised_is_streamed(batch, where, calls):
 @pytest.mark.parametrize("place", ["acceptance", "drafter", "target forward", "processor"])
 @pytest.mark.parametrize("rule", ["coupled", "multi_round"])
 def test_nothing_is_left_behind_by_sampling(rule, place, monkeypatch):
+    monkeypatch.setattr(sdt.processors, "STATELESS", (*sdt.processors.STATELESS, type(processor)))
     model, draft, inputs, error = build("llama"), build("llama", seed=1), prompt(), KeyboardInterrupt()
     options = {**OPTIONS, "do_sample": True, "top_k": 30}
     sdt.patch(model, drafter=sdt.ModelDrafter(draft, tree=sdt.Topology.from_widths([2, 1])), rule=rule, seed=4)

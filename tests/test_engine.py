@@ -99,8 +99,7 @@ def test_what_generate_accepts_keeps_its_meaning(captured_late):
         output, stats = speculative(model, drafter_of(name, plain.sequences), inputs)
         assert torch.equal(output.sequences, plain.sequences), name
         scores, expected = torch.stack(output.scores), torch.stack(plain.scores)
-        live = scores.isfinite()  # a row that has ended has none
-        assert torch.allclose(scores[live], expected[live], atol=1e-3) and live.any(2).all(1).any(), name
+        assert torch.allclose(scores, expected, atol=1e-3), name
         emitted = (plain.sequences[:, 9:] != 0).sum()
         assert stats.emitted <= emitted + 3, name  # a row that emits token 0 itself counts it
 

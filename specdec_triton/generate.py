@@ -160,6 +160,7 @@ class Speculation:
             rule=self.rule,
             seeds=self.seeds,
             filters=self.filters,
+            eos_ids=self.eos_ids,
             impl=self.impl,
             fixed_shapes=fixed,
             compiled=options.compile,
@@ -474,6 +475,8 @@ class Speculation:
             self.stopped[stopped] = True
             context.host_budget[stopped] = 0
             self.budget[stopped] = 0
+        if number:
+            self.session.heard(drafted, counts)
 
     def learn(
         self, verified: Topology, report: list[list[int]], counts: list[int], drafted: list[int], spent: dict

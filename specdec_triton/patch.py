@@ -23,6 +23,7 @@ from .generate import TURN, Speculation
 from .options import Options
 from .stats import Stats
 from .tree import DynamicTree, Topology
+from .wrappers import unwrap
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
@@ -237,7 +238,7 @@ class SpeculativeModel(GenerationMixin):
         **model_kwargs,
     ):
         if assistant_model is not None:
-            drafter = ModelDrafter(unwrap(assistant_model))
+            drafter = ModelDrafter(assistant_model)
         elif generation_config.assistant_early_exit is not None:
             drafter = EarlyExitDrafter(generation_config.assistant_early_exit)
         else:
@@ -281,25 +282,6 @@ class SpeculativeModel(GenerationMixin):
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
         # pickle insists that copyreg.__newobj__ makes the object's present class
         return copyreg._reconstructor, (type(self).__bases__[1], object, None), *state
-
-
-def unwrap(model) -> PreTrainedModel:
-    """The transformers model inside PEFT and `torch.compile` wrappers.
-
-    Raises:
-        ValueError: it is none, or is wrapped in something else.
-    """
-    inner = model
-    if hasattr(inner, "_orig_mod"):
-        inner = inner._orig_mod
-    if not isinstance(inner, PreTrainedModel) and callable(getattr(inner, "get_base_model", None)):
-        inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
-        raise ValueError(
-            f"patch: model must be a transformers model with generate(), got {type(model).__module__}."
-            f"{type(model).__qualname__}: pass the model inside it"
-        )
-    return inner
 
 
 @cache

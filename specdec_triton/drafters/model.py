@@ -11,6 +11,7 @@ from ..reference import Acceptance
 from ..rules import WEIGHING_RULES
 from ..runner import TreeRunner
 from ..tree import DraftTree, DynamicTree, Topology
+from ..wrappers import embedded_tokens, unwrap
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, topology_of
 from .length import ChainLength, LengthRule, assistant_rule, assistant_tokens, in_steps
 from .levels import Level, Plan, plan_of
@@ -33,7 +34,8 @@ class ModelDrafter(Drafter):
     twice, to keep shapes fixed).
 
     Args:
-        model: decoder-only, in transformers' attention interface, on the target's device.
+        model: decoder-only, in transformers' attention interface, on the target's device (PEFT and `torch.compile`
+            wrappers are looked through).
         num_tokens: length of a chain. Without it (and a tree) the model's own generation config says how long drafts
             are, as in transformers: up to `num_assistant_tokens` (20), moved by `num_assistant_tokens_schedule`
             ("constant"), and no further than a token that the draft holds for unlikely.
@@ -55,8 +57,7 @@ class ModelDrafter(Drafter):
         replacement: bool = False,
         confidence_threshold: float | None = None,
     ):
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"ModelDrafter: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        model = unwrap(model, "ModelDrafter")
         check_supported(model, "the draft model")
         self.model, self.num_tokens, self.tree, self.replacement = model, num_tokens, tree, replacement
         self.confidence_threshold = confidence_threshold
@@ -195,7 +196,7 @@ class ModelSession(DraftSession):
         self._replacement = replacement
         self._shares_cache, self._catch_up = shares_cache, 1 if shares_cache else CATCH_UP
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
-        self._last_token = model.get_input_embeddings().num_embeddings - 1
+        self._last_token = embedded_tokens(model) - 1
         last = (context.max_length - context.start).clamp(max=limit) - 1
         self._runner = TreeRunner(model, context.start, last, context.impl, context.fixed_shapes, context.compiled)
         self._behind = 0  # rounds since the draft model last ran

@@ -16,7 +16,7 @@ from specdec_triton.tree import DraftTree
 from test_drafters import context
 from test_dynamic import alike
 
-GREEDY = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": NEVER}
+GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": NEVER}
 SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
 
 
@@ -42,7 +42,7 @@ def assisted(target, draft, **options):
     "asked",
     [
         {},
-        {"assistant_confidence_threshold": 0.1},
+        {"assistant_confidence_threshold": 0.7},
         {"assistant_confidence_threshold": 0.95},
         {"num_assistant_tokens": 5, "assistant_confidence_threshold": 0},
         {"num_assistant_tokens": 5, "assistant_confidence_threshold": 0, "num_assistant_tokens_schedule": "heuristic"},
@@ -99,8 +99,8 @@ def test_each_row_stops_after_its_first_unlikely_token(rule, fixed, monkeypatch)
 
     monkeypatch.setattr(ModelSession, "prepare", preparing)
     if fixed:
-        monkeypatch.setattr(DraftContextFixed, "on", True)
-    drafter = DraftContextFixed(draft, num_tokens=6, confidence_threshold=stop)
+        monkeypatch.setattr(Fixed, "on", True)
+    drafter = Fixed(draft, num_tokens=6, confidence_threshold=stop)
     with sdt.patched(target, drafter=drafter, seed=3, rule=None if rule == "greedy" else rule):
         target.generate(**prompt(), **(GREEDY if rule == "greedy" else SAMPLED))
     stats = sdt.stats(target)
@@ -122,10 +122,10 @@ def test_each_row_stops_after_its_first_unlikely_token(rule, fixed, monkeypatch)
             assert (chance[:-1] >= stop - 1e-4).all()
             assert fixed or len(chain) == 6 or chance[-1] < stop + 1e-4
             lengths.add(len(chain))
-    assert drafted == stats.drafted and len(lengths) > 2
+    assert drafted == stats.drafted and len(lengths) > 1
 
 
-class DraftContextFixed(sdt.ModelDrafter):
+class Fixed(sdt.ModelDrafter):
     on = False
 
     def start(self, now, tree=None):
@@ -179,26 +179,27 @@ def test_the_kernel_takes_chains_of_each_rows_own_length(rule):
 
 def test_shapes_that_were_asked_for_are_not_cut(monkeypatch):
     target, rounds = build("llama"), recorded(monkeypatch)
-    draft = alike(target, noise=0.5)  # unlike the target, and unsure
-    options = {**prompt(), **GREEDY, "max_new_tokens": 30}
-    chain = sdt.Topology.chain(6)
+    draft, chain = alike(target, noise=0.5), sdt.Topology.chain(5)
+    for model in (target, draft):
+        model.generation_config.num_assistant_tokens = 8
+        model.generation_config.assistant_confidence_threshold = 0.9
     for drafter, tree, whole in (
-        (sdt.ModelDrafter(draft, num_tokens=6), None, True),
+        (sdt.ModelDrafter(draft, num_tokens=5), None, True),
         (sdt.ModelDrafter(draft, tree=chain), None, True),
         (sdt.ModelDrafter(draft), chain, True),
         (sdt.ModelDrafter(draft, confidence_threshold=0.0), None, True),
-        (sdt.ModelDrafter(draft, num_tokens=6, confidence_threshold=0.4), None, False),
-        (sdt.ModelDrafter(draft, confidence_threshold=0.4), chain, False),
+        (sdt.ModelDrafter(draft, num_tokens=5, confidence_threshold=0.9), None, False),
+        (sdt.ModelDrafter(draft, confidence_threshold=0.9), chain, False),
         (sdt.ModelDrafter(draft), None, False),
         (sdt.EarlyExitDrafter(1), None, False),
     ):
         rounds.clear()
         with sdt.patched(target, drafter=drafter, tree=tree):
-            target.generate(**options)
-        budget, proposed = rounds[0][2], rounds[0][3]
-        assert budget.max() > 21
-        full = proposed.num_nodes == (7 if drafter.num_tokens or drafter.tree or tree else 21)
-        assert full and (proposed.parents[:, 1:] >= 0).all() if whole else not (proposed.parents[:, 1:] >= 0).all()
+            target.generate(**prompt(), **{**GREEDY, "max_new_tokens": 12})
+        _, _, budget, proposed = rounds[0]
+        drafted = (proposed.parents >= 0).sum(1)
+        assert budget.max() > 8
+        assert (drafted == (5 if drafter.num_tokens or drafter.tree or tree else 8)).all() == whole
 
 
 def test_nothing_is_drafted_after_an_end(monkeypatch):

@@ -8,7 +8,7 @@ from types import CellType, CodeType, FunctionType, MethodType
 import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,34 +26,6 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 WINDOW_MASKS = {"create_sliding_window_causal_mask", "sliding_window"}
 
 HOST_READS = {"bincount", "item", "nonzero", "tolist", "unique"}  # methods that wait for a value
-
-
-def unwrap(model) -> PreTrainedModel:
-    """The transformers model inside PEFT and `torch.compile` wrappers.
-
-    Raises:
-        ValueError: it is none, is wrapped in something else, or has a PEFT adapter that adds tokens or keys.
-    """
-    inner = model
-    if hasattr(inner, "_orig_mod"):
-        inner = inner._orig_mod
-    if not isinstance(inner, PreTrainedModel) and callable(getattr(inner, "get_base_model", None)):
-        adapters = getattr(inner, "peft_config", None) or {}
-        active = getattr(inner, "active_adapters", adapters)
-        for name in [active] if isinstance(active, str) else active:
-            if getattr(adapters.get(name), "is_prompt_learning", False):
-                raise ValueError(
-                    "patch: a PEFT adapter must change weights (LoRA and the like), got "
-                    f"{type(adapters[name]).__name__} {name!r}, which puts tokens or keys of its own before the "
-                    "prompt: decode it without speculation"
-                )
-        inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
-        raise ValueError(
-            f"patch: model must be a transformers model with generate(), got {type(model).__module__}."
-            f"{type(model).__qualname__}: pass the model inside it"
-        )
-    return inner
 
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:

@@ -157,6 +157,7 @@ class Speculation:
             rule=self.rule,
             seeds=self.seeds,
             filters=self.filters,
+            eos_ids=self.eos_ids,
             impl=self.impl,
             fixed_shapes=fixed,
             compiled=options.compile,
@@ -529,6 +530,8 @@ class Speculation:
             self.stopped[stopped] = True
             context.host_budget[stopped] = 0
             self.budget[stopped] = 0
+        if number:
+            self.session.heard(drafted, counts)
 
     def complete_cache(self) -> None:
         """If the caller gets the cache, rows that ended have the keys and values of the pad tokens after it."""

@@ -164,6 +164,7 @@ def test_a_processor_sees_each_nodes_own_path_at_its_own_row():
         banned = (input_ids * torch.arange(1, input_ids.shape[1] + 1)).sum(1) + 7 * rows
         return scores.scatter(1, (banned[:, None] + torch.arange(0, VOCAB, 6)) % VOCAB, float("-inf"))
 
+    forbid.stateless = True
     model, inputs = build("llama"), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 20, "logits_processor": [forbid]}
     plain = model.generate(**inputs, **options)

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,12 @@ if not torch.cuda.is_available():
 
 # the models are tiny: more threads only wait for each other
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
+
+
+# the same examples every time; `make test-full` draws new ones
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("new", derandomize=False)
+hypothesis.settings.load_profile("same")
 
 
 def _hasten_interpreter():

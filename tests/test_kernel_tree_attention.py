@@ -69,9 +69,7 @@ def in_float64(case, scale=None, softcap=None, sinks=None, **limits):
     """The reference's formula without its roundings: [B, N, Hq, Dv] float64."""
     visible = reference.visible_slots(case.packed, case.query.shape[2], case.key.shape[2], **limits)[:, None]
     group = case.query.shape[1] // case.key.shape[1]
-    key, value = (
-        tensor.double().nan_to_num(0, 0, 0).repeat_interleave(group, 1) for tensor in (case.key, case.value)
-    )
+    key, value = (tensor.double().nan_to_num(0, 0, 0).repeat_interleave(group, 1) for tensor in (case.key, case.value))
     scores = case.query.double() @ key.mT * (case.query.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -math.inf)

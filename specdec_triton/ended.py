@@ -71,7 +71,8 @@ class EndedRows:
             width = 1 << (wanted - 1).bit_length()  # few shapes
             fed = context.tokens.new_full((len(base), width), pad)
             if not done:
-                fed[index, 0] = context.root[index]
+                last = self._transcript.tokens[rows, context.host_length[rows]]
+                fed[index, 0] = torch.from_numpy(last).to(device)
             tree = DraftTree.from_topology(Topology.chain(width - 1), fed)
             logits = context.target.forward(tree.tokens, tree.depth, tree.ancestors, base + done)
             yield tree, logits, (base + done).clamp(max=context.max_length - 1), (left - done).clip(0, wanted)

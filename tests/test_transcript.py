@@ -138,6 +138,9 @@ def test_scores_logits_and_cache_of_all_rows(lag, penalty, padding, monkeypatch)
     for name in names if penalty == "none" else names[-2:-1]:
         ours, _ = speculative(model, drafter_of(name, plain.sequences), {**inputs, **options})
         assert_same_output(model, ours, plain, inputs)
+    options |= {"output_scores": False, "output_logits": False}
+    ours, _ = speculative(model, drafter_of("oracle", plain.sequences), {**inputs, **options})
+    assert_same_output(model, ours, model.generate(**inputs, **options), inputs)
 
 
 @pytest.mark.parametrize(("family", "ended"), [("llama4", 10), ("gpt_oss", 60)])
@@ -203,22 +206,23 @@ def test_an_end_while_a_processor_raises():
     options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD}
     options |= {"return_dict_in_generate": True, "output_scores": True}
     text = model.generate(**inputs, **options, eos_token_id=NEVER).sequences
-    eos = int(text[0, 12])
-    assert eos not in text[0, 9:12].tolist() + text[1, 9:16].tolist()
-    outputs, calls = [], []
+    eos = int(text[0, 15])
+    assert eos not in text[0, 9:15].tolist() + text[1, 9:17].tolist()
+    outputs, calls, raised = [], [], []
 
     def guarded(input_ids, scores):
-        if (input_ids[1, 9:] == text[1, 9 : input_ids.shape[1]]).all() and input_ids.shape[1] > limit:
+        if input_ids.shape[1] > limit and not raised:
+            raised.append(True)
             raise ValueError("too long")
         return scores
 
     guarded.stateless = True
     for drafter in (None, oracle(text, 0.0, tree=TREES["wide"])):
-        limit = 15 if drafter else 99
-        recorder = Recorder((99, 15))
+        limit = 16 if drafter else 99
+        recorder = Recorder((99, 17))
         given = {**inputs, **options, "eos_token_id": eos, "logits_processor": [guarded]}
         given["stopping_criteria"] = [recorder]
         outputs.append(speculative(model, drafter, given)[0] if drafter else model.generate(**given))
         calls.append(recorder)
-    assert outputs[0].sequences.shape[1] == 15 and calls[0].calls == calls[1].calls
+    assert raised and outputs[0].sequences.shape[1] == 17 and calls[0].calls == calls[1].calls
     assert_same_output(model, *outputs[::-1], inputs)

@@ -539,6 +539,30 @@ def test_no_distribution_is_flagged(rule, value):
         assert got.has_nan[0] and not got.has_nan[4]
 
 
+QUICK_CELLS = [("typical", "none"), ("multi_round", "without"), ("block", "with"), ("traversal", "none")]
+
+
+@pytest.mark.parametrize(
+    ("rule", "sampling"),
+    [cell if cell in QUICK_CELLS else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS],
+)
+def test_a_node_without_a_distribution_is_a_leaf(rule, sampling):
+    """One in each row, most of them off the path: the text of the row is the one without that node's children."""
+    arguments = case(rule, sampling, batch=6, nodes=7, vocab=7, seed=33)
+    if rule not in ("rejection", "block"):
+        arguments["parents"][:] = torch.tensor([-1, 0, 0, 1, 1, 2, 3], dtype=torch.int32)
+    node = torch.tensor([1, 2, 3, 1, 2, 3], device=DEVICE)
+    rows, logits = torch.arange(6, device=DEVICE), arguments["logits"].clone()
+    logits[rows, node] = torch.where(rows < 4, NAN, -INF)[:, None]
+    got = check(arguments | {"logits": logits})
+    cut = arguments["parents"].masked_fill(arguments["parents"] == node[:, None], -1)
+    wanted = reference.accept_sample(**arguments | {"parents": cut})
+    assert torch.equal(got.path, wanted.path) and torch.equal(got.length, wanted.length)
+    assert torch.equal(got.has_nan, (got.path == node[:, None]).any(1))
+    assert torch.equal(got.next_ids[~got.has_nan], wanted.next_ids[~got.has_nan])
+    assert not got.has_nan.all()
+
+
 @pytest.mark.parametrize("rule", ["multi_round", "traversal", "block"])
 def test_a_draft_without_a_distribution_drew_nothing(rule):
     arguments = case(rule, "with", batch=3, nodes=5, vocab=9, seed=12)

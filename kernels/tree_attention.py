@@ -11,8 +11,8 @@ merges the splits in index order. Lengths are read on the device: the grid cover
 
 A row's result depends on its own start, length and path only: a tile or split in which it sees nothing leaves every
 bit of it as it was, whatever other rows, nodes and sequences are there. Scores are selected by what a row sees. Values
-cannot be, row by row: in a tile that some row does not see all of, those that are not finite become 0, since 0 * NaN is
-NaN, and the scores of their slots NaN, for the rows that do see them.
+cannot be, row by row, and 0 * NaN is NaN: in a tile that some row does not see all of, a slot whose values are not all
+finite is read as 0, and its score is NaN for the rows that do see it.
 Reference: specdec_triton.reference.tree_attention
 """
 
@@ -63,12 +63,19 @@ def _load_tile(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def _attend(query, keys, values, visible, mixed, peak, total, inner, outer):
-    """One step of the online softmax: `mixed`, `peak` and `total` after a tile; `visible` None: all of it is."""
-    if visible is not None:
-        finite = tl.abs(values.to(tl.float32)) < float("inf")
-        poison = tl.where(tl.min(finite.to(tl.int32), 1) > 0, 0.0, float("nan"))
-        values = tl.where(finite, values, 0.0)
+def _finite_slots(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """[BLOCK_N] bool: the slots whose values are all finite. Reads them once more, and keeps no register of them."""
+    values = _load_tile(ptr, slot, stride_slot, used, DIM, BLOCK_N, BLOCK_DIM).to(tl.float32)
+    return tl.min((tl.abs(values) < float("inf")).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def _attend(query, keys, values, visible, finite, mixed, peak, total, inner, outer):
+    """One step of the online softmax: `mixed`, `peak` and `total` after a tile.
+
+    `visible` [BLOCK_M, BLOCK_N] and `finite` [BLOCK_N] say which slots a row sees, and whose values are what they were;
+    None: it sees all of them.
+    """
     if INTERPRETED:
         query, keys = query.to(tl.float32), keys.to(tl.float32)
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
@@ -79,7 +86,7 @@ def _attend(query, keys, values, visible, mixed, peak, total, inner, outer):
         new_peak = tl.maximum(peak, tl.max(scores, 1) * outer)
         base = new_peak
     else:
-        scores = tl.where(visible, scores + poison[None, :], float("-inf"))
+        scores = tl.where(visible, tl.where(finite[None, :], scores, float("nan")), float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * outer)
         # a row that has seen nothing yet: -inf - -inf is NaN
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -162,9 +169,10 @@ def _tree_attention_kernel(
         for tile in tl.range(begin, seen_from, num_stages=1):
             slot = start + tile * BLOCK_N
             keys = _load_tile(key_ptr, slot, stride_ks, None, D, BLOCK_N, BLOCK_D)
-            values = _load_tile(value_ptr, slot, stride_vs, None, DV, BLOCK_N, BLOCK_DV)
+            finite = _finite_slots(value_ptr, slot, stride_vs, None, DV, BLOCK_N, BLOCK_DV)
+            values = _load_tile(value_ptr, slot, stride_vs, finite, DV, BLOCK_N, BLOCK_DV)
             visible = (tile * BLOCK_N + column)[None, :] >= first[:, None]
-            mixed, peak, total = _attend(query, keys, values, visible, mixed, peak, total, inner, outer)
+            mixed, peak, total = _attend(query, keys, values, visible, finite, mixed, peak, total, inner, outer)
         begin = tl.maximum(begin, seen_from)
 
     # tiles of the prefix that all rows see
@@ -172,17 +180,20 @@ def _tree_attention_kernel(
         slot = start + tile * BLOCK_N
         keys = _load_tile(key_ptr, slot, stride_ks, None, D, BLOCK_N, BLOCK_D)
         values = _load_tile(value_ptr, slot, stride_vs, None, DV, BLOCK_N, BLOCK_DV)
-        mixed, peak, total = _attend(query, keys, values, None, mixed, peak, total, inner, outer)
+        mixed, peak, total = _attend(query, keys, values, None, None, mixed, peak, total, inner, outer)
 
     # the prefix's last, partial tile, and the tree: a word says what a row sees of a tile
+    # few tiles: fetched ahead only where that needs no register that there is not (compile report)
+    TAIL_STAGES: tl.constexpr = 2 if BLOCK_M <= 16 else 1
     tail_word = ~(tl.full([], -1, tl.int64) << (length - start) % BLOCK_N)
-    for tile in tl.range(tl.maximum(begin, whole_tiles), end, num_stages=2):
+    for tile in tl.range(tl.maximum(begin, whole_tiles), end, num_stages=TAIL_STAGES):
         in_tree = tile >= prefix_tiles
         tile_node = tl.maximum(tile - prefix_tiles, 0) * BLOCK_N
         slot = tl.where(in_tree, length + tile_node, start + tile * BLOCK_N)
         used = slot + column < tl.where(in_tree, length + T, length)
         keys = _load_tile(key_ptr, slot, stride_ks, used, D, BLOCK_N, BLOCK_D)
-        values = _load_tile(value_ptr, slot, stride_vs, used, DV, BLOCK_N, BLOCK_DV)
+        finite = _finite_slots(value_ptr, slot, stride_vs, used, DV, BLOCK_N, BLOCK_DV)
+        values = _load_tile(value_ptr, slot, stride_vs, used & finite, DV, BLOCK_N, BLOCK_DV)
         word = tl.load(row_tree_ptr + tile_node // WORD_BITS) >> tile_node % WORD_BITS
         word = tl.where(in_tree, word, tail_word)
         if BLOCK_N <= 32:
@@ -193,7 +204,7 @@ def _tree_attention_kernel(
             key_depth = tl.load(tree_ptr + key_node * stride_tn + W, mask=key_node < T, other=0).to(tl.int32)
             position = tl.where(in_tree, length - start + key_depth, tile * BLOCK_N + column)
             visible &= position[None, :] >= first[:, None]
-        mixed, peak, total = _attend(query, keys, values, visible, mixed, peak, total, inner, outer)
+        mixed, peak, total = _attend(query, keys, values, visible, finite, mixed, peak, total, inner, outer)
 
     stored = row < N * G
     dim = tl.arange(0, BLOCK_DV)

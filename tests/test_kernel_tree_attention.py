@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec_triton import ops, reference
+from specdec_triton.reference import visible_slots
 from specdec_triton.tree import DraftTree, Topology
 
 pytest.importorskip("triton")
@@ -270,6 +271,41 @@ def test_a_row_is_its_own(small_splits, ordered_products, options):
         for tensor in (case.key, case.value):
             tensor[row, :, :start] = tensor[row, :, length + 12 :] = 1e30
     assert torch.equal(case.run(**options), whole), "depends on unused slots"
+
+
+# slots 3 to 69 are the prefix, 70 to 75 the tree; the finite number overflows in the product
+PLACES = [(71, math.nan), (72, math.inf), (73, math.nan), (74, -math.inf), (75, 3e38), (2, math.nan), (36, math.nan)]
+PLACES += [(38, math.nan), (69, math.nan), (76, math.inf)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 34, "softcap": 2.0, "sinks": True}, {"chunk_size": 68}], ids=str
+)
+@pytest.mark.parametrize("splits", ["one split", pytest.param("several splits", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_what_a_row_must_not_see_does_not_reach_it(request, impl, splits, options):
+    """One slot of each sequence, or one query, is not finite: rows that do not see it are as if it were finite."""
+    if splits != "one split":
+        request.getfixturevalue("small_splits")
+    places = [("key", *place) for place in PLACES] + [("value", *place) for place in PLACES] + [("query", 4, math.nan)]
+    batch, parents = len(places), torch.tensor([-1, 0, 0, 1, 1, 3], dtype=torch.int32)
+    tree = DraftTree.from_parents(torch.zeros(batch, 6, dtype=torch.int64), parents.expand(batch, -1))
+    packed = tree.pack(torch.full((batch,), 3), torch.full((batch,), 70)).to(DEVICE)
+    random = torch.Generator().manual_seed(5)
+    made = [torch.randn(batch, *shape, generator=random) for shape in ((2, 6, 16), (1, 80, 16), (1, 80, 16))]
+    case = Case(*(tensor.to(DEVICE) for tensor in made), packed)
+    options = with_sinks(options, 2)
+    wanted = case.run(impl, **options)
+    visible = visible_slots(packed, 6, 80, options.get("sliding_window"), options.get("chunk_size"))
+    sees = torch.stack([visible[row, :, slot] for row, (_, slot, _) in enumerate(places)])
+    sees[-1] = torch.arange(6, device=DEVICE) == 4
+    assert 20 < int(sees.sum()) < 100
+    for row, (name, slot, value) in enumerate(places):
+        getattr(case, name)[row, 0, slot, 1:3] = value
+    got = case.run(impl, **options)
+    torch.testing.assert_close(got[~sees], wanted[~sees], rtol=0, atol=1e-6)
+    is_nan = torch.tensor([value != value for _, _, value in places], device=DEVICE)
+    assert got[sees & is_nan[:, None]].isnan().any(-1).any(-1).all(), "a row that sees a NaN must say so"
 
 
 def test_more_capacity_changes_nothing(small_splits, ordered_products):

@@ -89,7 +89,7 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed"])
 @pytest.mark.parametrize("rule", ["greedy", "coupled", "rejection", "block"])
 def test_each_row_stops_after_its_first_unlikely_token(rule, fixed, monkeypatch):
-    target, stop = build("llama"), 0.5
+    target, stop = build("llama"), 0.25
     draft, rounds = alike(target, noise=0.05), recorded(monkeypatch)
     prepare = ModelSession.prepare
 
@@ -260,3 +260,16 @@ def test_captured_rounds_are_of_few_lengths_and_follow_what_was_heard_late():
             length.heard(*(([limit], [limit + 1]) if number < 30 else ([1], [1])))
     assert levels[0] == 4 and levels[29] == 20 and levels[-1] == 1
     assert set(levels) <= {in_steps(step, 20) for step in range(1, 99)} == {1, 2, 4, 8, 16, 20}
+
+
+def test_a_row_stops_at_its_own_limit_though_another_goes_on():
+    now = context([[1], [2], [3]], budget=40)
+    now.host_budget[:] = 2, 4, 40
+    length = ChainLength(now, LengthRule(5, 0.5))
+    assert length.next_round() == 5 and length.limit.tolist() == [1, 3, 5]
+    going, tokens, sure = length.going(), torch.zeros(3, dtype=torch.int64), torch.tensor([1.0, 0.5, 0.9])
+    seen = []
+    for depth in range(1, 6):
+        going = length.goes_on(going, depth, tokens, sure)
+        seen.append(going.tolist())
+    assert seen == [[False, True, True]] * 2 + [[False, False, True]] * 2 + [[False] * 3]

@@ -141,10 +141,12 @@ def check_attention(model: PreTrainedModel, role: str) -> None:
     """
     name, modules = type(model).__name__, list(text_decoder(model).modules())
     words = {kind: _attention_words(kind) for kind in {type(module): None for module in modules}}
-    if not any(words.values()):
+    own = next((kind for kind, called in words.items() if not called and _updates_cache(kind)), None)
+    if not any(words.values()) or own:
         raise ValueError(
-            f"patch: {role} must take its attention from transformers' AttentionInterface, got {name}, which does not: "
-            "decode it without speculation or port its attention to the interface"
+            f"patch: {role} must take its attention from transformers' AttentionInterface, got {name}, whose "
+            f"{own.__name__ if own else 'text decoder'} does not: decode it without speculation or port its attention "
+            "to the interface"
         )
     masks_windows = any(WINDOW_MASKS & _words_of_forward(type(module)) for module in modules)
     for module in modules:
@@ -248,6 +250,15 @@ def _attention_words(module_class: type[nn.Module]) -> frozenset:
             if isinstance(method, FunctionType) and INTERFACE in (found := frozenset(_words(method.__code__))):
                 return found | words
     return frozenset()
+
+
+@cache
+def _updates_cache(module_class: type[nn.Module]) -> bool:
+    """Whether the forward of a layer's part writes keys and values: it is an attention."""
+    code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
+    names = {"cache", "past_key_value", "past_key_values", "layer_past"}
+    is_model = issubclass(module_class, PreTrainedModel)
+    return code is not None and not is_model and "update" in code.co_names and bool(names & {*code.co_varnames})
 
 
 @cache

@@ -104,7 +104,8 @@ def build_of(name, **options):
 class OwnAttention(torch.nn.Module):
     """Attends by itself, as a text decoder beside a vision tower of transformers' may."""
 
-    def forward(self, hidden_states, **kwargs):
+    def forward(self, hidden_states, past_key_values=None, **kwargs):
+        past_key_values.update(hidden_states, hidden_states, 0)
         return hidden_states, None
 
 
@@ -127,7 +128,23 @@ def test_only_the_text_decoders_attention_counts():
     )
     for layer in model.model.layers:
         layer.self_attn = OwnAttention()
-    assert_refused(model, "take its attention from transformers' AttentionInterface")
+    assert_refused(model, "take its attention from transformers' AttentionInterface.*whose OwnAttention does not")
+    mixed = build("llama")
+    mixed.model.layers[1].self_attn = OwnAttention()
+    assert_refused(mixed, "take its attention from transformers' AttentionInterface.*whose OwnAttention does not")
+
+
+def test_a_text_decoder_that_attends_by_itself_beside_a_vision_tower():
+    """GIT's image encoder is a part of what it calls its decoder."""
+    config = transformers.GitConfig(
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    assert_refused(transformers.GitForCausalLM(config).eval(), "take its attention.*whose GitSelfAttention does not")
 
 
 def hand_wrapped(model, wrap):

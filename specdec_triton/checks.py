@@ -30,7 +30,8 @@ HOST_READS = {"bincount", "item", "nonzero", "tolist", "unique"}  # methods that
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The part of the model that its text runs through."""
-    return model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model
+    decoder = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model
+    return decoder if isinstance(decoder, PreTrainedModel) else model  # some call their language head a decoder
 
 
 def check_supported(model: PreTrainedModel, role: str = "the model") -> None:

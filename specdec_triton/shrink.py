@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig
 
 HIDDEN, HEADS, KV_HEADS, HEAD, FEED_FORWARD, LAYERS = 64, 4, 2, 16, 96, 2
 WORDS, VOCAB = 61, 96  # tokens of ordinary text, and with the special ones behind them
@@ -57,7 +57,7 @@ RULES: list[tuple[str, int | Callable[[int], int]]] = [
     ),
 ]
 COMPILED = [(re.compile(pattern), small) for pattern, small in RULES]
-TOKEN = re.compile(r"\w*(token|im_start|im_end|newline|patch)_(id|index|ids)|\w*_token_ids?|\w*_idx")
+TOKEN = re.compile(r"\w*(token|im_start|im_end|newline|patch)_(id|index|ids)|\w*_token_ids?")
 LAYER_INDEXES = re.compile(r"\w*(indexes|layer_ids?|feature_layers?)")
 TEXT = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "decoder_start_token_id": BOS}
 # sizes that some classes leave to their checkpoints
@@ -71,7 +71,6 @@ UNSAID = {
 # what no default says: a causal model of an encoder family is one with is_decoder, and tied random embeddings repeat
 # one token for ever
 SWITCHES = {"is_decoder": True, "tie_word_embeddings": False}
-SECTIONS = (4, 2, 2)  # of half a head, in turn by time, height and width
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _IMAGE = {"<image>": VOCAB - 1}
@@ -81,10 +80,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "CohereCompassTextConfig": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
-            kind: _ROPE | {"mrope_section": list(SECTIONS)} for kind in ("sliding_attention", "full_attention")
+            kind: _ROPE | {"mrope_section": [4, 2, 2]} for kind in ("sliding_attention", "full_attention")
         },
     },
-    "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "DeepseekOcr2SamVisionConfig": {"downsample_channels": [HIDDEN, HIDDEN]},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
     "Dots3NoteTextConfig": {
@@ -93,7 +92,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": HEAD, "swa_v_head_dim": HEAD,
     },
     "Emu3Config": {"vocabulary_map": _IMAGE | {"<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}},
-    "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [FEED_FORWARD, FEED_FORWARD]},
+    "DiffusionGemmaTextConfig": {
+        "num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": FEED_FORWARD,
+        "global_head_dim": 2 * HEAD,
+    },
+    "Ernie4_5_VLMoeTextConfig": {
+        "moe_intermediate_size": [FEED_FORWARD, FEED_FORWARD], "rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]},
+    },
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
     "Gemma3nTextConfig": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -104,19 +109,32 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "Glm5NextTextConfig": {"index_topk": 16},
     "Granite4VisionConfig": {"deepstack_layer_map": [[1, 1]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "LongcatFlashConfig": {"head_dim": HEAD // 2},
     "Mamba2Config": {"num_heads": 2 * HEADS},
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
+    "MuseSparkAudioConfig": {"num_hidden_layers": 4},
+    "PerceptionLMConfig": {"vision_config": {"model_args": {"embed_dim": HIDDEN}}},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD, "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
     "ReformerConfig": {"axial_pos_embds": False},
+    "XmodConfig": {"default_language": "en_XX"},
 }  # fmt: skip
+
+
+# towers of the package timm, which text does not pass: another stands in
+STAND_INS = {"TimmWrapperConfig": CLIPVisionConfig, "Gemma3nVisionConfig": CLIPVisionConfig}
 
 
 def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """A config of that class whose model has a few hundred thousand weights; its own defaults otherwise."""
-    return config_class(**tiny_options(config_class))
+    config = config_class(**tiny_options(config_class))
+    for name, part in vars(config).items():
+        if stand_in := STAND_INS.get(type(part).__name__):
+            # around the check that the part is of its class
+            vars(config)[name] = stand_in(**(vars(part) | tiny_options(stand_in)))
+    return config
 
 
 def tiny_options(
@@ -149,18 +167,17 @@ def tiny_options(
             options[name] = _small(name, value, defaults, ids)
     for name, value in vars(default).items():
         if isinstance(value, PreTrainedConfig):
-            part = tiny_options(type(value), value, ids, exceptions.pop(name, None))
-            options[name] = type(value)(**part)
+            options[name] = type(value)(**tiny_options(type(value), value, ids, exceptions.pop(name, None)))
     options |= {name: value for name, value in (TEXT | SWITCHES).items() if name in defaults}
     if "mrope_section" in (getattr(config_class, "ignore_keys_at_rope_validation", None) or ()):
-        rope = vars(default).get("rope_parameters")
-        options["rope_parameters"] = (rope or _ROPE) | {"mrope_section": list(SECTIONS)}
+        options["rope_parameters"] = _with_sections(vars(default).get("rope_parameters") or _ROPE)
     return options | exceptions
 
 
 def _defaults(config_class: type[PreTrainedConfig], default: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
     """The parameters and their defaults; what the class derives is None."""
     own, said = vars(config_class()), vars(default)
+    unsaid = UNSAID | ({"head_dim": None} if "qk_rope_head_dim" in said else {})
     for parameter in inspect.signature(config_class.__init__).parameters.values():
         name = parameter.name
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or name == "self":
@@ -168,7 +185,7 @@ def _defaults(config_class: type[PreTrainedConfig], default: PreTrainedConfig) -
         value = None if parameter.default is parameter.empty else parameter.default
         if not isinstance(said.get(name), PreTrainedConfig) and said.get(name) != own.get(name):
             value = said.get(name)
-        yield name, UNSAID.get(name) if value is None else value
+        yield name, unsaid.get(name) if value is None else value
 
 
 def _small(name: str, value: Any, defaults: dict[str, Any], ids: dict[int, int]) -> Any:
@@ -183,10 +200,18 @@ def _small(name: str, value: Any, defaults: dict[str, Any], ids: dict[int, int])
     if name == "image_size":
         patch = defaults.get("patch_size", 1)
         return PATCHES * patch if isinstance(patch, int) else value
-    if name.endswith("key_value_heads") and value in (1, defaults.get("num_attention_heads")):
-        return 1 if value == 1 else HEADS
+    if name.endswith("key_value_heads"):
+        if "qk_rope_head_dim" in defaults or value == defaults.get("num_attention_heads"):
+            return HEADS  # one latent makes the keys of all heads
+        return 1 if value == 1 else KV_HEADS
     small = next((small for pattern, small in COMPILED if pattern.fullmatch(name)), value)
     return small(value) if callable(small) else small
+
+
+def _with_sections(rope: dict[str, Any]) -> dict[str, Any]:
+    """Half of what is rotated of a head goes by time, the rest by height and width."""
+    half = int(HEAD * rope.get("partial_rotary_factor", 1.0)) // 2
+    return rope | {"mrope_section": [half // 2, half // 4, half // 4]}
 
 
 def _is_layered(value: Any) -> bool:

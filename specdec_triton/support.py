@@ -6,17 +6,16 @@ tree with branches), and a draft model, the class itself with noise on its weigh
 """
 
 import copy
-import datetime
 import inspect
-import json
 import multiprocessing
 import os
 import re
 import time
 import traceback
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,19 +30,19 @@ import specdec_triton as sdt
 from .shrink import PAD, WORDS, tiny_config
 
 MAPPINGS = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING", "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"}
-EXACT, REFUSED, WRONG, CRASH = "exact", "refused", "wrong", "crash"
-LATE, NOT_BUILT = "refused late", "not built"  # after `patch` had accepted it; or its plain `generate` does not run
-OUTCOMES = (EXACT, REFUSED, WRONG, CRASH, LATE, NOT_BUILT)
+EXACT, REFUSED, WRONG, CRASH = "exact", "refused in patch", "wrong", "crash"
+LATE, NOT_BUILT = "refused after patch", "not built"  # after `patch` had accepted it; or its plain `generate` does not run
+FAULTS = (WRONG, CRASH, LATE)
 
 PROMPT, PADDING, NEW_TOKENS = 9, 3, 16  # together beyond every window and chunk of a tiny config
 NEVER = 10_000  # an end-of-text token that no tiny model emits
 SEEDS = 5  # of weights, until the text wanders and has no near tie
 MIN_WORDS, MIN_MARGIN = 6, 1e-3  # other words than that repeat; the margin is a share of the logits' spread
 TREE = sdt.Topology.from_widths([2, 2])
-NOISES = (0.05, 0.1, 0.02, 0.2, 0.01, 0.4)  # of the draft model's weights, until it is right at times and wrong at times
+NOISE, TRIES = 0.1, 6  # of the draft model's weights, and until it is right at times and wrong at times
 TYPE_IDS = ("token_type_ids", "mm_token_type_ids")  # processors add them to every text, zeros for one without images
 GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": NEVER, "pad_token_id": PAD}
-TIME_LIMIT_S, NICENESS = 120.0, 0
+TIME_LIMIT_S, NICENESS = 120.0, 5
 
 
 PACKAGE = Path(__file__).parent
@@ -58,7 +57,7 @@ class Kind(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """One of `OUTCOMES`, and the reason; none where it is exact."""
+    """One of the words above, and the reason; none where it is exact."""
 
     word: str
     reason: str = ""
@@ -187,10 +186,13 @@ def _speculate(model: PreTrainedModel, calls: list[Call]) -> Outcome:
     found = _with(model, batch, sdt.PromptLookupDrafter(max_ngram=1), must_draft=False)
     if found:
         return found
-    for noise in NOISES:
-        found = _with(model, batch, sdt.ModelDrafter(_noisy(model, noise), tree=TREE))
+    noise = NOISE
+    for _ in range(TRIES):
+        drafter = sdt.ModelDrafter(_noisy(model, noise), tree=TREE)
+        found = _with(model, batch, drafter)
         if found is None or found.word != NOT_BUILT:
             break
+        noise *= 3 if sdt.stats(model).accepted else 1 / 3
     return found or Outcome(EXACT)
 
 
@@ -238,7 +240,7 @@ def _refusal(error: Exception) -> str:
     return found.group(1) if found else str(error)
 
 
-def _child(kind: Kind, pipe) -> None:
+def _child(kind: Kind, pipe: Connection) -> None:
     os.nice(NICENESS)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -249,9 +251,8 @@ def _child(kind: Kind, pipe) -> None:
     pipe.send(("end", outcome))
 
 
-def try_apart(kind: Kind, context=None, limit_s: float = TIME_LIMIT_S) -> Outcome:
+def try_apart(kind: Kind, context: BaseContext, limit_s: float = TIME_LIMIT_S) -> Outcome:
     """`check` in a process of its own, which may die or last too long."""
-    context = context or _context()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(kind, theirs), daemon=True)
     process.start()
@@ -272,7 +273,7 @@ def try_apart(kind: Kind, context=None, limit_s: float = TIME_LIMIT_S) -> Outcom
     return Outcome(CRASH, why) if stage == "speculate" else Outcome(NOT_BUILT, f"{stage}: {why}")
 
 
-def _context():
+def _context() -> BaseContext:
     """Processes that begin as copies of this one, in which everything that a check needs was used once."""
     torch.set_num_threads(1)  # a copy has no other threads, and would wait for them
     check(lambda seed: build(Kind("llama", "LlamaForCausalLM", "causal"), seed))
@@ -280,7 +281,12 @@ def _context():
 
 
 def walk(todo: Iterable[Kind]) -> Iterator[tuple[Kind, Outcome]]:
-    """Each kind and what came of it, as it comes. A class that two mappings have is tried once, with images."""
-    context = _context()
+    """Each kind and what came of it, as it comes; a class that two mappings have for one type is tried once."""
+    todo, context = list(todo), _context()
+    images = {kind[:2] for kind in todo if kind.mapping == "image-text"}
+    known: dict[tuple[str, str], Outcome] = {}
     for kind in todo:
-        yield kind, try_apart(kind, context)
+        if kind[:2] not in known:
+            with_images = kind._replace(mapping="image-text") if kind[:2] in images else kind
+            known[kind[:2]] = try_apart(with_images, context)
+        yield kind, known[kind[:2]]

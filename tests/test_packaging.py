@@ -87,6 +87,9 @@ ARROWS = {
     # these use the library as any user would: `import specdec_triton`
     "demo": {"specdec_triton", "instruments", "models", "prompts"},
     "prove": {"specdec_triton", "drafters", "proof"},
+    "shrink": set(),
+    "support": {"specdec_triton", "shrink"},
+    "support_page": {"support"},
     "cli": {
         "specdec_triton",
         "cards",
@@ -104,6 +107,8 @@ ARROWS = {
         "prompts",
         "prove",
         "rules",
+        "support",
+        "support_page",
     },
 }
 # third-party packages, where they are limited
@@ -121,6 +126,7 @@ PACKAGES = {
     "calibration": {"torch"},
     "proof": {"numpy", "torch"},
     "prompts": set(),
+    "shrink": {"transformers"},
 }
 
 

@@ -72,36 +72,51 @@ class TreeCache(Cache):
         super().__init__(layers=list(layers))
         self._fixed = fixed
         self._allocate(in_buckets(capacity), first)
-        self._show(self.capacity if fixed else in_buckets(first.shape[2]))
+        self._show(self.capacity if fixed else in_buckets(layers[self._own[0]].get_seq_length()))
 
     @classmethod
-    def from_prefill(cls, prefilled: Cache, capacity: int, fixed: bool = False) -> "TreeCache":
+    def from_prefill(
+        cls, prefilled: Cache | None, capacity: int, fixed: bool = False, columns: int | None = None
+    ) -> "TreeCache":
         """Take over what a prefill wrote.
 
         Args:
-            prefilled: cache whose layers hold keys [B, H, T, D] and values [B, H, T, Dv] of all T columns.
+            prefilled: cache whose layers hold keys [B, H, T, D] and values [B, H, T, Dv] of all T columns; a sliding
+                layer may hold the last ones alone, as many as its window reaches back from the next column.
             capacity: slots wanted, at least T; rounded up to a multiple of `BUCKET`.
             fixed: the model sees all slots from the start, so that views change only where the buffer must grow.
+            columns: T; None: what the cache holds.
 
         Raises:
-            ValueError: the layers differ in dtype, device, batch or length (a layer that dropped its history).
+            ValueError: there is no such cache, or its layers differ from that, or among each other, in dtype, device,
+                batch or length.
         """
-        layers = [layer for layer in prefilled.layers if layer.is_initialized]
-        kinds = {
-            (tensor.dtype, tensor.device, tensor.shape[0], tensor.shape[2])
-            for layer in layers
-            for tensor in (layer.keys, layer.values)
-        }
-        if len(kinds) != 1:
+        layers = [layer for layer in getattr(prefilled, "layers", ()) if layer.is_initialized]
+        if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
             raise ValueError(
-                "TreeCache: every layer must have keys and values of one dtype, device, batch size and length, got "
-                f"{sorted(map(str, kinds))}"
+                f"generate: the prompt's forward must leave a cache of keys and values, got {type(prefilled).__name__} "
+                "without any: is the model in training mode with gradient checkpointing, or its forward replaced?"
+            )
+        lengths = sorted({layer.get_seq_length() for layer in layers})
+        if lengths != [lengths[0] if columns is None else columns]:
+            raise ValueError(
+                f"generate: the prompt's forward must leave keys and values of its {columns or lengths[0]} columns in "
+                f"every layer, got {', '.join(map(str, lengths))}: what adds columns of its own (prompt or prefix "
+                "tuning) or drops some is decoded without speculation"
+            )
+        kinds = {
+            (tensor.dtype, tensor.device, tensor.shape[0]) for layer in layers for tensor in (layer.keys, layer.values)
+        }
+        if len(kinds) != 1 or any(not _reaches_back(layer) for layer in layers):
+            raise ValueError(
+                "generate: every layer must have keys and values of one dtype, device and batch size, and all that its "
+                f"window reaches, got {sorted(map(str, kinds))}: load the model in one dtype, without mixed precision"
             )
         cache = cls(prefilled, capacity, fixed)
         for plane, filled in zip(
             cache._planes, [layer.keys for layer in layers] + [layer.values for layer in layers], strict=True
         ):
-            plane[:, :, : filled.shape[2]] = filled
+            plane[:, :, lengths[0] - filled.shape[2] : lengths[0]] = filled
         return cache
 
     def _allocate(self, capacity: int, like: torch.Tensor) -> None:
@@ -155,6 +170,11 @@ class TreeCache(Cache):
             Views [B, H, S, D], [B, H, S, Dv] of the slots shown; after `place_after`, of those in use.
         """
         layer = self.layers[layer_idx]
+        if key_states.dtype != layer.keys.dtype or value_states.dtype != layer.values.dtype:
+            raise ValueError(
+                f"TreeCache: keys and values must be {layer.keys.dtype}, as the prompt's were, got {key_states.dtype} "
+                f"and {value_states.dtype}: load the model in one dtype, without mixed precision"
+            )
         if self._length is not None:
             end = self._length + key_states.shape[2]
             keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
@@ -175,10 +195,29 @@ class TreeCache(Cache):
         """Close the gaps between the accepted nodes: see `ops.compact_kv`."""
         ops.compact_kv(self.storage, self.widths, base, path, impl=impl)
 
-    def to_dynamic(self, length: int) -> DynamicCache:
-        """The first `length` slots as an ordinary cache (views, not copies)."""
-        dynamic = DynamicCache()
+    def to_dynamic(self, length: int, into: DynamicCache | None = None) -> DynamicCache:
+        """The first `length` slots as an ordinary cache.
+
+        Args:
+            into: the cache that the prefill came from, whose layers are replaced; None: a new one.
+        """
+        dynamic = DynamicCache() if into is None else into
         for index in self._own:
             layer = self.layers[index]
-            dynamic.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)
+            if into is None:
+                dynamic.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)
+                continue
+            filled = into.layers[index]
+            first = max(0, length - filled.sliding_window + 1) if filled.is_sliding else 0
+            filled.keys = layer.keys[:, :, first:length].clone()
+            filled.values = layer.values[:, :, first:length].clone()
+            if filled.is_sliding:
+                filled.cumulative_length = length
         return dynamic
+
+
+def _reaches_back(layer: CacheLayerMixin) -> bool:
+    """Whether the layer holds all the columns that a later one can attend to."""
+    held, length = layer.keys.shape[2], layer.get_seq_length()
+    needed = min(length, layer.sliding_window - 1) if layer.is_sliding else length
+    return layer.values.shape[2] == held >= needed

@@ -8,7 +8,6 @@ Everything a round needs is on the device; the host reads one small tensor a rou
 is a few CUDA graphs, and that look is a round late (`engine`).
 """
 
-import threading
 from collections.abc import Hashable
 from contextlib import nullcontext
 
@@ -25,8 +24,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import ops
 from .adaptive import AdaptiveTree
-from .attention import constant_rope_limit, graph_hazard
 from .auto import controller, most_nodes
+from .checks import check_attention, check_forward, constant_rope_limit, graph_hazard
 from .drafters import DraftContext
 from .drafters.base import check_rule
 from .engine import LAG, Reports, Stages, cannot_capture
@@ -42,9 +41,8 @@ from .runner import TreeRunner
 from .stats import Stats, timed
 from .transcript import Transcript
 from .tree import DraftTree, Topology
+from .versions import CACHE
 
-# The attention implementation is a setting of the config, which models may share: one call at a time may switch it.
-TURN = threading.RLock()
 STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 LEAST_TEMPERATURE = 1e-20
 FIRST_RESERVE = 512  # new tokens that the first cache buffer has room for
@@ -81,6 +79,9 @@ class Speculation:
         self.config, self.processors, self.streamer = generation_config, logits_processor, streamer
         self.rule, self.filters, self.warpers = "greedy", Filters(), LogitsProcessorList()
         self.model_kwargs = {key: value for key, value in model_kwargs.items() if value is not None}
+        self.callers_cache = self.model_kwargs.get(CACHE)
+        for part in (check_forward, check_attention):  # what may have changed since `patch`
+            part(model, "the model")
         for processor in logits_processor:
             if isinstance(processor, STATEFUL):
                 raise ValueError(
@@ -115,7 +116,7 @@ class Speculation:
             )
         ends = [c.eos_token_id.view(-1) for c in stopping_criteria if type(c) is EosTokenCriteria]
         self.eos_ids = torch.cat(ends).to(model.device).long() if ends else None
-        self.start = left_padding(self.input_ids, self.model_kwargs)
+        self.start = left_padding(self.input_ids, self.model_kwargs.get("attention_mask"))
 
         keep = []
         if generation_config.return_dict_in_generate:
@@ -186,10 +187,10 @@ class Speculation:
         return why
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """The whole call: what `generate` returns. Calls from several threads take turns."""
+        """The whole call: what `generate` returns."""
         device = self.model.device
         # Triton and events go by the current device
-        with TURN, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return self._run()
 
     def _run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
@@ -488,12 +489,13 @@ class Speculation:
 
     def output(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         sequences = self.transcript.sequences
-        if not self.config.return_dict_in_generate:
+        as_dict, cache = self.config.return_dict_in_generate, None
+        if as_dict or self.callers_cache is not None:
+            # plain `generate` does not run the last token either
+            cache = self.runner.cache.to_dynamic(sequences.shape[1] - 1, self.callers_cache)
+        if not as_dict:
             return sequences
         kept = self.transcript.columns_kept
         return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=kept.get("scores"),
-            logits=kept.get("logits"),
-            past_key_values=self.runner.cache.to_dynamic(sequences.shape[1] - 1),
+            sequences=sequences, scores=kept.get("scores"), logits=kept.get("logits"), **{CACHE: cache}
         )

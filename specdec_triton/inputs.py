@@ -23,19 +23,21 @@ def row_seeds_of(seed: int | Sequence[int] | None, batch: int) -> torch.Tensor:
     return row_seeds(int(torch.randint(2**62, ())) if seed is None else seed, batch)
 
 
-def left_padding(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
+def left_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """First real column of each sequence: [B] int64, from `attention_mask` [B, T] or, without one, 0.
 
     Raises:
-        ValueError: the mask has holes or padding on the right, a row is all padding, or `position_ids` do not count
-            the real tokens.
+        ValueError: the mask is of another shape, has holes or padding on the right, or a row is all padding.
     """
     batch, length = input_ids.shape
     columns = torch.arange(length, device=input_ids.device)
-    mask = model_kwargs.get("attention_mask")
-    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device).bool()
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
     if real.shape != input_ids.shape:
-        raise ValueError(f"generate: attention_mask must be [{batch}, {length}], got {list(real.shape)}")
+        raise ValueError(
+            f"generate: attention_mask must be [{batch}, {length}], one number for each of input_ids, got "
+            f"{list(real.shape)}: with a cache of earlier turns, pass the whole conversation as input_ids"
+        )
+    real = real.bool()
     start = length - real.sum(1)
     if not torch.equal(real, columns >= start[:, None]) or not real[:, -1].all():
         raise ValueError(
@@ -43,14 +45,4 @@ def left_padding(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
             "holes, padding on the right, or a row without tokens: set tokenizer.padding_side = 'left', or pass "
             "attention_mask if it was inferred from a pad token in mid-prompt"
         )
-    positions = model_kwargs.get("position_ids")
-    if positions is not None:
-        wanted = columns - start[:, None]
-        positions = positions.to(input_ids.device)
-        counted = positions.dim() == 2 and positions.shape[0] in (1, batch) and positions.shape[1] == length
-        if not counted or not torch.equal(torch.where(real, positions, wanted), wanted):
-            raise ValueError(
-                f"generate: position_ids must count the real tokens from 0, [{batch}, {length}], when speculation is "
-                f"on, got other positions of shape {list(positions.shape)}"
-            )
     return start

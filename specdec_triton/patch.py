@@ -1,7 +1,10 @@
 """Swapping speculative decoding into a model's own `generate`, one instance at a time, and out again.
 
 `generate` looks `_assisted_decoding` and `_sample` up on the model's class. A patched instance gets a subclass of its
-class with the same name; the subclass is made once per class, and each instance's options are kept outside of it.
+class with the same name, made once per class, and carries its options.
+
+There are no locks: a child process would inherit one held. Each change is a single assignment, `_settle` makes the
+class follow, and whoever is interrupted in between takes the change back or ends it.
 """
 
 import copyreg
@@ -9,29 +12,51 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from functools import cache
 from weakref import WeakKeyDictionary
 
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from .attention import check_supported, graph_hazard
+from .checks import check_supported, graph_hazard, unwrap
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .engine import cannot_capture
-from .generate import TURN, Speculation
+from .generate import Speculation
 from .options import Options
+from .preparation import TOKEN_TYPES, says_nothing
 from .stats import Stats
 from .tree import DynamicTree, Topology
+from .versions import CACHE, warn_if_untested
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
-MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "position_ids", "use_cache", CACHE}
+STATE = "_specdec_triton"  # a patched model's attribute
 
-
-_options: WeakKeyDictionary[PreTrainedModel, Options] = WeakKeyDictionary()
-_holders: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()  # threads inside a `patched` block
-_PATCHING = threading.RLock()
 _stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class _Block:
+    """A `with patched(...)`; without options its body has unpatched the model."""
+
+    options: Options | None
+    closed: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+
+
+@dataclass(eq=False)
+class _State:
+    """What a model was told, kept in its attribute `STATE` so that a drafter that is the model keeps nothing alive."""
+
+    base: Options | None = None  # by `patch`
+    blocks: list[_Block] = field(default_factory=list)  # by `patched`
+
+
+# of this thread or asyncio task, the innermost last
+_open_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("specdec_triton_blocks", default=())
 
 
 def patch(model: PreTrainedModel, **options) -> None:
@@ -51,16 +76,18 @@ def patch(model: PreTrainedModel, **options) -> None:
             thread is inside a `patched` block of this model.
     """
     target = unwrap(model)
+    _replace("patch", target, _checked(target, options))
+
+
+def _checked(model: PreTrainedModel, options: dict) -> Options:
+    """The options, if the model can be decoded with them."""
     chosen = Options.of(options)
-    check_supported(target)
+    warn_if_untested()
+    check_supported(model)
     if chosen.drafter is not None:
-        _check_drafter(target, chosen.drafter, chosen.rule, chosen.tree)
-    _check_graphs(target, chosen)
-    with _PATCHING:
-        _check_holder("patch", target)
-        if not isinstance(target, SpeculativeModel):
-            target.__class__ = _speculative_class(type(target))
-        _options[target] = chosen
+        _check_drafter(model, chosen.drafter, chosen.rule, chosen.tree)
+    _check_graphs(model, chosen)
+    return chosen
 
 
 def _check_drafter(
@@ -92,66 +119,119 @@ def unpatch(model: PreTrainedModel) -> None:
             block of it.
     """
     target = unwrap(model)
-    with _PATCHING:
-        if target not in _options:
-            raise ValueError(f"unpatch: model must be patched, got an unpatched {type(target).__name__}")
-        if not _is_ours(type(target)):
-            raise ValueError(
-                f"unpatch: the model's class must be the one that patch gave it, got {type(target).__name__}: undo "
-                "what changed it first"
-            )
-        _check_holder("unpatch", target)
-        _remove(target)
-
-
-def _remove(model: PreTrainedModel) -> None:
-    model.__class__ = type(model).__bases__[1]
-    del _options[model]
+    state = _state(target)
+    if not isinstance(target, SpeculativeModel) or (_in_force(target) is None and (state.base or state.blocks)):
+        raise ValueError(f"unpatch: model must be patched, got an unpatched {type(target).__name__}")
+    if not _is_ours(type(target)):
+        raise ValueError(
+            f"unpatch: the model's class must be the one that patch gave it, got {type(target).__name__}: undo "
+            "what changed it first"
+        )
+    _replace("unpatch", target, None)
 
 
 @contextmanager
 def patched(model: PreTrainedModel, **options) -> Iterator[PreTrainedModel]:
     """`patch` for a `with` block; afterwards the model is as it was on entry, patched or not.
 
-    Inside, `generate` may be called from any thread (calls take turns), but the thread that entered alone may patch or
-    unpatch the model.
+    Inside, `generate` may be called from any thread. Other threads may not patch or unpatch the model meanwhile. Blocks
+    of several asyncio tasks may overlap and end in any order: each task's calls have the options of its own block.
 
     Args:
         model, **options: see `patch`.
     """
     target = unwrap(model)
-    with _PATCHING:
-        before, outer = _options.get(target), _holders.get(target)
-        patch(target, **options)
-        _holders[target] = threading.get_ident()
+    block = _Block(_checked(target, options))
+    _check_threads("patched", target)
     try:
-        yield model
+        try:
+            state = _state(target, make=True)
+            state.blocks.append(block)
+            vars(target)[STATE] = state  # should another thread have ended the last block just now
+            _open_blocks.set((*(other for other in _open_blocks.get() if not other.closed), block))
+            _settle(target)
+            yield model
+        finally:
+            _close(target, block)
     finally:
-        with _PATCHING:
-            try:
-                _restore(target, before)
-            finally:
-                if outer is None:
-                    del _holders[target]
-                else:
-                    _holders[target] = outer
+        _close(target, block)  # once more, in case an interrupt came in the middle
 
 
-def _restore(model: PreTrainedModel, before: Options | None) -> None:
-    """What was there before a `patched` block, whatever its body did and whichever thread leaves it. Nothing is checked
-    again: it was good once."""
-    if before is None and model in _options:
-        if not _is_ours(type(model)):
-            unpatch(model)  # says what is wrong
-        _remove(model)
-    elif before is not None:
-        if model not in _options:
+def _close(model: PreTrainedModel, block: _Block) -> None:
+    """End a block, whatever its body did and whichever thread leaves it. Nothing is checked again: it was good once."""
+    _open_blocks.set(tuple(other for other in _open_blocks.get() if other is not block))
+    state = _state(model)
+    if block in state.blocks:
+        state.blocks.remove(block)
+    block.options, block.closed = None, True
+    if isinstance(model, SpeculativeModel) and not _is_ours(type(model)) and not (state.base or state.blocks):
+        raise ValueError(
+            f"patched: the model's class must be the one that patch gave it, got {type(model).__name__}: undo what "
+            "changed it, then call unpatch"
+        )
+    _settle(model)
+
+
+def _replace(what: str, model: PreTrainedModel, options: Options | None) -> None:
+    """The options of the block that the caller is in or, outside of any, of the model."""
+    _check_threads(what, model)
+    block = _own_block(model)
+    before = block.options if block else _state(model).base
+    try:
+        if block:
+            block.options = options
+        else:
+            _state(model, make=True).base = options
+        _settle(model)
+    except BaseException:
+        if block:
+            block.options = before
+        else:
+            _state(model, make=True).base = before
+        _settle(model)
+        raise
+
+
+def _state(model: PreTrainedModel, make: bool = False) -> _State:
+    return vars(model).setdefault(STATE, _State()) if make else vars(model).get(STATE) or _State()
+
+
+def _own_block(model: PreTrainedModel) -> _Block | None:
+    """The innermost block of this model that the thread or asyncio task is in."""
+    open_here = _state(model).blocks
+    return next((block for block in reversed(_open_blocks.get()) if block in open_here), None)
+
+
+def _in_force(model: PreTrainedModel) -> Options | None:
+    """The options of a call made here: of the caller's own block, else of the latest that is open, else of `patch`."""
+    state = _state(model)
+    block = _own_block(model) or next(reversed(state.blocks), None)
+    return block.options if block else state.base
+
+
+def _settle(model: PreTrainedModel) -> None:
+    """Give the model the class that its state asks for. It may be called at any time, and again."""
+    while True:
+        state = _state(model)
+        wanted = _wants_patch(state)
+        if wanted and not isinstance(model, SpeculativeModel):
             model.__class__ = _speculative_class(type(model))
-        _options[model] = before
+        if not wanted and _is_ours(type(model)):
+            model.__class__ = type(model).__bases__[1]
+        if not wanted and not state.blocks:
+            vars(model).pop(STATE, None)
+            if state.blocks:  # another thread has opened one in the meantime
+                vars(model)[STATE] = state
+        if _wants_patch(_state(model)) == wanted:
+            return
 
 
-def _check_holder(what: str, model: PreTrainedModel) -> None:
-    if _holders.get(model, threading.get_ident()) != threading.get_ident():
+def _wants_patch(state: _State) -> bool:
+    return state.base is not None or any(block.options is not None for block in state.blocks)
+
+
+def _check_threads(what: str, model: PreTrainedModel) -> None:
+    if any(block.thread != threading.get_ident() for block in _state(model).blocks):
         raise ValueError(
             f"{what}: the model must not be inside another thread's `with patched(...)`, got a "
             f"{type(model).__name__} that is: wait for it, or give each thread a model of its own"
@@ -193,7 +273,8 @@ class SpeculativeGenerate:
         asked = _asked(generation_config, model_kwargs)
         if asked:
             raise ValueError(f"SpeculativeGenerate: assistance must be given as its drafter, got {', '.join(asked)}")
-        _check_call(generation_config, {}, self.options)
+        _check_call(model, generation_config, {}, self.options)
+        warn_if_untested()
         check_supported(model)
         options = self.options if self.options.drafter else replace(self.options, drafter=NoDrafter())
         return _speculate(
@@ -205,10 +286,12 @@ class SpeculativeModel(GenerationMixin):
     """Mixed into the class of a patched model, before the class itself."""
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        asked = _asked(generation_config, generation_mode_kwargs)
-        drafter = _options[self].drafter
-        if not asked and drafter is None:
-            return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        asked, options = _asked(generation_config, generation_mode_kwargs), _in_force(self)
+        if options is None or (not asked and options.drafter is None):
+            plain = super()._validate_generation_mode
+            _settle(self)  # should an interrupt have left it half unpatched
+            return plain(generation_mode, generation_config, generation_mode_kwargs)
+        drafter = options.drafter
         if asked and drafter is not None:
             raise ValueError(
                 f"generate: assistance must come from one place, got a drafter in patch() and {', '.join(asked)} in "
@@ -220,7 +303,7 @@ class SpeculativeModel(GenerationMixin):
                 f"generate: speculative decoding must run greedy search or sampling, got {generation_mode.value} "
                 f"(num_beams={generation_config.num_beams}): call it without assistance, or with num_beams=1"
             )
-        _check_call(generation_config, generation_mode_kwargs, _options[self])
+        _check_call(self, generation_config, generation_mode_kwargs, options)
 
     def _assisted_decoding(
         self,
@@ -245,7 +328,7 @@ class SpeculativeModel(GenerationMixin):
             drafter = PromptLookupDrafter(
                 num_tokens=generation_config.prompt_lookup_num_tokens, **({} if ngram is None else {"max_ngram": ngram})
             )
-        options = replace(_options[self], drafter=drafter)
+        options = replace(_in_force(self), drafter=drafter)
         return _speculate(
             self, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer
         )
@@ -260,46 +343,27 @@ class SpeculativeModel(GenerationMixin):
         streamer=None,
         **model_kwargs,
     ):
-        options = _options[self]
-        if options.drafter is None:
-            with TURN:  # not while another thread's call has the attention swapped
-                return super()._sample(
-                    input_ids,
-                    logits_processor=logits_processor,
-                    stopping_criteria=stopping_criteria,
-                    generation_config=generation_config,
-                    synced_gpus=synced_gpus,
-                    streamer=streamer,
-                    **model_kwargs,
-                )
+        options = _in_force(self)
+        if options is None or options.drafter is None:
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
         return _speculate(
             self, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer
         )
 
     def __reduce_ex__(self, protocol):
         """Pickles and copies are of the model's own class: what is loaded elsewhere is not patched."""
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        _, _, attributes, *rest = super().__reduce_ex__(max(protocol, 2))
+        attributes = {name: value for name, value in attributes.items() if name != STATE}
         # pickle insists that copyreg.__newobj__ makes the object's present class
-        return copyreg._reconstructor, (type(self).__bases__[1], object, None), *state
-
-
-def unwrap(model) -> PreTrainedModel:
-    """The transformers model inside PEFT and `torch.compile` wrappers.
-
-    Raises:
-        ValueError: it is none, or is wrapped in something else.
-    """
-    inner = model
-    if hasattr(inner, "_orig_mod"):
-        inner = inner._orig_mod
-    if not isinstance(inner, PreTrainedModel) and callable(getattr(inner, "get_base_model", None)):
-        inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
-        raise ValueError(
-            f"patch: model must be a transformers model with generate(), got {type(model).__module__}."
-            f"{type(model).__qualname__}: pass the model inside it"
-        )
-    return inner
+        return copyreg._reconstructor, (type(self).__bases__[1], object, None), attributes, *rest
 
 
 @cache
@@ -324,8 +388,9 @@ def _asked(generation_config: GenerationConfig, arguments: dict) -> list[str]:
     return asked
 
 
-def _check_call(config: GenerationConfig, arguments: dict, options: Options) -> None:
-    """Refuse, by name, what a speculative call cannot honour."""
+def _check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict, options: Options) -> None:
+    """Refuse, by name, what a speculative call cannot honour; override, with a warning, what the model's saved
+    generation config says about the cache."""
     asked = _asked(config, arguments)
     unsupported = sorted(set(asked) - set(ASSISTANCE))
     if unsupported:
@@ -344,13 +409,23 @@ def _check_call(config: GenerationConfig, arguments: dict, options: Options) -> 
         raise ValueError(
             f"generate: num_beams must be 1 with speculative decoding, got {config.num_beams}: search beams without it"
         )
-    if config.use_cache is False:
-        raise ValueError("generate: use_cache must be True with speculative decoding, got False")
-    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-        raise ValueError(
-            f"generate: cache_implementation must be None or 'dynamic' with speculative decoding, got "
-            f"{config.cache_implementation!r}: the cache is made here"
+    for name, wanted, accepted in (
+        ("use_cache", "True", (True, None)),
+        ("cache_implementation", "None or 'dynamic'", (None, "dynamic", "dynamic_full")),
+    ):
+        value = getattr(config, name)
+        if value in accepted:
+            continue
+        if value != getattr(model.generation_config, name):
+            raise ValueError(
+                f"generate: {name} must be {wanted} with speculative decoding, got {value!r}: the cache is made here"
+            )
+        warnings.warn(
+            f"generate: {name}={value!r} of the model's generation config is not used with speculative decoding, which "
+            "makes its own cache",
+            stacklevel=4,
         )
+        setattr(config, name, accepted[0])
     for name in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, name):
             raise ValueError(f"generate: {name} must be False with speculative decoding, got True")
@@ -364,15 +439,24 @@ def _speculate(
     if not input_ids.shape[1]:
         raise ValueError("generate: input_ids must hold a prompt with speculative decoding, got inputs_embeds alone")
     model_kwargs.pop("tokenizer", None)  # the stopping criteria have it
-    unknown = sorted(key for key, value in model_kwargs.items() if value is not None and key not in MODEL_ARGUMENTS)
+    unknown = sorted(
+        name
+        for name, value in model_kwargs.items()
+        if name not in MODEL_ARGUMENTS and name not in TOKEN_TYPES and not says_nothing(name, value)
+    )
+    unknown += sorted(name for name in TOKEN_TYPES if not says_nothing(name, model_kwargs.get(name)))
     if unknown:
         raise ValueError(
             f"generate: model arguments must be among {', '.join(sorted(MODEL_ARGUMENTS))} with speculative decoding, "
-            f"got {', '.join(unknown)}"
+            f"got {', '.join(unknown)}: images and other media are decoded without speculation"
         )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
-        raise ValueError("generate: past_key_values must be None with speculative decoding, got the caller's cache")
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
+        raise ValueError(
+            f"generate: inputs_embeds must be those of the {input_ids.shape[1]} input_ids with speculative decoding, "
+            f"got {embeds.shape[1]}"
+        )
+    model_kwargs[CACHE] = _callers_cache(model_kwargs.get(CACHE), input_ids)
     rule = (options.rule or "coupled") if generation_config.do_sample else "greedy"
     _check_drafter(model, options.drafter, rule, options.tree)
     speculation = Speculation(
@@ -387,3 +471,27 @@ def _speculate(
     )
     _stats[model] = speculation.stats
     return speculation.run()
+
+
+def _callers_cache(cache, input_ids) -> DynamicCache | None:
+    """The cache that the caller gave, if it can be used; None: `generate` made it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if cache is None or not getattr(cache, "_is_user_defined", False):
+        return None
+    known = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+    layers = cache.layers if known else []
+    if not known or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise ValueError(
+            f"generate: {CACHE} must be None or a DynamicCache of keys and values with speculative decoding, got "
+            f"{type(cache).__name__}"
+        )
+    held, columns = cache.get_seq_length(), input_ids.shape[1]
+    if held >= columns:
+        raise ValueError(
+            f"generate: {CACHE} must hold fewer columns than the {columns} of input_ids, the whole conversation, got "
+            f"{held}: crop it to what both have in common"
+        )
+    return cache

@@ -9,9 +9,11 @@ import torch
 import torch._dynamo
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from .attention import own_configs, tree_attention_enabled
+from .attention import call_with_tree_attention
 from .cache import TreeCache
+from .preparation import NextStep, next_step
 from .tree import chain_tensors, pack_tree
+from .versions import CACHE
 
 RECOMPILES = 64  # shapes that one process may compile a model for; torch's own limit of 8 counts all models together
 PREFILL_CHUNK = 8192  # columns of a long prompt that one forward takes, where the call does not say
@@ -23,8 +25,8 @@ class TreeRunner:
     Args:
         model: the model, left as it is outside `forward`.
         start: [B] int64. First column that holds a real token.
-        last_position: [B] int64, or one for all. Largest position that may be fed; deeper nodes, which can never be
-            emitted, are clamped to it.
+        last_position: [B] int64, or one for all. Largest position that may be fed, counted from 0 at `start`; deeper
+            nodes, which can never be emitted, are clamped to it.
         impl: implementation of the ops, see `ops`.
         fixed: shapes and addresses stay, see `TreeCache.from_prefill`.
         compiled: run tree nodes through `torch.compile`.
@@ -46,7 +48,7 @@ class TreeRunner:
             self._recompiles = partial(torch._dynamo.config.patch, recompile_limit=RECOMPILES)
         self.last_position = torch.as_tensor(last_position, device=start.device).expand(len(start))
         self.cache: TreeCache | None = None
-        self._configs = own_configs(model)
+        self.step = NextStep(origin=start)
         # some mixtures of experts read the attention mask for a training loss when their config says so
         routers = "output_router_logits" in inspect.signature(model.forward).parameters
         self._arguments = {"output_router_logits": False} if routers else {}
@@ -57,22 +59,49 @@ class TreeRunner:
         """Run the prompt [B, T] as transformers does, under the model's own attention.
 
         Args:
-            model_kwargs: `attention_mask`, `position_ids` and the like, as `generate` prepared them.
+            model_kwargs: `attention_mask`, `position_ids` and the like, as `generate` prepared them; the caller's cache
+                if it is to be used: what it holds of the prompt is not run again.
             capacity: slots to hold.
 
         A prompt longer than `PREFILL_CHUNK` is run in chunks, unless the generation config has a size of its own.
 
         Returns:
             logits [B, 1, V] after the last column.
+
+        Raises:
+            ValueError: the forward does not leave the keys and values of all T columns, or the model would not go on
+                from there token by token.
         """
-        if input_ids.shape[1] > PREFILL_CHUNK and generation_config.prefill_chunk_size is None:
+        # a cache without layer types keeps the whole history in sliding layers too
+        model_kwargs = {**model_kwargs, CACHE: model_kwargs.get(CACHE) or DynamicCache(), "use_cache": True}
+        columns, is_fresh = input_ids.shape[1], not model_kwargs[CACHE].get_seq_length()
+        if columns > PREFILL_CHUNK and generation_config.prefill_chunk_size is None and is_fresh:
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = PREFILL_CHUNK
-        # a cache without layer types keeps the whole history in sliding layers too
-        model_kwargs = {**model_kwargs, "past_key_values": DynamicCache(), "use_cache": True}
         outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
-        self.cache = TreeCache.from_prefill(outputs.past_key_values, capacity, self._fixed)
+        self.cache = TreeCache.from_prefill(outputs.get(CACHE), capacity, self._fixed, columns)
+        try:
+            self.step = next_step(self.model, input_ids, outputs, model_kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"generate: the model must continue a text token by token with speculative decoding: {error}: decode "
+                "it without speculation"
+            ) from None
         return outputs.logits[:, -1:]
+
+    def _arguments_of(self, tokens: torch.Tensor, columns: torch.Tensor) -> dict:
+        """Arguments of a forward over tokens [B, N] that stand in `columns` [B, N], but for its mask."""
+        types = {name: last.expand(len(tokens), tokens.shape[1]) for name, last in self.step.token_types.items()}
+        return {
+            "input_ids": tokens,
+            "position_ids": self.step.positions(columns),
+            CACHE: self.cache,
+            "use_cache": True,
+            "return_dict": True,
+            **types,
+            **self.step.constants,
+            **self._arguments,
+        }
 
     def forward(
         self, tokens: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor, base: torch.Tensor
@@ -86,17 +115,14 @@ class TreeRunner:
             base: [B] int64. Slot of node 0; node i goes to slot base + i.
         """
         num_rows, first = tokens.shape[1], depth.shape[1] - tokens.shape[1]
-        position = (base - self.start)[:, None] + depth[:, first:]
+        last_column = (self.start + self.last_position)[:, None]
         self.cache.place(base + first, num_rows)
-        with self._recompiles(), tree_attention_enabled(self._configs, self.impl):
-            outputs = self._call(
-                input_ids=tokens,
+        with self._recompiles():
+            outputs = call_with_tree_attention(
+                self.impl,
+                self._call,
                 attention_mask=pack_tree(depth, ancestors, self.start, base)[:, None],
-                position_ids=torch.minimum(position, self.last_position[:, None]),
-                past_key_values=self.cache,
-                use_cache=True,
-                return_dict=True,
-                **self._arguments,
+                **self._arguments_of(tokens, torch.minimum(base[:, None] + depth[:, first:], last_column)),
             )
         return outputs.logits
 
@@ -108,11 +134,4 @@ class TreeRunner:
     def decode(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
         """Logits [B, 1, V] of one token [B, 1] after `length` unpadded ones: transformers' own decoding step."""
         self.cache.place_after(length)
-        outputs = self.model(
-            input_ids=tokens,
-            position_ids=torch.full_like(tokens, length),
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        return outputs.logits
+        return self.model(**self._arguments_of(tokens, torch.full_like(tokens, length))).logits

@@ -1,5 +1,7 @@
 """Captured rounds and late reads change nothing but the time: the texts are plain generate's."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch._dynamo
@@ -7,8 +9,8 @@ import torch._dynamo
 import specdec_triton as sdt
 from families import FAMILIES, NEVER, VOCAB, build, prompt
 from simulated_graph import HostRead, SimulatedGraphs, trace
-from specdec_triton import cache, engine, generate
-from specdec_triton.attention import own_configs, tree_attention_enabled
+from specdec_triton import cache, engine, generate, runner
+from specdec_triton.attention import call_with_tree_attention
 from specdec_triton.drafters import Drafter, DraftSession
 from specdec_triton.drafters.model import ModelSession
 from specdec_triton.runner import TreeRunner
@@ -268,12 +270,12 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
                 return method(self, *arguments)  # the prompt's own tree has one node
             if method not in compiled:
                 compiled[method] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
-            # older compilers do not see a setting of the config that the code itself changes
-            runner = getattr(self, "_runner", self)
-            with tree_attention_enabled(own_configs(runner.model)):
-                return compiled[method](self, *arguments)
+            # compilers do not trace a context
+            return call_with_tree_attention(None, partial(compiled[method], self, *arguments))
 
         return run
+
+    monkeypatch.setattr(runner, "call_with_tree_attention", lambda impl, call, **arguments: call(**arguments))
 
     speculation = generate.Speculation
     if stage == "accept":

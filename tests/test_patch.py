@@ -39,13 +39,19 @@ def snapshot(model):
     modules = dict(model.named_modules())
     return {
         "class": type(model),
-        "attention": [config._attn_implementation for config in sdt.attention.own_configs(model)],
+        "attention": [config._attn_implementation for config in own_configs(model)],
         "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
         "attributes": {name: sorted(m.__dict__) for name, m in modules.items()},
         "config": model.config.to_dict(),
         "generation_config": model.generation_config.to_dict(),
         "training": model.training,
     }
+
+
+def own_configs(model):
+    """The distinct config objects of the model's modules."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in configs if config is not None}.values())
 
 
 def test_patch_and_unpatch_leave_nothing(model):
@@ -217,7 +223,6 @@ def lookup(**more):
         (lookup(synced_gpus=True), "synced_gpus must be False"),
         (lookup(return_dict_in_generate=True, output_attentions=True), "output_attentions must be False"),
         (lookup(return_dict_in_generate=True, output_hidden_states=True), "output_hidden_states must be False"),
-        (lookup(past_key_values=transformers.DynamicCache()), "past_key_values must be None"),
         (lookup(assistant_early_exit=1), "one kind of assistance must be asked for"),
         (lookup(assistant_ensemble_weight=0.5), "got .*assistant_ensemble_weight"),
         ({"use_mtp": True}, "got use_mtp"),
@@ -254,14 +259,17 @@ def test_only_left_padding_is_accepted(model, mask):
         )
 
 
-def test_other_positions_and_embeddings_are_refused(model):
-    inputs = prompt(padding=0)
+def test_embeddings_need_their_tokens(model):
+    inputs, lookup = prompt(padding=0), {**OPTIONS, "prompt_lookup_num_tokens": 3}
+    embeds = 2 * model.get_input_embeddings()(inputs["input_ids"])
+    plain = model.generate(**inputs, inputs_embeds=embeds, **OPTIONS)
+    assert not torch.equal(plain, model.generate(**inputs, **OPTIONS))
     with sdt.patched(model):
-        with pytest.raises(ValueError, match="position_ids must count the real tokens from 0"):
-            model.generate(**inputs, position_ids=torch.arange(9)[None] + 5, prompt_lookup_num_tokens=3)
-        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        assert torch.equal(model.generate(**inputs, inputs_embeds=embeds, **lookup), plain)
         with pytest.raises(ValueError, match="input_ids must hold a prompt"):
-            model.generate(inputs_embeds=embeds, prompt_lookup_num_tokens=3)
+            model.generate(inputs_embeds=embeds, **lookup)
+        with pytest.raises(ValueError, match="inputs_embeds must be those of the 9 input_ids .*got 8"):
+            model.generate(**inputs, inputs_embeds=embeds[:, 1:], **lookup)
 
 
 def test_state_that_cannot_be_rolled_back_is_refused(model):
@@ -270,13 +278,6 @@ def test_state_that_cannot_be_rolled_back_is_refused(model):
             model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3, guidance_scale=1.5)
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast must be off"):
             model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)
-
-
-def test_a_window_that_attention_is_not_told_of_is_refused_in_the_call_too():
-    module = torch.nn.Linear(2, 2)
-    module.config = transformers.MistralConfig(sliding_window=6)
-    with pytest.raises(ValueError, match="sliding_window must be passed to the attention function, got a Linear"):
-        sdt.attention.tree_attention_forward(module, None, None, None, torch.zeros(1, 1, 1, 4, dtype=torch.int64))
 
 
 def test_positions_that_are_not_asked_for_are_refused():
@@ -313,7 +314,7 @@ def test_another_threads_patched_block_is_not_disturbed(model):
                 with pytest.raises(ValueError, match="must not be inside another thread's `with patched"):
                     pool.submit(call).result()
             pool.submit(model.generate, **prompt(), **OPTIONS, prompt_lookup_num_tokens=3).result()
-            assert sdt.patch.__globals__["_options"][model].tree == 5
+            assert sdt.patch.__globals__["_in_force"](model).tree == 5
         pool.submit(sdt.patch, model).result()
         pool.submit(sdt.unpatch, model).result()
 
@@ -341,10 +342,10 @@ def test_a_patched_block_may_be_left_by_another_thread(model):
 def test_leaving_a_patched_block_checks_nothing_again(model):
     draft = build("llama", seed=1)
     with sdt.patched(model, drafter=sdt.ModelDrafter(draft)):
-        outer = sdt.patch.__globals__["_options"][model]
+        outer = sdt.patch.__globals__["_in_force"](model)
         with sdt.patched(model, tree=5):
             draft.to("meta")  # the outer drafter would be refused now
-        assert sdt.patch.__globals__["_options"][model] is outer
+        assert sdt.patch.__globals__["_in_force"](model) is outer
     assert type(model) is transformers.LlamaForCausalLM
 
 

@@ -142,15 +142,14 @@ def test_a_cache_that_dropped_its_history_is_refused():
     short = DynamicCache()
     short.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
     short.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 1)
-    with pytest.raises(ValueError, match="TreeCache: every layer must have keys and values of one dtype"):
+    with pytest.raises(ValueError, match="leave keys and values of its 3 columns in every layer, got 3, 5"):
         sdt.TreeCache.from_prefill(short, 10)
 
 
 def test_dense_masks_are_refused_by_the_tree_attention():
     model = build("llama")
-    with sdt.attention.tree_attention_enabled(sdt.attention.own_configs(model)):
-        with pytest.raises(ValueError, match="specdec_tree: attention_mask must be a packed tree.*got"):
-            model(**prompt())
+    with pytest.raises(ValueError, match="specdec_tree: attention_mask must be a packed tree.*got"):
+        sdt.attention.call_with_tree_attention(None, model, **prompt())
     assert model.config._attn_implementation == "sdpa"
 
 

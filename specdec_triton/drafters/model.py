@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..attention import check_supported, graph_hazard
+from ..checks import check_supported, graph_hazard
 from ..filters import filtered_log_probs
 from ..noise import COUPLED, DRAFT, gumbel
 from ..reference import Acceptance

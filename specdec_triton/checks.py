@@ -1,0 +1,293 @@
+"""What a model must be for tree verification: refused by name in `patch`, before anything is changed."""
+
+import inspect
+from collections.abc import Iterator
+from functools import cache, partial
+from types import CellType, CodeType, FunctionType, MethodType
+
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .preparation import check_preparation
+
+CORRECTED_MODULES = (
+    "Llama4TextAttention",
+)  # they take positions from the cache: see attention._temperature_correction
+DENSE_MASK_MODELS = ("doge", "moshi")  # they make more of their dense mask than attention is told
+RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm", "hybrid")
+# kinds of layers whose visible keys follow from positions alone, and kinds without attention; any other is refused
+KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe", "dummy"}
+# what a module's code names if it calls the attention function, and if it masks keys outside of a window
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+WINDOW_MASKS = {"create_sliding_window_causal_mask", "sliding_window"}
+
+HOST_READS = {"bincount", "item", "nonzero", "tolist", "unique"}  # methods that wait for a value
+
+
+def unwrap(model) -> PreTrainedModel:
+    """The transformers model inside PEFT and `torch.compile` wrappers.
+
+    Raises:
+        ValueError: it is none, is wrapped in something else, or has a PEFT adapter that adds tokens or keys.
+    """
+    inner = model
+    if hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod
+    if not isinstance(inner, PreTrainedModel) and callable(getattr(inner, "get_base_model", None)):
+        adapters = getattr(inner, "peft_config", None) or {}
+        active = getattr(inner, "active_adapters", adapters)
+        for name in [active] if isinstance(active, str) else active:
+            if getattr(adapters.get(name), "is_prompt_learning", False):
+                raise ValueError(
+                    "patch: a PEFT adapter must change weights (LoRA and the like), got "
+                    f"{type(adapters[name]).__name__} {name!r}, which puts tokens or keys of its own before the "
+                    "prompt: decode it without speculation"
+                )
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
+        raise ValueError(
+            f"patch: model must be a transformers model with generate(), got {type(model).__module__}."
+            f"{type(model).__qualname__}: pass the model inside it"
+        )
+    return inner
+
+
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of the model that its text runs through."""
+    return model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model
+
+
+def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
+    """Refuse, by name, what tree verification cannot serve.
+
+    Raises:
+        ValueError: an encoder-decoder, a model with recurrent state or with layers that choose their keys by content,
+            one outside the attention interface or with an attention function of its own, one whose positions, window or
+            softcap attention is not told, or one that does not continue a text token by token.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"patch: {role} must be decoder-only, got the encoder-decoder {name}: use transformers' own assisted "
+            "decoding"
+        )
+    layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    recurrent = sorted({kind for kind in layer_types if any(word in kind for word in RECURRENT_LAYERS)})
+    if getattr(model, "_is_stateful", False) or recurrent:
+        what = f" (layers {', '.join(recurrent)})" if recurrent else ""
+        raise ValueError(
+            f"patch: {role} must keep all its state in keys and values, got {name} with recurrent state{what}, which "
+            "cannot be rolled back: decode it without speculation"
+        )
+    unknown = sorted(set(layer_types) - KNOWN_LAYERS)
+    if unknown:
+        raise ValueError(
+            f"patch: {role} must attend to keys by their positions, got {name} with layers {', '.join(unknown)}, which "
+            "choose keys otherwise: decode it without speculation"
+        )
+    if "position_ids" not in inspect.signature(type(model).forward).parameters or (
+        config.model_type in DENSE_MASK_MODELS
+    ):
+        raise ValueError(
+            f"patch: {role} must take position_ids and no more than a mask's visible slots, got {name}, which derives "
+            "positions or attention from the cache or a dense mask: decode it without speculation"
+        )
+    check_forward(model, role)
+    check_attention(model, role)
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        raise ValueError(
+            f"patch: {role} must apply its softcap, got {name} under sdpa, which drops it: call "
+            "model.set_attn_implementation('eager') first"
+        )
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise ValueError(
+            f"patch: {role} must be on one device, with its weights there, got {name} on {sorted(map(str, devices))}: "
+            "load it without offloading"
+        )
+    check_preparation(model, role)
+
+
+def check_forward(model: PreTrainedModel, role: str) -> None:
+    """Refuse a forward that was replaced by one that takes less, and one that will keep no keys and values.
+
+    Raises:
+        ValueError: names which.
+    """
+    own = vars(model).get("forward")
+    if own is not None:
+        parameters = inspect.signature(own).parameters.values()
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        if not takes_any and "position_ids" not in {parameter.name for parameter in parameters}:
+            raise ValueError(
+                f"patch: {role} must have a forward that takes position_ids, got {type(model).__name__} whose forward "
+                "was replaced by one that does not: let the replacement take **kwargs and hand them on"
+            )
+    if own is not None and _runs_under_autocast(own):
+        raise ValueError(
+            f"patch: {role} must run in the dtype of its weights, got {type(model).__name__} whose forward runs under "
+            "torch.autocast (accelerate's mixed precision): load the model in the dtype wanted instead"
+        )
+    if model.training and model.is_gradient_checkpointing:
+        raise ValueError(
+            f"patch: {role} must keep keys and values, got {type(model).__name__} in training mode with gradient "
+            "checkpointing, which keeps none: call model.eval() first"
+        )
+
+
+def _runs_under_autocast(forward) -> bool:
+    """Whether `torch.autocast` is among the wrappers of a function."""
+    pending, seen = [forward], set()
+    while pending:
+        each = pending.pop()
+        if id(each) in seen or isinstance(each, (nn.Module, type)):
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.autocast):
+            return True
+        if isinstance(each, MethodType):
+            pending.append(each.__func__)
+        elif callable(each):
+            inside = [cell.cell_contents for cell in getattr(each, "__closure__", None) or () if cell != CellType()]
+            pending += inside + list(getattr(each, "__dict__", {}).values())
+    return False
+
+
+def check_attention(model: PreTrainedModel, role: str) -> None:
+    """Refuse a text decoder with attention that is not transformers' own, or that leaves something out of its call.
+
+    Only the decoder's modules count: a vision tower may do as it likes. Only a forward would tell what a module leaves
+    out, so its compiled code is read.
+
+    Raises:
+        ValueError: names the module or the attention function.
+    """
+    name, modules = type(model).__name__, list(text_decoder(model).modules())
+    words = {kind: _attention_words(kind) for kind in {type(module): None for module in modules}}
+    if not any(words.values()):
+        raise ValueError(
+            f"patch: {role} must take its attention from transformers' AttentionInterface, got {name}, which does not: "
+            "decode it without speculation or port its attention to the interface"
+        )
+    masks_windows = any(WINDOW_MASKS & _words_of_forward(type(module)) for module in modules)
+    for module in modules:
+        called = words[type(module)]
+        if not called:
+            continue
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            _check_function(config, role, name)
+        window = _window(config) if masks_windows else None
+        if window and "sliding_window" not in called:
+            raise ValueError(
+                f"patch: {role} must pass its sliding_window to the attention function, got {name}, whose "
+                f"{type(module).__name__} has a window of {window} in its dense mask only: decode it without "
+                "speculation, or load it with sliding_window=None if texts stay shorter"
+            )
+        if "get_seq_length" in called and type(module).__name__ not in CORRECTED_MODULES:
+            raise ValueError(
+                f"patch: {role} must take its positions from position_ids, got {name}, whose {type(module).__name__} "
+                "takes them from the cache: decode it without speculation"
+            )
+
+
+def _window(config: PreTrainedConfig | None) -> int | None:
+    """The window of a config's layers; None and 0: none has one."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _check_function(config: PreTrainedConfig, role: str, name: str) -> None:
+    """Refuse an attention function that is unknown, or that somebody registered: verification would run another."""
+    setting = config._attn_implementation or "eager"
+    function = ALL_ATTENTION_FUNCTIONS.get(setting.removeprefix("paged|"))
+    if function is None and setting.removeprefix("paged|") == "eager":
+        return
+    while isinstance(function, partial):
+        function = function.func
+    if getattr(function, "__module__", "").split(".")[0] != "transformers":
+        got = "which is not registered" if function is None else f"a function of {function.__module__}"
+        raise ValueError(
+            f"patch: {role} must run an attention function of transformers (eager, sdpa, flash_attention_2, ...), got "
+            f"{name} with {setting!r}, {got}: verification would run ops.tree_attention in its place; if that is what "
+            "you want, call model.set_attn_implementation('sdpa') first"
+        )
+
+
+def constant_rope_limit(model: PreTrainedModel, prompt_length: int) -> int | None:
+    """How long a text may become before the model's rotary embedding changes with its length; None: it never does.
+
+    "dynamic" rope changes with every token beyond a length. "longrope" has one set of frequencies up to a length and
+    another beyond, where a prompt of `prompt_length` may be already. A draft tree reaches ahead of the text, so what it
+    would change must not be reached at all.
+    """
+    limits = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind == "dynamic":
+                limits.append(module.original_max_seq_len)
+            elif kind == "longrope":
+                options = module.config.rope_parameters
+                length = (options if layer is None else options[layer])["original_max_position_embeddings"]
+                limits += [length] if prompt_length <= length else []
+    return min(limits, default=None)
+
+
+def graph_hazard(model: PreTrainedModel) -> str | None:
+    """What in the model's forward cannot be captured as a CUDA graph; or None.
+
+    A rope that may change with the length compares positions; experts run one by one list the tokens of each. And
+    hooks are Python, which a replay does not run.
+    """
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return "forward hooks of all modules"
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{type(module).__name__}: has hooks or a forward of its own"
+        kinds = getattr(module, "rope_type", None)
+        changing = {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds])
+        if changing:
+            return f"{type(module).__name__}: {changing.pop()} rope compares positions on the host"
+        reads = sorted(HOST_READS & _words_of_forward(type(module)))
+        if reads and (
+            not hasattr(type(module).forward, "__wrapped__") or module.config._experts_implementation == "eager"
+        ):
+            return f"{type(module).__name__}: its forward reads values on the host ({', '.join(reads)})"
+    return None
+
+
+@cache
+def _attention_words(module_class: type[nn.Module]) -> frozenset:
+    """The names and constants in the code of the method that calls the attention function, keywords of its calls among
+    them; nothing if none does."""
+    words = _words_of_forward(module_class)
+    if INTERFACE in words:
+        return words
+    for base in () if issubclass(module_class, PreTrainedModel) else module_class.__mro__:
+        for method in () if base.__module__.split(".")[0] == "torch" else vars(base).values():
+            if isinstance(method, FunctionType) and INTERFACE in (found := frozenset(_words(method.__code__))):
+                return found | words
+    return frozenset()
+
+
+@cache
+def _words_of_forward(module_class: type[nn.Module]) -> frozenset:
+    code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
+    return frozenset() if code is None else frozenset(_words(code))
+
+
+def _words(code: CodeType) -> Iterator:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words(constant)
+        else:
+            yield from constant if isinstance(constant, tuple) else [constant]

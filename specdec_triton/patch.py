@@ -288,9 +288,7 @@ class SpeculativeModel(GenerationMixin):
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         asked, options = _asked(generation_config, generation_mode_kwargs), _in_force(self)
         if options is None or (not asked and options.drafter is None):
-            plain = super()._validate_generation_mode
-            _settle(self)  # should an interrupt have left it half unpatched
-            return plain(generation_mode, generation_config, generation_mode_kwargs)
+            return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         drafter = options.drafter
         if asked and drafter is not None:
             raise ValueError(
@@ -313,12 +311,19 @@ class SpeculativeModel(GenerationMixin):
         generation_config,
         synced_gpus=False,
         streamer=None,
-        inputs_tensor=None,
         assistant_model=None,
-        assistant_tokenizer=None,
-        tokenizer=None,
         **model_kwargs,
     ):
+        call = input_ids, logits_processor, stopping_criteria, generation_config
+        options = _in_force(self)
+        if options is None:
+            plain = super()._assisted_decoding
+            _settle(self)
+            return plain(
+                *call, synced_gpus=synced_gpus, streamer=streamer, assistant_model=assistant_model, **model_kwargs
+            )
+        for name in ("inputs_tensor", "assistant_tokenizer"):
+            model_kwargs.pop(name, None)
         if assistant_model is not None:
             drafter = ModelDrafter(unwrap(assistant_model))
         elif generation_config.assistant_early_exit is not None:
@@ -328,10 +333,7 @@ class SpeculativeModel(GenerationMixin):
             drafter = PromptLookupDrafter(
                 num_tokens=generation_config.prompt_lookup_num_tokens, **({} if ngram is None else {"max_ngram": ngram})
             )
-        options = replace(_in_force(self), drafter=drafter)
-        return _speculate(
-            self, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer
-        )
+        return _speculate(self, replace(options, drafter=drafter), *call, model_kwargs, streamer)
 
     def _sample(
         self,
@@ -343,20 +345,13 @@ class SpeculativeModel(GenerationMixin):
         streamer=None,
         **model_kwargs,
     ):
+        call = input_ids, logits_processor, stopping_criteria, generation_config
         options = _in_force(self)
         if options is None or options.drafter is None:
-            return super()._sample(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
-        return _speculate(
-            self, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer
-        )
+            plain = super()._sample
+            _settle(self)  # should an interrupt have left it half unpatched
+            return plain(*call, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        return _speculate(self, options, *call, model_kwargs, streamer)
 
     def __reduce_ex__(self, protocol):
         """Pickles and copies are of the model's own class: what is loaded elsewhere is not patched."""

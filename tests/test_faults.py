@@ -1,10 +1,12 @@
 """An exception anywhere in mid-generation: the model is afterwards exactly as before, and so is its text."""
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from transformers import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -324,3 +326,107 @@ def test_a_drafter_of_ones_own():
     plain = model.generate(**inputs, **OPTIONS)
     with sdt.patched(model, drafter=Broken(chain)):
         assert torch.equal(model.generate(**inputs, **OPTIONS), plain)
+
+
+def lines_of(*modules):
+    """What to trace: the files of our modules."""
+    return {module.__file__ for module in modules}
+
+
+def interrupted(action, files, at=None):
+    """Run `action` and raise at the first visit of line `at`, a (file, number); or collect the lines visited."""
+    visited = {}
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename not in files:
+            return None
+        place = frame.f_code.co_filename, frame.f_lineno
+        if event == "line":
+            visited.setdefault(place)
+            if place == at:
+                raise Fault
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return list(visited)
+
+
+def enter_and_leave(model):
+    with sdt.patched(model, tree=3), sdt.patched(model, drafter=sdt.PromptLookupDrafter()):
+        pass
+
+
+@pytest.mark.parametrize("patched_before", [False, True])
+@pytest.mark.parametrize("action", [sdt.patch, sdt.unpatch, enter_and_leave], ids=lambda action: action.__name__)
+def test_an_interrupt_at_any_line_of_patching(action, patched_before):
+    """Nothing has happened then, and the next call is as good as ever."""
+    if action is sdt.unpatch and not patched_before:
+        pytest.skip("there is nothing to undo")
+    model, files = build("llama"), lines_of(sdt.checks, sys.modules["specdec_triton.patch"])
+    enter_and_leave(model)  # fills caches: lines that run once a process
+    untouched = snapshot(model)
+
+    def prepare():
+        if patched_before:
+            sdt.patch(model, tree=2)
+        return snapshot(model)
+
+    before = prepare()
+    places = interrupted(lambda: action(model), files)
+    assert len(places) > 20
+    if action is not enter_and_leave:
+        assert snapshot(model) != before or action is sdt.patch and patched_before
+    for at in places:
+        if type(model) is not transformers.LlamaForCausalLM:
+            sdt.unpatch(model)
+        assert snapshot(model) == untouched
+        before = prepare()
+        with pytest.raises(Fault):
+            interrupted(lambda: action(model), files, at)
+        assert snapshot(model) == before, f"{at} left something behind"
+        if patched_before:
+            assert in_force(model).tree == 2
+
+
+def in_force(model):
+    return sys.modules["specdec_triton.patch"]._in_force(model)
+
+
+def test_an_interrupt_at_any_line_around_a_verify_forward():
+    model, inputs = build("llama", num_hidden_layers=1), prompt(batch=1, length=5)
+    options = {**OPTIONS, "max_new_tokens": 4}
+    plain = model.generate(**inputs, **options)
+    sdt.patch(model, drafter=sdt.PromptLookupDrafter(3))
+    files = lines_of(sdt.attention, sdt.runner, sys.modules["specdec_triton.patch"])
+    before, places = snapshot(model), interrupted(lambda: model.generate(**inputs, **options), files)
+    assert len(places) > 60
+    for at in places:
+        with pytest.raises(Fault):
+            interrupted(lambda: model.generate(**inputs, **options), files, at)
+        assert snapshot(model) == before, f"{at} left something behind"
+        with torch.no_grad():
+            model(**inputs)  # under its own attention
+    assert torch.equal(model.generate(**inputs, **options), plain)
+    sdt.unpatch(model)
+
+
+def test_a_model_that_is_half_unpatched_heals():
+    """An interrupt between two assignments cannot be ruled out everywhere: the next call of any kind sets it right."""
+    plain_class, inputs = transformers.LlamaForCausalLM, prompt(batch=1)
+    for heal in (
+        lambda model: model.generate(**inputs, **OPTIONS),
+        sdt.unpatch,
+        lambda model: enter_and_leave(model),
+        lambda model: (sdt.patch(model), sdt.unpatch(model)),
+    ):
+        model = build("llama")
+        sdt.patch(model, drafter=sdt.PromptLookupDrafter())
+        del vars(model)[sys.modules["specdec_triton.patch"].STATE]
+        assert type(model) is not plain_class
+        heal(model)
+        assert type(model) is plain_class and sdt.patch.__module__ == "specdec_triton.patch"

@@ -1,4 +1,4 @@
-"""The command `specdec-triton`: demo, generate, prove, bench, profile, inspect, plan, doctor."""
+"""The command `specdec-triton`: demo, generate, prove, bench, profile, inspect, plan, models, doctor."""
 
 import argparse
 import importlib.metadata
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_inspect(commands)
     _add_plan(commands)
+    _add_models(commands)
     return parser
 
 
@@ -420,6 +421,34 @@ def _plan(args: argparse.Namespace) -> int:
         planner.plot(args.plot)
         _say(f"plot: {args.plot}")
     return 0
+
+
+def _add_models(commands) -> None:
+    tried = commands.add_parser("models", help="try every model type of transformers, each built tiny; or make the page")
+    tried.add_argument("--mapping", choices=["causal", "image-text", "all"], default="all", help="(%(default)s)")
+    tried.add_argument("--filter", default="", metavar="NAME", help="only types and classes with this in their name")
+    tried.add_argument("--json", type=Path, metavar="FILE", help="for the rows")
+    tried.add_argument("--rows", type=Path, metavar="FOLDER", help="of files of rows: try nothing, make --page of them")
+    tried.add_argument("--page", type=Path, metavar="FILE", help="Markdown: exact, refused and why, by version")
+    tried.set_defaults(run=_models)
+
+
+def _models(args: argparse.Namespace) -> int:
+    from . import support, support_page
+
+    if bool(args.rows) != bool(args.page):
+        raise ValueError("--rows and --page must be given together: the page is made of rows")
+    if args.rows:
+        args.page.write_text(support_page.page(support_page.read(args.rows)))
+        return 0
+    todo = support.kinds(args.mapping, args.filter)
+    if not todo:
+        raise ValueError(f"--filter must be part of a type's or class's name, got {args.filter!r}: no such type")
+    walked = support_page.record(support.walk(todo), print)
+    if args.json:
+        support_page.write(walked, args.json)
+    print(f"transformers {walked['transformers']}, {walked['seconds']} s\n{support_page.counts(walked)}")
+    return int(any(row["outcome"] in support.FAULTS for row in walked["rows"]))
 
 
 def _require_rich() -> None:

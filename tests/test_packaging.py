@@ -108,6 +108,9 @@ ARROWS = {
     # these use the library as any user would: `import specdec_triton`
     "demo": {"specdec_triton", "instruments", "models", "prompts"},
     "prove": {"specdec_triton", "drafters", "proof"},
+    "shrink": set(),
+    "support": {"specdec_triton", "shrink"},
+    "support_page": {"support"},
     "cli": {
         "specdec_triton",
         "cards",
@@ -125,6 +128,8 @@ ARROWS = {
         "prompts",
         "prove",
         "rules",
+        "support",
+        "support_page",
     },
 }
 # third-party packages, where they are limited
@@ -142,6 +147,7 @@ PACKAGES = {
     "calibration": {"torch"},
     "proof": {"numpy", "torch"},
     "prompts": set(),
+    "shrink": {"transformers"},
 }
 
 

@@ -1,0 +1,292 @@
+"""Which of transformers' model types are exact: each class of a mapping, built tiny and tried.
+
+A class is tried in a process of its own, so that one which crashes or never ends does not end the walk. Plain `generate`
+gives the text; then three drafters must leave it as it is: prompt lookup, an oracle that is right half of the time (a
+tree with branches), and a draft model, the class itself with noise on its weights. fp32, greedy, on the CPU.
+"""
+
+import copy
+import inspect
+import multiprocessing
+import os
+import re
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import specdec_triton as sdt
+
+from .shrink import PAD, WORDS, tiny_config
+
+MAPPINGS = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING", "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"}
+EXACT, REFUSED, WRONG, CRASH = "exact", "refused in patch", "wrong", "crash"
+LATE, NOT_BUILT = "refused after patch", "not built"  # after `patch` had accepted it; or its plain `generate` does not run
+FAULTS = (WRONG, CRASH, LATE)
+
+PROMPT, PADDING, NEW_TOKENS = 9, 3, 16  # together beyond every window and chunk of a tiny config
+NEVER = 10_000  # an end-of-text token that no tiny model emits
+SEEDS = 5  # of weights, until the text wanders and has no near tie
+MIN_WORDS, MIN_MARGIN = 6, 1e-3  # other words than that repeat; the margin is a share of the logits' spread
+TREE = sdt.Topology.from_widths([2, 2])
+NOISE, TRIES = 0.1, 6  # of the draft model's weights, and until it is right at times and wrong at times
+TYPE_IDS = ("token_type_ids", "mm_token_type_ids")  # processors add them to every text, zeros for one without images
+GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": NEVER, "pad_token_id": PAD}
+TIME_LIMIT_S, NICENESS = 120.0, 5
+
+
+PACKAGE = Path(__file__).parent
+
+
+class Kind(NamedTuple):
+    """A model type, the class that a mapping has for it, and that mapping's name in `MAPPINGS`."""
+
+    model_type: str
+    model: str
+    mapping: str
+
+
+class Outcome(NamedTuple):
+    """One of the words above, and the reason; none where it is exact."""
+
+    word: str
+    reason: str = ""
+
+
+class NotBuilt(Exception):
+    """There is no plain text that speculation could be held against; the message is the reason."""
+
+
+def kinds(mapping: str = "all", having: str = "") -> list[Kind]:
+    """The model types of a mapping ("causal", "image-text" or "all") of the transformers installed here whose type or
+    class has `having` in its name."""
+    found = []
+    for name in MAPPINGS if mapping == "all" else [mapping]:
+        classes = getattr(modeling_auto, MAPPINGS[name])._model_mapping
+        found += [Kind(kind, model, name) for kind, model in classes.items()]
+    return [kind for kind in found if having.lower() in f"{kind.model_type} {kind.model}".lower()]
+
+
+def build(kind: Kind, seed: int = 0) -> PreTrainedModel:
+    """A tiny model with weights large enough that its greedy text wanders, and changes with anything a layer sees."""
+    model_class, config = getattr(transformers, kind.model), tiny_config(CONFIG_MAPPING[kind.model_type])
+    if not isinstance(config, model_class.config_class):
+        # the mapping's config has the model's own as a part
+        config = next((part for part in vars(config).values() if isinstance(part, model_class.config_class)), config)
+    torch.manual_seed(seed)
+    model = model_class(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 2 / parameter.shape[-1] ** 0.5, generator=generator)
+        head = model.get_output_embeddings()
+        if isinstance(head, torch.nn.Linear):
+            head.weight[WORDS:] = 0  # a text without images has no image tokens
+    return model
+
+
+def check(
+    model_of_seed: Callable[[int], PreTrainedModel],
+    images: bool = False,
+    stage: Callable[[str], None] = lambda name: None,
+) -> Outcome:
+    """Try one model.
+
+    Args:
+        model_of_seed: makes it, with weights of that seed.
+        images: it takes images too, and so gets what its processor adds to a text without any.
+        stage: called with the name of what begins: "build", "plain" or "speculate".
+    """
+    stage("build")
+    try:
+        model = model_of_seed(0)
+    except Exception as error:
+        return Outcome(NOT_BUILT, _short(error))
+    try:
+        with sdt.patched(model):
+            pass
+    except ValueError as error:
+        return Outcome(REFUSED, _refusal(error))
+    stage("plain")
+    try:
+        model, calls = _with_a_good_text(model, model_of_seed, images)
+    except Exception as error:
+        return Outcome(NOT_BUILT, f"plain generate: {_short(error)}")
+    stage("speculate")
+    try:
+        return _speculate(model, calls)
+    except Exception as error:
+        ours = isinstance(error, ValueError) and str(PACKAGE) in traceback.extract_tb(error.__traceback__)[-1].filename
+        return Outcome(LATE, str(error)) if ours else Outcome(CRASH, f"{_short(error)} ({_where(error)})")
+
+
+class Call(NamedTuple):
+    """What plain `generate` makes of some inputs."""
+
+    inputs: dict[str, torch.Tensor]
+    text: torch.Tensor
+    words: int  # that differ, in the sequence with the fewest
+    margin: float  # of the greedy choice, at its least, as a share of the logits' spread
+
+
+def _with_a_good_text(
+    model: PreTrainedModel, model_of_seed: Callable[[int], PreTrainedModel], images: bool
+) -> tuple[PreTrainedModel, list[Call]]:
+    """The model of the first seed whose texts wander without a near tie, or else of the best, and its texts."""
+    ids = torch.randint(3, WORDS, (2, PROMPT), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :PADDING], ids[0, :PADDING] = 0, PAD
+    batch, single = {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[1:], "attention_mask": mask[1:]}
+    tried = []
+    for seed in range(SEEDS):
+        model = model_of_seed(seed) if seed else model
+        calls = [_plain(model, batch), _plain(model, single)]
+        tried.append((min(call.words for call in calls), min(call.margin for call in calls), seed, model, calls))
+        if tried[-1][0] >= MIN_WORDS and tried[-1][1] >= MIN_MARGIN:
+            break
+    else:
+        tried.sort(key=lambda found: (found[1] >= MIN_MARGIN, *found[:3]))
+    *_, model, calls = tried[-1]
+    added = set(TYPE_IDS) & set(inspect.signature(model.forward).parameters) if images else ()
+    for name in sorted(added):
+        call = _plain(model, batch | {name: torch.zeros_like(ids)})
+        # in some models zeros are a type like any other
+        calls += [call] if torch.equal(call.text, calls[0].text) else []
+    return model, calls
+
+
+def _plain(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Call:
+    output = model.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True)
+    logits = torch.stack(output.logits)
+    if not logits.isfinite().any(-1).all():
+        raise ValueError("logits are not finite")
+    best = logits.topk(2).values
+    margin = ((best[..., 0] - best[..., 1]) / logits.std(-1)).min()
+    words = min(len(set(row.tolist())) for row in output.sequences[:, -NEW_TOKENS:])
+    return Call(inputs, output.sequences, words, float(margin))
+
+
+def _speculate(model: PreTrainedModel, calls: list[Call]) -> Outcome:
+    for call in calls:
+        found = _with(model, call, sdt.OracleDrafter(call.text, 0.5, tree=TREE))
+        if found:
+            return found
+    batch = calls[0]
+    found = _with(model, batch, sdt.PromptLookupDrafter(max_ngram=1), must_draft=False)
+    if found:
+        return found
+    noise = NOISE
+    for _ in range(TRIES):
+        drafter = sdt.ModelDrafter(_noisy(model, noise), tree=TREE)
+        found = _with(model, batch, drafter)
+        if found is None or found.word != NOT_BUILT:
+            break
+        noise *= 3 if sdt.stats(model).accepted else 1 / 3
+    return found or Outcome(EXACT)
+
+
+def _with(model: PreTrainedModel, call: Call, drafter: sdt.Drafter, must_draft: bool = True) -> Outcome | None:
+    """What is wrong with a call that drafts so; None: nothing, and drafts were both accepted and rejected."""
+    name = type(drafter).__name__
+    with sdt.patched(model, drafter=drafter):
+        text = model.generate(**call.inputs, **GREEDY)
+    if not torch.equal(text, call.text):
+        if not torch.equal(_plain(model, call.inputs).text, call.text):
+            return Outcome(NOT_BUILT, "plain generate: another text each time")
+        columns = (text != call.text).any(0).nonzero() if text.shape == call.text.shape else []
+        where = f"from new token {int(columns[0]) - PROMPT} on" if len(columns) else f"{list(text.shape)}"
+        added = sorted(set(call.inputs) - {"input_ids", "attention_mask"})
+        return Outcome(WRONG, f"{name}, {len(text)} rows{', '.join(['', *added])}: {where}")
+    stats = sdt.stats(model)
+    if must_draft and not 0 < stats.accepted < drafter.tree.max_depth * stats.row_rounds:
+        return Outcome(NOT_BUILT, f"no check: of {name}'s drafts all or none were accepted")
+    return None
+
+
+def _noisy(model: PreTrainedModel, noise: float) -> PreTrainedModel:
+    draft, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.dim() > 1:
+                spread = noise * float(parameter.std(correction=0))
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=spread)
+    return draft
+
+
+def _short(error: Exception) -> str:
+    line = (str(error).strip() or "no message").splitlines()
+    # a validation error says what is wrong in its second line
+    return f"{type(error).__name__}: {' '.join(part.strip() for part in line[:2])}"[:160]
+
+
+def _where(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
+
+
+def _refusal(error: Exception) -> str:
+    found = re.search(r" must (.*?), got ", str(error))
+    return found.group(1) if found else str(error)
+
+
+def _child(kind: Kind, pipe: Connection) -> None:
+    os.nice(NICENESS)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    outcome = check(
+        lambda seed: build(kind, seed), kind.mapping == "image-text", lambda stage: pipe.send((stage, None))
+    )
+    pipe.send(("end", outcome))
+
+
+def try_apart(kind: Kind, context: BaseContext, limit_s: float = TIME_LIMIT_S) -> Outcome:
+    """`check` in a process of its own, which may die or last too long."""
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(kind, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    stage, end = "build", time.monotonic() + limit_s
+    try:
+        while ours.poll(max(end - time.monotonic(), 0)):
+            stage, outcome = ours.recv()
+            if outcome:
+                return outcome
+        why = f"did not end in {limit_s:.0f} s"
+    except EOFError:
+        process.join()
+        why = f"the process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+    return Outcome(CRASH, why) if stage == "speculate" else Outcome(NOT_BUILT, f"{stage}: {why}")
+
+
+def _context() -> BaseContext:
+    """Processes that begin as copies of this one, in which everything that a check needs was used once."""
+    torch.set_num_threads(1)  # a copy has no other threads, and would wait for them
+    check(lambda seed: build(Kind("llama", "LlamaForCausalLM", "causal"), seed))
+    return multiprocessing.get_context("fork")
+
+
+def walk(todo: Iterable[Kind]) -> Iterator[tuple[Kind, Outcome]]:
+    """Each kind and what came of it, as it comes; a class that two mappings have for one type is tried once."""
+    todo, context = list(todo), _context()
+    images = {kind[:2] for kind in todo if kind.mapping == "image-text"}
+    known: dict[tuple[str, str], Outcome] = {}
+    for kind in todo:
+        if kind[:2] not in known:
+            with_images = kind._replace(mapping="image-text") if kind[:2] in images else kind
+            known[kind[:2]] = try_apart(with_images, context)
+        yield kind, known[kind[:2]]

@@ -149,7 +149,7 @@ def test_a_cache_that_dropped_its_history_is_refused():
 def test_dense_masks_are_refused_by_the_tree_attention():
     model = build("llama")
     with pytest.raises(ValueError, match="specdec_tree: attention_mask must be a packed tree.*got"):
-        sdt.attention.call_with_tree_attention(None, model, **prompt())
+        sdt.attention.call_with_tree_attention(None, sdt.attention.config_ids(model), model, **prompt())
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -32,8 +32,10 @@ def reads_a_round(model, inputs, generate):
     return (many - few) / (last - first)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("layers", [2, 16])
+@pytest.mark.parametrize(
+    ("layers", "batch"),
+    [(2, 1), (6, 8), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((2, 8), (16, 1), (16, 8)))],
+)
 def test_the_host_reads_once_a_round(layers, batch):
     model = build("llama", num_hidden_layers=layers)
     inputs = {**prompt(batch=batch), "do_sample": False, "eos_token_id": NEVER}

@@ -13,6 +13,7 @@ import torch
 
 from specdec_triton import proof, rules
 from specdec_triton.filters import filtered_log_probs
+from test_kernel_accept_sample import quick_interpreter  # noqa: F401  (a fixture)
 
 from . import exact, sabotage, worlds
 
@@ -115,6 +116,48 @@ def test_a_token_that_makes_the_target_say_nan_comes_as_often_as_it_should(rule,
         found = worlds.generate(broken, rule, tree, worlds.OPTIONS[options], 1, SAMPLES)
         cell = proof.examine(found.counts, world.law(worlds.OPTIONS[options], 1))
         assert cell.p_value > 1e-4, f"{rule}, {tree}, {options}: {cell}"
+
+
+# Through the kernel, in fp16, with logits below 0: a threshold in half precision is rebuilt from a part of its bits
+HALF = worlds.World(*((table - 9).half() for table in (WIDE[0].target, WIDE[0].draft)))
+
+
+def kernel_cell(rule, tree, options, samples):
+    """One token of each row: in the interpreter a row takes some hundredths of a second."""
+    found = worlds.generate(HALF, rule, tree, worlds.OPTIONS[options], 1, samples, impl="triton")
+    return proof.examine(found.counts, HALF.law(worlds.OPTIONS[options], 1))
+
+
+KERNEL_CELLS = [("coupled", "no draft", "top_k"), ("rejection", "sampled chain", "all")]
+
+
+@pytest.mark.usefixtures("quick_interpreter")
+@pytest.mark.parametrize(("rule", "tree", "options"), KERNEL_CELLS)
+def test_the_kernel_in_half_precision(rule, tree, options):
+    cell = kernel_cell(rule, tree, options, 40)
+    assert cell.p_value > 1e-4, cell
+
+
+@pytest.mark.usefixtures("quick_interpreter")
+@pytest.mark.parametrize(("rule", "tree", "options"), KERNEL_CELLS[:1])
+def test_a_threshold_of_the_wrong_bits_is_rejected(monkeypatch, rule, tree, options):
+    from specdec_triton.kernels import _law
+
+    def value_of_shifted(shifted, SHIFT):
+        return _law.value_of(shifted << SHIFT)
+
+    monkeypatch.setattr(_law, "value_of_shifted", _law.triton.jit(value_of_shifted))
+    assert kernel_cell(rule, tree, options, 40).p_value < ALARM
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("quick_interpreter")
+@pytest.mark.parametrize("options", worlds.OPTIONS)
+@pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
+def test_the_kernel_in_half_precision_at_length(rule, tree, options):
+    cell = kernel_cell(rule, tree, options, 2000)
+    assert cell.p_value > 1e-5, cell
 
 
 def wrong_runs(cases, patched):

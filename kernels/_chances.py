@@ -2,8 +2,8 @@
 
 A node's residual is max(weight * target - cut * draft, 0) without the children tried: two numbers and the tree stand
 for it. `chance` [B, N] is the chance that a node passes its test if its turn comes (NaN passes; -1: it cannot be tried:
-padding, or its draft could not have drawn it), and under `traversal` its weight, too. Under `block` it is the ratio of
-target to draft. Reference: `specdec_triton.rules`.
+padding, its draft could not have drawn it, or its parent has no distribution), and under `traversal` its weight, too.
+Under `block` it is the ratio of target to draft. Reference: `specdec_triton.rules`.
 """
 
 import triton
@@ -102,6 +102,10 @@ def weigh_children(
 ):  # fmt: skip
     """The children of node `here`, one after the other, each as if those before it had failed."""
     is_child = parents == here
+    _, log_sum, _, _, _, _ = law
+    if (log_sum == log_sum) == 0:
+        tl.store(chance_ptr + batch * N + node, NOT_DRAWN, mask=is_child)
+        is_child = node < 0
     mass, short = weight, 1 - weight
     left, cut = tl.full((), 1.0, tl.float32), tl.full((), 0.0, tl.float32)
     tried = tl.full(node.shape, -1, tl.int32)

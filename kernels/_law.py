@@ -21,6 +21,7 @@ from ._common import MAX_ID, NAN_ORDER, NO_KEY
 FIXED_ONE: tl.constexpr = tl.constexpr(2.0**40)  # the likeliest token's mass; less than 2^-40 of it counts as none
 NO_MASS: tl.constexpr = tl.constexpr(28.0)  # exp(-28) < 2^-40
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+SMALLEST: tl.constexpr = tl.constexpr(2.0**-126)  # of those that no GPU takes for 0
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 
@@ -34,6 +35,16 @@ def order_of(values):
 @triton.jit
 def value_of(order):
     return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def value_of_shifted(shifted, SHIFT: tl.constexpr):
+    """The value of which `order_of(value) >> SHIFT` is `shifted`, of a dtype that has one: see SHIFT in `law_of`.
+
+    The bits that the shift dropped are zeros in the orders of positive values, and ones in those of negative values.
+    """
+    order = shifted << SHIFT
+    return value_of(tl.where(shifted < 0, order | ((1 << SHIFT) - 1), order))
 
 
 @triton.jit
@@ -74,7 +85,8 @@ def inverse_temperature(temperature_ptr, row):
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + row)
         greedy = temperature == 0
-        inverse = tl.minimum(1.0 / tl.where(greedy, 1.0, temperature), LARGEST)
+        # neither inf nor 0: times -inf or a difference of 0, those are NaN
+        inverse = tl.minimum(tl.maximum(1.0 / tl.where(greedy, 1.0, temperature), SMALLEST), LARGEST)
     return inverse, greedy
 
 
@@ -135,7 +147,7 @@ def law_of(
     inverse, greedy = inverse_temperature(temperature_ptr, row)
     certain = tl.where(greedy, id_in(key), -1)
     threshold, first = tl.full((), NEG_INF, tl.float32), tl.full((), MAX_ID, tl.int32)
-    log_sum = tl.where(greedy, 0.0, float("nan"))
+    log_sum = tl.where(greedy & (bad == 0), 0.0, float("nan"))
 
     if top_k_ptr is None and top_p_ptr is None and min_p_ptr is None:
         if not (bad | greedy):
@@ -153,7 +165,7 @@ def law_of(
                     row_ptr, stride_v, V, floor, order_in(key) >> SHIFT, kept, kept * 0, floor, peak, inverse,
                     False, SHIFT, BLOCK_V,
                 )  # fmt: skip
-                threshold = value_of(found << SHIFT)
+                threshold = value_of_shifted(found, SHIFT)
                 first = 0
         if top_p_ptr is not None:
             top_p = tl.load(top_p_ptr + row)
@@ -167,14 +179,17 @@ def law_of(
                     row_ptr, stride_v, V, floor, order_in(key) >> SHIFT, whole - dropped, whole, floor, peak, inverse,
                     True, SHIFT, BLOCK_V,
                 )  # fmt: skip
-                threshold = value_of(found << SHIFT)
+                threshold = value_of_shifted(found, SHIFT)
                 mass = tl.maximum(_fixed(tl.exp((threshold - peak) * inverse)), 1)
                 ties = (dropped - (whole - from_here)) // mass
                 first = _id_of_tie(row_ptr, stride_v, V, threshold, ties, BLOCK_V)
         if min_p_ptr is not None:
             least = tl.load(min_p_ptr + row)
             if least > 0:
-                lowered = peak + tl.log(tl.minimum(least, 1.0)) / inverse
+                distance = tl.log(tl.minimum(least, 1.0)) / inverse
+                lowered = peak + distance
+                # rounded down, it would keep a logit that is too low: the next fp32 value does not
+                lowered = tl.where(lowered - peak < distance, value_of(order_of(lowered) + 1), lowered)
                 first = tl.where(lowered > threshold, 0, first)
                 threshold = tl.maximum(lowered, threshold)
         law = peak, 0.0, threshold, inverse, first, -1

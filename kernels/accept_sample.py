@@ -224,10 +224,9 @@ def _laws_kernel(
             target = log_probs(load_logits(row_ptr, stride_v, ids, V), ids, law)
             entropies -= tl.where(target == NEG_INF, 0.0, tl.exp(target) * target)
         least = tl.minimum(TYPICAL_DELTA * tl.exp(-tl.sum(entropies, 0)), TYPICAL_EPSILON)
-        is_child = parents == here
-        # NaN is kept
-        kept = (prob_of(row_ptr, stride_v, tl.maximum(tokens, 0), law) <= least) == 0
-        tl.store(chance_ptr + batch * N + node, kept.to(tl.float32), mask=is_child)
+        # a node without a distribution has no children: NaN is not kept
+        kept = prob_of(row_ptr, stride_v, tl.maximum(tokens, 0), law) > least
+        tl.store(chance_ptr + batch * N + node, tl.where(bad, 0.0, kept.to(tl.float32)), mask=parents == here)
     if RULE == "rejection" or RULE == "block" or RULE == "multi_round" or RULE == "traversal":
         node, parents, tokens = tree_of(parents_ptr, tokens_ptr, batch, N, V, RULE, BLOCK_N)
         store_law(floats_ptr, ints_ptr, index, law)

@@ -10,7 +10,9 @@ fixed number of tiles. Where the whole capacity is one split a single launch wri
 merges the splits in index order. Lengths are read on the device: the grid covers the capacity, empty splits return.
 
 A row's result depends on its own start, length and path only: a tile or split in which it sees nothing leaves every
-bit of it as it was, whatever other rows, nodes and sequences are there.
+bit of it as it was, whatever other rows, nodes and sequences are there. Scores are selected by what a row sees. Values
+cannot be, row by row, and 0 * NaN is NaN: in a tile that some row does not see all of, a slot whose values are not all
+finite is read as 0, and its score is NaN for the rows that do see it.
 Reference: specdec_triton.reference.tree_attention
 """
 
@@ -61,8 +63,19 @@ def _load_tile(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def _attend(query, keys, values, visible, mixed, peak, total, inner, outer):
-    """One step of the online softmax: `mixed`, `peak` and `total` after a tile; `visible` None: all of it is."""
+def _finite_slots(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """[BLOCK_N] bool: the slots whose values are all finite. Reads them once more, and keeps no register of them."""
+    values = _load_tile(ptr, slot, stride_slot, used, DIM, BLOCK_N, BLOCK_DIM).to(tl.float32)
+    return tl.min((tl.abs(values) < float("inf")).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def _attend(query, keys, values, visible, finite, mixed, peak, total, inner, outer):
+    """One step of the online softmax: `mixed`, `peak` and `total` after a tile.
+
+    `visible` [BLOCK_M, BLOCK_N] and `finite` [BLOCK_N] say which slots a row sees, and whose values are what they were;
+    None: it sees all of them.
+    """
     if INTERPRETED:
         query, keys = query.to(tl.float32), keys.to(tl.float32)
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
@@ -73,7 +86,7 @@ def _attend(query, keys, values, visible, mixed, peak, total, inner, outer):
         new_peak = tl.maximum(peak, tl.max(scores, 1) * outer)
         base = new_peak
     else:
-        scores = tl.where(visible, scores, float("-inf"))
+        scores = tl.where(visible, tl.where(finite[None, :], scores, float("nan")), float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * outer)
         # a row that has seen nothing yet: -inf - -inf is NaN
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -149,26 +162,38 @@ def _tree_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    # whole tiles of the prefix: only a window or chunk hides anything
+    # tiles of the prefix that only some rows see all of
     whole_tiles = (length - start) // BLOCK_N
+    if window is not None or chunk is not None:
+        seen_from = tl.minimum(tl.cdiv(tl.max(first, 0), BLOCK_N), tl.minimum(end, whole_tiles))
+        for tile in tl.range(begin, seen_from, num_stages=1):
+            slot = start + tile * BLOCK_N
+            keys = _load_tile(key_ptr, slot, stride_ks, None, D, BLOCK_N, BLOCK_D)
+            finite = _finite_slots(value_ptr, slot, stride_vs, None, DV, BLOCK_N, BLOCK_DV)
+            values = _load_tile(value_ptr, slot, stride_vs, finite, DV, BLOCK_N, BLOCK_DV)
+            visible = (tile * BLOCK_N + column)[None, :] >= first[:, None]
+            mixed, peak, total = _attend(query, keys, values, visible, finite, mixed, peak, total, inner, outer)
+        begin = tl.maximum(begin, seen_from)
+
+    # tiles of the prefix that all rows see
     for tile in range(begin, tl.minimum(end, whole_tiles)):
         slot = start + tile * BLOCK_N
         keys = _load_tile(key_ptr, slot, stride_ks, None, D, BLOCK_N, BLOCK_D)
         values = _load_tile(value_ptr, slot, stride_vs, None, DV, BLOCK_N, BLOCK_DV)
-        visible = None
-        if window is not None or chunk is not None:
-            visible = (tile * BLOCK_N + column)[None, :] >= first[:, None]
-        mixed, peak, total = _attend(query, keys, values, visible, mixed, peak, total, inner, outer)
+        mixed, peak, total = _attend(query, keys, values, None, None, mixed, peak, total, inner, outer)
 
     # the prefix's last, partial tile, and the tree: a word says what a row sees of a tile
+    # few tiles: fetched ahead only where that needs no register that there is not (compile report)
+    TAIL_STAGES: tl.constexpr = 2 if BLOCK_M <= 16 else 1
     tail_word = ~(tl.full([], -1, tl.int64) << (length - start) % BLOCK_N)
-    for tile in range(tl.maximum(begin, whole_tiles), end):
+    for tile in tl.range(tl.maximum(begin, whole_tiles), end, num_stages=TAIL_STAGES):
         in_tree = tile >= prefix_tiles
         tile_node = tl.maximum(tile - prefix_tiles, 0) * BLOCK_N
         slot = tl.where(in_tree, length + tile_node, start + tile * BLOCK_N)
         used = slot + column < tl.where(in_tree, length + T, length)
         keys = _load_tile(key_ptr, slot, stride_ks, used, D, BLOCK_N, BLOCK_D)
-        values = _load_tile(value_ptr, slot, stride_vs, used, DV, BLOCK_N, BLOCK_DV)
+        finite = _finite_slots(value_ptr, slot, stride_vs, used, DV, BLOCK_N, BLOCK_DV)
+        values = _load_tile(value_ptr, slot, stride_vs, used & finite, DV, BLOCK_N, BLOCK_DV)
         word = tl.load(row_tree_ptr + tile_node // WORD_BITS) >> tile_node % WORD_BITS
         word = tl.where(in_tree, word, tail_word)
         if BLOCK_N <= 32:
@@ -179,7 +204,7 @@ def _tree_attention_kernel(
             key_depth = tl.load(tree_ptr + key_node * stride_tn + W, mask=key_node < T, other=0).to(tl.int32)
             position = tl.where(in_tree, length - start + key_depth, tile * BLOCK_N + column)
             visible &= position[None, :] >= first[:, None]
-        mixed, peak, total = _attend(query, keys, values, visible, mixed, peak, total, inner, outer)
+        mixed, peak, total = _attend(query, keys, values, visible, finite, mixed, peak, total, inner, outer)
 
     stored = row < N * G
     dim = tl.arange(0, BLOCK_DV)
@@ -258,7 +283,14 @@ def _merge_kernel(
 def tree_attention(
     query, key, value, packed_tree, scale, sliding_window=None, chunk_size=None, softcap=None, sinks=None
 ):
-    """See `specdec_triton.ops.tree_attention`, which checks the arguments."""
+    """See `specdec_triton.ops.tree_attention`, which checks the arguments.
+
+    Any strides; tensors whose last dimension is not contiguous are copied.
+    """
+    query, key, value, packed_tree = (
+        tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value, packed_tree)
+    )
+    sinks = None if sinks is None else sinks.contiguous()
     batch, query_heads, rows, head_dim = query.shape
     _, kv_heads, slots, value_dim = value.shape
     _, nodes, fields = packed_tree.shape

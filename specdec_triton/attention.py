@@ -112,13 +112,19 @@ def tree_attention_forward(
         value,
         attention_mask[:, 0],
         scale=scaling,
-        sliding_window=sliding_window or None,
+        sliding_window=sliding_window or _window_of_cache(module.config),
         chunk_size=chunk_size,
         softcap=softcap,
         sinks=s_aux,
         impl=impl,
     )
     return output, None
+
+
+def _window_of_cache(config: PreTrainedConfig) -> int | None:
+    """Keys that plain decoding has, whatever the attention asks for: without layer types, transformers' cache keeps no
+    more than a window that the config names, even if the class never reads it."""
+    return None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None) or None
 
 
 def _temperature_correction(module: nn.Module, packed_tree: torch.Tensor, rows: int, slots: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from types import CellType, CodeType, FunctionType, MethodType
 import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,37 +28,10 @@ WINDOW_MASKS = {"create_sliding_window_causal_mask", "sliding_window"}
 HOST_READS = {"bincount", "item", "nonzero", "tolist", "unique"}  # methods that wait for a value
 
 
-def unwrap(model) -> PreTrainedModel:
-    """The transformers model inside PEFT and `torch.compile` wrappers.
-
-    Raises:
-        ValueError: it is none, is wrapped in something else, or has a PEFT adapter that adds tokens or keys.
-    """
-    inner = model
-    if hasattr(inner, "_orig_mod"):
-        inner = inner._orig_mod
-    if not isinstance(inner, PreTrainedModel) and callable(getattr(inner, "get_base_model", None)):
-        adapters = getattr(inner, "peft_config", None) or {}
-        active = getattr(inner, "active_adapters", adapters)
-        for name in [active] if isinstance(active, str) else active:
-            if getattr(adapters.get(name), "is_prompt_learning", False):
-                raise ValueError(
-                    "patch: a PEFT adapter must change weights (LoRA and the like), got "
-                    f"{type(adapters[name]).__name__} {name!r}, which puts tokens or keys of its own before the "
-                    "prompt: decode it without speculation"
-                )
-        inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
-        raise ValueError(
-            f"patch: model must be a transformers model with generate(), got {type(model).__module__}."
-            f"{type(model).__qualname__}: pass the model inside it"
-        )
-    return inner
-
-
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The part of the model that its text runs through."""
-    return model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model
+    decoder = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model
+    return decoder if isinstance(decoder, PreTrainedModel) else model  # some call their language head a decoder
 
 
 def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
@@ -133,7 +106,7 @@ def check_forward(model: PreTrainedModel, role: str) -> None:
             f"patch: {role} must run in the dtype of its weights, got {type(model).__name__} whose forward runs under "
             "torch.autocast (accelerate's mixed precision): load the model in the dtype wanted instead"
         )
-    if model.training and model.is_gradient_checkpointing:
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             f"patch: {role} must keep keys and values, got {type(model).__name__} in training mode with gradient "
             "checkpointing, which keeps none: call model.eval() first"
@@ -169,10 +142,12 @@ def check_attention(model: PreTrainedModel, role: str) -> None:
     """
     name, modules = type(model).__name__, list(text_decoder(model).modules())
     words = {kind: _attention_words(kind) for kind in {type(module): None for module in modules}}
-    if not any(words.values()):
+    own = next((kind for kind, called in words.items() if not called and _updates_cache(kind)), None)
+    if not any(words.values()) or own:
         raise ValueError(
-            f"patch: {role} must take its attention from transformers' AttentionInterface, got {name}, which does not: "
-            "decode it without speculation or port its attention to the interface"
+            f"patch: {role} must take its attention from transformers' AttentionInterface, got {name}, whose "
+            f"{own.__name__ if own else 'text decoder'} does not: decode it without speculation or port its attention "
+            "to the interface"
         )
     masks_windows = any(WINDOW_MASKS & _words_of_forward(type(module)) for module in modules)
     for module in modules:
@@ -276,6 +251,15 @@ def _attention_words(module_class: type[nn.Module]) -> frozenset:
             if isinstance(method, FunctionType) and INTERFACE in (found := frozenset(_words(method.__code__))):
                 return found | words
     return frozenset()
+
+
+@cache
+def _updates_cache(module_class: type[nn.Module]) -> bool:
+    """Whether the forward of a layer's part writes keys and values: it is an attention."""
+    code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
+    names = {"cache", "past_key_value", "past_key_values", "layer_past"}
+    is_model = issubclass(module_class, PreTrainedModel)
+    return code is not None and not is_model and "update" in code.co_names and bool(names & {*code.co_varnames})
 
 
 @cache

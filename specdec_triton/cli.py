@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (OSError, ValueError, ImportError) as error:
-        print(f"specdec-triton {args.command}: {error}", file=sys.stderr)
+        print(f"specdec-triton {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"specdec-triton {args.command}: interrupted", file=sys.stderr)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+LARGEST = 3.4e38  # just below what fp32 can hold
+
 
 class Filters(NamedTuple):
     """Sampling parameters, one number a sequence; None is off for all of them. And what the host knows of them.
@@ -42,7 +44,8 @@ class Filters(NamedTuple):
 def filtered_log_probs(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
     """Log-probabilities after the filters: [B, N, V] fp32, -inf for what must not come out.
 
-    A node without a distribution (its logits hold NaN or +inf, or nothing but -inf) has NaN somewhere, or is greedy.
+    A node without a distribution (its logits hold NaN or +inf, or nothing but -inf) has NaN somewhere, or is greedy. So
+    low or high a temperature as would overflow is taken for the nearest that does not.
 
     Args:
         logits: [B, N, V] fp32, bf16 or fp16.
@@ -51,7 +54,10 @@ def filtered_log_probs(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
     temperature, top_k, top_p, min_p = (None if option is None else option[:, None, None] for option in filters.tensors)
     scores = logits.float()
     if temperature is not None:
-        scores = scores / torch.where(temperature == 0, 1.0, temperature)
+        peak, peak_ids = scores.max(-1, keepdim=True)
+        # so low a temperature that the peak would overflow leaves nothing but the peak, whatever it is exactly
+        divisor = torch.where(temperature == 0, 1.0, temperature).clamp(max=LARGEST).maximum(peak.abs() / LARGEST)
+        scores = scores / divisor
     if top_k is not None or top_p is not None:
         scores = torch.where(_dropped_by_rank(scores, top_k, top_p, filters.most), float("-inf"), scores)
     if min_p is not None:
@@ -60,7 +66,7 @@ def filtered_log_probs(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
     log_probs = scores.log_softmax(-1)
     if temperature is None:
         return log_probs
-    certain = torch.full_like(log_probs, float("-inf")).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
+    certain = torch.full_like(log_probs, float("-inf")).scatter(-1, peak_ids, 0.0)
     return torch.where(temperature == 0, certain, log_probs)
 
 

@@ -8,16 +8,13 @@ Everything a round needs is on the device; the host reads one small tensor a rou
 is a few CUDA graphs, and that look is a round late (`engine`).
 """
 
+from collections import deque
 from collections.abc import Hashable
 from contextlib import nullcontext
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.logits_process import (
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -28,13 +25,15 @@ from .auto import controller, most_nodes
 from .checks import check_attention, check_forward, constant_rope_limit, graph_hazard
 from .drafters import DraftContext
 from .drafters.base import check_rule
+from .ended import EndedRows
 from .engine import LAG, Reports, Stages, cannot_capture
 from .filters import Filters, filtered_log_probs
 from .inputs import left_padding, row_seeds_of
+from .lockstep import Lockstep
 from .noise import COUPLED, gumbel
 from .options import Options
 from .penalties import is_vectorised, process_nodes
-from .processors import first_choice, process_each, process_path, split_processors
+from .processors import check_stateless, first_choice, is_stateless, process_each, process_path, split_processors
 from .reference import Acceptance
 from .rules import LOSSY_RULES
 from .runner import TreeRunner
@@ -43,7 +42,7 @@ from .transcript import Transcript
 from .tree import DraftTree, Topology
 from .versions import CACHE
 
-STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+ONE_CHOICE_RULES = ("greedy", "coupled")  # which look at one node of each depth
 LEAST_TEMPERATURE = 1e-20
 FIRST_RESERVE = 512  # new tokens that the first cache buffer has room for
 NODES_RESERVE = 256  # and draft tokens, where it should not move
@@ -82,12 +81,6 @@ class Speculation:
         self.callers_cache = self.model_kwargs.get(CACHE)
         for part in (check_forward, check_attention):  # what may have changed since `patch`
             part(model, "the model")
-        for processor in logits_processor:
-            if isinstance(processor, STATEFUL):
-                raise ValueError(
-                    "generate: logits_processor must be functions of (input_ids, scores) alone with speculative "
-                    f"decoding, got {type(processor).__name__}, which keeps state from call to call"
-                )
         if torch.is_autocast_enabled(model.device.type):
             raise ValueError(
                 "generate: autocast must be off with speculative decoding, got a torch.autocast context: load the "
@@ -103,6 +96,8 @@ class Speculation:
         if generation_config.do_sample:
             self.rule, self.seeds = options.rule, row_seeds_of(options.seed, batch).to(model.device)
             self.processors, self.filters, self.warpers = split_processors(logits_processor, batch, model.device)
+        if self.rule not in ONE_CHOICE_RULES:
+            check_stateless(self.processors, self.rule)
         self.stats = Stats(rule=self.rule, lossless=self.rule not in LOSSY_RULES)
         # a criterion of the caller's replaces the one that the generation config would have made
         limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
@@ -146,6 +141,7 @@ class Speculation:
         self.runner = TreeRunner(model, self.start, self.max_length - 1 - self.start, self.impl, fixed, options.compile)
         self.budget = torch.full((batch,), self.max_length - prompt_length, device=model.device)
         self.stopped = np.zeros(batch, dtype=bool)  # by a criterion
+        self.slots = 0  # of the cache in the last round
         self.controller: AdaptiveTree | None = None
         self.held: dict[Hashable, DraftTree] = {}
         self.context = DraftContext(
@@ -161,10 +157,15 @@ class Speculation:
             rule=self.rule,
             seeds=self.seeds,
             filters=self.filters,
+            eos_ids=self.eos_ids,
             impl=self.impl,
             fixed_shapes=fixed,
             compiled=options.compile,
         )
+        self.ended = EndedRows(self.context, self.transcript)
+        self.lockstep: Lockstep | None = None
+        if not all(map(is_stateless, self.processors)):
+            self.lockstep = Lockstep(self.processors, self.context, self.transcript, self.ended)
 
     @property
     def on_device(self) -> bool:
@@ -256,6 +257,7 @@ class Speculation:
         if asked and not self.context.fixed_shapes:
             asked = asked.limited(self.context.useful_depth)
         self.stages.worthwhile = self.context.host_budget.max() >= WORTH_CAPTURING
+        self.prepare_ended()  # which moves rows on
         shape = self.prepare(asked)
         if self.drafts_on_device:
             tree = self.stages.run("draft", shape, self.draft)
@@ -273,12 +275,18 @@ class Speculation:
     @timed("draft")
     def prepare(self, asked: Topology | None) -> Hashable:
         """The host's part before a round: the shape of the draft, and room for it."""
-        cache, before = self.runner.cache, self.runner.cache.slots
+        cache = self.runner.cache
         cache.reserve(self.context.longest + self.session.max_nodes)
         shape = self.session.prepare(asked), cache.slots
-        if self.context.fixed_shapes and cache.slots > before:
-            self.stages.forget()  # the buffer was outgrown
+        if self.context.fixed_shapes and cache.slots > self.slots:
+            self.stages.forget()  # the buffer was outgrown, now or by rows that ended
+        self.slots = cache.slots
         return shape
+
+    @timed("accept")
+    def prepare_ended(self) -> None:
+        if self.lockstep:
+            self.lockstep.prepare(self.session.max_depth)
 
     @timed("draft")
     def draft(self) -> DraftTree:
@@ -332,6 +340,8 @@ class Speculation:
     @timed("accept")
     def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, dict[str, torch.Tensor]]:
         """The accepted path, and the scores to keep: [B, D + 1, V] at the root and along the path."""
+        if self.lockstep:
+            return self.lockstep.accept(tree, logits, self.choose, self.kept_of), {}
         scores, parents = self.process(tree, logits) if self.processors else (logits, tree.parents)
         shape = {"max_depth": tree.max_depth, "budget": self.budget, "eos_ids": self.eos_ids, "impl": self.impl}
         if self.rule == "greedy":
@@ -356,12 +366,33 @@ class Speculation:
 
     def kept_at(self, nodes: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """Of the scores to keep, those of `nodes` [B, K]: [B, K, V] by name."""
-        sources = {"scores": scores, "logits": logits}
+        if not self.transcript.columns_kept:
+            return {}
         places = nodes[:, :, None].expand(-1, -1, logits.shape[-1])
-        kept = {name: sources[name].gather(1, places).float() for name in self.transcript.columns_kept}
+        return self.kept_of(scores.gather(1, places), logits.gather(1, places))
+
+    def kept_of(self, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is kept of processed scores and logits [..., V], by name."""
+        sources = {"scores": scores, "logits": logits}
+        kept = {name: sources[name].float() for name in self.transcript.columns_kept}
         if "scores" in kept and self.warpers:
-            kept["scores"] = self.warpers(None, kept["scores"].flatten(0, 1)).view_as(kept["scores"])
+            kept["scores"] = self.warpers(None, kept["scores"].flatten(0, -2)).view_as(scores)
         return kept
+
+    def after_end(self, rows: list[int], count: int) -> dict[str, torch.Tensor]:
+        """The scores to keep [B, n <= count, V] of the next columns of `rows`, which ended."""
+        context, parts = self.context, []
+        for tree, logits, base, counts in self.ended.run(rows, count):
+            scores = logits
+            if self.over_nodes:
+                scores = process_nodes(self.processors, tree, logits, context.tokens, base)
+            elif self.processors:
+                scores = logits.to(torch.float32, copy=True)
+                host = context.host_tokens, base.cpu().numpy(), counts
+                deque(process_path(self.processors, tree, scores, *host, [], choose=self.pads), maxlen=0)
+            most = counts.max()
+            parts.append(self.kept_of(scores[:, :most], logits[:, :most]))
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
 
     def process(self, tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Processed scores [B, N, V], and parents [B, N] for acceptance, where what was not processed is padding.
@@ -379,12 +410,11 @@ class Speculation:
         scores = logits.to(torch.float32, copy=True)
         chosen = [[] for _ in logits]
         host = context.host_tokens, context.host_length, context.host_budget, self.transcript.eos_ids
-        if self.rule not in ("greedy", "coupled"):
+        if self.rule not in ONE_CHOICE_RULES:
             process_each(self.processors, tree, scores, *host)
             return scores, tree.parents
-        choose = first_choice if self.rule == "greedy" else self.coupled_choice
         try:
-            for choices in process_path(self.processors, tree, scores, *host, choose):
+            for choices in process_path(self.processors, tree, scores, *host, self.choose):
                 for row, choice in choices.items():
                     chosen[row].append(choice)
         except BaseException as error:
@@ -393,7 +423,12 @@ class Speculation:
                 padded = [row + [(0, 0)] * (max(counts) - len(row)) for row in chosen]
                 nodes = torch.tensor([[node for node, _ in row] for row in padded], device=logits.device)
                 tokens = [[token for _, token in row] for row in padded]
-                self.transcript.append(tokens, counts, self.kept_at(nodes, scores, logits))
+                kept = self.kept_at(nodes, scores, logits)
+                if not tree.is_chain:  # rows that end here may be taken further
+                    path = nodes[:, 1:].where(torch.arange(1, max(counts)) < torch.tensor(counts)[:, None], -1)
+                    self.runner.cache.compact(context.length, path.int(), self.impl)
+                self.transcript.append(tokens, counts, kept, self.after_end)
+                chosen = [[] for _ in logits]  # nothing is left to accept
             if not (self.transcript.done and isinstance(error, Exception)):
                 raise
         walked = np.zeros(tree.tokens.shape, dtype=bool)
@@ -401,8 +436,14 @@ class Speculation:
             walked[row, [node for node, _ in choices]] = True
         return scores, torch.where(torch.from_numpy(walked).to(logits.device), tree.parents, -1)
 
-    def coupled_choice(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
-        """What `rules.coupled` samples from processed scores [R, V] at these depths of these rows."""
+    def pads(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
+        """What a row that ended goes on with."""
+        return [self.transcript.pad_id] * len(rows)
+
+    def choose(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
+        """What greedy decoding or `rules.coupled` makes of processed scores [R, V] at these depths of these rows."""
+        if self.rule == "greedy":
+            return first_choice(scores, rows, depth)
         position = self.context.position[rows] + 1 + torch.tensor(depth, device=scores.device)
         noise = gumbel(self.seeds[rows], position, 0, COUPLED, scores.shape[-1])
         return (filtered_log_probs(scores[:, None], self.filters.of_rows(rows)).squeeze(1) + noise).argmax(-1).tolist()
@@ -442,8 +483,19 @@ class Speculation:
     def read(self) -> None:
         """The host's look at the oldest round it has not seen: the one read of a round."""
         report, kept, (number, verified, spent) = self.reports.take()
+        if not self.transcript.done or self.lockstep:  # else it was, while a processor raised
+            self.take_in(report, kept, number, verified, spent)
         if self.transcript.done:
-            return  # while a processor raised
+            self.complete_cache()
+
+    def take_in(
+        self,
+        report: list[list[int]],
+        kept: dict[str, torch.Tensor],
+        number: int,
+        verified: Topology | None,
+        spent: dict[str, float],
+    ) -> None:
         context, batch = self.context, len(report)
         counts, drafted, budget, has_nan, draft_nan = ([row[field] for row in report] for field in range(-5, 0))
         # a row that a criterion stopped may have gone on until the device heard of it
@@ -470,11 +522,24 @@ class Speculation:
                 self.learn(verified, report, counts, drafted, spent)
         context.host_length += counts
         context.host_budget[:] = budget
-        stopped = self.transcript.append(report, counts, kept)
+        if self.lockstep:
+            stopped = self.lockstep.stopped
+        else:
+            stopped = self.transcript.append(report, counts, kept, self.after_end)
         if stopped:
             self.stopped[stopped] = True
             context.host_budget[stopped] = 0
             self.budget[stopped] = 0
+        if number:
+            self.session.heard(drafted, counts)
+
+    def complete_cache(self) -> None:
+        """If the caller gets the cache, rows that ended have the keys and values of the pad tokens after it."""
+        lacking = self.transcript.column - 1 - self.ended.reached()
+        rows = np.flatnonzero(self.transcript.ended & (lacking > 0)).tolist()
+        is_wanted = self.config.return_dict_in_generate or self.callers_cache is not None
+        if rows and is_wanted and self.transcript.pad_id is not None:
+            deque(self.ended.run(rows, int(lacking[rows].max())), maxlen=0)
 
     def learn(
         self, verified: Topology, report: list[list[int]], counts: list[int], drafted: list[int], spent: dict

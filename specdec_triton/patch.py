@@ -21,7 +21,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from .checks import check_supported, graph_hazard, unwrap
+from .checks import check_supported, graph_hazard
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .engine import cannot_capture
 from .generate import Speculation
@@ -30,6 +30,7 @@ from .preparation import TOKEN_TYPES, says_nothing
 from .stats import Stats
 from .tree import DynamicTree, Topology
 from .versions import CACHE, warn_if_untested
+from .wrappers import unwrap
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "position_ids", "use_cache", CACHE}
@@ -325,7 +326,7 @@ class SpeculativeModel(GenerationMixin):
         for name in ("inputs_tensor", "assistant_tokenizer"):
             model_kwargs.pop(name, None)
         if assistant_model is not None:
-            drafter = ModelDrafter(unwrap(assistant_model))
+            drafter = ModelDrafter(assistant_model)
         elif generation_config.assistant_early_exit is not None:
             drafter = EarlyExitDrafter(generation_config.assistant_early_exit)
         else:

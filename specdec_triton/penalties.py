@@ -28,7 +28,7 @@ def is_vectorised(processors: LogitsProcessorList, vocab_size: int) -> bool:
     """
     indexing = hf.ForcedEOSTokenLogitsProcessor, hf.ExponentialDecayLengthPenalty
     return all(
-        type(processor) in _OVER_NODES
+        type(processor) in OVER_NODES
         and not (type(processor) in indexing and (processor.eos_token_id >= vocab_size).any())
         for processor in processors
     )
@@ -51,7 +51,7 @@ def process_nodes(
     texts = _Texts(tree, tokens, length)
     scores = logits.to(torch.float32, copy=True)
     for processor in processors:
-        scores = _OVER_NODES[type(processor)](processor, scores, texts)
+        scores = OVER_NODES[type(processor)](processor, scores, texts)
     return scores
 
 
@@ -245,7 +245,7 @@ def _of_scores_alone(processor: hf.LogitsProcessor, scores: torch.Tensor, texts:
     return processor(None, scores.flatten(0, 1)).view_as(scores)
 
 
-_OVER_NODES: dict[type, Callable[[hf.LogitsProcessor, torch.Tensor, _Texts], torch.Tensor]] = {
+OVER_NODES: dict[type, Callable[[hf.LogitsProcessor, torch.Tensor, _Texts], torch.Tensor]] = {
     hf.RepetitionPenaltyLogitsProcessor: _repetition,
     hf.NoRepeatNGramLogitsProcessor: _no_repeat_ngram,
     hf.SequenceBiasLogitsProcessor: _sequence_bias,

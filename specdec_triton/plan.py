@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from .adaptive import LADDER, expected_tokens, optimal_topology
 from .cards import CARDS
 from .costs import Costs, measure_costs
+from .files import read_config, reading
 from .runner import TreeRunner
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -132,7 +133,7 @@ def load_config(name: str) -> Any:
         sizes = dict(SHAPES[name])
         config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     elif path.exists():
-        config = AutoConfig.from_pretrained(path).get_text_config()
+        config = read_config(path).get_text_config()
     else:
         raise ValueError(f"plan: config must be a folder, a config.json or one of {', '.join(SHAPES)}, got {name!r}")
     for field in ("num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank", "is_encoder_decoder"):
@@ -149,7 +150,7 @@ def shape_of(config: Any, name: str) -> Shape:
     Raises:
         ValueError: transformers has no causal language model for this config.
     """
-    with torch.device("meta"):
+    with reading(f"the config of {name}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     weights = sum(parameter.numel() for parameter in model.parameters())  # a tied one counts once
     if not config.tie_word_embeddings:

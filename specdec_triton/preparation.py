@@ -67,7 +67,7 @@ def next_step(model: PreTrainedModel, input_ids: torch.Tensor, outputs: ModelOut
         raise _refusal(model, "input_ids of the last token", "other inputs")
     if mask is not None and (mask.dim() != 2 or mask.shape[1] != columns + 1):
         raise _refusal(model, f"an attention_mask of {columns + 1} columns", f"one of shape {list(mask.shape)}")
-    types = {name: prepared.pop(name) for name in TOKEN_TYPES & prepared.keys() if prepared[name] is not None}
+    types = {name: prepared.pop(name)[:, -1:] for name in TOKEN_TYPES & prepared.keys() if prepared[name] is not None}
     constants = {
         name: value
         for name, value in prepared.items()

@@ -10,16 +10,22 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
     LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    WatermarkLogitsProcessor,
 )
 
 from .filters import Filters
+from .penalties import OVER_NODES
 from .tree import DraftTree
 
 # in the order in which the filters apply: type -> (field of Filters, the processor's attribute, dtype)
@@ -30,7 +36,46 @@ FUSED = {
     MinPLogitsWarper: ("min_p", "min_p", torch.float32),
 }
 
+# these look at one row of their arguments at a time, and remember nothing
+STATELESS = (
+    *OVER_NODES,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+
 Choose = Callable[[torch.Tensor, list[int], list[int]], list[int]]
+
+
+def is_stateless(processor: LogitsProcessor) -> bool:
+    """Row i of what it returns is known to depend on row i of its arguments alone, however often and in whatever order
+    it is called: it is exactly of a type that does so, or says so by an attribute `stateless = True`, as may the
+    function of a `PrefixConstrainedLogitsProcessor`."""
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        processor = processor._prefix_allowed_tokens_fn
+    return type(processor) in STATELESS or getattr(processor, "stateless", False) is True
+
+
+def check_stateless(processors: LogitsProcessorList, rule: str) -> None:
+    """Refuse what is not known to be `is_stateless`, for a rule that looks at many nodes of one depth.
+
+    Raises:
+        ValueError: names the processor, and what to do.
+    """
+    for processor in processors:
+        if not is_stateless(processor):
+            name, on = type(processor).__name__, "its class"
+            if type(processor) is PrefixConstrainedLogitsProcessor:
+                on = "the function given as prefix_allowed_tokens_fn"
+            elif not isinstance(processor, LogitsProcessor):
+                name, on = getattr(processor, "__name__", name), "it"
+            raise ValueError(
+                f'generate: logits_processor must be functions of their arguments with rule "{rule}", which asks about '
+                f"texts that plain decoding never has, got {name}, which may keep state from call to call or look "
+                f'across rows: use rule="coupled" (the default), or set stateless = True on {on}, if row i of the '
+                "scores it returns depends on row i of its arguments alone"
+            )
 
 
 def split_processors(
@@ -83,6 +128,15 @@ def first_choice(scores: torch.Tensor, rows: list[int], depth: list[int]) -> lis
     return scores.argmax(-1).tolist()
 
 
+def children_of(tree: DraftTree) -> list[dict[tuple[int, int], int]]:
+    """By row: (node, token) -> the first child of the node that carries the token. The host reads the tree."""
+    tokens, parents = torch.stack([tree.tokens, tree.parents.long()]).tolist()
+    return [
+        {(parent, token): node for node, (parent, token) in reversed(list(enumerate(zip(*row, strict=True)))) if node}
+        for row in zip(parents, tokens, strict=True)
+    ]
+
+
 def process_path(
     processors: LogitsProcessorList,
     tree: DraftTree,
@@ -100,7 +154,7 @@ def process_path(
     not choose. Other nodes keep their raw logits.
 
     Args:
-        processors: as `generate` prepared them; functions of (input_ids, scores) alone.
+        processors: as `generate` prepared them; all of them `is_stateless`.
         scores: [B, N, V] fp32. The target's logits.
         host_tokens: [B, columns] int64. Prompt and emitted tokens, padding beyond.
         host_length: [B] int64. Column of each root.
@@ -111,11 +165,7 @@ def process_path(
     Yields:
         after each call of the processors, for each row asked about: the node, and the token chosen.
     """
-    tokens, parents = torch.stack([tree.tokens, tree.parents.long()]).tolist()
-    children = [
-        {(parent, token): node for node, (parent, token) in reversed(list(enumerate(zip(*row, strict=True)))) if node}
-        for row in zip(parents, tokens, strict=True)
-    ]
+    children = children_of(tree)
     idle = _ended_texts(host_tokens, host_length, host_budget, eos_ids, scores.shape[-1])
     at = {int(row): 0 for row in np.flatnonzero(host_budget)}
     text = {row: host_tokens[row, : host_length[row] + 1] for row in at}

@@ -355,9 +355,8 @@ def streamed_weights(model: PreTrainedModel) -> tuple[int, int]:
     """(bytes, numbers) of the weights that a forward of a dense model reads whole: all but an input embedding that is
     not the head as well."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    left_out = set()
-    if head is None or embedding.weight is not head.weight:
-        left_out = {id(parameter) for parameter in embedding.parameters()}
+    left_out = {id(parameter) for parameter in embedding.parameters()}
+    left_out -= {id(parameter) for parameter in head.parameters()} if head is not None else set()
     kept = [parameter for parameter in model.parameters() if id(parameter) not in left_out]
     return sum(p.numel() * p.element_size() for p in kept), sum(p.numel() for p in kept)
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from .filters import Filters, filtered_log_probs
 from .rules import RULES, Round
@@ -84,22 +83,22 @@ def tree_attention(
 ) -> torch.Tensor:
     """See `ops.tree_attention`."""
     dtype = query.dtype
-    batch, query_heads, rows, _ = query.shape
+    batch, query_heads, rows, head_dim = query.shape
     kv_heads, num_slots = key.shape[1], key.shape[2]
-    visible = visible_slots(packed_tree, rows, num_slots, sliding_window, chunk_size)[:, None]
-    start, length = packed_tree[:, :1, -2], packed_tree[:, :1, -1]
-    slots = torch.arange(num_slots, device=query.device)
-    in_use = ((slots >= start) & (slots < length + packed_tree.shape[1]))[:, None, :, None]
-    query, key, value = query.float(), _only(in_use, key).float(), _only(in_use, value).float()
-    if softcap is None and sinks is None:
-        mixed = scaled_dot_product_attention(query, key, value, visible, scale=scale, enable_gqa=True)
-        return mixed.transpose(1, 2).to(dtype).contiguous()
+    query, key, value = query.float(), key.float(), value.float()
+    # A row selects the scores that it sees: a NaN plus -inf would stay one. Values it cannot select without a copy of
+    # them for every row, and 0 * NaN is NaN: where they are not finite they become 0, and the scores of those who see
+    # the slot NaN. One bad value in a slot counts for all its heads.
+    visible = visible_slots(packed_tree, rows, num_slots, sliding_window, chunk_size)
+    finite = (value.amax((1, 3)).isfinite() & value.amin((1, 3)).isfinite())[:, None]
+    unseen = torch.where(visible, float("nan"), float("-inf"))[:, None]
+    value = value.nan_to_num(0.0, 0.0, 0.0)
 
-    scores = (query * scale).reshape(batch, kv_heads, -1, query.shape[-1]) @ key.transpose(2, 3)
+    scores = (query * scale).reshape(batch, kv_heads, -1, head_dim) @ key.transpose(2, 3)
     scores = scores.view(batch, query_heads, rows, num_slots)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~visible, float("-inf"))
+    scores = torch.where((visible & finite)[:, None], scores, unseen)
     if sinks is None:
         weights = scores.softmax(-1)
     else:
@@ -107,15 +106,6 @@ def tree_attention(
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
     mixed = weights.reshape(batch, kv_heads, -1, num_slots) @ value
     return mixed.view(batch, query_heads, rows, -1).transpose(1, 2).to(dtype).contiguous()
-
-
-def _only(in_use: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` with zeros where `in_use` is false, whatever stands there: 0 * NaN would be NaN.
-
-    On the bits, since an integer and is several times as fast as a `where` along a broadcast dimension.
-    """
-    bits = torch.int32 if tensor.element_size() == 4 else torch.int16
-    return (tensor.view(bits) & -in_use.to(bits)).view(tensor.dtype)
 
 
 def accept_greedy(
@@ -196,11 +186,14 @@ def accept_sample(
         def log_probs(node):
             return _row(all_log_probs, node).squeeze(1)
 
-    # the root's token is not looked up, and a node whose token the target does not know is padding
-    vocab = logits.shape[2]
+    # The root's token is not looked up. Padding is a node whose token the target does not know, and the child of a node
+    # without a distribution: so that node is judged as a leaf, by its own token's chance, and no NaN decides anything.
+    vocab, parents = logits.shape[2], parents.long()
+    has_distribution = logits.amax(-1).isfinite()
+    is_real = (tokens >= 0) & (tokens < vocab) & has_distribution.gather(1, parents.clamp(min=0))
     round = Round(
         tokens=tokens.clamp(0, vocab - 1),
-        parents=torch.where((tokens >= 0) & (tokens < vocab), parents.long(), -1),
+        parents=torch.where(is_real, parents, -1),
         max_depth=max_depth,
         log_probs=log_probs,
         draft_probs=draft_probs,
@@ -209,11 +202,11 @@ def accept_sample(
         seeds=seeds,
         position=position,
     )
-    return _emitted(logits, round, *RULES[rule](round), budget, eos_ids)
+    return _emitted(has_distribution, round, *RULES[rule](round), budget, eos_ids)
 
 
 def _emitted(
-    logits: torch.Tensor,
+    has_distribution: torch.Tensor,
     round: Round,
     last: torch.Tensor,
     next_ids: torch.Tensor,
@@ -222,7 +215,8 @@ def _emitted(
 ) -> Acceptance:
     """The path to `last` [B] and `next_ids` [B] after it, cut at the first EOS, the budget and the depth.
 
-    Cut within the path, the last token that stays is `next_ids`: what the target said after the node before it.
+    `has_distribution` is [B, N] bool. Cut within the path, the last token that stays is `next_ids`: what the target
+    said after the node before it.
     """
     batch, num_nodes = round.tokens.shape
     nodes = torch.arange(num_nodes, device=last.device)
@@ -249,12 +243,11 @@ def _emitted(
     stays = on_path & (nodes > 0) & (rank <= length[:, None])
     # the last column takes what is not on the path
     path.scatter_(1, torch.where(stays, rank - 1, round.max_depth), nodes.int().expand(batch, -1))
-    without_distribution = ~logits.amax(-1).isfinite()
     return Acceptance(
         path=path[:, : round.max_depth].contiguous(),
         length=length,
         next_ids=torch.where(live, emitted.gather(1, end[:, None]).squeeze(1), -1),
-        has_nan=live & (without_distribution & (stays | (nodes == 0))).any(1),
+        has_nan=live & (~has_distribution & (stays | (nodes == 0))).any(1),
     )
 
 

@@ -11,8 +11,8 @@ rejected, the draft's probabilities are subtracted from the residual, and what f
 was chosen without chance is a draw from a one-hot distribution: subtracting that takes the token out.
 
 A child that its draft could not have drawn (probability 0: the support was exhausted, or the draft's logits hold NaN)
-counts as padding. A comparison with NaN accepts: so wherever the target's NaN matters, its node is on the path, and
-the row is reported.
+counts as padding. So do the children of a node whose target logits make no distribution: that node is judged as a leaf,
+by the chance of its own token. A row that ends there is reported, and one that does not never learns of it.
 
 Letters: B sequences, N tree nodes, P expanded nodes, D edges on the longest path, V vocabulary.
 """
@@ -99,7 +99,7 @@ class Round:
             return None
         row = self.draft_row.gather(1, node[:, None])
         probs = self.draft_probs.gather(1, row.clamp(min=0)[..., None].expand(-1, -1, self.draft_probs.shape[2]))
-        return probs.squeeze(1) * (row >= 0)
+        return torch.where(row >= 0, probs.squeeze(1), 0.0)
 
 
 class Siblings(NamedTuple):

@@ -72,9 +72,11 @@ class TreeRunner:
             ValueError: the forward does not leave the keys and values of all T columns, or the model would not go on
                 from there token by token.
         """
-        # a cache without layer types keeps the whole history in sliding layers too
-        model_kwargs = {**model_kwargs, CACHE: model_kwargs.get(CACHE) or DynamicCache(), "use_cache": True}
-        columns, is_fresh = input_ids.shape[1], not model_kwargs[CACHE].get_seq_length()
+        cache = model_kwargs.get(CACHE)
+        if cache is None:
+            cache = DynamicCache()  # without layer types: it keeps the whole history in sliding layers too
+        model_kwargs = {**model_kwargs, CACHE: cache, "use_cache": True}
+        columns, is_fresh = input_ids.shape[1], not cache.get_seq_length()
         if columns > PREFILL_CHUNK and generation_config.prefill_chunk_size is None and is_fresh:
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = PREFILL_CHUNK

@@ -84,6 +84,9 @@ class _TracingSession(DraftSession):
         self._session.observe(tree, accepted)
         self._observed = time.perf_counter()
 
+    def heard(self, drafted: list[int], emitted: list[int]) -> None:
+        self._session.heard(drafted, emitted)
+
     def _rows(self, tree: DraftTree, paths: list, lengths: list, next_ids: list) -> Iterator[dict]:
         tokens, parents, depths = tree.tokens.tolist(), tree.parents.tolist(), tree.depth.tolist()
         positions = self._context.position.tolist()

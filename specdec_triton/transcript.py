@@ -6,11 +6,16 @@ sequence has reached: each call gets the very batch that plain decoding would ha
 """
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+
+# (rows that ended, how many columns) -> name -> [B, at most so many, V] scores of their next columns
+More = Callable[[list[int], int], dict[str, torch.Tensor]]
+AHEAD = 32  # columns of rows that ended which criteria will see, computed at once
 
 
 class Transcript:
@@ -29,7 +34,10 @@ class Transcript:
     Attributes:
         tokens: [B, max_length] int64 on the host; what no row has reached is padding.
         length: [B] int64. Column of each row's last token.
+        ended: [B] bool. The row emits nothing more.
+        column: the next one to judge.
         done: every row has stopped.
+        columns_kept: name -> the scores kept, a [B, V] for each column; complete once `done`.
     """
 
     def __init__(
@@ -49,20 +57,24 @@ class Transcript:
         self.tokens = np.full((batch, max_length), 0 if pad_id is None else pad_id, dtype=np.int64)
         self.tokens[:, : self.prompt_length] = input_ids.cpu().numpy()
         self.length = np.full(batch, self.prompt_length - 1)
-        self.column = self.prompt_length  # the next column to judge
+        self.column = self.prompt_length
         self.unfinished = np.ones(batch, dtype=bool)
         self.done = False
-        self._ended = np.zeros(batch, dtype=bool)  # emits nothing more
-        self._kept = {name: [deque() for _ in range(batch)] for name in keep}  # of columns not judged yet
+        self.ended = np.zeros(batch, dtype=bool)
+        # of columns that are not in `columns_kept` yet
+        self._kept = {name: [deque() for _ in range(batch)] for name in keep}
         self.columns_kept = dict.fromkeys(keep, ())
 
-    def append(self, tokens: list[list[int]], counts: list[int], kept: dict[str, torch.Tensor]) -> list[int]:
+    def append(
+        self, tokens: list[list[int]], counts: list[int], kept: dict[str, torch.Tensor], more: More | None = None
+    ) -> list[int]:
         """Take in a round.
 
         Args:
             tokens: [B][>= count] emitted tokens.
             counts: [B] how many of them.
             kept: name -> [B, >= count, V] scores of those tokens.
+            more: asked for scores of rows that ended, where they were not given to `keep`.
 
         Returns:
             Rows that a criterion has stopped just now and that must emit no more.
@@ -72,41 +84,57 @@ class Transcript:
             self.tokens[row, first : first + count] = tokens[row][:count]
             self.length[row] += count
             if count:
-                self._ended[row] = tokens[row][count - 1] in self.eos_ids or self.length[row] + 1 == self.max_length
-                for name, scores in kept.items():
-                    self._kept[name][row] += scores[row, :count].clone().unbind()  # a view would hold all of scores
+                self.ended[row] = tokens[row][count - 1] in self.eos_ids or self.length[row] + 1 == self.max_length
+                self.keep([row], {name: scores[:, :count] for name, scores in kept.items()})
         stopped = []
-        while not self.done and np.all(self._ended | (self.length >= self.column)):
-            stopped += self._judge_column()
+        while not self.done and np.all(self.ended | (self.length >= self.column)):
+            stopped += self._judge_column(more)
+        if self.done:
+            self._keep_columns(more)
         return stopped
 
-    def _judge_column(self) -> list[int]:
+    def keep(self, rows: list[int], kept: dict[str, torch.Tensor]) -> None:
+        """Take in scores [B, n, V] by name: those of the next n columns of `rows`, whether they go on or ended."""
+        for name, scores in kept.items():
+            for row in rows:
+                self._kept[name][row] += scores[row].clone().unbind()  # a view would hold all of scores
+
+    def _judge_column(self, more: More | None) -> list[int]:
         column, before = self.column, self.unfinished.copy()
         self.column += 1
-        self._keep_column(column)
         at_end = column + 1 == self.max_length
-        ended = (self.length == column) & self._ended
+        ended = (self.length == column) & self.ended
         flagged = np.zeros_like(ended)
         if self.criteria:
+            self._keep_columns(more)
             input_ids = torch.from_numpy(self.tokens[:, : column + 1].copy()).to(self.device)
             scores = self.columns_kept.get("scores")
             flagged = self.criteria(input_ids, scores).cpu().numpy()
         self.unfinished &= ~(ended | flagged)
         stopped = [] if self.pad_id is None else np.flatnonzero(before & flagged & ~ended).tolist()
         for row in stopped:
-            self.length[row], self._ended[row] = column, True
+            self.length[row], self.ended[row] = column, True
             self.tokens[row, column + 1 :] = self.pad_id
+            for rows in self._kept.values():
+                rows[row].clear()
         if self.streamer is not None:
             self.streamer.put(torch.from_numpy(self.tokens[:, column].copy()))
         self.done = at_end or not self.unfinished.any()
         return stopped
 
-    def _keep_column(self, column: int) -> None:
-        """One [B, V] of each kept score; a row that has ended has none and gets -inf."""
+    def _keep_columns(self, more: More | None) -> None:
+        """Put together the kept scores up to the last column judged. Criteria may get them at each column; where none
+        does, rows that ended are asked for all of theirs at once."""
+        if not self._kept:
+            return
+        had, rows = next(iter(self.columns_kept.values())), next(iter(self._kept.values()))
+        columns = self.column - self.prompt_length - len(had)
+        lacking = [row for row, scores in enumerate(rows) if len(scores) < columns]
+        if lacking:
+            most = max(columns - len(rows[row]) for row in lacking)
+            self.keep(lacking, more(lacking, most if self.done else max(most, AHEAD)))
         for name, rows in self._kept.items():
-            scores = [row.popleft() if column <= last else None for row, last in zip(rows, self.length, strict=True)]
-            ended = torch.full_like(next(score for score in scores if score is not None), float("-inf"))
-            self.columns_kept[name] += (torch.stack([ended if score is None else score for score in scores]),)
+            self.columns_kept[name] += tuple(torch.stack([row.popleft() for row in rows]) for _ in range(columns))
 
     @property
     def sequences(self) -> torch.Tensor:

@@ -227,6 +227,23 @@ class DraftTree:
         )
 
     @classmethod
+    def chain(cls, tokens: torch.Tensor, length: torch.Tensor, has_nan: torch.Tensor | None = None) -> "DraftTree":
+        """A chain of tokens [B, N] int64 for each sequence, of `length` [B] int64 draft tokens, 0 to N - 1; what lies
+        beyond is padding."""
+        parents, depth, ancestors = topology_tensors(Topology.chain(tokens.shape[1] - 1), tokens.device)
+        real = depth <= length[:, None]
+        alone = ancestors ^ torch.nn.functional.pad(ancestors[:, :-1], (0, 0, 1, 0))
+        return cls(
+            tokens=tokens,
+            parents=torch.where(real, parents, -1),
+            depth=torch.where(real, depth, 0),
+            ancestors=torch.where(real[..., None], ancestors, alone),
+            max_depth=tokens.shape[1] - 1,
+            is_chain=True,
+            has_nan=has_nan,
+        )
+
+    @classmethod
     def from_parents(
         cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int | None = None, is_chain: bool = False
     ) -> "DraftTree":

@@ -1,7 +1,11 @@
 """The command line: its parsing, what it calls, what it prints, its exit codes; then once through the real engine."""
 
 import io
-import subprocess
+import json
+import random
+import re
+import runpy
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +18,6 @@ import specdec_triton as sdt
 import tiny
 from specdec_triton import cli, demo, models, ops, prompts, rules
 from specdec_triton.rules import RULES
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,112 @@ def test_an_error_is_one_line_and_exit_code_2(capsys):
     assert line.startswith("specdec-triton generate: load: wanted a model folder")
 
 
+def with_config(**changed):
+    def spoil(folder):
+        found = tiny.saved_config(folder) | changed
+        (folder / "config.json").write_text(json.dumps({key: found[key] for key in found if found[key] != "none"}))
+
+    return spoil
+
+
+def written(name, text):
+    def spoil(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir() if text is None else (folder / name).write_bytes(text)
+
+    return spoil
+
+
+def cut(name, size):
+    def spoil(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return spoil
+
+
+def sharded(folder):
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+MALFORMED = {
+    "a list": (written("config.json", b"[1, 2]"), "config.json must be a JSON object, got a list"),
+    "no JSON": (written("config.json", b"{hidden"), "config.json must be JSON, got Expecting property name"),
+    "binary": (written("config.json", b"\xff\xfe"), "config.json must be JSON, got 'utf-8' codec"),
+    "a folder": (written("config.json", None), "Is a directory: '.*config.json'"),
+    "no keys": (written("config.json", b"{}"), "config.json cannot be read: Unrecognized model"),
+    "only a type": (
+        written("config.json", b'{"model_type": "llama"}'),
+        "config.json must describe the model in the folder, got a LlamaForCausalLM of 6738415616 weights",
+    ),
+    "no heads": (with_config(num_attention_heads=0), "config.json: num_attention_heads must be at least 1, got 0"),
+    "odd size": (with_config(hidden_size=65), r"config.json cannot be read: .*\(65\) is not a multiple"),
+    "a word": (with_config(num_hidden_layers="two"), "config.json cannot be read: .*num_hidden_layers.*got str"),
+    "unknown": (with_config(model_type="nonesuch"), "config.json cannot be read: .*model type `nonesuch`"),
+    "another kind": (with_config(model_type="t5"), "config.json cannot be read: .*"),
+    "activation": (with_config(hidden_act="nonesuch"), "config.json cannot be read: KeyError: 'nonesuch'"),
+    "more layers": (with_config(num_hidden_layers=3), "must hold every weight .*got none for model.layers.2."),
+    "other sizes": (with_config(vocab_size=99), "must hold every weight .*got another shape for lm_head.weight"),
+    "empty weights": (written("model.safetensors", b""), "model.safetensors cannot be read: .*header too small"),
+    "cut header": (cut("model.safetensors", 100), "model.safetensors cannot be read: .*header"),
+    "cut weights": (cut("model.safetensors", -1000), "model.safetensors cannot be read: .*not fully covered"),
+    "no shard": (sharded, "index.json must name files in the folder, got no model-00001-of-00002.safetensors"),
+    "cut tokenizer": (cut("tokenizer.json", 400), "tokenizer.json must be JSON, got Unterminated string"),
+    "bare tokenizer": (written("tokenizer.json", b"{}"), "the tokenizer in .* cannot be read: KeyError"),
+    "options": (written("generation_config.json", b"[]"), "generation_config.json must be a JSON object, got a list"),
+    "template": (written("chat_template.jinja", b"{% for x in %}"), "the chat template of .*: TemplateSyntaxError"),
+}
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_malformed_folder_is_one_line_that_names_the_file(fault, target, tmp_path, capsys):
+    spoil, message = MALFORMED[fault]
+    folder = Path(shutil.copytree(target, tmp_path / "spoilt"))
+    spoil(folder)
+    assert generate("--model", str(folder), "--prompt", "hello", "--plain") == 2
+    *told, line = capsys.readouterr().err.splitlines()
+    assert re.match(f"specdec-triton generate: .*{message}", line) and str(folder) in line
+    assert all(each.startswith(("loading", "model:")) for each in told)
+
+
+def test_every_command_that_loads_a_model_says_so(target, tmp_path, capsys):
+    folder = Path(shutil.copytree(target, tmp_path / "spoilt"))
+    written("config.json", b"[]")(folder)
+    model, card = ["--model", str(folder)], ["--draft", "none", "--card", "cpu", "--acceptance", "0.8"]
+    for command in (
+        ["generate", "--model", target, "--draft", str(folder), "--prompt", "p"],
+        ["prove", *model],
+        ["profile", *model],
+        ["demo", *model],
+        ["plan", "--target", str(folder), *card],
+        ["plan", "--target", str(folder / "config.json"), *card],
+    ):
+        assert cli.main(command) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(
+            f"specdec-triton {command[0]}: load: {folder}/config.json must be a JSON object, got a l"
+        )
+
+
+def test_a_malformed_gguf_file_is_one_line_that_names_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path / "cache")
+    file, noise = tmp_path / "bad.gguf", random.Random(0)
+    tiny.save_gguf(file, tiny.model(layers=1))
+    whole = file.read_bytes()
+    cuts = [4, 10, 30, 200, 3000, len(whole) - 1000]
+    spoilt = [whole[:size] for size in cuts] + [b"", b"PK" + whole[2:], whole.replace(b"llama", b"xlama")]
+    spoilt += [whole[:4] + bytes(4) + whole[8:], whole[:8] + b"\xff" * 16 + whole[24:], whole[:24] + bytes(5000)]
+    spoilt += [whole[:24] + noise.randbytes(4000) for _ in range(3)]
+    for data in spoilt:
+        file.write_bytes(data)
+        assert generate("--model", str(file), "--prompt", "hello", "--plain") == 2
+        *told, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"specdec-triton generate: load: {file} ")
+        assert all(each.startswith("converting") for each in told)
+    assert not any((tmp_path / "cache").iterdir())
+
+
 def test_an_interrupt_is_exit_code_130(monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -235,12 +343,12 @@ def test_doctor_names_versions_device_and_the_implementation_of_each_op(capsys):
         assert f"{name} ({reason})" in lines[op]
 
 
-def test_doctor_runs_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "specdec_triton.cli", "doctor"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "tree_attention" in done.stdout
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy's own: it is imported here already
+def test_doctor_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["specdec_triton.cli", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("specdec_triton.cli", run_name="__main__")
+    assert ended.value.code == 0 and "tree_attention" in capsys.readouterr().out
 
 
 def test_real_engine_demo(target, short, capsys):

@@ -1,5 +1,8 @@
 """Drafters alone: what they propose."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from specdec_triton.drafters.model import ModelSession
 from specdec_triton.drafters.prompt_lookup import _matches
 from specdec_triton.instruments import count_host_reads
 from specdec_triton.reference import Acceptance
+from specdec_triton.wrappers import embedded_tokens
 from test_patch import snapshot
 
 
@@ -100,6 +104,57 @@ def test_a_tree_asked_of_the_lookup():
         assert lookup.start(context([[1, 2, 3, 4, 1]]), tree).draft().parents.tolist() == [[-1, 0, 1, -1]]
     with pytest.raises(ValueError, match="PromptLookupDrafter: tree must be None, a number of nodes or a chain"):
         lookup.check(build("llama"), tree=sdt.Topology.from_widths([2]))
+
+
+@pytest.mark.parametrize("adapted", ["lora", "tokens", "saved"])
+def test_a_draft_may_be_wrapped(adapted):
+    """In PEFT, its embedding replaced, and drafts as the model inside does."""
+    peft = pytest.importorskip("peft")
+    options = {
+        "lora": {"target_modules": ["embed_tokens", "q_proj"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    }[adapted]
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=adapted == "tokens", **options)
+    target, draft = build("llama"), peft.get_peft_model(build("llama", seed=1), config).eval()
+    text = target.generate(**prompt(), do_sample=False, max_new_tokens=8, eos_token_id=NEVER)
+    for drafter in (sdt.ModelDrafter(draft, num_tokens=3), sdt.ModelDrafter(draft, tree=sdt.DynamicTree(4, 2, 2))):
+        with sdt.patched(target, drafter=drafter):
+            found = target.generate(**prompt(), do_sample=False, max_new_tokens=8, eos_token_id=NEVER)
+        assert torch.equal(found, text) and sdt.stats(target).drafted > 0
+    with sdt.patched(target):
+        found = target.generate(
+            **prompt(), do_sample=False, max_new_tokens=8, eos_token_id=NEVER, assistant_model=draft
+        )
+    assert torch.equal(found, text) and embedded_tokens(draft.get_base_model()) == 61
+
+
+def test_rows_of_an_embedding_that_tells_nothing():
+    model = build("llama")
+
+    class Bare(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, tokens):
+            return self.inner(tokens)
+
+    model.set_input_embeddings(Bare(model.get_input_embeddings()))
+    assert embedded_tokens(model) == 61
+
+
+@pytest.mark.parametrize("make", [sdt.ModelDrafter, lambda model: sdt.EarlyExitDrafter(1)], ids=["model", "layers"])
+def test_a_model_that_drafts_for_itself_is_collected(make):
+    model = build("llama")
+    drafter = make(model)
+    model.generate(
+        **prompt(batch=1), max_new_tokens=6, do_sample=False, custom_generate=sdt.SpeculativeGenerate(drafter=drafter)
+    )
+    gone = weakref.ref(model)
+    del model, drafter
+    gc.collect()
+    assert gone() is None
 
 
 def accepted_in(tree, length):
@@ -346,7 +401,10 @@ def test_what_an_early_exit_cannot_draft_for():
             lambda: sdt.OracleDrafter(torch.zeros(2, 3)).start(context([[1]])),
             "OracleDrafter: text must have a row for each of the 1",
         ),
-        (lambda: sdt.ModelDrafter("model"), "ModelDrafter: model must be a transformers PreTrainedModel, got str"),
+        (
+            lambda: sdt.ModelDrafter("model"),
+            r"ModelDrafter: model must be a transformers model with generate\(\), got builtins.str",
+        ),
         (lambda: sdt.ModelDrafter(build("llama"), 3, 4), "ModelDrafter: give num_tokens"),
         (lambda: sdt.ModelDrafter(build("llama"), 0), "ModelDrafter: num_tokens must be an integer"),
         (
@@ -374,6 +432,30 @@ def test_what_an_early_exit_cannot_draft_for():
         ),
         (lambda: sdt.EarlyExitDrafter(skip=["1"]), "EarlyExitDrafter: skip must be a list of layer indices"),
         (lambda: sdt.EarlyExitDrafter(1, num_tokens=3, tree=4), "EarlyExitDrafter: give num_tokens"),
+        (
+            lambda: sdt.EarlyExitDrafter(1, confidence_threshold=1.5),
+            "EarlyExitDrafter: confidence_threshold must be None or a probability, 0 to 1, got 1.5",
+        ),
+        (
+            lambda: sdt.ModelDrafter(build("llama"), confidence_threshold=True),
+            "ModelDrafter: confidence_threshold must be None or a probability, 0 to 1, got True",
+        ),
+        (
+            lambda: sdt.ModelDrafter(build("llama"), confidence_threshold=float("nan")),
+            "ModelDrafter: confidence_threshold must be None or a probability, 0 to 1, got nan",
+        ),
+        (
+            lambda: sdt.patch(
+                build("llama"), drafter=sdt.ModelDrafter(build("llama"), tree=9, confidence_threshold=0.5)
+            ),
+            "ModelDrafter: confidence_threshold must be None or 0 with a tree that is no chain, got 0.5",
+        ),
+        (
+            lambda: sdt.patch(
+                build("llama"), drafter=sdt.ModelDrafter(build("llama"), confidence_threshold=0.5), tree="auto"
+            ),
+            'tree="auto" must have a drafter that drafts what it is asked for, got ModelDrafter',
+        ),
     ],
 )
 def test_bad_options_are_refused(make, message):

@@ -78,10 +78,12 @@ def test_every_family_is_captured(captured_late, family):
 def test_captured_rounds_sample_the_same_text(captured_late, rule, name):
     model = build("llama")
     inputs = {**prompt(batch=3), **OPTIONS, "do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8}
-    text, _ = speculative(model, drafter_of(name, None), inputs, rule=rule, seed=7, cuda_graphs=True)
+    inputs["max_new_tokens"] = 18
+    text, captured = speculative(model, drafter_of(name, None), inputs, rule=rule, seed=7, cuda_graphs=True)
     expected, stats = speculative(model, drafter_of(name, None), inputs, rule=rule, seed=7, cuda_graphs=False)
     deepest = 3  # what is drafted beyond the end of the text counts where it is not cut
     assert torch.equal(text[:, :-deepest], expected[:, :-deepest]) and stats.why_eager == "cuda_graphs=False"
+    assert captured.replayed > 5
 
 
 def test_what_generate_accepts_keeps_its_meaning(captured_late):
@@ -99,8 +101,7 @@ def test_what_generate_accepts_keeps_its_meaning(captured_late):
         output, stats = speculative(model, drafter_of(name, plain.sequences), inputs)
         assert torch.equal(output.sequences, plain.sequences), name
         scores, expected = torch.stack(output.scores), torch.stack(plain.scores)
-        live = scores.isfinite()  # a row that has ended has none
-        assert torch.allclose(scores[live], expected[live], atol=1e-3) and live.any(2).all(1).any(), name
+        assert torch.allclose(scores, expected, atol=1e-3), name
         emitted = (plain.sequences[:, 9:] != 0).sum()
         assert stats.emitted <= emitted + 3, name  # a row that emits token 0 itself counts it
 
@@ -237,7 +238,7 @@ def test_rounds_are_one_graph(monkeypatch, family, name):
         rounds.append(lines)
 
     monkeypatch.setattr(generate.Speculation, "step", step)
-    model, inputs = build(family), {**prompt(batch=3), **OPTIONS}
+    model, inputs = build(family), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 20}
     plain = model.generate(**inputs)
     drafter = sdt.EarlyExitDrafter(2, num_tokens=3) if name == "early" else drafter_of(name, plain)
     text, stats = speculative(model, drafter, inputs)

@@ -3,6 +3,7 @@
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -54,11 +55,12 @@ def criterion(call):
     return ask
 
 
-def processor(call):
+def processor(call, stateless=False):
     def process(input_ids, scores):
         call()
         return scores
 
+    process.stateless = stateless
     return process
 
 
@@ -160,13 +162,14 @@ class Countdown:
 
 
 @pytest.mark.parametrize("calls", [1, 2, 5, 9])
-@pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria"])
+@pytest.mark.parametrize("where", ["logits_processor", "stateless", "stopping_criteria"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_text_before_a_callback_raised_is_streamed(batch, where, calls):
     """As far as plain `generate` streams it, though a round is further on."""
     model, inputs = build("llama"), prompt(batch=batch)
     text = model.generate(**inputs, **OPTIONS)
-    make = {"logits_processor": processor, "stopping_criteria": criterion}[where]
+    make = criterion if where == "stopping_criteria" else partial(processor, stateless=where == "stateless")
+    where = where if where == "stopping_criteria" else "logits_processor"
     got = []
     for context in (nullcontext(), sdt.patched(model, drafter=sdt.OracleDrafter(text, tree=sdt.Topology.chain(3)))):
         streamer = Streamer()
@@ -183,7 +186,8 @@ def test_nothing_is_left_behind_by_sampling(rule, place, monkeypatch):
     options = {**OPTIONS, "do_sample": True, "top_k": 30}
     sdt.patch(model, drafter=sdt.ModelDrafter(draft, tree=sdt.Topology.from_widths([2, 1])), rule=rule, seed=4)
     text = model.generate(**inputs, **options)
-    places = {**PLACES, "acceptance": in_function(sdt.ops, "accept_sample")}
+    asked = as_argument(lambda wire: {"logits_processor": [processor(wire, stateless=True)]})
+    places = {**PLACES, "acceptance": in_function(sdt.ops, "accept_sample"), "processor": asked}
     state = snapshot(model), snapshot(draft)
     del sdt.patch.__globals__["_stats"][model]
     arguments, remove = places[place](Tripwire(model, 2, error), model, draft, monkeypatch)
@@ -200,7 +204,8 @@ def test_an_interrupt_after_the_end_is_heard():
     text = model.generate(**inputs, **OPTIONS)
     stop = {"stopping_criteria": [lambda ids, scores, **k: torch.tensor([ids.shape[1] >= 12])]}
     with sdt.patched(model, drafter=sdt.OracleDrafter(text)), pytest.raises(KeyboardInterrupt):
-        model.generate(**inputs, **OPTIONS, **stop, logits_processor=[processor(Countdown(4, KeyboardInterrupt))])
+        wire = processor(Countdown(4, KeyboardInterrupt), stateless=True)
+        model.generate(**inputs, **OPTIONS, **stop, logits_processor=[wire])
 
 
 def test_scores_of_the_text_before_a_processor_raised():
@@ -230,8 +235,9 @@ def test_a_processor_that_raises_after_the_end_is_not_heard():
     plain = model.generate(**inputs, **OPTIONS, **stop, logits_processor=[processor(Countdown(4, ValueError))])
     assert plain.shape[1] == 12
     with sdt.patched(model, drafter=sdt.OracleDrafter(text, tree=sdt.Topology.chain(5))):
-        ours = model.generate(**inputs, **OPTIONS, **stop, logits_processor=[processor(Countdown(4, ValueError))])
-    assert torch.equal(ours, plain)
+        for stateless in (True, False):  # asked once more, or not at all
+            wire = processor(Countdown(4, ValueError), stateless)
+            assert torch.equal(model.generate(**inputs, **OPTIONS, **stop, logits_processor=[wire]), plain)
 
 
 class Broken(Drafter):

@@ -84,6 +84,112 @@ def test_each_row_has_its_own():
         assert torch.equal(together[row], filtered_log_probs(logits[row : row + 1], alone)[0])
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# what may go wrong with the bits of a threshold: values [V] of a dtype, from numbers that are drawn from a normal law
+PALETTES = {
+    "negative": lambda drawn, dtype: drawn - 9,
+    "tied": lambda drawn, dtype: drawn.round() / 4 - 1,
+    "all tied": lambda drawn, dtype: torch.full_like(drawn, -1.25),
+    "few finite": lambda drawn, dtype: torch.where(drawn.abs() < 1.5, -INF, drawn),
+    "denormal": lambda drawn, dtype: (
+        (drawn * 2).round() * 4 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    ),
+    "signed zeros": lambda drawn, dtype: torch.where(drawn > 1.5, -drawn, drawn.sign() * 0.0),
+    "large": lambda drawn, dtype: drawn * 2 + torch.finfo(torch.float16).max / 2,
+    "huge": lambda drawn, dtype: drawn * torch.finfo(dtype).max / 8,
+}
+
+
+def paint(palette, dtype, vocab, seed):
+    """[V], of which one at least is finite."""
+    drawn = torch.randn(vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = PALETTES[palette](drawn, dtype).to(dtype)
+    if not (logits > -INF).any():
+        logits[vocab // 2] = -0.75
+    return logits
+
+
+def check_by_hand(logits, found, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """`found` [V] are log-probabilities of `logits` [V] under the filters: one after the other, in float64.
+
+    Rounding in fp32 may keep or drop a token that is as good as on the threshold; all others are held to it.
+    """
+    exact = logits.double()
+    peak, vocab = exact.max(), len(logits)
+    if temperature == 0:
+        assert found.tolist() == [0.0 if token == int(exact.argmax()) else -INF for token in range(vocab)]
+        return
+    below = (exact - peak) / temperature  # log of the ratio to the likeliest
+    slack = 1e-5 + 4e-7 * (exact / temperature).abs().clamp(max=1e300)
+    keeps, drops = exact > -INF, exact == -INF
+    if 0 < top_k < vocab:
+        drops = drops | (exact < exact.sort().values[vocab - top_k])
+        keeps = ~drops
+    if top_p < 1:
+        order = torch.where(drops, -INF, exact).argsort(stable=True)  # lower ids of equals first
+        mass = torch.where(drops, -INF, below).softmax(-1)[order].cumsum(-1)
+        rounding = 1e-5 + float((slack * below.exp()).nan_to_num(0).max())
+        outside, inside = mass <= 1 - top_p - rounding, mass > 1 - top_p + rounding
+        outside[-1], inside[-1] = False, True
+        # a mass too small to count in fixed point may be dropped with any other
+        keeps = keeps & inside[order.argsort()] & (below > -26)
+        drops = drops | outside[order.argsort()]
+    if min_p > 0:
+        least = math.log(min(min_p, 1.0))
+        keeps = keeps & ((below - slack > least) | (exact == peak))
+        drops = drops | (below + slack < least)
+    kept = found > -INF
+    assert not found.isnan().any() and not (kept & drops).any() and not (keeps & (below > -80) & ~kept).any()
+    wanted = torch.where(kept, below, -INF).softmax(-1)
+    close = min(1e-4 + 1e-6 * abs(float(peak / temperature)), 0.05)
+    torch.testing.assert_close(found.double().exp(), wanted, rtol=close, atol=1e-7)
+
+
+def options_of(draw, palette):
+    """One row's filters, each of them off now and then."""
+    # powers of two, and none that makes a quotient too small: none is rounded, so none that differ become equal
+    temperatures = [1.0, 0.5, 4.0, 0.0, 2.0**-120, *([] if palette == "denormal" else [2.0**20, 2.0**100])]
+    return {
+        "temperature": draw(st.sampled_from(temperatures)),
+        "top_k": draw(st.just(0) | st.integers(1, 80)),
+        "top_p": draw(st.just(1.0) | st.floats(0, 0.999)),
+        "min_p": draw(st.sampled_from([0.0, 1e-6, 0.1, 0.7, 1.0])),
+    }
+
+
+def check_reference(palette, dtype, data, seed):
+    logits, options = paint(palette, dtype, data.draw(st.integers(1, 70)), seed), options_of(data.draw, palette)
+    given = made(**{name: [value] for name, value in options.items()})
+    for most in {None, options["top_k"] or None}:
+        found = filtered_log_probs(logits[None, None], given._replace(most=most))[0, 0]
+        check_by_hand(logits, found, **options)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("palette", PALETTES)
+def test_by_hand_in_float64(palette, dtype, data, seed):
+    check_reference(palette, dtype, data, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("palette", PALETTES)
+def test_by_hand_in_float64_at_length(palette, dtype, data, seed):
+    check_reference(palette, dtype, data, seed)
+
+
+def test_temperatures_that_would_overflow():
+    logits = torch.tensor([[[1e4, -INF, 2e4, 2e4]], [[-1e4, -INF, -3e4, -1e4]], [[0.0, -INF, -1e-30, -1.0]]])
+    coldest = filtered_log_probs(logits, made(temperature=[1e-45] * 3)).exp()[:, 0]
+    assert coldest.tolist() == [[0, 0, 0.5, 0.5], [0.5, 0, 0, 0.5], [1, 0, 0, 0]]
+    hottest = filtered_log_probs(logits, made(temperature=[INF] * 3)).exp()
+    torch.testing.assert_close(hottest, torch.tensor([1 / 3, 0, 1 / 3, 1 / 3]).expand(3, 1, 4))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -16,6 +16,7 @@ from specdec_triton.filters import Filters, filtered_log_probs
 from specdec_triton.kernels import _law, _noise
 from specdec_triton.kernels import accept_sample as kernel
 from specdec_triton.rules import RULES, SAMPLING, WEIGHING_RULES
+from test_filters import DTYPES, PALETTES, check_by_hand, made, options_of, paint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = float("nan"), float("inf")
@@ -32,30 +33,6 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_interpreter():
-    """The interpreter patches triton's modules for every call of a helper; once a launch and module is enough."""
-    from triton.runtime import interpreter
-
-    if DEVICE == "cuda" or not hasattr(interpreter, "_patch_lang"):
-        yield
-        return
-    patch, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-
-    def patch_once(function):
-        if function.__module__ not in done:
-            done.add(function.__module__)
-            return patch(function)
-
-    def launch_afresh(self, *arguments, **options):
-        done.clear()
-        return launch(self, *arguments, **options)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
-    yield
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
 
 
 def filters_of(kind, batch, random):
@@ -284,6 +261,41 @@ def test_filters(kind, dtype):
     check_laws(logits, filters_of(kind, 3, random))
 
 
+# each alone, then together: with a nucleus of a part of a tie, and with more asked for than is finite
+FIXED = [
+    {"top_k": 5},
+    {"top_p": 0.55},
+    {"temperature": 0.5, "min_p": 0.3},
+    {"temperature": 4.0, "top_k": 30, "top_p": 0.8, "min_p": 1e-6},
+]
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def check_by_hand_in_float64(logits, rows):
+    """Kernel rows of one launch, each with filters of its own, against the filters one after the other."""
+    given = made(**{name: [row.get(name, value) for row in rows] for name, value in OFF.items()})
+    found = laws(logits.to(DEVICE), Filters(*(option.to(DEVICE) for option in given.tensors))).cpu()
+    for row, options in enumerate(rows):
+        check_by_hand(logits[row], found[row], **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("palette", PALETTES)
+def test_filters_by_hand(palette, dtype):
+    check_by_hand_in_float64(torch.stack([paint(palette, dtype, 41, seed) for seed in range(len(FIXED))]), FIXED)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10**6), vocab=st.integers(1, 70))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("palette", PALETTES)
+def test_filters_by_hand_at_length(palette, dtype, data, seed, vocab):
+    rows = [options_of(data.draw, palette) for _ in range(3)]
+    check_by_hand_in_float64(torch.stack([paint(palette, dtype, vocab, seed + row) for row in range(3)]), rows)
+
+
 def test_filters_over_several_tiles():
     random = torch.Generator().manual_seed(4)
     vocab = 2 * kernel.BLOCK_V + 3
@@ -501,6 +513,30 @@ def test_no_distribution_is_flagged(rule, value):
     for options in filters if value != -INF else filters[:1]:
         got = check(arguments | {"filters": options})
         assert got.has_nan[0] and not got.has_nan[4]
+
+
+QUICK_CELLS = [("typical", "none"), ("multi_round", "without"), ("block", "with"), ("traversal", "none")]
+
+
+@pytest.mark.parametrize(
+    ("rule", "sampling"),
+    [cell if cell in QUICK_CELLS else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS],
+)
+def test_a_node_without_a_distribution_is_a_leaf(rule, sampling):
+    """One in each row, most of them off the path: the text of the row is the one without that node's children."""
+    arguments = case(rule, sampling, batch=6, nodes=7, vocab=7, seed=33)
+    if rule not in ("rejection", "block"):
+        arguments["parents"][:] = torch.tensor([-1, 0, 0, 1, 1, 2, 3], dtype=torch.int32)
+    node = torch.tensor([1, 2, 3, 1, 2, 3], device=DEVICE)
+    rows, logits = torch.arange(6, device=DEVICE), arguments["logits"].clone()
+    logits[rows, node] = torch.where(rows < 4, NAN, -INF)[:, None]
+    got = check(arguments | {"logits": logits})
+    cut = arguments["parents"].masked_fill(arguments["parents"] == node[:, None], -1)
+    wanted = reference.accept_sample(**arguments | {"parents": cut})
+    assert torch.equal(got.path, wanted.path) and torch.equal(got.length, wanted.length)
+    assert torch.equal(got.has_nan, (got.path == node[:, None]).any(1))
+    assert torch.equal(got.next_ids[~got.has_nan], wanted.next_ids[~got.has_nan])
+    assert not got.has_nan.all()
 
 
 @pytest.mark.parametrize("rule", ["multi_round", "traversal", "block"])

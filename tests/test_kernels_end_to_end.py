@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import specdec_triton as sdt
-from families import EOS, build, prompt
+from families import EOS, NEVER, VOCAB, build, prompt
 from test_generate import TREES, oracle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,6 +45,27 @@ def test_text_through_the_kernels(family, calls):
     assert calls["tree_attention"] == 2 * stats.rounds
     assert 0 < calls["compact_kv"] <= stats.rounds  # at the end of the text a tree may be cut to a chain
     assert calls["accept_greedy"] == stats.rounds + 1
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_a_draft_token_without_finite_numbers(family, impl):
+    """Its siblings, the root and later rounds are none the wiser."""
+    model = build(family, num_hidden_layers=2).to(DEVICE)
+    inputs = {name: tensor.to(DEVICE) for name, tensor in prompt().items()}
+    options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": NEVER}
+    plain = model.generate(**inputs, **options)
+    unused = sorted(set(range(3, VOCAB)) - set(plain.flatten().tolist()))[0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[unused] = float("nan")
+        # a tied head would give every row a NaN
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.nan_to_num(0.0))
+    assert torch.equal(model.generate(**inputs, **options), plain)
+    drafted = plain.clone()
+    drafted[:, inputs["input_ids"].shape[1] + 2 :: 3] = unused
+    with sdt.patched(model, drafter=oracle(drafted, tree=TREES["skipping"]), impl=impl):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+    assert sdt.stats(model).accepted > 0
 
 
 def test_a_draft_model_through_the_kernels(calls):

@@ -1,4 +1,9 @@
-"""Long prompts, large batches, long outputs: exact text, and a cache of the size that its shapes say."""
+"""Long prompts, large batches, long outputs, many calls: exact text, and memory as the shapes say."""
+
+import gc
+import os
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,3 +78,53 @@ def test_2000_new_tokens(allocations):
     assert_exact(model, prompt(batch=2), 2000, drafter=sdt.EarlyExitDrafter(1, tree=7))
     assert_as_computed(allocations, model, 2, 9 + 512, 9 + 2000 + 7)
     assert 3 <= len(allocations) <= 5
+
+
+STATM = Path("/proc/self/statm")
+
+
+def resident_bytes():
+    gc.collect()
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not STATM.exists(), reason="memory is read from /proc")
+def test_300_calls_in_a_row():
+    """Drafters, trees, rules, batches, patches that stay and blocks that end: every text right; nothing piles up."""
+    chosen, model, draft = random.Random(0), build("llama"), build("llama", seed=1)
+    model.generation_config.pad_token_id = 0
+    chains = [sdt.PromptLookupDrafter(4), sdt.ModelDrafter(draft, num_tokens=3), sdt.EarlyExitDrafter(2, num_tokens=2)]
+    trees = [
+        sdt.ModelDrafter(draft, tree=9),
+        sdt.ModelDrafter(draft, tree=sdt.DynamicTree(8, width=2, depth=3)),
+        sdt.EarlyExitDrafter(skip=[1], tree=6),
+        sdt.PromptLookupDrafter(3, branches=2),
+    ]
+    middle = None
+    for call in range(300):
+        inputs = prompt(batch=chosen.choice([1, 2, 4]), length=chosen.randint(4, 20), padding=chosen.randint(0, 3))
+        options = {"max_new_tokens": chosen.randint(1, 24), "eos_token_id": chosen.choice([2, NEVER, [3, 4, 5]])}
+        seed, rule = chosen.randint(0, 99), chosen.choice(["greedy", "greedy", "coupled", "rejection", "block"])
+        drafter = chosen.choice(chains if rule in ("rejection", "block") else chains + trees)
+        if rule == "greedy":
+            plain, rule = model.generate(**inputs, **options, do_sample=False), None
+            options["do_sample"] = False
+        else:
+            options |= {"do_sample": True, "top_k": 20, "temperature": 0.8}
+            baseline = sdt.SpeculativeGenerate(seed=seed, rule="coupled")
+            plain = model.generate(**inputs, **options, custom_generate=baseline)
+        if chosen.random() < 0.5:
+            with sdt.patched(model, drafter=drafter, rule=rule, seed=seed):
+                text = model.generate(**inputs, **options)
+        else:
+            sdt.patch(model, drafter=drafter, rule=rule, seed=seed)
+            text = model.generate(**inputs, **options)
+            sdt.unpatch(model)
+        if rule in (None, "coupled"):
+            assert torch.equal(text, plain), f"call {call}"
+        assert sdt.stats(model).emitted <= len(text) * options["max_new_tokens"]
+        if call == 149:
+            middle = resident_bytes()
+    assert resident_bytes() - middle < 8 * 2**20

@@ -30,6 +30,7 @@ ARROWS = {
     "adaptive": {"costs", "tree"},
     "ops": {"filters", "reference", "rules", "kernels"},
     "versions": set(),
+    "wrappers": set(),
     "preparation": {"versions"},
     "checks": {"preparation"},
     "attention": {"ops", "reference"},
@@ -46,10 +47,13 @@ ARROWS = {
         "rules",
         "runner",
         "tree",
+        "wrappers",
     },
     "penalties": {"reference", "tree"},
-    "processors": {"filters", "tree"},
+    "processors": {"filters", "penalties", "tree"},
     "transcript": {"reference", "tree"},
+    "ended": {"drafters", "transcript", "tree"},
+    "lockstep": {"drafters", "ended", "processors", "reference", "transcript", "tree"},
     "engine": set(),
     "stats": set(),
     "inputs": {"noise"},
@@ -60,9 +64,11 @@ ARROWS = {
         "auto",
         "checks",
         "drafters",
+        "ended",
         "engine",
         "filters",
         "inputs",
+        "lockstep",
         "noise",
         "ops",
         "options",
@@ -86,16 +92,18 @@ ARROWS = {
         "stats",
         "tree",
         "versions",
+        "wrappers",
     },
     "instruments": set(),
     "cards": set(),
-    "plan": {"adaptive", "cards", "costs", "runner"},
+    "plan": {"adaptive", "cards", "costs", "files", "runner"},
     "inspection": {"cards", "kernels"},
     "calibration": set(),
     "profiling": {"calibration", "engine", "generate", "instruments"},
     "trace": {"drafters", "reference", "tree"},
     "proof": set(),
-    "models": set(),
+    "files": set(),
+    "models": {"files"},
     "prompts": set(),
     # these use the library as any user would: `import specdec_triton`
     "demo": {"specdec_triton", "instruments", "models", "prompts"},
@@ -236,13 +244,23 @@ def python(code, cwd):
     return done.stdout.strip()
 
 
-def test_the_root_does_not_shadow_hugging_faces_kernels():
-    code = """
+@pytest.fixture(scope="module")
+def from_the_root():
+    """What a process in the root finds: of the name `kernels`, and as our kernels' folder."""
+    return python(
+        """
 import importlib.util, transformers, transformers.modeling_utils
 spec = importlib.util.find_spec("kernels")
 print("absent" if spec is None else spec.origin or "namespace")
-"""
-    found = python(code, cwd=ROOT)
+import specdec_triton.kernels as kernels
+print(list(kernels.__path__)[0])
+""",
+        cwd=ROOT,
+    ).splitlines()
+
+
+def test_the_root_does_not_shadow_hugging_faces_kernels(from_the_root):
+    found = from_the_root[0]
     # a namespace package gives way to a real package of that name anywhere on the path
     assert found in ("absent", "namespace") or not Path(found).is_relative_to(ROOT)
 
@@ -255,6 +273,7 @@ def test_a_real_kernels_package_wins_over_our_folder(tmp_path):
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_kernels_import_from_the_root_and_from_elsewhere(tmp_path, inside):
+def test_kernels_import_from_the_root_and_from_elsewhere(tmp_path, inside, from_the_root):
     code = "import specdec_triton.kernels as kernels; print(list(kernels.__path__)[0])"
-    assert Path(python(code, cwd=ROOT if inside else tmp_path)).resolve() == ROOT / "kernels"
+    found = from_the_root[1] if inside else python(code, cwd=tmp_path)
+    assert Path(found).resolve() == ROOT / "kernels"

@@ -1,10 +1,16 @@
 """Patching: per instance, reversible, and refusing by name what it cannot serve."""
 
+import asyncio
 import concurrent.futures
 import copy
 import gc
 import io
+import os
 import pickle
+import queue
+import signal
+import sys
+import threading
 import weakref
 
 import pytest
@@ -150,10 +156,16 @@ def test_copies_and_pickles_are_of_the_models_own_class(tmp_path):
         assert torch.equal(other.generate(**prompt(), **OPTIONS), model.generate(**prompt(), **OPTIONS))
 
 
-def test_nothing_keeps_a_model_alive():
+@pytest.mark.parametrize("drafter", [None, sdt.ModelDrafter, lambda model: sdt.EarlyExitDrafter(1)])
+def test_nothing_keeps_a_model_alive(drafter):
+    """Not even a drafter that is the model itself."""
     model = build("llama")
-    sdt.patch(model)
-    model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)
+    if drafter is None:
+        sdt.patch(model)
+        model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)
+    else:
+        sdt.patch(model, drafter=drafter(model))
+        model.generate(**prompt(), **OPTIONS)
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -274,8 +286,6 @@ def test_embeddings_need_their_tokens(model):
 
 def test_state_that_cannot_be_rolled_back_is_refused(model):
     with sdt.patched(model):
-        with pytest.raises(ValueError, match="logits_processor must be functions.*got UnbatchedClassifierFree"):
-            model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3, guidance_scale=1.5)
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast must be off"):
             model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=3)
 
@@ -299,7 +309,7 @@ def test_a_router_loss_does_not_see_the_packed_tree():
         assert torch.equal(other.generate(**prompt(batch=1), **OPTIONS, prompt_lookup_num_tokens=3), plain)
 
 
-def test_threads_take_turns(model):
+def test_threads_share_a_model(model):
     plain = model.generate(**prompt(), **OPTIONS)
     with sdt.patched(model), concurrent.futures.ThreadPoolExecutor(3) as pool:
         calls = [pool.submit(model.generate, **prompt(), **OPTIONS, prompt_lookup_num_tokens=3) for _ in range(6)]
@@ -319,13 +329,126 @@ def test_another_threads_patched_block_is_not_disturbed(model):
         pool.submit(sdt.unpatch, model).result()
 
 
-def test_plain_calls_take_turns_with_speculative_ones(model):
-    """The attention is swapped while drafts are verified; a plain call of the same model waits."""
+def test_other_calls_in_other_threads_run_as_always():
+    """Plain calls, beams and direct forwards of the target and of the draft, while drafts are verified."""
+    target, draft = build("llama"), build("llama", seed=1)
+    for each in (target, draft):
+        each.set_attn_implementation("eager")
+    inputs, stop = prompt(padding=2), threading.Event()
+    plain, beams = (target.generate(**inputs, **OPTIONS, num_beams=beams) for beams in (1, 2))
+    logits = [each(**inputs).logits.detach() for each in (target, draft)]
+
+    def others():
+        while not stop.is_set():
+            assert torch.equal(target.generate(**inputs, **OPTIONS), plain)
+            assert torch.equal(target.generate(**inputs, **OPTIONS, num_beams=2), beams)
+            for each, expected in zip((target, draft), logits, strict=True):
+                with torch.no_grad():
+                    torch.testing.assert_close(each(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+    with sdt.patched(target), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(others)
+        try:
+            for _ in range(4):
+                assert torch.equal(target.generate(**inputs, **OPTIONS, assistant_model=draft), plain)
+        finally:
+            stop.set()
+        running.result()
+
+
+def test_two_models_run_side_by_side():
+    """Each waits for the other in the middle of its text: were there one lock for both, neither would go on."""
+    models, barrier = (build("llama"), build("qwen2")), threading.Barrier(2, timeout=60)
+
+    def meet(ids, scores, **kwargs):
+        barrier.wait()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    plain = [model.generate(**prompt(), **OPTIONS) for model in models]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for model in models:
+            sdt.patch(model)
+        calls = [
+            pool.submit(model.generate, **prompt(), **lookup(**OPTIONS), stopping_criteria=[meet]) for model in models
+        ]
+        assert all(torch.equal(call.result(), text) for call, text in zip(calls, plain, strict=True))
+
+
+def test_two_calls_of_one_model_run_side_by_side(model):
+    barrier = threading.Barrier(2, timeout=60)
+
+    def meet(ids, scores, **kwargs):
+        barrier.wait()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
     plain = model.generate(**prompt(), **OPTIONS)
     with sdt.patched(model), concurrent.futures.ThreadPoolExecutor(2) as pool:
-        assisted = [pool.submit(model.generate, **prompt(), **OPTIONS, prompt_lookup_num_tokens=3) for _ in range(8)]
-        unassisted = [pool.submit(model.generate, **prompt(), **OPTIONS) for _ in range(8)]
-        assert all(torch.equal(call.result(), plain) for call in (*assisted, *unassisted))
+        calls = [
+            pool.submit(model.generate, **prompt(), **lookup(**OPTIONS), stopping_criteria=[meet]) for _ in range(2)
+        ]
+        assert all(torch.equal(call.result(), plain) for call in calls)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_in_the_middle_of_a_call_can_call(model):
+    plain = model.generate(**prompt(), **OPTIONS)
+    children = []
+
+    def fork(ids, scores, **kwargs):
+        if not children:
+            done = queue.Queue()
+            threading.Thread(
+                target=lambda: done.put(_answer_of_a_child(model, plain))
+            ).start()  # while this one is inside
+            children.append(done.get(timeout=120))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with sdt.patched(model):
+        assert torch.equal(model.generate(**prompt(), **lookup(**OPTIONS), stopping_criteria=[fork]), plain)
+    assert children == [0]
+
+
+def _answer_of_a_child(model, plain):
+    """Exit code of a forked child that patches anew and generates: 0 if the text is right, 2 if it waits for ever."""
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        with sdt.patched(build("qwen2")):
+            os._exit(not torch.equal(model.generate(**prompt(), **lookup(**OPTIONS)), plain))
+    _, status = os.waitpid(child, 0)
+    return 2 if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+
+
+def test_blocks_of_tasks_may_overlap_and_end_in_any_order(model):
+    """Every call has the options of its own task's block, and the model is plain when all have ended."""
+    plain, seen = model.generate(**prompt(), **OPTIONS), {}
+
+    async def task(name, nodes, enter, leave, wait_for):
+        await wait_for.wait()
+        with sdt.patched(model, drafter=sdt.PromptLookupDrafter(nodes)):
+            enter.set()
+            await asyncio.sleep(0)
+            assert torch.equal(model.generate(**prompt(), **OPTIONS), plain)
+            seen[name] = sys.modules["specdec_triton.patch"]._in_force(model).drafter.num_tokens
+            await leave.wait()
+            seen[name, "at the end"] = sys.modules["specdec_triton.patch"]._in_force(model).drafter.num_tokens
+
+    async def overlap():
+        first_in, second_in, first_may_leave, second_may_leave, go = (asyncio.Event() for _ in range(5))
+        go.set()
+        first = asyncio.create_task(task("first", 2, first_in, first_may_leave, go))
+        second = asyncio.create_task(task("second", 5, second_in, second_may_leave, first_in))
+        await second_in.wait()
+        first_may_leave.set()
+        await first
+        assert type(model) is not transformers.LlamaForCausalLM
+        assert torch.equal(model.generate(**prompt(), **OPTIONS), plain)
+        second_may_leave.set()
+        await second
+
+    asyncio.run(overlap())
+    assert seen == {"first": 2, "second": 5, ("first", "at the end"): 2, ("second", "at the end"): 5}
+    assert type(model) is transformers.LlamaForCausalLM
 
 
 def test_a_patched_block_may_be_left_by_another_thread(model):

@@ -239,6 +239,7 @@ def test_accept_greedy_refuses_bad_arguments(changes, message):
     ("changes", "message"),
     [
         ({"storage": torch.zeros(2, 3)}, "storage must be contiguous"),
+        ({"storage": torch.zeros(64)[::2]}, r"storage must be contiguous .*\[32\] on cpu with strides \[2\]"),
         ({"widths": [5]}, r"widths must be positive and B \* sum\(widths\) = 10"),
         ({"widths": [3, -1]}, "widths must be positive"),
         ({"base": torch.zeros(2)}, r"base must be torch.int64 \[B\]"),

@@ -7,7 +7,13 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec_triton as sdt
 from families import EOS, NEVER, PAD, build, prompt
-from test_generate import TREES, eos_in_mid_row, oracle
+from specdec_triton import engine, transcript
+from test_engine import drafter_of, speculative
+from test_generate import TREES, oracle
+from test_lockstep import assert_same_output, spread
+from test_sampling import prepared_processors
+
+INF = float("inf")
 
 
 class Recorder(StoppingCriteria):
@@ -18,6 +24,7 @@ class Recorder(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         self.calls.append((input_ids.tolist(), None if scores is None else len(scores)))
+        self.scores = scores
         return input_ids.shape[1] >= self.stops
 
 
@@ -36,17 +43,34 @@ def test_criteria_are_asked_as_plain_generate_asks_them(stops, eos, monkeypatch)
     assert our_calls.calls == plain_calls.calls
 
 
-def test_criteria_get_the_scores_and_a_stopped_row_has_none():
-    model, inputs, stops = build("llama"), prompt(), (12, 20)
-    options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": NEVER, "pad_token_id": PAD}
-    options |= {"return_dict_in_generate": True, "output_scores": True}
-    plain_calls, our_calls = Recorder(stops), Recorder(stops)
-    plain = model.generate(**inputs, **options, stopping_criteria=[plain_calls])
-    with sdt.patched(model, drafter=oracle(plain.sequences, 0.0, tree=sdt.Topology.chain(5))):
-        ours = model.generate(**inputs, **options, stopping_criteria=[our_calls])
-    assert torch.equal(ours.sequences, plain.sequences) and our_calls.calls == plain_calls.calls
-    assert [scores[0].isneginf().all().item() for scores in ours.scores] == [False] * 3 + [True] * 8
-    assert not any(scores[1].isneginf().any() for scores in ours.scores)
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("stops", [(12, 20), (10, 60), (31, 12)])
+def test_criteria_get_the_scores_of_all_rows(stops, lag, monkeypatch):
+    """At each column, those of rows that ended, too, however long ago."""
+    monkeypatch.setitem(engine.LAG, "cpu", lag)
+    monkeypatch.setattr(sdt.cache, "BUCKET", 1)
+    monkeypatch.setattr(transcript, "AHEAD", 3)
+    model, inputs = build("llama"), prompt()
+    options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": NEVER, "pad_token_id": PAD}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "repetition_penalty": 1.2}
+
+    class Judge(Recorder):
+        """Ends a row where the scores say so: what it was given decides the text."""
+
+        def __call__(self, input_ids, scores, **kwargs):
+            flagged = super().__call__(input_ids, scores)
+            high = torch.stack(scores)[:, :, 7].sum(0)
+            return flagged | (high.flip(0) > 25)  # by the scores of the other row
+
+    calls, our_calls = Judge(stops), Judge(stops)
+    plain = model.generate(**inputs, **options, stopping_criteria=[calls])
+    for drafter in (oracle(plain.sequences, 0.1, tree=TREES["wide"]), sdt.PromptLookupDrafter(branches=2)):
+        our_calls = Judge(stops)
+        with sdt.patched(model, drafter=drafter):
+            ours = model.generate(**inputs, **options, stopping_criteria=[our_calls])
+        assert torch.equal(ours.sequences, plain.sequences) and our_calls.calls == calls.calls
+        torch.testing.assert_close(our_calls.scores, calls.scores, rtol=1e-3, atol=1e-3)
+        assert_same_output(model, ours, plain, inputs)
 
 
 class Collector(BaseStreamer):
@@ -91,32 +115,114 @@ def test_tokens_are_streamed_as_they_are_accepted():
     assert rounds[:7] == [-1, 0, 1, 1, 1, 1, 1]  # the prompt, its first token, then five tokens of one round
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_scores_and_logits(penalty):
-    model, inputs = build("llama"), prompt()
-    options = {
-        "do_sample": False,
-        "max_new_tokens": 20,
-        "repetition_penalty": penalty,
-        "return_dict_in_generate": True,
-        "output_scores": True,
-        "output_logits": True,
-    }
-    options["eos_token_id"] = eos_in_mid_row(model, inputs, max_new_tokens=20, repetition_penalty=penalty)
+PENALTIES = {
+    "none": {},
+    "device": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+    "cut": {"begin_suppress_tokens": [11, 12], "renormalize_logits": True},
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize(("lag", "padding"), [(0, 3), (1, 0)])
+def test_scores_logits_and_cache_of_all_rows(lag, penalty, padding, monkeypatch):
+    monkeypatch.setitem(engine.LAG, "cpu", lag)
+    monkeypatch.setattr(sdt.cache, "BUCKET", 1)  # no slot to spare
+    model, inputs = build("llama"), prompt(batch=3, padding=padding)
+    options = {"do_sample": False, "max_new_tokens": 26, "return_dict_in_generate": True, **PENALTIES[penalty]}
+    options |= {"output_scores": True, "output_logits": True, "pad_token_id": PAD}
+    free = model.generate(**inputs, **options, eos_token_id=NEVER).sequences
+    options["eos_token_id"] = [int(free[0, 12]), int(free[2, 20])]
     plain = model.generate(**inputs, **options)
+    assert len(spread(plain.sequences)) > 1
+    names = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early")
+    for name in names if penalty == "none" else names[-2:-1]:
+        ours, _ = speculative(model, drafter_of(name, plain.sequences), {**inputs, **options})
+        assert_same_output(model, ours, plain, inputs)
+    options |= {"output_scores": False, "output_logits": False}
+    ours, _ = speculative(model, drafter_of("oracle", plain.sequences), {**inputs, **options})
+    assert_same_output(model, ours, model.generate(**inputs, **options), inputs)
+
+
+@pytest.mark.parametrize(("family", "ended"), [("llama4", 10), ("gpt_oss", 60)])
+def test_more_columns_after_the_end_than_one_forward_takes(family, ended, monkeypatch):
+    """With windows, chunks and sinks; one row goes on for long."""
+    monkeypatch.setattr(sdt.ended, "CHUNK", 16)
+    model, inputs = build(family), prompt(batch=3)
+    options = {"do_sample": False, "max_new_tokens": 70, "return_dict_in_generate": True, "output_scores": True}
+    options |= {"eos_token_id": NEVER, "pad_token_id": PAD}
+    stops = {"stopping_criteria": [Recorder((12, ended, 79))]}
+    plain = model.generate(**inputs, **options, **stops)
     with sdt.patched(model, drafter=oracle(plain.sequences, tree=TREES["wide"])):
-        ours = model.generate(**inputs, **options)
+        ours = model.generate(**inputs, **options, **stops)
+    torch.testing.assert_close(ours.scores, plain.scores, rtol=1e-3, atol=1e-3)
     assert torch.equal(ours.sequences, plain.sequences)
-    ended = [
-        9 + next((i + 1 for i, t in enumerate(row[9:].tolist()) if t in options["eos_token_id"]), 99)
-        for row in plain.sequences
-    ]
-    assert min(ended) < plain.sequences.shape[1]
-    for name in ("scores", "logits"):
-        assert len(ours[name]) == len(plain[name])
-        for step, (got, wanted) in enumerate(zip(ours[name], plain[name], strict=True)):
-            for row in range(2):
-                if 9 + step < ended[row]:
-                    torch.testing.assert_close(got[row], wanted[row], rtol=1e-3, atol=1e-4)
-                else:
-                    assert got[row].isneginf().all()
+
+
+@pytest.mark.parametrize("rule", ["coupled", "block", "multi_round"])
+def test_sampled_scores_of_all_rows(rule):
+    model, inputs = build("llama"), prompt(batch=3)
+    options = {"do_sample": True, "max_new_tokens": 30, "return_dict_in_generate": True, "top_k": 9, "min_p": 0.01}
+    options |= {"output_scores": True, "output_logits": True, "pad_token_id": PAD, "eos_token_id": list(range(3, 9))}
+    with sdt.patched(model, drafter=sdt.ModelDrafter(build("llama", seed=1), num_tokens=3), rule=rule, seed=2):
+        ours = model.generate(**inputs, **options)
+    assert len(spread(ours.sequences)) > 1
+    wanted = teacher_forced(model, inputs, ours, options)
+    torch.testing.assert_close(ours.logits, wanted.logits, rtol=1e-3, atol=1e-3)
+    for got, scores in zip(ours.scores, wanted.scores, strict=True):
+        torch.testing.assert_close(got, scores, rtol=1e-3, atol=1e-3)
+
+
+def teacher_forced(model, inputs, output, options):
+    """Plain `generate` made to write the very text."""
+
+    def force(input_ids, scores):
+        token = output.sequences[:, input_ids.shape[1]]
+        return torch.full_like(scores, -INF).scatter(1, token[:, None], 0.0)
+
+    options = {**options, "do_sample": False, "logits_processor": [force], "output_scores": False}
+    forced = model.generate(**inputs, **options)
+    assert torch.equal(forced.sequences, output.sequences)
+    warpers = prepared_processors(model, inputs, {**options, "do_sample": True, "logits_processor": None})
+    forced.scores = tuple(warpers(None, logits.clone()) for logits in forced.logits)
+    return forced
+
+
+def test_without_anything_kept_rows_that_ended_cost_nothing(monkeypatch):
+    """No forward more, and none of its reads."""
+    monkeypatch.setattr(sdt.ended.EndedRows, "run", None)
+    model, inputs = build("llama"), prompt(batch=3)
+    options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD}
+    free = model.generate(**inputs, **options, eos_token_id=NEVER)
+    options["eos_token_id"] = [int(free[0, 12]), int(free[2, 17])]
+    plain = model.generate(**inputs, **options)
+    assert len(spread(plain)) > 1
+    with sdt.patched(model, drafter=oracle(plain)):
+        assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+def test_an_end_while_a_processor_raises():
+    """A row of that very round ended, and the criterion that ends the call sees its scores after that."""
+    model, inputs = build("llama"), prompt(padding=0)
+    options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    text = model.generate(**inputs, **options, eos_token_id=NEVER).sequences
+    eos = int(text[0, 15])
+    assert eos not in text[0, 9:15].tolist() + text[1, 9:17].tolist()
+    outputs, calls, raised = [], [], []
+
+    def guarded(input_ids, scores):
+        if input_ids.shape[1] > limit and not raised:
+            raised.append(True)
+            raise ValueError("too long")
+        return scores
+
+    guarded.stateless = True
+    for drafter in (None, oracle(text, 0.0, tree=TREES["wide"])):
+        limit = 16 if drafter else 99
+        recorder = Recorder((99, 17))
+        given = {**inputs, **options, "eos_token_id": eos, "logits_processor": [guarded]}
+        given["stopping_criteria"] = [recorder]
+        outputs.append(speculative(model, drafter, given)[0] if drafter else model.generate(**given))
+        calls.append(recorder)
+    assert raised and outputs[0].sequences.shape[1] == 17 and calls[0].calls == calls[1].calls
+    assert_same_output(model, *outputs[::-1], inputs)

@@ -93,6 +93,27 @@ def test_torchao_weights():
     assert_same_text(model)
 
 
+@pytest.mark.parametrize("granularity", ["PerRow", "PerTensor"])
+def test_torchaos_dynamic_activations(granularity):
+    """One scale for all rows of a forward makes each depend on the others, with speculation and without: a limit that
+    cannot be detected. A scale for each row does not."""
+    torchao = pytest.importorskip("torchao.quantization")
+    config = torchao.Int8DynamicActivationInt8WeightConfig(granularity=getattr(torchao, granularity)())
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+    with torch.no_grad():
+        layer[0].weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+        rows = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1))
+    torchao.quantize_(layer, config)
+    alone = torch.cat([layer(rows[:, row : row + 1]) for row in range(5)], dim=1)
+    assert torch.equal(layer(rows), alone) == (granularity == "PerRow")
+
+    model = build("llama", hidden_size=64, intermediate_size=64)
+    torchao.quantize_(model, config)
+    with sdt.patched(model):
+        text = model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=4)
+    assert text.shape[1] == prompt()["input_ids"].shape[1] + OPTIONS["max_new_tokens"]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes_weights(bits, tmp_path):
     pytest.importorskip("bitsandbytes")

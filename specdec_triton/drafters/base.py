@@ -38,6 +38,7 @@ class DraftContext:
         rule: acceptance rule of the call.
         seeds: [B] int64. What each row's noise is keyed by; None with "greedy".
         filters: the call's temperature, top-k, top-p and min-p.
+        eos_ids: [E] int64. Tokens after which a row emits nothing; None for none.
         impl: implementation of the ops that was asked for.
         fixed_shapes: rounds may be captured, and read late: shapes of a session that is `on_device` must not follow the
             host's view of the text.
@@ -57,6 +58,7 @@ class DraftContext:
     rule: str = "greedy"
     seeds: torch.Tensor | None = None
     filters: Filters = Filters()
+    eos_ids: torch.Tensor | None = None
     impl: str | None = None
     fixed_shapes: bool = False
     compiled: bool = False
@@ -120,6 +122,14 @@ class DraftSession(ABC):
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:  # noqa: B027, most have no use for it
         """Told after each round what was accepted, before the context moves on."""
+
+    def heard(self, drafted: list[int], emitted: list[int]) -> None:  # noqa: B027, most have no use for it
+        """Told on the host, once it has read a round: in order, where rounds are read late after later ones began.
+
+        Args:
+            drafted: draft tokens of each row.
+            emitted: tokens that each row emitted, its accepted ones and the target's own; 0 where the row had ended.
+        """
 
 
 class Drafter(ABC):

@@ -50,6 +50,7 @@ class DynamicSession(ModelSession):
         if not context.fixed_shapes:
             self._levels = min(self._levels, context.useful_depth)
         self._kept = min(self._kept, wanted.made(self._levels))
+        self.forwards += self._levels
         self._follow(self._levels > 0)
         return self._levels, self._kept, self._runner.cache.slots
 
@@ -96,9 +97,10 @@ class DynamicSession(ModelSession):
 
     def _log_probs(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
         """How likely each token is the target's choice at this depth, by the draft's logits [B, n, V] above it."""
+        log_probs = filtered_log_probs(logits, self.context.filters)
         if self.context.rule == "coupled":
-            return self._perturbed(logits, depth).log_softmax(-1)
-        return filtered_log_probs(logits, self.context.filters)
+            return (log_probs + self._noise(depth, logits.shape[-1])).log_softmax(-1)
+        return log_probs
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
         if self._shares_cache or tree.max_depth == 0:

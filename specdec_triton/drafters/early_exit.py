@@ -24,15 +24,11 @@ class EarlyExitDrafter(Drafter):
     Args:
         num_layers: how many of the first layers to keep.
         skip: or which layers to leave out, by index.
-        num_tokens: length of a chain; default the model's own `generation_config.num_assistant_tokens`, else 20.
-        tree: a topology, a number of nodes (root included) or a `DynamicTree`; instead of a chain.
-        replacement: see `ModelDrafter`.
+        num_tokens, tree, replacement, confidence_threshold: see `ModelDrafter`; the generation config is the target's.
 
     Raises:
-        ValueError: not exactly one of `num_layers` and `skip`, both shapes are given, or a number is below 1.
+        ValueError: not exactly one of `num_layers` and `skip`, both shapes are given, or a number is outside its range.
     """
-
-    resizable = True
 
     def __init__(
         self,
@@ -41,6 +37,7 @@ class EarlyExitDrafter(Drafter):
         num_tokens: int | None = None,
         tree: Topology | DynamicTree | int | None = None,
         replacement: bool = False,
+        confidence_threshold: float | None = None,
     ):
         if (num_layers is None) == (skip is None):
             raise ValueError(
@@ -55,7 +52,12 @@ class EarlyExitDrafter(Drafter):
             raise ValueError(f"EarlyExitDrafter: skip must be a list of layer indices, got {skip!r}")
         self.num_layers, self.skip = num_layers, None if skip is None else sorted(set(skip))
         self.num_tokens, self.tree, self.replacement = num_tokens, tree, replacement
+        self.confidence_threshold = confidence_threshold
         check_shape(self)
+
+    @property
+    def resizable(self):
+        return not self.confidence_threshold
 
     def check(self, model, rule=None, tree=None):
         kept = self._kept(model)
@@ -92,8 +94,7 @@ class EarlyExitDrafter(Drafter):
         kept = self._kept(model)
         draft = with_layers(model, kept)
         shares_cache = kept == list(range(len(kept)))
-        shape = draft_shape(self, tree, model, context.rule, context.vocab_size)
-        return start_session(draft, context, shape, shares_cache, self.replacement)
+        return start_session(self, draft, context, tree, shares_cache)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -1,8 +1,5 @@
 """Drafts from a smaller model: a chain, or a tree whose children are expanded level by level."""
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
@@ -13,14 +10,16 @@ from ..noise import COUPLED, DRAFT, gumbel
 from ..reference import Acceptance
 from ..rules import WEIGHING_RULES
 from ..runner import TreeRunner
-from ..tree import DraftTree, DynamicTree, Topology, topology_tensors
+from ..tree import DraftTree, DynamicTree, Topology
+from ..wrappers import embedded_tokens, unwrap
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, topology_of
+from .length import ChainLength, LengthRule, assistant_rule, assistant_tokens, in_steps
+from .levels import Level, Plan, plan_of
 
 # The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
 CATCH_UP = 2
 CHUNK = 128  # tokens a forward, where the draft has more to catch up with
 VOCABULARY_PADDING = 0.01  # vocabularies whose sizes differ by no more share a tokenizer, padded differently
-DEFAULT_TOKENS = 20  # as in transformers, where a generation config says nothing
 
 
 class ModelDrafter(Drafter):
@@ -35,17 +34,20 @@ class ModelDrafter(Drafter):
     twice, to keep shapes fixed).
 
     Args:
-        model: decoder-only, in transformers' attention interface, on the target's device.
-        num_tokens: length of a chain; default the model's own `generation_config.num_assistant_tokens`,
-            else 20.
+        model: decoder-only, in transformers' attention interface, on the target's device (PEFT and `torch.compile`
+            wrappers are looked through).
+        num_tokens: length of a chain. Without it (and a tree) the model's own generation config says how long drafts
+            are, as in transformers: up to `num_assistant_tokens` (20), moved by `num_assistant_tokens_schedule`
+            ("constant"), and no further than a token that the draft holds for unlikely.
         tree: a topology, a number of nodes (root included) or a `DynamicTree`; instead of a chain.
         replacement: siblings that are drawn may be equal; else the draft's distribution loses a token once drawn.
+        confidence_threshold: nothing is drafted after a token whose draft probability is below this; 0 for never. It
+            cuts chains of a fixed length, too. None: the model's own `assistant_confidence_threshold` (0.4), and
+            never in a shape that was asked for.
 
     Raises:
-        ValueError: the model cannot draft, both shapes are given, or a number is below 1.
+        ValueError: the model cannot draft, both shapes are given, or a number is outside its range.
     """
-
-    resizable = True
 
     def __init__(
         self,
@@ -53,11 +55,12 @@ class ModelDrafter(Drafter):
         num_tokens: int | None = None,
         tree: Topology | DynamicTree | int | None = None,
         replacement: bool = False,
+        confidence_threshold: float | None = None,
     ):
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"ModelDrafter: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        model = unwrap(model, "ModelDrafter")
         check_supported(model, "the draft model")
         self.model, self.num_tokens, self.tree, self.replacement = model, num_tokens, tree, replacement
+        self.confidence_threshold = confidence_threshold
         check_shape(self)
 
     def check(self, model, rule=None, tree=None):
@@ -71,12 +74,15 @@ class ModelDrafter(Drafter):
             )
         draft_shape(self, tree, self.model, rule, min(sizes))
 
+    @property
+    def resizable(self):
+        return not self.confidence_threshold
+
     def graph_hazard(self):
         return graph_hazard(self.model)
 
     def start(self, context, tree=None):
-        shape = draft_shape(self, tree, self.model, context.rule, context.vocab_size)
-        return start_session(self.model, context, shape, replacement=self.replacement)
+        return start_session(self, self.model, context, tree)
 
 
 def check_shape(drafter: Drafter) -> None:
@@ -89,6 +95,10 @@ def check_shape(drafter: Drafter) -> None:
     check_tree(name, drafter.tree)
     if not isinstance(drafter.replacement, bool):
         raise ValueError(f"{name}: replacement must be True or False, got {drafter.replacement!r}")
+    confidence = drafter.confidence_threshold
+    is_number = isinstance(confidence, (int, float)) and not isinstance(confidence, bool)
+    if confidence is not None and not (is_number and 0 <= confidence <= 1):
+        raise ValueError(f"{name}: confidence_threshold must be None or a probability, 0 to 1, got {confidence!r}")
 
 
 def draft_shape(
@@ -101,34 +111,52 @@ def draft_shape(
     """The tree asked for in the call, else the drafter's, else a chain as long as the drafter or `model` says.
 
     Raises:
-        ValueError: the rule cannot use it, or it has more children a node than there are tokens.
+        ValueError: the rule cannot use it, it is none that confidence could cut where it shall, or it has more children
+            a node than there are tokens.
     """
-    length = drafter.num_tokens or model.generation_config.num_assistant_tokens or DEFAULT_TOKENS
+    name = type(drafter).__name__
+    length = drafter.num_tokens or assistant_tokens(name, model.generation_config)
     shape = topology_of(drafter.tree if tree is None else tree, Topology.chain(length), rule)
     dynamic = isinstance(shape, DynamicTree)
     check_rule(drafter, rule, shape.is_chain, "none" if dynamic else "without")
+    if drafter.confidence_threshold and not shape.is_chain:
+        raise ValueError(
+            f"{name}: confidence_threshold must be None or 0 with a tree that is no chain, got "
+            f"{drafter.confidence_threshold}: give num_tokens, or no threshold"
+        )
     children = shape.width if dynamic else 1 + max(shape.ranks)
     if children > vocab_size:
         raise ValueError(
-            f"{type(drafter).__name__}: tree must not have more children a node than the vocabulary's {vocab_size} "
-            f"tokens, got {children}"
+            f"{name}: tree must not have more children a node than the vocabulary's {vocab_size} tokens, got {children}"
         )
     return shape
 
 
+def length_rule(
+    drafter: Drafter, tree: Topology | DynamicTree | int | None, model: PreTrainedModel, shape: Topology | DynamicTree
+) -> LengthRule | None:
+    """How long chains are drafted; None: as long as the shape that was asked for."""
+    if tree is None and drafter.tree is None and drafter.num_tokens is None:
+        rule = assistant_rule(type(drafter).__name__, model.generation_config, drafter.confidence_threshold)
+        return rule if rule.confidence > 0 or rule.config is not None else None
+    return LengthRule(shape.max_depth, drafter.confidence_threshold) if drafter.confidence_threshold else None
+
+
 def start_session(
+    drafter: Drafter,
     model: PreTrainedModel,
     context: DraftContext,
-    shape: Topology | DynamicTree,
+    tree: Topology | DynamicTree | int | None,
     shares_cache: bool = False,
-    replacement: bool = False,
 ) -> "ModelSession":
-    """The session that drafts such a shape: for the arguments see `ModelSession`."""
+    """The session in which `model` drafts what the call or `drafter` asks for; `shares_cache`: see `ModelSession`."""
+    shape = draft_shape(drafter, tree, model, context.rule, context.vocab_size)
     if isinstance(shape, DynamicTree):
         from .dynamic import DynamicSession  # which builds on this module
 
         return DynamicSession(model, context, shape, shares_cache)
-    return ModelSession(model, context, shape, shares_cache, replacement)
+    length = length_rule(drafter, tree, model, shape)
+    return ModelSession(model, context, shape, shares_cache, drafter.replacement, length)
 
 
 class ModelSession(DraftSession):
@@ -141,9 +169,13 @@ class ModelSession(DraftSession):
         shares_cache: the model is made of the target's first layers, and the target's keys and values are its own:
             there is no prompt to run and nothing to catch up with.
         replacement: see `ModelDrafter`.
+        length: the topology is a chain, and this says how much of it is drafted.
+
+    Attributes:
+        forwards: the draft's forwards so far, its prompt and what it caught up with left out.
     """
 
-    trusted = on_device = True
+    trusted = True
 
     def __init__(
         self,
@@ -152,17 +184,23 @@ class ModelSession(DraftSession):
         topology: Topology,
         shares_cache: bool = False,
         replacement: bool = False,
+        length: LengthRule | None = None,
     ):
+        self._length = self._stops = None if length is None else ChainLength(context, length)
+        if self._length is not None:
+            topology = Topology.chain(self._length.longest)
+        self.on_device = self._length is None or not self._length.looks
+        self.forwards = 0
         self.context, self.topology = context, topology
         self.max_nodes, self.max_depth = topology.num_nodes, topology.max_depth
         self._replacement = replacement
         self._shares_cache, self._catch_up = shares_cache, 1 if shares_cache else CATCH_UP
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
-        self._last_token = model.get_input_embeddings().num_embeddings - 1
+        self._last_token = embedded_tokens(model) - 1
         last = (context.max_length - context.start).clamp(max=limit) - 1
         self._runner = TreeRunner(model, context.start, last, context.impl, context.fixed_shapes, context.compiled)
         self._behind = 0  # rounds since the draft model last ran
-        self._plans: dict[Topology, _Plan] = {}  # kept: captured rounds read their tensors
+        self._plans: dict[Topology, Plan] = {}  # kept: captured rounds read their tensors
         if shares_cache:
             self._runner.cache = context.target.cache
         else:
@@ -200,13 +238,20 @@ class ModelSession(DraftSession):
 
     def prepare(self, tree=None):
         context, topology = self.context, self.topology if tree is None else tree
-        if not context.fixed_shapes:
-            topology = topology.limited(context.useful_depth)
-        self._follow(topology.num_nodes > 1)
+        self._stops = self._length if tree is None else None
+        if self._stops is not None:
+            self._levels = self._stops.next_round()
+            topology = Topology.chain(in_steps(self._levels, self._stops.longest))
+        else:
+            topology = topology if context.fixed_shapes else topology.limited(context.useful_depth)
+            self._levels = topology.max_depth
+        if self.on_device:
+            self.forwards += self._levels  # no Python runs where a round is replayed
+        self._follow(self._levels > 0)
         if topology not in self._plans:
-            self._plans[topology] = _plan(topology, self._catch_up, context.length.device)
+            self._plans[topology] = plan_of(topology, self._catch_up, context.length.device)
         self._drafted = topology
-        return topology, self._runner.cache.slots
+        return topology, self._levels, self._runner.cache.slots
 
     def _follow(self, drafts: bool) -> None:
         """Room for the round; and before one that drafts, what the rounds left out that did not."""
@@ -230,28 +275,44 @@ class ModelSession(DraftSession):
             self._runner.forward_chain(context.tokens.gather(1, columns).clamp(max=self._last_token), base)
 
     def draft(self) -> DraftTree:
-        context, topology = self.context, self._drafted
+        context, stops, plan = self.context, self._stops, self._plans[self._drafted]
         first, fed = self._catching_up()
         tokens, has_nan = [fed[:, -1:]], torch.zeros_like(first, dtype=torch.bool)
-        plan = self._plans[topology]
         drawn_from = []
-        for level in plan.levels:
+        going = drafted = None
+        if stops is not None:
+            going = stops.going()
+            drafted = going.long()  # tokens of each row
+        for level in plan.levels[: self._levels]:
             depth, ancestors = (part.expand(len(first), *part.shape[1:]) for part in (level.depth, level.ancestors))
             logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
             logits = logits[:, -level.num_parents :, : context.vocab_size]
-            best, children = self._children(level, logits)
+            best, children, chance = self._children(level, logits)
             has_nan |= best.isnan().any(1)
             tokens.append(children)
             fed = children[:, level.expanded]
             drawn_from.append(logits)
-        tree = DraftTree.from_topology(topology, torch.cat(tokens, 1)[:, plan.order], has_nan)
+            if stops is not None:
+                going = stops.goes_on(going, level.depth_below, children[:, 0], chance[:, 0])
+                drafted = drafted + going
+                if stops.looks and not going.any():
+                    break
+        if not self.on_device:
+            self.forwards += len(drawn_from)
+        if stops is None:
+            tree = DraftTree.from_topology(self._drafted, torch.cat(tokens, 1)[:, plan.order], has_nan)
+            draft_row = plan.draft_row.expand(len(first), -1)
+        else:
+            tree = DraftTree.chain(torch.cat(tokens, 1), drafted, has_nan)
+            node = torch.arange(tree.num_nodes, device=first.device)
+            draft_row = torch.where(node < drafted[:, None], node, -1).int()
         if context.rule not in WEIGHING_RULES or not drawn_from:
             return tree
         unknown = context.vocab_size - drawn_from[0].shape[-1]  # padding of a larger vocabulary, never drawn
         return tree.drawn(
             "with" if self._replacement else "without",
             pad(torch.cat(drawn_from, 1), (0, unknown), value=float("-inf")),
-            plan.draft_row.expand(len(first), -1),
+            draft_row,
             context.filters,
         )
 
@@ -262,33 +323,46 @@ class ModelSession(DraftSession):
         columns = first[:, None] + torch.arange(self._catch_up, device=first.device)
         return first, self.context.tokens.gather(1, columns)
 
-    def _perturbed(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
-        """[B, n, V]: filtered log-probabilities with the noise that the target will have at this depth."""
+    def _noise(self, depth: int, width: int) -> torch.Tensor:
+        """[B, 1, V]: the noise that the target will have at this depth, under "coupled"."""
         context = self.context
-        noise = gumbel(context.seeds, context.position + depth, 0, COUPLED, logits.shape[-1])
-        return filtered_log_probs(logits, context.filters) + noise[:, None]
+        return gumbel(context.seeds, context.position + depth, 0, COUPLED, width)[:, None]
 
-    def _children(self, level: "_Level", logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _children(self, level: Level, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The level's candidates from its parents' logits [B, parents, V].
 
         Returns:
-            [B, parents], the best score at each parent: a NaN ranks first; [B, children] int64, the tokens.
+            [B, parents], the best score at each parent: a NaN ranks first; [B, children] int64, the tokens; [B,
+            children] fp32, their draft probabilities, where confidence asks for them.
         """
-        context = self.context
-        if context.rule == "coupled":
-            logits = self._perturbed(logits, level.depth_below)
-        elif context.rule in WEIGHING_RULES:
+        context, scores = self.context, logits
+        weighs = context.rule in WEIGHING_RULES
+        log_probs = None
+        if weighs or context.rule == "coupled" or self._stops is not None:
             log_probs = filtered_log_probs(logits, context.filters)
+        num_wanted, places = level.num_ranks, level.ranks
+        if context.rule == "coupled":
+            scores = log_probs + self._noise(level.depth_below, logits.shape[-1])
+        elif weighs:
             row = context.seeds[:, None], context.position[:, None]
             if self._replacement:
                 noise = gumbel(*row, level.children, DRAFT, logits.shape[-1])
+                best = log_probs.amax(-1)
                 tokens = (log_probs[:, level.parent_rows] + noise).argmax(-1)
-                return log_probs.amax(-1), tokens
-            logits = log_probs + gumbel(*row, level.parents, DRAFT, logits.shape[-1])
-            best, drawn = logits.topk(level.num_draws, dim=-1)
-            return best[:, :, 0], drawn[:, level.parent_rows, level.draws]
-        best, ranked = logits.topk(level.num_ranks, dim=-1)
-        return best[:, :, 0], ranked[:, level.parent_rows, level.ranks]
+            else:
+                scores = log_probs + gumbel(*row, level.parents, DRAFT, logits.shape[-1])
+                num_wanted, places = level.num_draws, level.draws
+        if not (weighs and self._replacement):
+            best, candidates = scores.topk(num_wanted, dim=-1)
+            best, tokens = best[:, :, 0], candidates[:, level.parent_rows, places]
+        chance = None
+        if self._stops is not None:
+            chance = log_probs[:, level.parent_rows].gather(-1, tokens[..., None]).squeeze(-1).exp()
+        return best, tokens, chance
+
+    def heard(self, drafted, emitted):
+        if self._length is not None:
+            self._length.heard(drafted, emitted)
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
         if self._shares_cache or tree.is_chain or tree.max_depth == 0:
@@ -296,95 +370,3 @@ class ModelSession(DraftSession):
         slots = self._plans[self._drafted].slots
         path = torch.where(accepted.path >= 0, slots[accepted.path.clamp(min=0).long()], -1).int()
         self._runner.cache.compact(self.context.length, path, self.context.impl)
-
-
-@dataclass(frozen=True)
-class _Level:
-    """One forward of the draft: the nodes of one depth that have children.
-
-    Attributes:
-        num_parents: nodes expanded; the last rows of the forward.
-        num_ranks, num_draws: candidates wanted of each, by rank or by drawing them.
-        parent_rows, ranks, draws: [children] int64. Which expanded node, and which of its candidates, each child is.
-        expanded: [next level's parents] int64. Which children are expanded in their turn.
-        depth, ancestors: [1, T], [1, T, W] int64. The draft cache's tree so far: catch-up tokens and expanded nodes.
-        parents, children: [parents], [children] int64. Their nodes in the tree.
-        depth_below: depth of the children.
-    """
-
-    num_parents: int
-    num_ranks: int
-    num_draws: int
-    parent_rows: torch.Tensor
-    ranks: torch.Tensor
-    draws: torch.Tensor
-    expanded: torch.Tensor
-    depth: torch.Tensor
-    ancestors: torch.Tensor
-    parents: torch.Tensor
-    children: torch.Tensor
-    depth_below: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How to draft a topology.
-
-    Attributes:
-        levels: forwards in order.
-        order: [N] int64. Where each node's token stands when root and levels are put one after another.
-        slots: [N] int64. Slot of each expanded node in the draft's cache, from the root's; -1: never forwarded.
-        draft_row: [1, N] int32. Place of each node among the expanded ones, -1: not expanded.
-    """
-
-    levels: tuple[_Level, ...]
-    order: torch.Tensor
-    slots: torch.Tensor
-    draft_row: torch.Tensor
-
-
-@lru_cache(maxsize=64)
-def _plan(topology: Topology, catch_up: int, device: torch.device) -> _Plan:
-    depths, parents = topology.depths, topology.parents
-    by_depth = [[node for node, depth in enumerate(depths) if depth == at] for at in range(topology.max_depth + 1)]
-    inner = set(parents)
-    slots, levels = {0: 0}, []
-    cache_parents, cache_ranks = list(range(-1, catch_up - 1)), [0] * catch_up
-    for below, (level, children) in enumerate(zip(by_depth, by_depth[1:], strict=False), 1):
-        expanded = [node for node in level if node in inner]
-        for node in expanded:
-            if node:
-                slots[node] = len(slots)
-                cache_parents.append(slots[parents[node]] + catch_up - 1)
-                cache_ranks.append(topology.ranks[node])
-        of_parent = [parents[node] for node in children]
-        draws = [of_parent[:place].count(parent) for place, parent in enumerate(of_parent)]
-        _, depth, ancestors = topology_tensors(Topology(tuple(cache_parents), tuple(cache_ranks)), device)
-        levels.append(
-            _Level(
-                num_parents=len(expanded),
-                num_ranks=1 + max(topology.ranks[node] for node in children),
-                num_draws=1 + max(draws),
-                parent_rows=torch.tensor([expanded.index(parent) for parent in of_parent], device=device),
-                ranks=torch.tensor([topology.ranks[node] for node in children], device=device),
-                draws=torch.tensor(draws, device=device),
-                expanded=torch.tensor(
-                    [place for place, node in enumerate(children) if node in inner], dtype=torch.int64, device=device
-                ),
-                depth=depth,
-                ancestors=ancestors,
-                parents=torch.tensor(expanded, device=device),
-                children=torch.tensor(children, device=device),
-                depth_below=below,
-            )
-        )
-    rows = {node: row for row, node in enumerate(node for level in by_depth for node in level if node in inner)}
-    listed = [node for level in by_depth for node in level]
-    return _Plan(
-        levels=tuple(levels),
-        order=torch.tensor([listed.index(node) for node in range(topology.num_nodes)], device=device),
-        slots=torch.tensor([slots.get(node, -1) for node in range(topology.num_nodes)], device=device),
-        draft_row=torch.tensor(
-            [[rows.get(node, -1) for node in range(topology.num_nodes)]], dtype=torch.int32, device=device
-        ),
-    )

@@ -105,6 +105,18 @@ def test_coupled_writes_the_same_text_with_any_tree_and_none(options):
             assert torch.equal(run(WIDE, rule, tree, options).text, wanted), tree
 
 
+@pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
+def test_a_token_that_makes_the_target_say_nan_comes_as_often_as_it_should(rule, tree):
+    """The logits after three of the five tokens are no numbers, so the text may end there; never sooner or later."""
+    world, _ = WIDE
+    broken = worlds.World(world.target.clone(), world.draft)
+    broken.target[world.vocab, 1:4, 2:] = float("nan")
+    for options in ("plain", "all"):
+        found = worlds.generate(broken, rule, tree, worlds.OPTIONS[options], 1, SAMPLES)
+        cell = proof.examine(found.counts, world.law(worlds.OPTIONS[options], 1))
+        assert cell.p_value > 1e-4, f"{rule}, {tree}, {options}: {cell}"
+
+
 def wrong_runs(cases, patched):
     for name, (_, names, tree, options) in cases.items():
         for rule in names:

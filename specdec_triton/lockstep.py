@@ -1,0 +1,96 @@
+"""Logits processors that are not known to be functions of their arguments: exactly plain `generate`'s calls.
+
+All rows go down their trees together, a column at a time: the processors get the texts and scores of all B rows, rows
+that ended with pad tokens and the scores after them; each unfinished row's token is chosen, the column is judged, and
+the walk goes on as long as every unfinished row has a draft token for it. So after a round rows are of one length.
+
+Letters: B sequences, N tree nodes, D edges on the longest path, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import LogitsProcessorList
+
+from .drafters import DraftContext
+from .ended import CHUNK, EndedRows
+from .processors import Choose, children_of
+from .reference import Acceptance
+from .transcript import Transcript
+from .tree import DraftTree
+
+Keep = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
+
+
+class Lockstep:
+    """The processors of one call.
+
+    Args:
+        processors: as `generate` prepared them.
+        context: the call's sequences.
+        transcript: takes in each column as its tokens are chosen.
+        ended: computes the logits of rows that ended.
+
+    Attributes:
+        stopped: rows that a criterion stopped in the last round.
+    """
+
+    def __init__(
+        self, processors: LogitsProcessorList, context: DraftContext, transcript: Transcript, ended: EndedRows
+    ):
+        self._processors, self._context, self._transcript, self._ended = processors, context, transcript, ended
+        self._ahead = [deque() for _ in context.host_length]  # by row that ended: logits [V] of its next columns
+        self.stopped: list[int] = []
+
+    def prepare(self, max_depth: int) -> None:
+        """Before a round of at most `max_depth` edges is verified: the logits that rows which ended will need."""
+        context, columns = self._context, max_depth + 1
+        ended = self._transcript.ended & (self._ended.reached() < context.max_length - 1)
+        rows = [row for row in np.flatnonzero(ended).tolist() if len(self._ahead[row]) < columns]
+        if rows:
+            for _, logits, _, counts in self._ended.run(rows, max(columns, CHUNK)):
+                for row in rows:
+                    self._ahead[row] += logits[row, : counts[row]].to(torch.float32, copy=True).unbind()
+
+    def accept(self, tree: DraftTree, logits: torch.Tensor, choose: Choose, keep: Keep) -> Acceptance:
+        """The paths that the rows go together, and each one's own token after them.
+
+        The transcript has the round's tokens, and criteria and streamer have heard of them, column by column, before
+        the processors are called again. Where a token cannot be chosen (NaN), the walk stops before its column.
+
+        Args:
+            tree: N nodes.
+            logits: [B, N, V] floating point. The target's.
+            choose: (processed scores [R, V], their R rows in the batch, the R nodes' depths) -> R tokens.
+            keep: (processed scores [B, V], logits [B, V]) -> the scores to keep [B, V] by name.
+        """
+        transcript, device = self._transcript, logits.device
+        live, batch = np.flatnonzero(self._context.host_budget).tolist(), len(logits)
+        ended = sorted({*range(batch)} - {*live})
+        children, rows, at = children_of(tree), torch.arange(batch, device=device), np.zeros(batch, dtype=np.int64)
+        path = np.full((batch, tree.max_depth), -1, dtype=np.int32)
+        next_ids, has_nan = np.full(batch, -1), np.zeros(batch, dtype=bool)
+        depth, self.stopped = 0, []
+        while True:
+            given = logits[rows, torch.from_numpy(at).to(device)].to(torch.float32, copy=True)
+            for row in ended:
+                given[row] = self._ahead[row].popleft()
+            processed = self._processors(transcript.sequences, given)
+            best = processed[live].amax(-1)
+            has_nan[live] = (best.isnan() if self._context.rule == "greedy" else ~best.isfinite()).tolist()
+            if has_nan.any():
+                break
+            next_ids[live] = choose(processed[live], live, [depth] * len(live))
+            kept = {name: scores[:, None] for name, scores in keep(processed, given).items()}
+            transcript.keep(ended, kept)
+            counts = [int(row in live) for row in range(batch)]
+            self.stopped += transcript.append(next_ids[:, None].tolist(), counts, kept)
+            following = [children[row].get((int(at[row]), int(next_ids[row]))) for row in live]
+            if transcript.done or transcript.ended[live].any() or None in following:
+                break
+            at[live] = path[live, depth] = following
+            depth += 1
+        length = np.where(self._context.host_budget > 0, depth, 0)
+        return Acceptance(*(torch.from_numpy(part).to(device) for part in (path, length, next_ids, has_nan)))

@@ -1,0 +1,153 @@
+"""Several turns with one cache: plain and speculative calls continue each other."""
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache
+
+import specdec_triton as sdt
+from families import NEVER, VOCAB, build, prompt
+from specdec_triton.versions import CACHE
+from test_families import perturbed
+
+OPTIONS = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": NEVER, "return_dict_in_generate": True}
+LOOKUP = {"prompt_lookup_num_tokens": 3}
+
+
+def turns(model, inputs, kinds, empty, seed=0):
+    """The texts of a conversation, each turn plain, or with the assistance that it names; the last cache too."""
+    generator, texts, cache = torch.Generator().manual_seed(seed), [], empty()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for assistance in kinds:
+        output = model.generate(ids, attention_mask=mask, **OPTIONS, **{CACHE: cache}, **assistance)
+        texts.append(output.sequences)
+        cache = output[CACHE]
+        assert cache.get_seq_length() == output.sequences.shape[1] - 1
+        said = torch.randint(3, VOCAB, (len(ids), 5), generator=generator)
+        ids = torch.cat([output.sequences, said], dim=1)
+        mask = torch.cat([mask, torch.ones(len(ids), ids.shape[1] - mask.shape[1], dtype=mask.dtype)], dim=1)
+    return texts, cache
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3"])
+@pytest.mark.parametrize("typed", [False, True], ids=["history", "windows"])
+def test_a_conversation(family, typed):
+    """Sliding layers of a cache made from the config hold no more than their window."""
+    model, inputs, drafts = build(family), prompt(padding=2), []
+    empty = (lambda: DynamicCache(config=model.config)) if typed else DynamicCache
+    expected, cache = turns(model, inputs, [{}, {}, {}], empty)
+    assistance = {"assistant_model": perturbed(family)}
+    with sdt.patched(model):
+        for kinds in ([LOOKUP] * 3, [{}, assistance, {}], [assistance, {}, LOOKUP]):
+            texts, ours = turns(model, inputs, kinds, empty)
+            assert all(torch.equal(text, plain) for text, plain in zip(texts, expected, strict=True))
+            drafts.append(ours)
+    for ours in drafts:
+        for layer, plain in zip(ours.layers, cache.layers, strict=True):
+            assert type(layer) is type(plain) and layer.get_seq_length() == plain.get_seq_length()
+            torch.testing.assert_close(layer.keys, plain.keys, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(layer.values, plain.values, rtol=1e-4, atol=1e-4)
+
+
+def test_only_new_tokens_are_run():
+    model, inputs, widths = build("llama"), prompt(padding=0), []
+    cache = DynamicCache()
+    with sdt.patched(model):
+        first = model.generate(**inputs, **OPTIONS, **LOOKUP, **{CACHE: cache}).sequences
+        hook = model.register_forward_pre_hook(
+            lambda m, args, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True
+        )
+        text = torch.cat([first, first[:, :4]], dim=1)
+        model.generate(text, attention_mask=torch.ones_like(text), **OPTIONS, **LOOKUP, **{CACHE: cache})
+        hook.remove()
+    assert widths[0] == 5  # the last emitted token was not run either
+    assert cache.get_seq_length() == text.shape[1] + 7  # the caller's cache itself has grown
+
+
+def test_an_edited_turn():
+    """A recipe of multi-turn chats: what no longer holds is cropped away."""
+    model, inputs = build("llama"), prompt(padding=2)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with sdt.patched(model):
+        cache = DynamicCache()
+        first = model.generate(ids, attention_mask=mask, **OPTIONS, **LOOKUP, **{CACHE: cache}).sequences
+        edited = torch.cat([first[:, :11], (first[:, 11:14] + 7) % 50 + 3], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, edited.shape[1] - mask.shape[1]), value=1)
+        cache.crop(11 - cache.get_seq_length())
+        ours = model.generate(edited, attention_mask=mask, **OPTIONS, **LOOKUP, **{CACHE: cache}).sequences
+    assert torch.equal(ours, model.generate(edited, attention_mask=mask, **OPTIONS).sequences)
+
+
+def test_a_caches_caller_need_not_ask_for_a_dictionary():
+    model, inputs, caches = build("llama"), prompt(padding=0), (DynamicCache(), DynamicCache())
+    options = {**OPTIONS, "return_dict_in_generate": False}
+    plain = model.generate(**inputs, **options, **{CACHE: caches[0]})
+    with sdt.patched(model):
+        assert torch.equal(model.generate(**inputs, **options, **LOOKUP, **{CACHE: caches[1]}), plain)
+    for mine, theirs in zip(caches[1].layers, caches[0].layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+
+
+def test_caches_that_cannot_be_used_are_refused():
+    model, inputs = build("llama"), prompt(padding=0)
+    full, shorter = DynamicCache(), {name: tensor[:, :6] for name, tensor in inputs.items()}
+    model.generate(**inputs, **OPTIONS, **{CACHE: full})
+    new = {"input_ids": inputs["input_ids"][:, :3], "attention_mask": torch.ones(2, 19, dtype=torch.int64)}
+    with sdt.patched(model):
+        for call, cache, message in (
+            (
+                inputs,
+                StaticCache(config=model.config, max_cache_len=64),
+                "must be None or a DynamicCache .*StaticCache",
+            ),
+            (shorter, full, "must hold fewer columns than the 6 of input_ids.*got 16: crop it"),
+            (new, full, "must hold fewer columns than the 3 of input_ids"),
+        ):
+            with pytest.raises(ValueError, match=f"generate: {CACHE} {message}"):
+                model.generate(**call, **OPTIONS, **LOOKUP, **{CACHE: cache})
+
+
+@pytest.mark.parametrize("saved", [{"cache_implementation": "static"}, {"use_cache": False}])
+def test_what_a_generation_config_says_of_the_cache_is_overridden(saved):
+    """Chosen for plain decoding once, and saved with the model; in a call it is refused."""
+    model, inputs = build("llama"), prompt()
+    plain = model.generate(**inputs, **OPTIONS).sequences
+    model.generation_config.update(**saved)
+    before = model.generation_config.to_dict()
+    name = next(iter(saved))
+    for generate in (
+        lambda: model.generate(**inputs, **OPTIONS, **LOOKUP),
+        lambda: model.generate(
+            **inputs, **OPTIONS, custom_generate=sdt.SpeculativeGenerate(drafter=sdt.PromptLookupDrafter(3))
+        ),
+    ):
+        with sdt.patched(model), pytest.warns(UserWarning, match=f"generate: {name}=.*is not used with speculative"):
+            assert torch.equal(generate().sequences, plain)
+    assert model.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda outputs: outputs.__setitem__(CACHE, None), "must leave a cache of keys and values, got NoneType"),
+        (lambda outputs: outputs[CACHE].layers.clear(), "must leave a cache of keys and values, got DynamicCache"),
+        (lambda outputs: outputs[CACHE].crop(-1), "keys and values of its 9 columns in every layer, got 8"),
+        (lambda outputs: outputs[CACHE].layers[1].crop(-2), "its 9 columns in every layer, got 7, 9"),
+        (
+            lambda outputs: setattr(outputs[CACHE].layers[0], "values", outputs[CACHE].layers[0].values.half()),
+            "of one dtype, device and batch size.*float16.*without mixed precision",
+        ),
+    ],
+)
+def test_what_a_prefill_leaves_is_not_taken_on_trust(spoil, message):
+    model = build("llama")
+
+    def after(module, args, outputs):
+        if outputs[CACHE].get_seq_length() == 9:
+            spoil(outputs)
+
+    hook = model.register_forward_hook(after)
+    with sdt.patched(model), pytest.raises(ValueError, match=f"generate: .*{message}"):
+        model.generate(**prompt(), **OPTIONS, **LOOKUP)
+    hook.remove()
+    assert type(model) is transformers.LlamaForCausalLM

@@ -424,7 +424,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _add_models(commands) -> None:
-    tried = commands.add_parser("models", help="try every model type of transformers, each built tiny; or make the page")
+    tried = commands.add_parser(
+        "models", help="try every model type of transformers, each built tiny; or make the page"
+    )
     tried.add_argument("--mapping", choices=["causal", "image-text", "all"], default="all", help="(%(default)s)")
     tried.add_argument("--filter", default="", metavar="NAME", help="only types and classes with this in their name")
     tried.add_argument("--json", type=Path, metavar="FILE", help="for the rows")

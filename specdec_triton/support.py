@@ -31,7 +31,10 @@ from .shrink import PAD, WORDS, tiny_config
 
 MAPPINGS = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING", "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"}
 EXACT, REFUSED, WRONG, CRASH = "exact", "refused in patch", "wrong", "crash"
-LATE, NOT_BUILT = "refused after patch", "not built"  # after `patch` had accepted it; or its plain `generate` does not run
+LATE, NOT_BUILT = (
+    "refused after patch",
+    "not built",
+)  # after `patch` had accepted it; or its plain `generate` does not run
 FAULTS = (WRONG, CRASH, LATE)
 
 PROMPT, PADDING, NEW_TOKENS = 9, 3, 16  # together beyond every window and chunk of a tiny config

@@ -229,6 +229,12 @@ def test_pyproject_maps_the_packages():
     assert "triton" not in {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
 
 
+def test_the_newest_transformers_is_one_everywhere():
+    namespace = (PACKAGE / "versions.py").read_text()
+    newest = next(line.split('"')[1] for line in namespace.splitlines() if line.startswith("NEWEST"))
+    assert f"NEWEST := transformers~={newest}.0\n" in (ROOT / "Makefile").read_text()
+
+
 def python(code, cwd):
     """Run code from a folder; outside the root the repository is on the path, as after an editable install."""
     path = os.pathsep.join(filter(None, [str(ROOT) if cwd != ROOT else "", os.environ.get("PYTHONPATH")]))

@@ -113,12 +113,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "Mamba2Config": {"num_heads": 2 * HEADS},
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
     "MuseSparkAudioConfig": {"num_hidden_layers": 4},
+    "PaddleOCRTextConfig": {"rope_parameters": _ROPE | {"mrope_section": [4, 2, 2]}},
     "PerceptionLMConfig": {"vision_config": {"model_args": {"embed_dim": HIDDEN}}},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD, "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
     "ReformerConfig": {"axial_pos_embds": False},
+    "Step3p7TextConfig": {"sliding_window": WINDOW},
     "XmodConfig": {"default_language": "en_XX"},
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Which of transformers' model types are exact: each class of a mapping, built tiny and tried.
 
-A class is tried in a process of its own, so that one which crashes or never ends does not end the walk. Plain `generate`
-gives the text; then three drafters must leave it as it is: prompt lookup, an oracle that is right half of the time (a
-tree with branches), and a draft model, the class itself with noise on its weights. fp32, greedy, on the CPU.
+A class is tried in a process of its own, so that one which crashes or never ends does not end the walk. Plain
+`generate` gives the text; then three drafters must leave it as it is: prompt lookup, an oracle that is right half of
+the time (a tree with branches), and a draft model, the class itself with noise on its weights. fp32, greedy, on a CPU.
 """
 
 import copy

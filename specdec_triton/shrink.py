@@ -47,6 +47,7 @@ RULES: list[tuple[str, int | Callable[[int], int]]] = [
     (r"\w*(_pattern|_interval|_every_n_layers|_frequency|layer_period|layer_group_size)", at_most(2)),
     (r"\w*(intermediate|ffn|d_ff|dff|n_inner|mlp_dim|dim_ff|feed_forward_size|expert_dim)\w*", at_most(FEED_FORWARD)),
     (r"max_\w*position\w*|n_positions|n_ctx|max_seq_len|seq_len|context_length|\w*source_positions", POSITIONS),
+    ("codebook_dim", HIDDEN),
     (r"num_position_embeddings", PATCHES**2),
     (r"(pos_emb|init_pos_emb)_(height|width)", PATCHES),
     (r"num_channels|in_channels|audio_channels|out_channels", at_most(3)),
@@ -91,6 +92,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "swa_q_lora_rank": RANK, "swa_kv_lora_rank": RANK, "swa_head_dim": HEAD + HEAD // 2,
         "swa_qk_nope_head_dim": HEAD, "swa_v_head_dim": HEAD,
     },
+    "DoryConfig": {
+        "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "n_input_layers": 1, "n_output_layers": 1,
+    },
     "Emu3Config": {"vocabulary_map": _IMAGE | {"<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}},
     "DiffusionGemmaTextConfig": {
         "num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": FEED_FORWARD,
@@ -113,12 +118,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "Mamba2Config": {"num_heads": 2 * HEADS},
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
     "MuseSparkAudioConfig": {"num_hidden_layers": 4},
+    "PaddleOCRTextConfig": {"rope_parameters": _ROPE | {"mrope_section": [4, 2, 2]}},
     "PerceptionLMConfig": {"vision_config": {"model_args": {"embed_dim": HIDDEN}}},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD, "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
     "ReformerConfig": {"axial_pos_embds": False},
+    "Step3p7TextConfig": {"sliding_window": WINDOW},
     "XmodConfig": {"default_language": "en_XX"},
 }  # fmt: skip
 
@@ -170,7 +177,9 @@ def tiny_options(
             options[name] = type(value)(**tiny_options(type(value), value, ids, exceptions.pop(name, None)))
     options |= {name: value for name, value in (TEXT | SWITCHES).items() if name in defaults}
     if "mrope_section" in (getattr(config_class, "ignore_keys_at_rope_validation", None) or ()):
-        options["rope_parameters"] = _with_sections(vars(default).get("rope_parameters") or _ROPE)
+        options["rope_parameters"] = _with_sections(
+            vars(default).get("rope_parameters") or _ROPE, options.get("qk_rope_head_dim", HEAD)
+        )
     return options | exceptions
 
 
@@ -208,9 +217,9 @@ def _small(name: str, value: Any, defaults: dict[str, Any], ids: dict[int, int])
     return small(value) if callable(small) else small
 
 
-def _with_sections(rope: dict[str, Any]) -> dict[str, Any]:
-    """Half of what is rotated of a head goes by time, the rest by height and width."""
-    half = int(HEAD * rope.get("partial_rotary_factor", 1.0)) // 2
+def _with_sections(rope: dict[str, Any], size: int) -> dict[str, Any]:
+    """Half of what is rotated of a head of `size` goes by time, the rest by height and width."""
+    half = int(size * rope.get("partial_rotary_factor", 1.0)) // 2
     return rope | {"mrope_section": [half // 2, half // 4, half // 4]}
 
 

@@ -167,13 +167,13 @@ def test_the_page_groups_what_is_the_same_in_every_version():
     exact, refused = (EXACT, ""), (REFUSED, "be small")
     lines = support_page.page(
         [
-            walked("5.9.0", a=exact, b=refused, c=(CRASH, "boom"), d=(NOT_BUILT, "no | size")),
-            walked("5.10.0", a=exact, b=refused, c=exact, d=(NOT_BUILT, "no | size"), e=exact),
+            walked("5.9.0", a=exact, b=refused, c=(CRASH, "boom"), d=(NOT_BUILT, "no | size"), f=exact),
+            walked("5.10.0", a=exact, b=refused, c=exact, d=(NOT_BUILT, "no | size"), e=exact, f=refused),
         ]
     ).splitlines()
-    begin = lines.index("| 5.9.0 | 2 | 2026-01-01 | abc | 1 of 4 exact | 0 of 0 exact |")
+    begin = lines.index("| 5.9.0 | 2 | 2026-01-01 | abc | 2 of 5 exact | 0 of 0 exact |")
     assert lines[begin + 1 : lines.index("## Vision-language models, with text alone")] == [
-        "| 5.10.0 | 2 | 2026-01-01 | abc | 3 of 5 exact | 0 of 0 exact |",
+        "| 5.10.0 | 2 | 2026-01-01 | abc | 3 of 6 exact | 0 of 0 exact |",
         "",
         "## Decoders",
         "",
@@ -186,6 +186,7 @@ def test_the_page_groups_what_is_the_same_in_every_version():
         "| type | 5.9.0 | 5.10.0 |",
         "| --- | --- | --- |",
         "| `c` | **crash** | exact |",
+        "| `f` | exact | **refused in patch** |",
         "",
         "### Refused in patch (1)",
         "",

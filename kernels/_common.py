@@ -135,9 +135,15 @@ def attention_plan(arch, batch, kv_heads, group, rows, nodes, slots, head_dim, v
     shared = {"G": group, "DV": value_dim, "BLOCK_N": block_n, "BLOCK_DV": max(pow2(value_dim), 16)}
     shared |= {"SPLIT_TILES": split_tiles, **FP_FUSION}
     blocks = {"D": head_dim, "BLOCK_M": block_m, "BLOCK_D": max(pow2(head_dim), 16)}
-    meta = shared | blocks | {"num_warps": num_warps, "num_stages": num_stages}
+    meta = shared | blocks | _attention_options(block_m, blocks["BLOCK_D"], num_warps, num_stages)
     merge_meta = shared | _merge_blocks(pow2(splits), shared["BLOCK_DV"])
     return (row_tiles, splits, batch * kv_heads), meta, merge_meta
+
+
+def _attention_options(block_m: int, block_d: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    # left alone, the compiler aims at 128 or 168 registers and spills one or two; the narrowest tiles fit those
+    return options if block_m * block_d <= 1024 else options | {"maxnreg": 255}
 
 
 def _merge_blocks(block_p: int, block_dv: int) -> dict[str, int]:
@@ -167,7 +173,12 @@ def attention_launches(arch: int) -> Iterator[tuple[str, dict[str, Any], dict[st
         for block_m, block_n, num_warps, num_stages, _ in chosen:
             name = f"{dtype} d{dim} m{block_m} n{block_n} {'one' if one_split else 'split'}{feature}"
             tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n}
-            yield name, arguments | tiles, {"num_warps": num_warps, "num_stages": num_stages}, dtype != "fp32"
+            yield (
+                name,
+                arguments | tiles,
+                _attention_options(block_m, pow2(dim), num_warps, num_stages),
+                dtype != "fp32",
+            )
     for dim, splits, feature in [*itertools.product((64, 128, 256), (2, 16, 64), [""]), (128, 16, " window sinks")]:
         arguments = common | partials | {"out_ptr": "*bf16:16", "DV": dim, "BLOCK_DV": dim, "BLOCK_N": 64}
         arguments |= features[feature] | _merge_blocks(splits, dim)

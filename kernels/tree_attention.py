@@ -162,7 +162,7 @@ def _tree_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    # tiles of the prefix that only some rows see all of
+    # tiles of the prefix that only some rows see all of: few, and nothing is fetched ahead, which would take registers
     whole_tiles = (length - start) // BLOCK_N
     if window is not None or chunk is not None:
         seen_from = tl.minimum(tl.cdiv(tl.max(first, 0), BLOCK_N), tl.minimum(end, whole_tiles))
@@ -183,10 +183,8 @@ def _tree_attention_kernel(
         mixed, peak, total = _attend(query, keys, values, None, None, mixed, peak, total, inner, outer)
 
     # the prefix's last, partial tile, and the tree: a word says what a row sees of a tile
-    # few tiles: fetched ahead only where that needs no register that there is not (compile report)
-    TAIL_STAGES: tl.constexpr = 2 if BLOCK_M <= 16 else 1
     tail_word = ~(tl.full([], -1, tl.int64) << (length - start) % BLOCK_N)
-    for tile in tl.range(tl.maximum(begin, whole_tiles), end, num_stages=TAIL_STAGES):
+    for tile in tl.range(tl.maximum(begin, whole_tiles), end, num_stages=1):
         in_tree = tile >= prefix_tiles
         tile_node = tl.maximum(tile - prefix_tiles, 0) * BLOCK_N
         slot = tl.where(in_tree, length + tile_node, start + tile * BLOCK_N)

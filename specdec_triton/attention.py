@@ -3,9 +3,9 @@
 transformers hands a 4-D tensor in that slot to the attention function untouched, in every family that uses its
 attention interface. The packed tree of `DraftTree.pack` travels there as [B, 1, N, W + 3] int64.
 
-A verify forward runs in a `contextvars` context of its own, in which every config names our function as its
+A verify forward runs in a `contextvars` context of its own, in which the model's configs name our function as their
 `_attn_implementation`. Nothing that others can see is changed, so there is nothing to restore: forwards of the same
-model in other threads, and models that share its config, run as always.
+model in other threads, models that share its config, and other models that a hook runs meanwhile, run as always.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
@@ -26,17 +26,18 @@ from .reference import TREE_FIELDS
 NAMES = {None: "specdec_tree", "triton": "specdec_tree_triton", "reference": "specdec_tree_reference"}
 SETTING = "_attn_implementation_internal"  # where a config keeps the name of its attention function
 
-_in_force: ContextVar[str | None] = ContextVar("specdec_triton_attention", default=None)
+# our function's name, and the ids of the configs that are to answer with it
+_in_force: ContextVar[tuple[str | None, frozenset[int]]] = ContextVar("specdec_triton_attention", default=(None, ()))
 
 
 @torch.compiler.assume_constant_result  # Dynamo cannot trace a context variable; graphs differ by their mask anyway
 def _name_in_force() -> str | None:
-    return _in_force.get()
+    return _in_force.get()[0]
 
 
 def _get_setting(config: PreTrainedConfig) -> str | None:
     name = _name_in_force()
-    if name is not None:
+    if name is not None and (torch.compiler.is_compiling() or id(config) in _in_force.get()[1]):
         return name
     try:
         return config.__dict__[SETTING]
@@ -53,17 +54,30 @@ def _set_setting(config: PreTrainedConfig, name: str | None) -> None:
 setattr(PreTrainedConfig, SETTING, property(_get_setting, _set_setting))
 
 
-def call_with_tree_attention(impl: str | None, call: Callable, **arguments) -> Any:
-    """`call(**arguments)`, with the attention of every model that runs inside through `ops.tree_attention`.
+def config_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Of the config objects that the model's modules, or parts of these configs, read their attention function from."""
+    pending = [model.config, *(getattr(module, "config", None) for module in model.modules())]
+    found = set()
+    while pending:
+        config = pending.pop()
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found.add(id(config))
+            pending += [getattr(config, name, None) for name in config.sub_configs]
+    return frozenset(found)
+
+
+def call_with_tree_attention(impl: str | None, configs: frozenset[int], call: Callable, **arguments) -> Any:
+    """`call(**arguments)`, with attention through `ops.tree_attention` inside.
 
     Only this call is affected: not other threads, and nothing after it, however it ends.
 
     Args:
         impl: the implementation that the op is told to use.
-        call: a model; its `attention_mask` is a packed tree.
+        configs: `config_ids` of the model.
+        call: the model; its `attention_mask` is a packed tree.
     """
     context = copy_context()
-    context.run(_in_force.set, NAMES[impl])
+    context.run(_in_force.set, (NAMES[impl], configs))
     return context.run(call, **arguments)
 
 

@@ -5,6 +5,7 @@ way (PaliGemma counts from 1, Qwen-VL has several planes) and add arguments. So 
 the prompt, and verify forwards go on from its answer.
 """
 
+import copy
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,13 +97,24 @@ def _refusal(model: PreTrainedModel, wanted: str, got: str) -> ValueError:
     )
 
 
+def _shadow(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model with the same weights and layers, to be asked instead of it: some models note on themselves
+    what they prepared last (Qwen-VL's `rope_deltas`)."""
+    shadow = copy.copy(model)
+    shadow._buffers = dict(model._buffers)
+    shadow._modules = {
+        name: _shadow(part) if isinstance(part, PreTrainedModel) else part for name, part in model._modules.items()
+    }
+    return shadow
+
+
 def check_preparation(model: PreTrainedModel, role: str) -> None:
     """Ask for two steps after a short made-up prompt, one row of it padded.
 
     Raises:
         ValueError: the model cannot be asked, or its positions do not grow by one.
     """
-    device = model.device
+    device, model = model.device, _shadow(model)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], device=device)
     input_ids, kwargs = torch.ones_like(mask), {"attention_mask": mask, "use_cache": True}
     try:

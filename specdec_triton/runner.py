@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from .attention import call_with_tree_attention
+from .attention import call_with_tree_attention, config_ids
 from .cache import TreeCache
 from .preparation import NextStep, next_step
 from .tree import chain_tensors, pack_tree
@@ -49,6 +49,7 @@ class TreeRunner:
         self.last_position = torch.as_tensor(last_position, device=start.device).expand(len(start))
         self.cache: TreeCache | None = None
         self.step = NextStep(origin=start)
+        self._configs = config_ids(model)
         # some mixtures of experts read the attention mask for a training loss when their config says so
         routers = "output_router_logits" in inspect.signature(model.forward).parameters
         self._arguments = {"output_router_logits": False} if routers else {}
@@ -122,6 +123,7 @@ class TreeRunner:
         with self._recompiles():
             outputs = call_with_tree_attention(
                 self.impl,
+                self._configs,
                 self._call,
                 attention_mask=pack_tree(depth, ancestors, self.start, base)[:, None],
                 **self._arguments_of(tokens, torch.minimum(base[:, None] + depth[:, first:], last_column)),

@@ -10,7 +10,7 @@ import specdec_triton as sdt
 from families import FAMILIES, NEVER, VOCAB, build, prompt
 from simulated_graph import HostRead, SimulatedGraphs, trace
 from specdec_triton import cache, engine, generate, runner
-from specdec_triton.attention import call_with_tree_attention
+from specdec_triton.attention import call_with_tree_attention, config_ids
 from specdec_triton.drafters import Drafter, DraftSession
 from specdec_triton.drafters.model import ModelSession
 from specdec_triton.runner import TreeRunner
@@ -272,11 +272,12 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
             if method not in compiled:
                 compiled[method] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
             # compilers do not trace a context
-            return call_with_tree_attention(None, partial(compiled[method], self, *arguments))
+            runner = getattr(self, "_runner", getattr(self, "runner", self))
+            return call_with_tree_attention(None, config_ids(runner.model), partial(compiled[method], self, *arguments))
 
         return run
 
-    monkeypatch.setattr(runner, "call_with_tree_attention", lambda impl, call, **arguments: call(**arguments))
+    monkeypatch.setattr(runner, "call_with_tree_attention", lambda impl, configs, call, **arguments: call(**arguments))
 
     speculation = generate.Speculation
     if stage == "accept":

@@ -273,3 +273,19 @@ def test_a_row_stops_at_its_own_limit_though_another_goes_on():
         going = length.goes_on(going, depth, tokens, sure)
         seen.append(going.tolist())
     assert seen == [[False, True, True]] * 2 + [[False, False, True]] * 2 + [[False] * 3]
+
+
+def test_a_row_that_stopped_is_not_asked_for_numbers():
+    """It goes through the levels that other rows need, on tokens that are no draft of its own."""
+    model, inputs = build("llama"), prompt(padding=0)
+    options = {"do_sample": False, "max_new_tokens": 12}
+    text = model.generate(**inputs, **options, eos_token_id=NEVER)[:, inputs["input_ids"].shape[1] :]
+    end = next(int(token) for token in text[0, 2:] if token not in text[1] and token not in inputs["input_ids"])
+    draft = build("llama")
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    with torch.no_grad():
+        draft.get_input_embeddings().weight[end] = float("nan")
+    plain = model.generate(**inputs, **options, eos_token_id=end, pad_token_id=0)
+    with sdt.patched(model):
+        ours = model.generate(**inputs, **options, eos_token_id=end, pad_token_id=0, assistant_model=draft)
+    assert torch.equal(ours, plain)

@@ -356,6 +356,21 @@ def test_other_calls_in_other_threads_run_as_always():
         running.result()
 
 
+def test_a_hook_may_run_another_model():
+    """Under its own attention, though it runs in the middle of a verify forward."""
+    model, inputs = build("llama"), prompt()
+    for other in (build("gpt2"), build("llama", seed=1)):
+        expected, seen = other(inputs["input_ids"]).logits, []
+        hook = model.model.layers[1].register_forward_hook(
+            lambda *args, other=other, seen=seen: seen.append(other(inputs["input_ids"]).logits) and None
+        )
+        plain = model.generate(**inputs, **OPTIONS)
+        with sdt.patched(model):
+            assert torch.equal(model.generate(**inputs, **lookup(**OPTIONS)), plain)
+        hook.remove()
+        assert len(seen) > 14 and all(torch.equal(logits, expected) for logits in seen)
+
+
 def test_two_models_run_side_by_side():
     """Each waits for the other in the middle of its text: were there one lock for both, neither would go on."""
     models, barrier = (build("llama"), build("qwen2")), threading.Barrier(2, timeout=60)

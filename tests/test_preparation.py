@@ -211,3 +211,12 @@ def test_text_through_a_vision_language_model(make):
             assert torch.equal(model.generate(**inputs, **more, **LOOKUP), plain)
             assert torch.equal(model.generate(**inputs, **more, **OPTIONS, assistant_model=draft), plain)
             assert 0 < sdt.stats(model).accepted < sdt.stats(model).drafted
+
+
+def test_the_model_is_asked_in_a_copy():
+    """Qwen-VL notes on itself what it prepared last, and another thread may be in the middle of a text."""
+    model = _drawn(_qwen2_vl())
+    model.model.rope_deltas = noted = torch.tensor([[7]])
+    with sdt.patched(model):
+        sdt.ModelDrafter(model)
+        assert model.model.rope_deltas is noted

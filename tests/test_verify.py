@@ -32,8 +32,10 @@ def reads_a_round(model, inputs, generate):
     return (many - few) / (last - first)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("layers", [2, 16])
+@pytest.mark.parametrize(
+    ("layers", "batch"),
+    [(2, 1), (6, 8), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((2, 8), (16, 1), (16, 8)))],
+)
 def test_the_host_reads_once_a_round(layers, batch):
     model = build("llama", num_hidden_layers=layers)
     inputs = {**prompt(batch=batch), "do_sample": False, "eos_token_id": NEVER}
@@ -149,7 +151,7 @@ def test_a_cache_that_dropped_its_history_is_refused():
 def test_dense_masks_are_refused_by_the_tree_attention():
     model = build("llama")
     with pytest.raises(ValueError, match="specdec_tree: attention_mask must be a packed tree.*got"):
-        sdt.attention.call_with_tree_attention(None, model, **prompt())
+        sdt.attention.call_with_tree_attention(None, sdt.attention.config_ids(model), model, **prompt())
     assert model.config._attn_implementation == "sdpa"
 
 

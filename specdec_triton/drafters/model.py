@@ -288,7 +288,8 @@ class ModelSession(DraftSession):
             logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
             logits = logits[:, -level.num_parents :, : context.vocab_size]
             best, children, chance = self._children(level, logits)
-            has_nan |= best.isnan().any(1)
+            is_nan = best.isnan().any(1)
+            has_nan |= is_nan if going is None else is_nan & going  # a row that stopped is fed anything
             tokens.append(children)
             fed = children[:, level.expanded]
             drawn_from.append(logits)

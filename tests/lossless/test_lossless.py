@@ -13,6 +13,7 @@ import torch
 
 from specdec_triton import proof, rules
 from specdec_triton.filters import filtered_log_probs
+from test_kernel_accept_sample import quick_interpreter  # noqa: F401  (a fixture)
 
 from . import exact, sabotage, worlds
 
@@ -115,6 +116,43 @@ def test_a_token_that_makes_the_target_say_nan_comes_as_often_as_it_should(rule,
         found = worlds.generate(broken, rule, tree, worlds.OPTIONS[options], 1, SAMPLES)
         cell = proof.examine(found.counts, world.law(worlds.OPTIONS[options], 1))
         assert cell.p_value > 1e-4, f"{rule}, {tree}, {options}: {cell}"
+
+
+# Through the kernel, in fp16: logits below 0, and at first fewer that are finite than top-k asks for. In half precision
+# a threshold is rebuilt from a part of its bits.
+HALF = worlds.World(*((table - 9).half() for table in (WIDE[0].target, WIDE[0].draft)))
+HALF.target[-1, -1, [0, 3, 4]] = -torch.inf
+
+
+def kernel_cell(rule, tree, options, length, samples):
+    found = worlds.generate(HALF, rule, tree, options, length, samples, impl="triton")
+    return proof.examine(found.counts, HALF.law(options, length))
+
+
+# in the interpreter a row takes a tenth of a second, so one token of few of them
+@pytest.mark.usefixtures("quick_interpreter")
+def test_the_kernel_in_half_precision():
+    cell = kernel_cell("coupled", "no draft", {"top_k": 3}, 1, 40)
+    assert cell.p_value > 1e-4, cell
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter sees what is patched")
+@pytest.mark.usefixtures("quick_interpreter")
+def test_a_threshold_of_the_wrong_bits_is_rejected(monkeypatch):
+    from specdec_triton.kernels import _law
+
+    monkeypatch.setattr(_law, "value_of_shifted", lambda shifted, SHIFT: _law.value_of(shifted << SHIFT))
+    assert kernel_cell("coupled", "no draft", {"top_k": 3}, 1, 40).p_value < ALARM
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("quick_interpreter")
+@pytest.mark.parametrize("options", worlds.OPTIONS)
+@pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
+def test_the_kernel_in_half_precision_at_length(rule, tree, options):
+    cell = kernel_cell(rule, tree, worlds.OPTIONS[options], 2, 500)
+    assert cell.p_value > 1e-6, cell
 
 
 def wrong_runs(cases, patched):

@@ -160,12 +160,14 @@ class Run(NamedTuple):
 
 
 def generate(
-    world: World, rule: str, tree: str, options: dict, length: int, samples: int, seed: int = 0, draft=draft_tree
-) -> Run:
+    world: World, rule: str, tree: str, options: dict, length: int, samples: int, seed: int = 0, draft=draft_tree,
+    impl: str | None = None,
+) -> Run:  # fmt: skip
     """Round after round until each of `samples` rows has `length` tokens.
 
     Args:
         draft: (world, tree, root, seeds, position, options) -> `Draft`; another one is how drafts are made wrong.
+        impl: as in `ops.accept_sample`.
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(-(2**62), 2**62, (samples,), generator=generator)
@@ -197,6 +199,7 @@ def generate(
             # the first round is measured, so it is not cut
             budget=torch.full_like(done, num_nodes) if first_accepted is None else length - done,
             sampling=drafted.sampling,
+            impl=impl,
             **drawn,
         )
         first_accepted = result.length if first_accepted is None else first_accepted

@@ -63,6 +63,7 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
             f"patch: {role} must attend to keys by their positions, got {name} with layers {', '.join(unknown)}, which "
             "choose keys otherwise: decode it without speculation"
         )
+    check_attention(model, role)
     if "position_ids" not in inspect.signature(type(model).forward).parameters or (
         config.model_type in DENSE_MASK_MODELS
     ):
@@ -71,7 +72,6 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
             "positions or attention from the cache or a dense mask: decode it without speculation"
         )
     check_forward(model, role)
-    check_attention(model, role)
     if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
         raise ValueError(
             f"patch: {role} must apply its softcap, got {name} under sdpa, which drops it: call "

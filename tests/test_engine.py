@@ -246,7 +246,7 @@ def test_rounds_are_one_graph(monkeypatch, family, name):
     assert len(rounds) == stats.rounds > 4
     for lines in rounds[2:]:
         assert len(lines) == len(rounds[1])
-        assert not [both for both in zip(lines, rounds[1], strict=True) if both[0] != both[1]][:1]
+        assert not [both for both in zip(lines, rounds[1], strict=True) if repr(both[0]) != repr(both[1])][:1]
 
 
 class Backend:
@@ -277,7 +277,12 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
 
         return run
 
-    monkeypatch.setattr(runner, "call_with_tree_attention", lambda impl, configs, call, **arguments: call(**arguments))
+    def routed_outside(impl, configs, call, **arguments):
+        if torch.compiler.is_compiling():
+            return call(**arguments)
+        return call_with_tree_attention(impl, configs, call, **arguments)
+
+    monkeypatch.setattr(runner, "call_with_tree_attention", routed_outside)
 
     speculation = generate.Speculation
     if stage == "accept":

@@ -95,6 +95,7 @@ _ATTENTION = {
 _ATTENTION_TIGHT = _ATTENTION | {
     (2, 64): (_ATTENTION[2, 64][0], (32, 32, 4, 3, 256), *_ATTENTION[2, 64][2:]),
     (2, 128): (*_ATTENTION[2, 128][:3], (128, 32, 8, 3, 128)),
+    (2, 256): (*_ATTENTION[2, 256][:2], (64, 16, 8, 2, 128)),
 }
 
 
@@ -135,15 +136,16 @@ def attention_plan(arch, batch, kv_heads, group, rows, nodes, slots, head_dim, v
     shared = {"G": group, "DV": value_dim, "BLOCK_N": block_n, "BLOCK_DV": max(pow2(value_dim), 16)}
     shared |= {"SPLIT_TILES": split_tiles, **FP_FUSION}
     blocks = {"D": head_dim, "BLOCK_M": block_m, "BLOCK_D": max(pow2(head_dim), 16)}
-    meta = shared | blocks | _attention_options(block_m, blocks["BLOCK_D"], num_warps, num_stages)
+    meta = shared | blocks | _attention_options(block_m, blocks["BLOCK_D"], bytes, num_warps, num_stages)
     merge_meta = shared | _merge_blocks(pow2(splits), shared["BLOCK_DV"])
     return (row_tiles, splits, batch * kv_heads), meta, merge_meta
 
 
-def _attention_options(block_m: int, block_d: int, num_warps: int, num_stages: int) -> dict[str, int]:
+def _attention_options(block_m: int, block_d: int, bytes: int, num_warps: int, num_stages: int) -> dict[str, int]:
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    # left alone, the compiler aims at 128 or 168 registers and spills one or two; the narrowest tiles fit those
-    return options if block_m * block_d <= 1024 else options | {"maxnreg": 255}
+    # Left alone, the compiler aims at 128 or 168 registers and spills one or two. The narrowest tiles fit those, and
+    # fp32 spills more the more it is given.
+    return options if bytes == 4 or block_m * block_d <= 1024 else options | {"maxnreg": 255}
 
 
 def _merge_blocks(block_p: int, block_dv: int) -> dict[str, int]:
@@ -176,7 +178,7 @@ def attention_launches(arch: int) -> Iterator[tuple[str, dict[str, Any], dict[st
             yield (
                 name,
                 arguments | tiles,
-                _attention_options(block_m, pow2(dim), num_warps, num_stages),
+                _attention_options(block_m, pow2(dim), shape[1], num_warps, num_stages),
                 dtype != "fp32",
             )
     for dim, splits, feature in [*itertools.product((64, 128, 256), (2, 16, 64), [""]), (128, 16, " window sinks")]:

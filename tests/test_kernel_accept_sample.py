@@ -271,6 +271,11 @@ FIXED = [
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
+def skip_what_the_interpreter_cannot(palette, dtype):
+    if palette == "denormal" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter converts denormal bf16 numbers to others")
+
+
 def check_by_hand_in_float64(logits, rows):
     """Kernel rows of one launch, each with filters of its own, against the filters one after the other."""
     given = made(**{name: [row.get(name, value) for row in rows] for name, value in OFF.items()})
@@ -282,6 +287,7 @@ def check_by_hand_in_float64(logits, rows):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("palette", PALETTES)
 def test_filters_by_hand(palette, dtype):
+    skip_what_the_interpreter_cannot(palette, dtype)
     check_by_hand_in_float64(torch.stack([paint(palette, dtype, 41, seed) for seed in range(len(FIXED))]), FIXED)
 
 
@@ -292,6 +298,7 @@ def test_filters_by_hand(palette, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("palette", PALETTES)
 def test_filters_by_hand_at_length(palette, dtype, data, seed, vocab):
+    skip_what_the_interpreter_cannot(palette, dtype)
     rows = [options_of(data.draw, palette) for _ in range(3)]
     check_by_hand_in_float64(torch.stack([paint(palette, dtype, vocab, seed + row) for row in range(3)]), rows)
 

@@ -337,6 +337,11 @@ def test_greedy_rows_and_degenerate_ones():
     assert check_laws(lone, Filters(top_p=doubles(0.9, 0.1), top_k=torch.tensor([2, 1]))) == [1, 1]
     large = full(1e4, 1e4 + 2, -1e4)[None]
     assert check_laws(large, Filters(min_p=full(0.2))) == [1]
+    # the threshold lies between two fp32 numbers
+    assert check_laws(full(1e6, 1e6 - 0.0625)[None], Filters(min_p=full(0.951))) == [1]
+    extreme = Filters(temperature=full(1e-45, INF))
+    for options in (extreme, extreme._replace(top_p=doubles(0.99, 0.99), min_p=full(0.5, 0.5))):
+        assert (laws(logits[:2], options).cpu() > -30).sum(1).tolist() == [2, 3]
 
 
 # The whole

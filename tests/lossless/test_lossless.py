@@ -13,7 +13,6 @@ import torch
 
 from specdec_triton import proof, rules
 from specdec_triton.filters import filtered_log_probs
-from test_kernel_accept_sample import quick_interpreter  # noqa: F401  (a fixture)
 
 from . import exact, sabotage, worlds
 
@@ -130,14 +129,12 @@ def kernel_cell(rule, tree, options, length, samples):
 
 
 # in the interpreter a row takes a tenth of a second, so one token of few of them
-@pytest.mark.usefixtures("quick_interpreter")
 def test_the_kernel_in_half_precision():
     cell = kernel_cell("coupled", "no draft", {"top_k": 3}, 1, 40)
     assert cell.p_value > 1e-4, cell
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter sees what is patched")
-@pytest.mark.usefixtures("quick_interpreter")
 def test_a_threshold_of_the_wrong_bits_is_rejected(monkeypatch):
     from specdec_triton.kernels import _law
 
@@ -147,7 +144,6 @@ def test_a_threshold_of_the_wrong_bits_is_rejected(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.usefixtures("quick_interpreter")
 @pytest.mark.parametrize("options", worlds.OPTIONS)
 @pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
 def test_the_kernel_in_half_precision_at_length(rule, tree, options):

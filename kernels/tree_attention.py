@@ -10,9 +10,9 @@ fixed number of tiles. Where the whole capacity is one split a single launch wri
 merges the splits in index order. Lengths are read on the device: the grid covers the capacity, empty splits return.
 
 A row's result depends on its own start, length and path only: a tile or split in which it sees nothing leaves every
-bit of it as it was, whatever other rows, nodes and sequences are there. Scores are selected by what a row sees. Values
-cannot be, row by row, and 0 * NaN is NaN: in a tile that some row does not see all of, a slot whose values are not all
-finite is read as 0, and its score is NaN for the rows that do see it.
+bit of it as it was, whatever other rows, nodes and sequences are there. Each row selects its scores, but all rows of a
+tile share its values, and 0 * NaN is NaN. So if some row does not see the whole tile, a slot with values that are not
+finite is read as 0, and rows that see the slot get a score of NaN.
 Reference: specdec_triton.reference.tree_attention
 """
 

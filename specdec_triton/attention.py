@@ -49,8 +49,8 @@ def _set_setting(config: PreTrainedConfig, name: str | None) -> None:
     config.__dict__[SETTING] = name
 
 
-# Every model reads its attention function's name from a config, and a config may belong to many models and threads:
-# what it answers must depend on who asks.
+# Models read the name of their attention function from a config. Several models and threads may share a config, so the
+# property returns our name only inside a verify forward.
 setattr(PreTrainedConfig, SETTING, property(_get_setting, _set_setting))
 
 

@@ -85,7 +85,7 @@ class TreeCache(Cache):
                 layer may hold the last ones alone, as many as its window reaches back from the next column.
             capacity: slots wanted, at least T; rounded up to a multiple of `BUCKET`.
             fixed: the model sees all slots from the start, so that views change only where the buffer must grow.
-            columns: T; None: what the cache holds.
+            columns: T. If None, T is the length of the cache.
 
         Raises:
             ValueError: there is no such cache, or its layers differ from that, or among each other, in dtype, device,
@@ -101,8 +101,8 @@ class TreeCache(Cache):
         if lengths != [lengths[0] if columns is None else columns]:
             raise ValueError(
                 f"generate: the prompt's forward must leave keys and values of its {columns or lengths[0]} columns in "
-                f"every layer, got {', '.join(map(str, lengths))}: what adds columns of its own (prompt or prefix "
-                "tuning) or drops some is decoded without speculation"
+                f"every layer, got {', '.join(map(str, lengths))}: prompt and prefix tuning add columns; decode such a "
+                "model without speculation"
             )
         kinds = {
             (tensor.dtype, tensor.device, tensor.shape[0]) for layer in layers for tensor in (layer.keys, layer.values)

@@ -1,4 +1,4 @@
-"""What a model must be for tree verification: refused by name in `patch`, before anything is changed."""
+"""Checks of a model before it is patched: unsupported models are refused by name, and nothing is changed."""
 
 import inspect
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .preparation import check_preparation
 
-CORRECTED_MODULES = (
-    "Llama4TextAttention",
-)  # they take positions from the cache: see attention._temperature_correction
+# these take positions from the cache, which attention._temperature_correction makes up for
+CORRECTED_MODULES = ("Llama4TextAttention",)
 DENSE_MASK_MODELS = ("doge", "moshi")  # they make more of their dense mask than attention is told
 RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm", "hybrid")
 # kinds of layers whose visible keys follow from positions alone, and kinds without attention; any other is refused
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe", "dummy"}
-# what a module's code names if it calls the attention function, and if it masks keys outside of a window
+# A module calls the attention function if its code contains the first name. It masks keys outside of a window if its
+# code contains one of the others.
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 WINDOW_MASKS = {"create_sliding_window_causal_mask", "sliding_window"}
 
@@ -134,8 +134,8 @@ def _runs_under_autocast(forward) -> bool:
 def check_attention(model: PreTrainedModel, role: str) -> None:
     """Refuse a text decoder with attention that is not transformers' own, or that leaves something out of its call.
 
-    Only the decoder's modules count: a vision tower may do as it likes. Only a forward would tell what a module leaves
-    out, so its compiled code is read.
+    Only modules of the text decoder are checked, not those of a vision tower. The check reads their compiled code,
+    since it must not run the model.
 
     Raises:
         ValueError: names the module or the attention function.

@@ -79,8 +79,9 @@ class Speculation:
         self.rule, self.filters, self.warpers = "greedy", Filters(), LogitsProcessorList()
         self.model_kwargs = {key: value for key, value in model_kwargs.items() if value is not None}
         self.callers_cache = self.model_kwargs.get(CACHE)
-        for part in (check_forward, check_attention):  # what may have changed since `patch`
-            part(model, "the model")
+        # both may have changed since `patch`
+        check_forward(model, "the model")
+        check_attention(model, "the model")
         if torch.is_autocast_enabled(model.device.type):
             raise ValueError(
                 "generate: autocast must be off with speculative decoding, got a torch.autocast context: load the "

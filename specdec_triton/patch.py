@@ -26,7 +26,7 @@ from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, Prompt
 from .engine import cannot_capture
 from .generate import Speculation
 from .options import Options
-from .preparation import TOKEN_TYPES, says_nothing
+from .preparation import says_nothing
 from .stats import Stats
 from .tree import DynamicTree, Topology
 from .versions import CACHE, warn_if_untested
@@ -436,11 +436,8 @@ def _speculate(
         raise ValueError("generate: input_ids must hold a prompt with speculative decoding, got inputs_embeds alone")
     model_kwargs.pop("tokenizer", None)  # the stopping criteria have it
     unknown = sorted(
-        name
-        for name, value in model_kwargs.items()
-        if name not in MODEL_ARGUMENTS and name not in TOKEN_TYPES and not says_nothing(name, value)
+        name for name, value in model_kwargs.items() if name not in MODEL_ARGUMENTS and not says_nothing(name, value)
     )
-    unknown += sorted(name for name in TOKEN_TYPES if not says_nothing(name, model_kwargs.get(name)))
     if unknown:
         raise ValueError(
             f"generate: model arguments must be among {', '.join(sorted(MODEL_ARGUMENTS))} with speculative decoding, "

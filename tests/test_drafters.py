@@ -291,19 +291,24 @@ def test_the_oracle_drafts_what_it_is_asked_for(fixed):
 TREES = [sdt.Topology.from_widths([3, 2, 2]), LOPSIDED]
 
 
-def assert_ranked_by(draft, target, drafter, monkeypatch):
-    """What `drafter` proposes, node by node, against a plain forward of `draft` over each node's path: its cache is
-    right, whatever was accepted."""
-    seen, tree = [], drafter.tree
-    honest = ModelSession.draft
+def record_drafts(monkeypatch):
+    """The rounds of the calls to come: text, lengths and budgets as the host saw them, and what was drafted."""
+    seen, honest = [], ModelSession.draft
 
     def spy(session):
         proposed = honest(session)
-        context = session.context
-        seen.append((context.host_tokens.copy(), context.host_length.copy(), context.host_budget.copy(), proposed))
+        now = session.context
+        seen.append((now.host_tokens.copy(), now.host_length.copy(), now.host_budget.copy(), proposed))
         return proposed
 
     monkeypatch.setattr(ModelSession, "draft", spy)
+    return seen
+
+
+def assert_ranked_by(draft, target, drafter, monkeypatch):
+    """What `drafter` proposes, node by node, against a plain forward of `draft` over each node's path: its cache is
+    right, whatever was accepted."""
+    seen, tree = record_drafts(monkeypatch), drafter.tree
     with sdt.patched(target, drafter=drafter):
         target.generate(**prompt(), do_sample=False, max_new_tokens=16, eos_token_id=NEVER)
     for tokens, length, budget, proposed in seen[:5]:

@@ -13,7 +13,7 @@ from specdec_triton.drafters.model import ModelSession
 from specdec_triton.filters import Filters, filtered_log_probs
 from specdec_triton.prove import prove
 from specdec_triton.tree import DraftTree
-from test_drafters import context
+from test_drafters import context, record_drafts
 from test_dynamic import alike
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": NEVER}
@@ -73,17 +73,7 @@ def test_a_draft_runs_about_as_often_as_in_transformers(asked, captured):
 
 
 def recorded(monkeypatch):
-    """The rounds of the calls to come: text, lengths and budgets as the host saw them, and what was drafted."""
-    seen, honest = [], ModelSession.draft
-
-    def spy(session):
-        proposed = honest(session)
-        now = session.context
-        seen.append((now.host_tokens.copy(), now.host_length.copy(), now.host_budget.copy(), proposed))
-        return proposed
-
-    monkeypatch.setattr(ModelSession, "draft", spy)
-    return seen
+    return record_drafts(monkeypatch)
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import specdec_triton as sdt
 import tiny
@@ -105,6 +106,10 @@ def test_the_bench_command_says_where_the_benches_are(tmp_path, monkeypatch, cap
 
 def test_the_profile_command(tmp_path, capsys):
     target, draft = str(tiny.save(tmp_path / "target")), str(tiny.save(tmp_path / "draft", layers=1))
+    # a draft that stops where it is unsure is looked at by the host after each token, if rounds are not captured
+    whole = GenerationConfig.from_pretrained(draft)
+    whole.assistant_confidence_threshold = 0.0
+    whole.save_pretrained(draft)
     command = ["profile", "--model", target, "--prompt", "abab", "--max-new-tokens", "12", "--dtype", "float32"]
     capsys.readouterr()
     assert cli.main([*command, "--draft", draft, "--json"]) == 0

@@ -22,8 +22,12 @@ from transformers.masking_utils import sdpa_mask
 from . import ops
 from .reference import TREE_FIELDS
 
-# one registered name an implementation, so that an explicit choice needs no global state
-NAMES = {None: "specdec_tree", "triton": "specdec_tree_triton", "reference": "specdec_tree_reference"}
+# (implementation, whether the cache keeps all keys) -> a registered name, so that a choice needs no global state
+NAMES = {
+    (impl, all_keys): "specdec_tree" + (f"_{impl}" if impl else "") + ("_all_keys" if all_keys else "")
+    for impl in (None, "triton", "reference")
+    for all_keys in (False, True)
+}
 SETTING = "_attn_implementation_internal"  # where a config keeps the name of its attention function
 
 # our function's name, and the ids of the configs that are to answer with it
@@ -66,7 +70,9 @@ def config_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(found)
 
 
-def call_with_tree_attention(impl: str | None, configs: frozenset[int], call: Callable, **arguments) -> Any:
+def call_with_tree_attention(
+    impl: str | None, configs: frozenset[int], call: Callable, all_keys: bool = False, **arguments
+) -> Any:
     """`call(**arguments)`, with attention through `ops.tree_attention` inside.
 
     Only this call is affected: not other threads, and nothing after it, however it ends.
@@ -75,9 +81,10 @@ def call_with_tree_attention(impl: str | None, configs: frozenset[int], call: Ca
         impl: the implementation that the op is told to use.
         configs: `config_ids` of the model.
         call: the model; its `attention_mask` is a packed tree.
+        all_keys: plain decoding would have all keys, see `window_of_cache`.
     """
     context = copy_context()
-    context.run(_in_force.set, (NAMES[impl], configs))
+    context.run(_in_force.set, (NAMES[impl, all_keys], configs))
     return context.run(call, **arguments)
 
 
@@ -93,6 +100,7 @@ def tree_attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     impl: str | None = None,
+    all_keys: bool = False,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature around `ops.tree_attention`.
@@ -111,8 +119,8 @@ def tree_attention_forward(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         got = "None" if attention_mask is None else f"{attention_mask.dtype} {list(attention_mask.shape)}"
         raise ValueError(
-            f"{NAMES[impl]}: attention_mask must be a packed tree, torch.int64 [B, 1, N, W + 3], got {got}: this "
-            "attention runs in verify forwards only; choose another with model.set_attn_implementation"
+            f"{NAMES[impl, all_keys]}: attention_mask must be a packed tree, torch.int64 [B, 1, N, W + 3], got {got}: "
+            "this attention runs in verify forwards only; choose another with model.set_attn_implementation"
         )
     # Llama 4: chunks on layers with rope, a temperature on those without
     use_rope = getattr(module, "use_rope", False)
@@ -126,7 +134,7 @@ def tree_attention_forward(
         value,
         attention_mask[:, 0],
         scale=scaling,
-        sliding_window=sliding_window or _window_of_cache(module.config),
+        sliding_window=sliding_window or (None if all_keys else window_of_cache(module.config)),
         chunk_size=chunk_size,
         softcap=softcap,
         sinks=s_aux,
@@ -135,9 +143,10 @@ def tree_attention_forward(
     return output, None
 
 
-def _window_of_cache(config: PreTrainedConfig) -> int | None:
-    """Keys that plain decoding has, whatever the attention asks for: without layer types, transformers' cache keeps no
-    more than a window that the config names, even if the class never reads it."""
+def window_of_cache(config: PreTrainedConfig) -> int | None:
+    """Keys that plain decoding has, whatever the attention asks for: without layer types, the cache that `generate`
+    makes keeps no more than a window that the config names, even if the class never reads it. A `DynamicCache()` of the
+    caller's keeps all keys."""
     return None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None) or None
 
 
@@ -156,6 +165,6 @@ def _temperature_correction(module: nn.Module, packed_tree: torch.Tensor, rows: 
     return (temperature(columns) / temperature(taken))[:, None, :, None]
 
 
-for _impl, _name in NAMES.items():
-    AttentionInterface.register(_name, partial(tree_attention_forward, impl=_impl))
+for (_impl, _all_keys), _name in NAMES.items():
+    AttentionInterface.register(_name, partial(tree_attention_forward, impl=_impl, all_keys=_all_keys))
     AttentionMaskInterface.register(_name, sdpa_mask)

@@ -334,7 +334,8 @@ class Speculation:
         """The target's logits [B, N, V] at every node."""
         # the reference pays for a mask that a lone root in unpadded rows of one length does not need
         length = int(self.context.host_length[0])
-        if self.plain_steps and tree.num_nodes == 1 and (self.context.host_length == length).all():
+        same_length = (self.context.host_length == length).all()
+        if self.plain_steps and tree.num_nodes == 1 and same_length and self.runner.can_decode:
             return self.runner.decode(tree.tokens, length)
         return self.runner.forward(tree.tokens, tree.depth, tree.ancestors, self.context.length)
 

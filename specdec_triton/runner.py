@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from .attention import call_with_tree_attention, config_ids
+from .attention import call_with_tree_attention, config_ids, window_of_cache
 from .cache import TreeCache
 from .preparation import NextStep, next_step
 from .tree import chain_tensors, pack_tree
@@ -50,6 +50,7 @@ class TreeRunner:
         self.cache: TreeCache | None = None
         self.step = NextStep(origin=start)
         self._configs = config_ids(model)
+        self._all_keys = False  # the cache keeps them, whatever window the config names
         # some mixtures of experts read the attention mask for a training loss when their config says so
         routers = "output_router_logits" in inspect.signature(model.forward).parameters
         self._arguments = {"output_router_logits": False} if routers else {}
@@ -74,6 +75,7 @@ class TreeRunner:
                 from there token by token.
         """
         cache = model_kwargs.get(CACHE)
+        self._all_keys = cache is not None and not any(layer.is_sliding for layer in cache.layers)
         if cache is None:
             cache = DynamicCache()  # without layer types: it keeps the whole history in sliding layers too
         model_kwargs = {**model_kwargs, CACHE: cache, "use_cache": True}
@@ -125,10 +127,16 @@ class TreeRunner:
                 self.impl,
                 self._configs,
                 self._call,
+                self._all_keys,
                 attention_mask=pack_tree(depth, ancestors, self.start, base)[:, None],
                 **self._arguments_of(tokens, torch.minimum(base[:, None] + depth[:, first:], last_column)),
             )
         return outputs.logits
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether `decode` attends to the keys that plain decoding has: it attends to all of them."""
+        return self._all_keys or window_of_cache(self.model.config.get_text_config(decoder=True)) is None
 
     def forward_chain(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """`forward` of tokens [B, N] that continue each other, the first at slot `base`: logits [B, N, V]."""
@@ -136,6 +144,7 @@ class TreeRunner:
         return self.forward(tokens, *(part.expand(len(tokens), *part.shape[1:]) for part in (depth, ancestors)), base)
 
     def decode(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
-        """Logits [B, 1, V] of one token [B, 1] after `length` unpadded ones: transformers' own decoding step."""
+        """Logits [B, 1, V] of one token [B, 1] after `length` unpadded ones: transformers' own decoding step, see
+        `can_decode`."""
         self.cache.place_after(length)
         return self.model(**self._arguments_of(tokens, torch.full_like(tokens, length))).logits

@@ -5,13 +5,14 @@ from functools import partial, wraps
 import pytest
 import torch
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import specdec_triton as sdt
 from families import NEVER, WINDOW, build, prompt
+from specdec_triton.versions import CACHE
 from test_patch import snapshot
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": NEVER}
@@ -81,14 +82,31 @@ def test_a_window_of_0_and_a_leftover_key_are_no_windows():
     qwen2_moe = build_of("Qwen2MoeForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
     assert qwen2_moe.config.sliding_window is not None
     assert_exact(qwen2_moe)
-    for window in (4, 4096):  # Llama does not read it, and transformers' cache keeps no more keys
-        leftover = build("llama")
-        leftover.config.sliding_window = window
+    leftover = build("llama")
+    for leftover.config.sliding_window in (4, 4096):
         assert_exact(leftover)
     assert_exact(build("qwen2", sliding_window=0))
     window = build_of("PhimoeForCausalLM", num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW)
     assert_refused(window, "pass its sliding_window")
     assert_exact(build_of("PhimoeForCausalLM", num_local_experts=4, num_experts_per_tok=2, sliding_window=None))
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_leftover_window_is_the_caches(padding, impl):
+    """Llama does not read it. The cache that `generate` makes keeps no more keys; a `DynamicCache()` keeps all."""
+    model, inputs = build("llama"), prompt(padding=padding)
+    without = model.generate(**inputs, **OPTIONS)
+    model.config.sliding_window = 4
+    for make in (dict, lambda: {CACHE: DynamicCache(config=model.config)}, lambda: {CACHE: DynamicCache()}):
+        plain = model.generate(**inputs, **OPTIONS, **make())
+        assert torch.equal(plain, without) == (make().get(CACHE) is not None and not make()[CACHE].layers)
+        for drafter in (None, sdt.PromptLookupDrafter(3, max_ngram=1), sdt.ModelDrafter(build("llama"), num_tokens=3)):
+            with sdt.patched(model, drafter=drafter, impl=impl):
+                ours = model.generate(**inputs, **OPTIONS, **make())
+                assert torch.equal(ours, plain), drafter
+                lookup = model.generate(**inputs, **LOOKUP, **make()) if drafter is None else plain
+                assert torch.equal(lookup, plain)
 
 
 def build_of(name, **options):

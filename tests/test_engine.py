@@ -277,10 +277,10 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
 
         return run
 
-    def routed_outside(impl, configs, call, **arguments):
+    def routed_outside(impl, configs, call, all_keys, **arguments):
         if torch.compiler.is_compiling():
             return call(**arguments)
-        return call_with_tree_attention(impl, configs, call, **arguments)
+        return call_with_tree_attention(impl, configs, call, all_keys, **arguments)
 
     monkeypatch.setattr(runner, "call_with_tree_attention", routed_outside)
 

@@ -8,7 +8,7 @@ from types import CellType, CodeType, FunctionType, MethodType
 import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -84,6 +84,22 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
             "load it without offloading"
         )
     check_preparation(model, role)
+
+
+def check_generate(model: PreTrainedModel) -> None:
+    """Refuse a class whose `generate` is that of a part of it, or another method than transformers': it would not look
+    at what was patched.
+
+    Raises:
+        ValueError: names it.
+    """
+    own = inspect.unwrap(type(model).generate)
+    if own is not inspect.unwrap(GenerationMixin.generate) and "super" not in own.__code__.co_names:
+        name = type(model).__name__
+        raise ValueError(
+            f"patch: the model must generate by GenerationMixin.generate, got {name} with a generate() that does not "
+            "call it: if it generates with a part of it (a language_model), patch that part"
+        )
 
 
 def check_forward(model: PreTrainedModel, role: str) -> None:

@@ -21,7 +21,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from .checks import check_supported, graph_hazard
+from .checks import check_generate, check_supported, graph_hazard
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .engine import cannot_capture
 from .generate import Speculation
@@ -84,6 +84,7 @@ def _checked(model: PreTrainedModel, options: dict) -> Options:
     """The options, if the model can be decoded with them."""
     chosen = Options.of(options)
     warn_if_untested()
+    check_generate(model)
     check_supported(model)
     if chosen.drafter is not None:
         _check_drafter(model, chosen.drafter, chosen.rule, chosen.tree)

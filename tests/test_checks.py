@@ -119,6 +119,29 @@ def build_of(name, **options):
     return model_class(config).eval()
 
 
+class Delegates(transformers.LlamaForCausalLM):
+    def generate(self, *args, **kwargs):
+        return self.language_model.generate(*args, **kwargs)
+
+
+class Prepares(transformers.LlamaForCausalLM):
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **kwargs)
+
+
+def test_a_generate_that_is_a_parts_is_refused():
+    """What is patched would never run."""
+    model = build("llama")
+    model.__class__ = Prepares
+    assert_exact(model)
+    model.__class__ = Delegates
+    model.language_model = build("llama")
+    with pytest.raises(ValueError, match="generate by GenerationMixin.generate, got Delegates.*patch that part"):
+        sdt.patch(model)
+    assert type(model) is Delegates
+    assert_exact(model.language_model)
+
+
 class OwnAttention(torch.nn.Module):
     """Attends by itself, as a text decoder beside a vision tower of transformers' may."""
 

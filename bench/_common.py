@@ -145,6 +145,7 @@ class Bench:
         self.state["left"] = sum(repr(case) not in self.state["done"] for case in chosen)
         self.state["complete"] = not self.state["left"]
         self._save()
+        atexit.unregister(self.results.save)  # another bench of this process may save rows from here on
         rows = sum(row["bench"] == self.name for row in self.results.rows)
         print(f"{self.name}: {rows} rows in {self.results.file or 'no file'}, {self.state['left']} cases left")
         return self.status

@@ -1,6 +1,6 @@
 """Where rows are kept. Needs no torch: reports are made from rows alone.
 
-python bench/_rows.py FOLDER BENCH  # exit status 0 where that bench is complete there, of this commit
+python bench/_rows.py FOLDER BENCH...  # exit status 0 if these benches are complete there, of this commit
 """
 
 import json
@@ -80,5 +80,6 @@ def output(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    state = Results(pathlib.Path(sys.argv[1])).steps.get(sys.argv[2], {})
-    sys.exit(not (state.get("complete") and state["commit"] == commit()))
+    steps = Results(pathlib.Path(sys.argv[1])).steps
+    states = [steps.get(name, {}) for name in sys.argv[2:]]
+    sys.exit(not all(state.get("complete") and state["commit"] == commit() for state in states))

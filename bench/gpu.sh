@@ -42,12 +42,13 @@ step() {
 	[[ $code -eq 0 ]] || status=1
 }
 
-# bench NAME SECONDS [ARGUMENTS]: the bench stops by itself fifteen seconds early; where it lost the GPU (exit status 3) a
-# new process goes on with the next case
+# bench NAME SECONDS BENCHES [ARGUMENTS]: bench/bench_NAME.py, which holds these benches and stops by itself fifteen seconds
+# early; if it lost the GPU (exit status 3), a new process goes on with the next case
 bench() {
-	local name=$1 until=$((SECONDS + $2 * slower)) left
-	shift 2
-	if "$py" bench/_rows.py "$out" "$name"; then
+	local name=$1 until=$((SECONDS + $2 * slower)) benches=$3 left
+	shift 3
+	# shellcheck disable=SC2086  # a list of names
+	if "$py" bench/_rows.py "$out" $benches; then
 		echo "$name: complete already"
 		return
 	fi
@@ -57,13 +58,9 @@ bench() {
 	done
 }
 
-step calibrate $((25 * slower)) bench/calibrate.py --out "$out"
-bench tree_attention 95 --seconds 0.1
-bench accept 25 --seconds 0.1
-bench accept_sample 50 --seconds 0.1
-bench compact 25 --seconds 0.1
-bench generate 220
-bench round 60
+bench kernels 220 "tree_attention accept accept_sample compact" --seconds 0.1
+bench generate 220 generate
+bench round 60 round
 # the table comes last
 timeout -k 5 $((20 * slower)) "$py" bench/report.py "$out" 2>>"$log" || { status=1; echo "report: failed, see $log"; }
 echo "$((SECONDS - started)) s in all; everything is in $out"

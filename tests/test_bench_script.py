@@ -19,13 +19,13 @@ sys.path.insert(0, str(ROOT / "bench"))
 import _rows  # noqa: E402
 
 STEPS = ("tree_attention", "accept", "accept_sample", "compact", "generate", "round")
-# accept fails, compact loses its GPU twice, generate is complete
+# round fails, the kernels' benches lose their GPU twice, generate is complete
 STAND_IN = """#!/bin/bash
 echo "$@" >>"$CALLS"
 case $1 in
 	bench/_rows.py) [[ $3 == generate ]]; exit ;;
-	bench/bench_accept.py) echo "out of luck"; exit 1 ;;
-	bench/bench_compact.py) [[ $(grep -c bench_compact "$CALLS") -lt 3 ]] && exit 3 ;;
+	bench/bench_round.py) echo "out of luck"; exit 1 ;;
+	bench/bench_kernels.py) [[ $(grep -c bench_kernels.py "$CALLS") -lt 3 ]] && exit 3 ;;
 	bench/report.py) echo "the table" ;;
 esac
 exit 0
@@ -45,12 +45,11 @@ def test_a_failure_stops_nothing_and_is_reported(tmp_path):
     calls = tmp_path / "calls"
     done = run_script(tmp_path / "out", PY=str(python), CALLS=str(calls))
     assert done.returncode == 1
-    assert "accept: exit status 1; its log ends: out of luck" in done.stdout
-    assert "generate: complete already" in done.stdout and "tree_attention: ran" in done.stdout
+    assert "round: exit status 1; its log ends: out of luck" in done.stdout
+    assert "generate: complete already" in done.stdout and "kernels: ran" in done.stdout
     started = [line.split()[0] for line in calls.read_text().splitlines() if line.startswith("bench/")]
     started = [script for script in started if script != "bench/_rows.py"]
-    wanted = ["calibrate", "bench_tree_attention", "bench_accept", "bench_accept_sample", *["bench_compact"] * 3]
-    assert started == [f"bench/{name}.py" for name in (*wanted, "bench_round", "report")]
+    assert started == [f"bench/{name}.py" for name in (*["bench_kernels"] * 3, "bench_round", "report")]
     assert done.stdout.splitlines()[-2] == "the table"
 
 

@@ -1,6 +1,5 @@
 """Without a GPU, Triton kernels run in its interpreter; the variable must be set before triton is first imported."""
 
-import functools
 import importlib.util
 import os
 
@@ -21,43 +20,23 @@ hypothesis.settings.register_profile("new", derandomize=False)
 hypothesis.settings.load_profile("same")
 
 
-def _hasten_interpreter():
-    """At every call of a device function the interpreter searches triton.language for what it has to replace, though
-    it has replaced it at the launch: here once a launch and module. It also remembers what does not change."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    replaced = {}
-
-    @functools.cache
-    def modules_of(function):
-        return tuple({id(value) for value in function.__globals__.values() if value in (language, language.core)})
-
-    def replace_once(function):
-        modules = modules_of(function)
-        if modules not in replaced:
-            replaced[modules] = replace(function)
-        return replaced[modules]
-
-    def launch_anew(self, *args, **kwargs):
-        replaced.clear()
-        return launch(self, *args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = replace_once, launch_anew
-    numpy_type, by_name = interpreter._get_np_dtype, {}
-
-    def remembered(dtype):
-        name = dtype.scalar.name
-        if name not in by_name:
-            by_name[name] = numpy_type(dtype)
-        return by_name[name]
-
-    interpreter._get_np_dtype = remembered
-
-
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    _hasten_interpreter()
+    from quick_interpreter import quicken
+
+    quicken()
+
+
+# pytest-xdist hands out whole files; these start first, since the last of them to end would keep one worker alone
+LONG = ("test_bench_script", "test_kernel_accept_sample", "test_engine", "test_lossless", "test_sampling")
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def pytest_addoption(parser):

@@ -36,7 +36,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", _GROUPED, "GQA"),
+    "llama": Family("LlamaForCausalLM", {**_GROUPED, "num_hidden_layers": 2}, "GQA"),
     "llama4": Family(
         "Llama4ForCausalLM",
         {

@@ -113,13 +113,23 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no memory"), Fault()], ids=repr)
-@pytest.mark.parametrize("at", ["first", "third", "last"])
-@pytest.mark.parametrize("place", PLACES)
+ERRORS = (KeyboardInterrupt(), torch.OutOfMemoryError("no memory"), Fault())
+MOMENTS = ("first", "third", "last")
+# each place with each error and at each moment; the quick tests leave out that every pair of these two meets there
+CELLS = [
+    pytest.param(place, at, error, marks=[] if (number + first + second) % 3 == 0 else pytest.mark.slow)
+    for number, place in enumerate(PLACES)
+    for first, at in enumerate(MOMENTS)
+    for second, error in enumerate(ERRORS)
+]
+
+
+@pytest.mark.parametrize(("place", "at", "error"), CELLS, ids=repr)
 def test_nothing_is_left_behind(place, at, error, monkeypatch):
     monkeypatch.setattr(sdt.cache, "BUCKET", 1)  # the cache grows in every round
     monkeypatch.setattr(sdt.generate, "FIRST_RESERVE", 1)
-    model, draft, inputs = build("llama"), build("llama", seed=1), prompt(batch=1, length=6)
+    size = {"num_hidden_layers": 2}
+    model, draft, inputs = build("llama", **size), build("llama", seed=1, **size), prompt(batch=1, length=6)
     options = {**OPTIONS, "streamer": Streamer()}
     plain = model.generate(**inputs, **OPTIONS)
     draft.generation_config.num_assistant_tokens = 3

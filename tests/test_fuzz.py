@@ -357,7 +357,7 @@ ASSISTANCE = [
     {"assistant_model": DRAFT},
     {"assistant_model": MODEL},
     {"assistant_early_exit": 1},
-    {"assistant_early_exit": 3},
+    {"assistant_early_exit": 2},
     {"drafter": sdt.PromptLookupDrafter(branches=2)},
     {"drafter": sdt.ModelDrafter(DRAFT, tree=7)},
     {"drafter": sdt.EarlyExitDrafter(skip=[1], tree=sdt.Topology.from_widths([2, 2]))},

@@ -68,7 +68,7 @@ def test_a_batch_of_64(allocations):
     inputs = prompt(batch=64, length=20, padding=0)
     for row in range(64):
         inputs["input_ids"][row, : row % 17] = inputs["attention_mask"][row, : row % 17] = 0
-    assert_exact(model, inputs, 40, drafter=sdt.EarlyExitDrafter(2, tree=12))
+    assert_exact(model, inputs, 40, drafter=sdt.EarlyExitDrafter(1, tree=12))
     assert_as_computed(allocations, model, 64, 60, 60 + 12)
 
 
@@ -95,7 +95,7 @@ def test_300_calls_in_a_row():
     """Drafters, trees, rules, batches, patches that stay and blocks that end: every text right; nothing piles up."""
     chosen, model, draft = random.Random(0), build("llama"), build("llama", seed=1)
     model.generation_config.pad_token_id = 0
-    chains = [sdt.PromptLookupDrafter(4), sdt.ModelDrafter(draft, num_tokens=3), sdt.EarlyExitDrafter(2, num_tokens=2)]
+    chains = [sdt.PromptLookupDrafter(4), sdt.ModelDrafter(draft, num_tokens=3), sdt.EarlyExitDrafter(1, num_tokens=2)]
     trees = [
         sdt.ModelDrafter(draft, tree=9),
         sdt.ModelDrafter(draft, tree=sdt.DynamicTree(8, width=2, depth=3)),

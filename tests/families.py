@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from packaging.version import Version
 
 VOCAB, PAD, BOS, EOS = 61, 0, 1, 2
 WINDOW, CHUNK = 6, 8  # prompts and texts of the tests cross both
@@ -118,7 +119,6 @@ _SEQ2SEQ = {"vocab_size": VOCAB, "d_model": 16}
 
 # name -> model, and why `patch` refuses it, in the words of its error
 REFUSED = {
-    "gptj": Family("GPTJForCausalLM", {**_COMMON, "rotary_dim": 4}, "AttentionInterface"),
     "falcon": Family("FalconForCausalLM", _COMMON, "AttentionInterface"),
     "bloom": Family("BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 4}, "AttentionInterface"),
     "mpt": Family("MptForCausalLM", {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4}, "AttentionInterface"),
@@ -152,6 +152,11 @@ REFUSED = {
     ),
     "phimoe_window": Family("PhimoeForCausalLM", {**_WINDOW, **_EXPERTS}, "sliding_window"),
 }
+# GPT-J takes its attention from the interface since transformers 5.24
+_ported = Version(transformers.__version__).release >= (5, 24)
+(FAMILIES if _ported else REFUSED)["gptj"] = Family(
+    "GPTJForCausalLM", {**_COMMON, "rotary_dim": 4}, "rotary in part" if _ported else "AttentionInterface"
+)
 
 
 def build(family: str, seed: int = 0, **options) -> transformers.PreTrainedModel:

@@ -10,7 +10,7 @@ from specdec_triton.runner import TreeRunner
 from test_engine import Mumbling, capture_here, drafter_of, speculative
 from test_generate import TREES, eos_in_mid_row, oracle
 
-OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 40}
+OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 28}
 FLAT = sdt.Costs(verify=((1, 1.0), (64, 1.1)), draft=((1, 0.02), (10, 0.2)))
 STEEP = sdt.Costs(verify=((1, 1.0), (6, 5.0)))
 ROOT = sdt.Topology((-1,), (0,))

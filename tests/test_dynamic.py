@@ -150,8 +150,15 @@ def test_a_draft_that_is_the_target_is_accepted(options):
         assert sdt.stats(target).acceptance_length > 3.3  # of 5, since the tree is cut to its likeliest nodes
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "coupled"])
+@pytest.mark.parametrize(
+    ("options", "lag"),
+    [
+        pytest.param(GREEDY, 1, id="greedy-late"),
+        pytest.param(SAMPLED, 0, id="coupled-at once"),
+        pytest.param(GREEDY, 0, marks=pytest.mark.slow, id="greedy-at once"),
+        pytest.param(SAMPLED, 1, marks=pytest.mark.slow, id="coupled-late"),
+    ],
+)
 def test_captured_rounds_draft_the_same(options, lag, monkeypatch):
     """Captured, the draft still follows the text: it is the target, and accepted as often."""
     target = build("llama")

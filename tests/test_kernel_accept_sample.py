@@ -349,12 +349,8 @@ def test_greedy_rows_and_degenerate_ones():
 
 @pytest.mark.parametrize(("rule", "sampling"), CELLS)
 def test_random_trees(rule, sampling):
-    accepted = 0
-    for seed, dtype in enumerate((torch.float32, torch.bfloat16)):
-        kind = ("none", "temperature")[seed]
-        got = check(case(rule, sampling, nodes=(6, 7)[seed], kind=kind, dtype=dtype, seed=seed))
-        accepted += int(got.length.sum())
-    assert accepted
+    kind, dtype = (("none", torch.float32), ("temperature", torch.bfloat16))[CELLS.index((rule, sampling)) % 2]
+    assert check(case(rule, sampling, batch=3, kind=kind, dtype=dtype, seed=0)).length.sum()
 
 
 @pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in FILTERS[2:5]), "all"])
@@ -384,10 +380,10 @@ def test_awkward_shapes(rule, sampling, batch, nodes, vocab):
 @pytest.mark.parametrize("rule", ["multi_round", "traversal"])
 def test_siblings_one_after_the_other(rule, sampling):
     """Stars of a poor draft: most first children are rejected, and later ones meet what is left, some again."""
-    arguments = case(rule, sampling, batch=8, nodes=6, vocab=6, seed=21, spread=2.0)
+    arguments = case(rule, sampling, batch=6, nodes=6, vocab=6, seed=21, spread=2.0)
     arguments["parents"][:, 1:] = 0
     arguments["max_depth"] = 1
-    tokens = full(1, 1, 2, 3, 2).long().expand(8, -1)
+    tokens = full(1, 1, 2, 3, 2).long().expand(6, -1)
     if sampling != "none":
         random = torch.Generator().manual_seed(5)
         # draft_row of the root is the last row

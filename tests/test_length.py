@@ -123,7 +123,16 @@ class Fixed(sdt.ModelDrafter):
         return super().start(now, tree)
 
 
-@pytest.mark.parametrize("rule", ["rejection", "block", "multi_round"])
+@pytest.mark.parametrize(
+    ("rule", "captured"),
+    [
+        ("rejection", "captured"),
+        ("block", ""),
+        ("multi_round", ""),
+        *(pytest.param(rule, "captured", marks=pytest.mark.slow) for rule in ("block", "multi_round")),
+    ],
+    indirect=["captured"],
+)
 def test_the_stop_does_not_bias(rule, captured):
     options = {"vocab_size": 5, "num_hidden_layers": 1}
     model = build("llama", **options)

@@ -25,7 +25,7 @@ def assert_same_text(model, inner=None):
         ):
             assert torch.equal(model.generate(**inputs, **OPTIONS, **assistance), plain)
     assert sdt.stats(model).accepted > sdt.stats(model).rounds  # drafted for itself
-    with sdt.patched(model, drafter=sdt.EarlyExitDrafter(max(1, inner.config.num_hidden_layers - 1), tree=6)):
+    with sdt.patched(model, drafter=sdt.EarlyExitDrafter(inner.config.num_hidden_layers - 1, tree=6)):
         assert torch.equal(model.generate(**inputs, **OPTIONS), plain)
     assert snapshot(inner) == before
     return plain
@@ -69,10 +69,14 @@ def test_the_compiled_wrapper():
 
 def test_a_model_compiled_in_place():
     """A verify forward has another attention than the forward that was compiled: it is traced again, not ignored."""
-    model = build("llama", num_hidden_layers=1)
+    model, lookup = build("llama", num_hidden_layers=1), {"prompt_lookup_num_tokens": 4}
     plain = model.generate(**prompt(), **OPTIONS)
     model.compile(backend="eager")
-    assert torch.equal(assert_same_text(model), plain)
+    for _ in range(2):
+        assert torch.equal(model.generate(**prompt(), **OPTIONS), plain)
+        with sdt.patched(model):
+            assert torch.equal(model.generate(**prompt(), **OPTIONS, **lookup), plain)
+            assert torch.equal(model.generate(**prompt(), **OPTIONS, assistant_model=build("llama", seed=1)), plain)
 
 
 def test_a_compiled_forward():

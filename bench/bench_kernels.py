@@ -12,8 +12,8 @@ import math
 import pathlib
 import sys
 import time
+import traceback
 
-import calibrate
 from _common import DEAD
 
 SHARES = {"tree_attention": 95, "accept": 25, "accept_sample": 50, "compact": 25}
@@ -24,26 +24,29 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all of them")
     options, rest = parser.parse_known_args()
-    until, status, shares = time.perf_counter() + options.budget, 0, dict(SHARES)
+    until, shares = time.perf_counter() + options.budget, dict(SHARES)
     out = ["--out", str(options.out)]
-    run(calibrate.main, out)
+    status = run("calibrate", out)
     for name, share in SHARES.items():
         left = max(0.0, until - time.perf_counter())
         budget = left * share / sum(shares.values())
-        status |= run(importlib.import_module(f"bench_{name}").main, [*out, "--budget", str(budget), *rest])
+        status |= run(f"bench_{name}", [*out, "--budget", str(budget), *rest])
         del shares[name]
     return status
 
 
-def run(main, arguments: list[str]) -> int:
-    """The exit status of a script's `main` with these arguments.
+def run(script: str, arguments: list[str]) -> int:
+    """The exit status of a script's `main` with these arguments. If it raises, the next script runs all the same.
 
     Raises:
         SystemExit: `DEAD`.
     """
     sys.argv[1:] = arguments
     try:
-        return main()
+        return importlib.import_module(script).main()
+    except Exception:
+        traceback.print_exc()
+        return 1
     except SystemExit as stop:
         if stop.code == DEAD:
             raise

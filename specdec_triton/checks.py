@@ -87,8 +87,7 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
 
 
 def check_generate(model: PreTrainedModel) -> None:
-    """Refuse a class whose `generate` is that of a part of it, or another method than transformers': it would not look
-    at what was patched.
+    """Refuse a class whose `generate` does not call `GenerationMixin.generate`: the patch would have no effect.
 
     Raises:
         ValueError: names it.

@@ -233,7 +233,9 @@ class Speculation:
         room = min(self.max_length, self.input_ids.shape[1] + FIRST_RESERVE)
         if self.context.fixed_shapes:
             room += NODES_RESERVE
-        return self.runner.prefill(self.input_ids, self.config, self.model_kwargs, room)
+        logits = self.runner.prefill(self.input_ids, self.config, self.model_kwargs, room)
+        self.plain_steps = self.plain_steps and self.runner.can_decode
+        return logits
 
     @timed("draft")
     def start_drafter(self) -> None:
@@ -334,8 +336,7 @@ class Speculation:
         """The target's logits [B, N, V] at every node."""
         # the reference pays for a mask that a lone root in unpadded rows of one length does not need
         length = int(self.context.host_length[0])
-        same_length = (self.context.host_length == length).all()
-        if self.plain_steps and tree.num_nodes == 1 and same_length and self.runner.can_decode:
+        if self.plain_steps and tree.num_nodes == 1 and (self.context.host_length == length).all():
             return self.runner.decode(tree.tokens, length)
         return self.runner.forward(tree.tokens, tree.depth, tree.ancestors, self.context.length)
 

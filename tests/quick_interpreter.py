@@ -1,8 +1,8 @@
-"""Makes Triton's interpreter about twice as fast, without a change to what it computes.
+"""Makes Triton's interpreter about a third faster. Results do not change.
 
-It is Triton's own code that runs, on NumPy. These patches remember what the interpreter works out again at every
-operation: types, shapes, and which functions of triton.language it has replaced. They touch private names of
-Triton 3.6 to 3.9. A version that lacks one of them runs unpatched.
+Triton's own code still computes every operation, on NumPy. The patches cache types, shapes and the list of replaced
+triton.language functions, which the interpreter otherwise rebuilds at each operation. They use private names of
+Triton 3.6 to 3.9. If a version lacks one of these names, it runs unpatched.
 """
 
 import functools

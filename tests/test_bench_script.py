@@ -105,7 +105,7 @@ def test_the_bench_command_says_where_the_benches_are(tmp_path, monkeypatch, cap
 
 def test_the_profile_command(tmp_path, capsys):
     target, draft = str(tiny.save(tmp_path / "target")), str(tiny.save(tmp_path / "draft", layers=1))
-    # a draft that stops where it is unsure is looked at by the host after each token, if rounds are not captured
+    # with a threshold, uncaptured rounds read the draft on the host after each token
     whole = GenerationConfig.from_pretrained(draft)
     whole.assistant_confidence_threshold = 0.0
     whole.save_pretrained(draft)

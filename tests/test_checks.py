@@ -130,7 +130,7 @@ class Prepares(transformers.LlamaForCausalLM):
 
 
 def test_a_generate_that_is_a_parts_is_refused():
-    """What is patched would never run."""
+    """Such a class would ignore the patch."""
     model = build("llama")
     model.__class__ = Prepares
     assert_exact(model)

@@ -292,7 +292,7 @@ TREES = [sdt.Topology.from_widths([3, 2, 2]), LOPSIDED]
 
 
 def record_drafts(monkeypatch):
-    """The rounds of the calls to come: text, lengths and budgets as the host saw them, and what was drafted."""
+    """A list that gets an entry for each later draft: texts, lengths and budgets on the host, and the drafted tree."""
     seen, honest = [], ModelSession.draft
 
     def spy(session):
@@ -334,7 +334,15 @@ def test_a_draft_model_ranks_each_nodes_children(tree, seed, monkeypatch):
     assert_ranked_by(draft, build("llama"), sdt.ModelDrafter(draft, tree=tree), monkeypatch)
 
 
-@pytest.mark.parametrize(("family", "tree"), [("llama", TREES[0]), ("llama", TREES[1]), ("gemma3", TREES[1])])
+@pytest.mark.parametrize(
+    ("family", "tree"),
+    [
+        ("llama", TREES[0]),
+        ("llama", TREES[1]),
+        ("gemma3", TREES[1]),
+        pytest.param("gemma3", TREES[0], marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kept", [[0], [0, 1], [0, 1, 2], [0, 2], [1, 2]], ids=str)
 def test_layers_left_out_draft_like_a_model_without_them(family, kept, tree, monkeypatch):
     """With the target's keys and values where the first layers are kept, with a cache of its own elsewhere."""

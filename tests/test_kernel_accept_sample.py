@@ -347,9 +347,15 @@ def test_greedy_rows_and_degenerate_ones():
 # The whole
 
 
-@pytest.mark.parametrize(("rule", "sampling"), CELLS)
-def test_random_trees(rule, sampling):
-    kind, dtype = (("none", torch.float32), ("temperature", torch.bfloat16))[CELLS.index((rule, sampling)) % 2]
+@pytest.mark.parametrize(
+    ("rule", "sampling", "kind", "dtype"),
+    [
+        pytest.param(*cell, *kind, marks=[] if number % 2 == place else pytest.mark.slow)
+        for number, cell in enumerate(CELLS)
+        for place, kind in enumerate((("none", torch.float32), ("temperature", torch.bfloat16)))
+    ],
+)
+def test_random_trees(rule, sampling, kind, dtype):
     assert check(case(rule, sampling, batch=3, kind=kind, dtype=dtype, seed=0)).length.sum()
 
 

@@ -72,15 +72,11 @@ def test_a_draft_runs_about_as_often_as_in_transformers(asked, captured):
         assert kept != before and abs(kept - left) <= 2
 
 
-def recorded(monkeypatch):
-    return record_drafts(monkeypatch)
-
-
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed"])
 @pytest.mark.parametrize("rule", ["greedy", "coupled", "rejection", "block"])
 def test_each_row_stops_after_its_first_unlikely_token(rule, fixed, monkeypatch):
     target, stop = build("llama"), 0.25
-    draft, rounds = alike(target, noise=0.05), recorded(monkeypatch)
+    draft, rounds = alike(target, noise=0.05), record_drafts(monkeypatch)
     prepare = ModelSession.prepare
 
     def preparing(session, tree=None):
@@ -177,7 +173,7 @@ def test_the_kernel_takes_chains_of_each_rows_own_length(rule):
 
 
 def test_shapes_that_were_asked_for_are_not_cut(monkeypatch):
-    target, rounds = build("llama"), recorded(monkeypatch)
+    target, rounds = build("llama"), record_drafts(monkeypatch)
     draft, chain = alike(target, noise=0.5), sdt.Topology.chain(5)
     for model in (target, draft):
         model.generation_config.num_assistant_tokens = 8
@@ -202,7 +198,7 @@ def test_shapes_that_were_asked_for_are_not_cut(monkeypatch):
 
 
 def test_nothing_is_drafted_after_an_end(monkeypatch):
-    target, rounds = build("llama"), recorded(monkeypatch)
+    target, rounds = build("llama"), record_drafts(monkeypatch)
     plain = target.generate(**prompt(batch=1), **GREEDY)
     end = int(plain[0, -20])
     target.generation_config.assistant_confidence_threshold = 1e-9

@@ -34,7 +34,14 @@ def drafters(model, text):
     ]
 
 
-@pytest.mark.parametrize(("family", "penalty"), [(FOUR_FAMILIES[0], 1.0), *((family, 1.3) for family in FOUR_FAMILIES)])
+@pytest.mark.parametrize(
+    ("family", "penalty"),
+    [
+        pytest.param(family, penalty, marks=[] if penalty > 1 or family == "llama" else pytest.mark.slow)
+        for family in FOUR_FAMILIES
+        for penalty in (1.0, 1.3)
+    ],
+)
 def test_coupled_text_does_not_depend_on_the_drafter(family, penalty):
     model, inputs = build(family), prompt(batch=3)
     options = {**OPTIONS, "repetition_penalty": penalty}

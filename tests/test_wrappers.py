@@ -69,14 +69,10 @@ def test_the_compiled_wrapper():
 
 def test_a_model_compiled_in_place():
     """A verify forward has another attention than the forward that was compiled: it is traced again, not ignored."""
-    model, lookup = build("llama", num_hidden_layers=1), {"prompt_lookup_num_tokens": 4}
+    model = build("llama", num_hidden_layers=2)
     plain = model.generate(**prompt(), **OPTIONS)
     model.compile(backend="eager")
-    for _ in range(2):
-        assert torch.equal(model.generate(**prompt(), **OPTIONS), plain)
-        with sdt.patched(model):
-            assert torch.equal(model.generate(**prompt(), **OPTIONS, **lookup), plain)
-            assert torch.equal(model.generate(**prompt(), **OPTIONS, assistant_model=build("llama", seed=1)), plain)
+    assert torch.equal(assert_same_text(model), plain)
 
 
 def test_a_compiled_forward():

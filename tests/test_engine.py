@@ -18,6 +18,7 @@ from specdec_triton.tree import DraftTree
 from test_generate import TREES, eos_in_mid_row, oracle
 
 OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 24}
+QUICK_GRAPHS = [("llama", name) for name in ("tree", "dynamic", "lookup", "early")]
 DRAFTERS = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early")
 
 
@@ -64,7 +65,10 @@ def test_captured_rounds_give_the_same_text(captured, name):
     assert stats.why_eager is None and stats.captured == 2 and stats.replayed > 5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=pytest.mark.slow if place % 2 else []) for place, family in enumerate(FAMILIES)],
+)
 def test_every_family_is_captured(captured_late, family):
     model, inputs = build(family), {**prompt(), **OPTIONS}
     plain = model.generate(**inputs)
@@ -234,8 +238,14 @@ def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
         assert all(late[:-1]) and len(late) >= stats.rounds - 1, name
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=[] if (family, name) in QUICK_GRAPHS else pytest.mark.slow)
+        for family in ("llama", "gpt_oss")
+        for name in DRAFTERS
+    ],
+)
 def test_rounds_are_one_graph(monkeypatch, family, name):
     """Two rounds are the same operations on the same addresses, and read nothing: what a CUDA graph asks for."""
     monkeypatch.setitem(engine.LAG, "cpu", 1)

@@ -486,7 +486,14 @@ def test_a_draft_that_is_the_target(rule, sampling):
             assert int(got.length[row]) == depth
 
 
-@pytest.mark.parametrize(("rule", "sampling"), CELLS)
+QUICK_CELLS = [("typical", "none"), ("multi_round", "without"), ("block", "with"), ("traversal", "none")]
+ONE_OF_EACH_RULE = [*QUICK_CELLS, ("coupled", "none"), ("rejection", "with")]
+
+
+@pytest.mark.parametrize(
+    ("rule", "sampling"),
+    [cell if cell in ONE_OF_EACH_RULE else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS],
+)
 def test_what_cannot_be_said_is_never_said(rule, sampling):
     """Greedy rows, one-token nuclei, -inf, repeated siblings, exhausted support."""
     arguments = case(rule, sampling, batch=4, nodes=6, vocab=6, seed=8)
@@ -513,8 +520,14 @@ def test_end_of_text_budget_and_depth(rule):
     check(arguments | {"eos_ids": torch.tensor([], dtype=torch.int64, device=DEVICE)})
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("value", [NAN, pytest.param(INF, marks=pytest.mark.slow), -INF])
+@pytest.mark.parametrize(
+    ("rule", "value"),
+    [
+        pytest.param(rule, value, marks=[] if value is quick else pytest.mark.slow)
+        for rule, quick in zip(RULES, (NAN, -INF, NAN, -INF, NAN, -INF), strict=True)
+        for value in (NAN, INF, -INF)
+    ],
+)
 def test_no_distribution_is_flagged(rule, value):
     arguments = case(rule, "none", batch=5, nodes=5, vocab=7, seed=11)
     arguments["parents"][:] = torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int32)
@@ -527,9 +540,6 @@ def test_no_distribution_is_flagged(rule, value):
     for options in filters if value != -INF else filters[:1]:
         got = check(arguments | {"filters": options})
         assert got.has_nan[0] and not got.has_nan[4]
-
-
-QUICK_CELLS = [("typical", "none"), ("multi_round", "without"), ("block", "with"), ("traversal", "none")]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def drafters(model, text):
 @pytest.mark.parametrize(
     ("family", "penalty"),
     [
-        pytest.param(family, penalty, marks=[] if penalty > 1 or family == "llama" else pytest.mark.slow)
+        pytest.param(
+            family, penalty, marks=[] if family == "llama" or (family, penalty) == ("gemma2", 1.3) else pytest.mark.slow
+        )
         for family in FOUR_FAMILIES
         for penalty in (1.0, 1.3)
     ],
@@ -147,8 +149,8 @@ LOSSLESS = [rule for rule in RULES if rule not in LOSSY_RULES]
 
 @pytest.mark.parametrize("rule", LOSSLESS)
 def test_generate_keeps_the_distribution(rule):
-    penalised = ["repetition_penalty"] if rule not in CHAIN_RULES else []  # a chain is a tree, too
-    assert_lossless(["plain", "all", *penalised], [rule], 1500, 3, lambda made: made[::3])
+    penalised = "repetition_penalty" if rule not in CHAIN_RULES else "plain"  # a chain is a tree, too
+    assert_lossless(["all", penalised], [rule], 1500, 3, lambda made: made[::3])
 
 
 @pytest.mark.slow

@@ -62,7 +62,9 @@ def test_the_counter_counts():
     assert reads.total == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3", "mistral"))]
+)
 def test_the_verify_forward_is_one_graph_and_is_not_compiled_again(family):
     model = build(family, num_hidden_layers=2)
     inputs = prompt(length=9)

@@ -7,6 +7,7 @@ timed before: they tell how a forward grows with its rows.
 """
 
 import itertools
+import math
 import time
 from weakref import WeakKeyDictionary
 
@@ -95,17 +96,21 @@ def row_growth(model: PreTrainedModel, batch: int, most: int) -> tuple[tuple[int
 
 
 def measured_costs(context: DraftContext, session: DraftSession, stages: Stages) -> Costs:
-    """Seconds of verifying and drafting, timed now or, for a call like this one, before."""
+    """Seconds of verifying and drafting, timed now or, for a call with as much room in its cache within a factor of
+    two, before."""
     target, captured = context.target, stages.why_eager is None
     known = _measured.setdefault(target.model, {})
     call = (
-        len(context.start), target.cache.capacity, target.cache.storage.dtype, context.start.device, context.impl,
-        context.compiled, captured, type(session), session.level_cost, session.max_nodes,
+        len(context.start), target.cache.capacity.bit_length(), target.cache.storage.dtype, context.start.device,
+        context.impl, context.compiled, captured, type(session), session.level_cost, session.max_nodes,
     )  # fmt: skip
     if call in known:
         return known[call]
-    costs = _measure(context, session, stages)
-    if (stages.why_eager is None) == captured:  # else capturing was given up on the way
+    # none of the graphs that the rounds will hold
+    timing = Stages(context.start.device, stages.why_eager, max_shapes=math.inf)
+    costs = _measure(context, session, timing)
+    stages.why_eager = timing.why_eager
+    if (timing.why_eager is None) == captured:  # else capturing was given up on the way
         known[call] = costs
     return costs
 

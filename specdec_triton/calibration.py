@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .graphs import capture
+
 EAGER_LAUNCHES = 200  # queued in one go: far fewer than a stream holds before it makes the host wait
 
 
@@ -46,17 +48,14 @@ def timed(
 
 def captured(call: Callable[[Any], Any], sets: Sequence) -> torch.cuda.CUDAGraph:
     """A graph of one call for each set, warmed up (compilers and autotuners must not run in a capture)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call(sets[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    for _ in range(3):
+        call(sets[0])
+
+    def all_of_them() -> None:
         for inputs in sets:
             call(inputs)
-    return graph
+
+    return capture(all_of_them)[0]
 
 
 def clocked(call: Callable[[Any], Any], sets: Sequence, clock: Callable, seconds: float) -> list[float]:

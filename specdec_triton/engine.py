@@ -7,33 +7,16 @@ and from then on replayed: one launch. A stage that cannot be captured runs as i
 
 import time
 import warnings
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
-MAX_SHAPES = 12  # of a call's rounds that are captured; others run as they are
+from .graphs import CudaGraphs
+
+MAX_SHAPES = 12  # of a call's rounds that are captured at a time: the least recently used one makes room for another
 LAG = {"cuda": 1}  # rounds that the host looks back, by kind of device; 0 where there is nothing to wait for
-
-
-class CudaGraphs:
-    """Captures stages as CUDA graphs that share one memory pool: they are replayed on one stream, one at a time."""
-
-    def __init__(self):
-        self._pool = None
-        self.nbytes = 0  # of the pool
-
-    def __call__(self, stage: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What replays the stage, and the stage's outputs, which each replay overwrites. Nothing is computed yet."""
-        graph = torch.cuda.CUDAGraph()
-        # other threads may go on with what a capture would forbid
-        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-            before = torch.cuda.memory_reserved()
-            outputs = stage()
-            self.nbytes += torch.cuda.memory_reserved() - before
-        self._pool = self._pool or graph.pool()
-        return graph.replay, outputs
 
 
 CAPTURES: dict[str, Callable] = {"cuda": CudaGraphs}  # by kind of device
@@ -50,24 +33,26 @@ class Stages:
     Args:
         device: where the model is.
         why_eager: why nothing is to be captured; None: stages are.
+        max_shapes: kinds of rounds that are captured at a time.
 
     Attributes:
         why_eager: as given, or why capturing was given up.
         captured: graphs captured.
         replayed: stages run by replaying one.
-        seconds: host time of replays.
+        capture_seconds, replay_seconds: host time of both; a capture waits for the device first.
         worthwhile: what is not captured yet may be: enough rounds are left to pay for it.
     """
 
-    def __init__(self, device: torch.device, why_eager: str | None = None):
+    def __init__(self, device: torch.device, why_eager: str | None = None, max_shapes: float = MAX_SHAPES):
         self.why_eager = why_eager = why_eager or cannot_capture(device)
-        self._device = device
+        self._device, self._max_shapes = device, max_shapes
         self._capture = None if why_eager else CAPTURES[device.type]()
-        # shape -> stage -> what replays it, its outputs, and the stage, which holds what it reads
-        self._graphs: dict[Hashable, dict[str, tuple[Callable[[], None], Any, Callable]]] = {}
-        self._seen: set[tuple[str, Hashable]] = set()
+        # shape -> stage -> what replays it, its outputs, and the stage, which holds what it reads; last used last
+        self._graphs: OrderedDict[Hashable, dict[str, tuple[Callable[[], None], Any, Callable]]] = OrderedDict()
+        self._seen: Counter[tuple[str, Hashable]] = Counter()  # runs since it was captured last, or ever
+        self._evicted: Counter[Hashable] = Counter()
         self.captured = self.replayed = 0
-        self.seconds = 0.0
+        self.capture_seconds = self.replay_seconds = 0.0
         self.worthwhile = True
 
     @property
@@ -77,11 +62,12 @@ class Stages:
 
     def captures(self, name: str, shape: Hashable) -> bool:
         """Whether the next run of this stage is a graph's."""
-        if self.why_eager is not None or (name, shape) not in self._seen:
+        if self.why_eager is not None:
             return False
         if name in self._graphs.get(shape, ()):
             return True
-        return self.worthwhile and (shape in self._graphs or len(self._graphs) < MAX_SHAPES)
+        # twice as many runs after each eviction: shapes that keep evicting each other stay as they are
+        return self.worthwhile and self._seen[name, shape] >= 2 ** self._evicted[shape]
 
     def run(self, name: str, shape: Hashable, stage: Callable[[], Any]) -> Any:
         """The stage's outputs; those of a replayed stage are overwritten by its next run.
@@ -92,31 +78,48 @@ class Stages:
                 were there before the round, and the outputs of the stages before it.
         """
         if not self.captures(name, shape):
-            self._seen.add((name, shape))
+            self._seen[name, shape] += 1
             return stage()
-        graphs = self._graphs.setdefault(shape, {})
-        if name not in graphs:
+        if name not in self._graphs.get(shape, ()):
             try:
-                graphs[name] = *self._capture(stage), stage
+                self._capture_as(name, shape, stage)
             except Exception as error:
                 self._give_up(error)
                 return stage()
-            self.captured += 1
-        replay, outputs, _ = graphs[name]
+        self._graphs.move_to_end(shape)
+        replay, outputs, _ = self._graphs[shape][name]
         begin = time.perf_counter()
         replay()
-        self.seconds += time.perf_counter() - begin
+        self.replay_seconds += time.perf_counter() - begin
         self.replayed += 1
         return outputs
+
+    def _capture_as(self, name: str, shape: Hashable, stage: Callable[[], Any]) -> None:
+        begin = time.perf_counter()
+        if shape not in self._graphs and len(self._graphs) >= self._max_shapes:
+            self._synchronize()
+            oldest, stages = self._graphs.popitem(last=False)
+            self._evicted[oldest] += 1
+            for evicted in stages:
+                del self._seen[evicted, oldest]
+        graph = *self._capture(stage), stage
+        self._graphs.setdefault(shape, {})[name] = graph
+        self.captured += 1
+        self.capture_seconds += time.perf_counter() - begin
 
     def forget(self) -> None:
         """Drop all graphs: the call is over, or tensors that they write to are no longer where they were."""
         if self._graphs:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # a graph must not be destroyed while it runs
+            self._synchronize()
             self._capture = CAPTURES[self._device.type]()  # with a pool of its own
         self._graphs.clear()
         self._seen.clear()
+        self._evicted.clear()
+
+    def _synchronize(self) -> None:
+        """Before graphs go: one must not be destroyed while it runs."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _give_up(self, error: Exception) -> None:
         self.forget()

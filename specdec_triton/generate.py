@@ -220,8 +220,10 @@ class Speculation:
         self.stats.captured, self.stats.replayed = self.stages.captured, self.stages.replayed
         self.stats.auto = self.controller and self.controller.summary
         self.stats.graph_bytes = self.stages.nbytes
+        if self.stages.captured:
+            self.stats.seconds["capture"] = self.stages.capture_seconds
         if self.stages.replayed:
-            self.stats.seconds["replay"] = self.stages.seconds
+            self.stats.seconds["replay"] = self.stages.replay_seconds
         self.stages.forget()
         if self.streamer is not None:
             self.streamer.end()

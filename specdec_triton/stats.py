@@ -19,8 +19,9 @@ class Stats:
         accepted: of those, accepted.
         emitted: tokens emitted, all rows; the prompt's forward emits the first of each row.
         row_rounds: (row, round) pairs in which the row was unfinished.
-        seconds: host time by stage: prefill, measure (costs), draft, verify, accept, compact, emit; and replay: stages
-            that were captured. On a GPU, stages run behind the host: only their sum means something.
+        seconds: host time by stage: prefill, measure (costs), draft, verify, accept, compact, emit; capture: of
+            stages as CUDA graphs, which counts among these stages, too; and replay: of captured ones. On a GPU, stages
+            run behind the host: only their sum means something.
         why_eager: why rounds ran without CUDA graphs, or None.
         captured, replayed: stages captured as a CUDA graph, and run by replaying one.
         graph_bytes: device memory that the graphs held at the end of the call; it is free again afterwards.

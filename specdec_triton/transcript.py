@@ -5,6 +5,7 @@ whole columns, one step at a time, so the transcript advances column by column, 
 sequence has reached: each call gets the very batch that plain decoding would have passed.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 
@@ -64,6 +65,8 @@ class Transcript:
         # of columns that are not in `columns_kept` yet
         self._kept = {name: [deque() for _ in range(batch)] for name in keep}
         self.columns_kept = dict.fromkeys(keep, ())
+        # for criteria: the text on the device, how many of its columns are there, and the stream they run on
+        self._copied, self._known, self._stream = None, 0, None
 
     def append(
         self, tokens: list[list[int]], counts: list[int], kept: dict[str, torch.Tensor], more: More | None = None
@@ -107,9 +110,8 @@ class Transcript:
         flagged = np.zeros_like(ended)
         if self.criteria:
             self._keep_columns(more)
-            input_ids = torch.from_numpy(self.tokens[:, : column + 1].copy()).to(self.device)
-            scores = self.columns_kept.get("scores")
-            flagged = self.criteria(input_ids, scores).cpu().numpy()
+            with self._aside():
+                flagged = self.criteria(self._columns(), self.columns_kept.get("scores")).cpu().numpy()
         self.unfinished &= ~(ended | flagged)
         stopped = [] if self.pad_id is None else np.flatnonzero(before & flagged & ~ended).tolist()
         for row in stopped:
@@ -121,6 +123,27 @@ class Transcript:
             self.streamer.put(torch.from_numpy(self.tokens[:, column].copy()))
         self.done = at_end or not self.unfinished.any()
         return stopped
+
+    def _aside(self) -> contextlib.AbstractContextManager:
+        """On a GPU, a stream of its own: criteria do not wait for the round that is on its way, unless they get scores,
+        which are put together behind it."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        self._stream = self._stream or torch.cuda.Stream(self.device)
+        if self._kept:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self._stream)
+
+    def _columns(self) -> torch.Tensor:
+        """[B, columns judged] int64 on the device; only what is new is copied there, without a wait."""
+        if self._copied is None:
+            self._copied = torch.empty(self.tokens.shape, dtype=torch.int64, device=self.device)
+        new = torch.from_numpy(self.tokens[:, self._known : self.column].copy())
+        if self.device.type == "cuda":
+            new = new.pin_memory()
+        self._copied[:, self._known : self.column].copy_(new, non_blocking=True)
+        self._known = self.column
+        return self._copied[:, : self.column].clone()
 
     def _keep_columns(self, more: More | None) -> None:
         """Put together the kept scores up to the last column judged. Criteria may get them at each column; where none

@@ -5,7 +5,8 @@ import torch
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
-from specdec_triton import auto, engine, generate
+from specdec_triton import auto, cache, engine, generate
+from specdec_triton.adaptive import LADDER
 from specdec_triton.runner import TreeRunner
 from test_engine import Mumbling, capture_here, drafter_of, speculative
 from test_generate import TREES, eos_in_mid_row, oracle
@@ -157,6 +158,42 @@ def test_costs_are_measured_once(monkeypatch):
     assert [size for size, _ in measured[0].verify] == [1, 2, 3, 4, 6, 8, 12]
     speculative(model, sdt.PromptLookupDrafter(), {**inputs, **prompt(batch=1)}, tree="auto")
     assert len(measured) == 2
+
+
+def test_measuring_captures_drafts_too_and_takes_no_room_from_the_rounds(monkeypatch):
+    """Verification alone has as many sizes as a call has room for."""
+    capture_here(monkeypatch, 1)
+    monkeypatch.setattr(engine, "MAX_SHAPES", 3)
+    model, inputs, timing = build("llama"), {**prompt(batch=2), **OPTIONS, "max_new_tokens": 40}, []
+    measure = auto._measure
+
+    def watched(context, session, stages):
+        found = measure(context, session, stages)
+        timing.append(stages)
+        return found
+
+    monkeypatch.setattr(auto, "_measure", watched)
+    drafter = sdt.ModelDrafter(build("llama", num_hidden_layers=1))
+    _, stats = speculative(model, drafter, inputs, tree="auto")
+    sizes = len([size for size in LADDER if size <= auto.most_nodes(model.device)])
+    assert timing[0].captured == sizes + len(auto.DRAFT_DEPTHS)
+    assert stats.replayed > 0 and stats.captured <= 2 * stats.rounds
+
+
+def test_costs_hold_for_about_as_long_texts(monkeypatch):
+    """A cache grows bucket by bucket: a call whose cache is a little larger is not measured again."""
+    capture_here(monkeypatch, 1)
+    monkeypatch.setattr(cache, "BUCKET", 16)
+    model, measured, measure = build("llama"), [], auto._measure
+    monkeypatch.setattr(auto, "_measure", lambda *arguments: measured.append(1) or measure(*arguments))
+    capacities = set()
+    reserve = cache.TreeCache.reserve
+    monkeypatch.setattr(
+        cache.TreeCache, "reserve", lambda self, slots: (reserve(self, slots), capacities.add(self.capacity))[0]
+    )
+    for length in (6, 100):
+        speculative(model, sdt.PromptLookupDrafter(), {**prompt(length=length), **OPTIONS}, tree="auto")
+    assert len(capacities) == 2 and len(measured) == 1
 
 
 def test_refusals():

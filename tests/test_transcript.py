@@ -43,6 +43,43 @@ def test_criteria_are_asked_as_plain_generate_asks_them(stops, eos, monkeypatch)
     assert our_calls.calls == plain_calls.calls
 
 
+class Aside:
+    """Stands in for the context in which criteria run."""
+
+    inside = False
+
+    def __enter__(self):
+        Aside.inside = True
+
+    def __exit__(self, *error):
+        Aside.inside = False
+
+
+def test_criteria_copy_each_token_to_the_device_once_and_wait_for_no_round(monkeypatch):
+    model, inputs, copied, asked = build("llama"), prompt(batch=3), [], []
+    from_numpy = torch.from_numpy
+
+    def copying(array):
+        if Aside.inside:
+            copied.append(array.size)
+        return from_numpy(array)
+
+    def criterion(input_ids, scores, **kwargs):
+        assert Aside.inside and input_ids.is_contiguous()
+        asked.append(input_ids)
+        input_ids[:] = -1  # its own copy
+        return torch.zeros(3, dtype=torch.bool)
+
+    monkeypatch.setattr(transcript.Transcript, "_aside", lambda self: Aside())
+    monkeypatch.setattr(torch, "from_numpy", copying)
+    options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": NEVER}
+    plain = model.generate(**inputs, **options)
+    stopping = StoppingCriteriaList([criterion])
+    text, _ = speculative(model, drafter_of("oracle", plain), {**inputs, **options, "stopping_criteria": stopping})
+    assert torch.equal(text, plain) and len(asked) == 30
+    assert copied == [3 * (inputs["input_ids"].shape[1] + 1), *[3] * 29]
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("stops", [(12, 20), (10, 60), (31, 12)])
 def test_criteria_get_the_scores_of_all_rows(stops, lag, monkeypatch):

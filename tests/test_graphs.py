@@ -1,0 +1,126 @@
+"""Captures that fail leave the process as it was; the graphs that are kept are those in use."""
+
+import pytest
+import torch
+
+from simulated_graph import CUDA, HostRead, SimulatedCuda, SimulatedGraphs
+from specdec_triton import calibration, engine, graphs
+from test_engine import capture_here
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    made = SimulatedCuda()
+    monkeypatch.setattr(graphs, "cuda", made)
+    monkeypatch.setattr(graphs, "_streams", {})
+    return made
+
+
+def number():
+    return torch.ones(1).add_(1)
+
+
+def interrupted():
+    number()
+    raise KeyboardInterrupt
+
+
+READS = {
+    "item": lambda: number().item(),
+    "cpu": lambda: number().cpu(),
+    "numpy": lambda: number().numpy(),
+    "mask": lambda: number()[number() > 0],
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_capture_that_fails_leaves_the_process_as_it_was(cuda, read):
+    pool = cuda.graph_pool_handle()
+    graphs.capture(number, pool)
+    for into in (pool, None):
+        with pytest.raises(HostRead, match="in a captured stage"):
+            graphs.capture(read, into)
+        cuda.assert_sound()
+    assert cuda.users[pool] == 1, "the pool must be released as often as it was taken, but for the graph that holds it"
+    graph, outputs = graphs.capture(number)
+    graph.replay()
+    assert outputs.tolist() == [2]
+
+
+def test_an_exception_of_the_stage_is_its_own(cuda):
+    with pytest.raises(KeyboardInterrupt):
+        graphs.capture(interrupted)
+    cuda.assert_sound()
+
+
+def test_a_capture_that_cannot_begin(cuda, monkeypatch):
+    def refuse(self, pool):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("simulated_graph.SimulatedGraph.capture_begin", refuse)
+    with pytest.raises(RuntimeError, match="no memory"):
+        graphs.capture(number)
+    cuda.assert_sound()
+
+
+def test_each_device_has_a_capture_stream(cuda):
+    """torch's own belongs to the first device: captured there, kernels of a second one would run in no order."""
+    for cuda.device in (0, 1, 0):
+        graphs.capture(number)
+        cuda.assert_sound()
+    assert list(graphs._streams.values()) == ["stream of device 0", "stream of device 1"]
+
+
+def test_clocks_come_back_from_a_capture_that_fails(cuda):
+    calls = []
+
+    def read_in_the_capture(tensor):
+        calls.append(tensor)
+        return tensor.cpu() if len(calls) > 3 else tensor
+
+    with pytest.raises(HostRead):
+        calibration.captured(read_in_the_capture, [number()])
+    cuda.assert_sound()
+
+
+def run(shapes, stages):
+    """Which of these rounds were a graph's."""
+    replayed = []
+    for shape in shapes:
+        before = stages.replayed
+        stages.run("verify", shape, number)
+        replayed.append(stages.replayed > before)
+    return replayed
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    capture_here(monkeypatch, 1)
+    return lambda **options: engine.Stages(torch.device("cpu"), **options)
+
+
+def test_the_shape_used_longest_ago_makes_room(stages):
+    made = stages(max_shapes=3)
+    assert sum(run([0, 1, 2] * 10, made)) == 27
+    assert sum(run([3] * 100 + [1, 2] * 5, made)) == 99 + 10, "a fourth shape is captured, in place of the first"
+    assert made.captured == 4
+    assert run([0, 0, 0, 0], made) == [False, False, True, True], "one that had been evicted waits longer"
+
+
+def test_shapes_that_evict_each_other_are_captured_ever_more_rarely(stages):
+    made = stages(max_shapes=3)
+    run([0, 1, 2, 3] * 100, made)
+    assert made.captured <= 4 * 7
+
+
+def test_graphs_of_a_measurement_are_all_kept(stages):
+    made = stages(max_shapes=float("inf"))
+    assert sum(run([*range(20)] * 5, made)) == 80 and made.captured == 20 and made.capture_seconds > 0
+
+
+def test_forgetting_forgets_all(stages):
+    made = stages(max_shapes=1)
+    run([0, 0, 1, 1], made)
+    made.forget()
+    assert run([0, 0, 1], made) == [False, True, False] and isinstance(made._capture, SimulatedGraphs)
+    CUDA.assert_sound()

@@ -31,6 +31,7 @@ import pathlib
 import platform
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -41,12 +42,15 @@ from _rows import CALIBRATION, RESULTS, ROOT, Results, commit, output, slug
 COLD_BYTES = 200e6  # several times the largest L2 cache: what one call reads, the calls between it and the next evict
 MAX_SETS = 128
 CALIBRATION_HOURS = 1
+HANGS = 25  # seconds
 TERMINATED, DEAD = 143, 3  # exit statuses: stopped, as a shell says it; the GPU is lost to this process
+COMPILED = " compiled"  # after a bench's name: its run with --compiled
 UNTIMED = "Triton's interpreter: checked, has no speed"
 
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton's first import
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 from specdec_triton import calibration  # noqa: E402
 
@@ -61,6 +65,7 @@ class Provider:
         graph: it can be captured in a CUDA graph (no wait for the host).
         absent: why it cannot run here; then it is reported, not timed.
         kernel: a Triton kernel: without a GPU it is verified, not timed.
+        compiles: it compiles for seconds at each size: it is measured with `--compiled`, in a run of its own.
     """
 
     name: str
@@ -68,6 +73,11 @@ class Provider:
     graph: bool = True
     absent: str | None = None
     kernel: bool = False
+    compiles: bool = False
+
+
+class OutOfTime(Exception):
+    """The budget is spent in the middle of a case, which a later run does again."""
 
 
 class Bench:
@@ -87,11 +97,13 @@ class Bench:
         parser.add_argument("--out", type=pathlib.Path, help="folder (default: bench/results/DEVICE; none to rehearse)")
         parser.add_argument("--seconds", type=float, default=0.5, help="of timing for each row (default %(default)s)")
         parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for the whole bench")
+        parser.add_argument("--compiled", action="store_true", help="only what compiles for seconds at each size")
         if arguments is not None:
             arguments(parser)
         self.began = time.perf_counter()
         self.options = parser.parse_args(argv)
-        self.name, self.rehearse = name, self.options.rehearse
+        self.name, self.rehearse, self.compiled = name, self.options.rehearse, self.options.compiled
+        step = name + COMPILED * self.compiled
         self.seconds = 0.005 if self.rehearse else self.options.seconds
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.provenance = provenance(self.device)
@@ -99,12 +111,12 @@ class Bench:
         if folder is None and not self.rehearse:
             folder = RESULTS / slug(self.provenance["device"])
         self.results = Results(folder)
-        self.state = self.results.step(name, self.provenance["commit"], self.rehearse)
+        self.state = self.results.step(step, self.provenance["commit"], self.rehearse)
         if self.state["rehearsal"] != self.rehearse:
             kept = "a rehearsal" if self.state["rehearsal"] else "real rows"
-            parser.error(f"--out must be a folder of its own for rehearsals, got {folder} with {kept} of {name}")
+            parser.error(f"--out must be a folder of its own for rehearsals, got {folder} with {kept} of {step}")
         if self.state["complete"]:
-            parser.exit(self.status, f"{name}: complete in {self.results.file}\n")
+            parser.exit(self.status, f"{step}: complete in {self.results.file}\n")
         self.ceilings = ceilings(self.device, folder)
         self._case, self._dead = "", False
         self._before = self.state["seconds"]
@@ -121,6 +133,15 @@ class Bench:
     def out_of_time(self) -> bool:
         return time.perf_counter() - self.began > self.options.budget
 
+    def check_time(self) -> None:
+        """To be called now and then inside a case.
+
+        Raises:
+            OutOfTime: the budget is spent; `run` ends there.
+        """
+        if self.out_of_time:
+            raise OutOfTime
+
     def run(self, measure: Callable[["Bench", Any], None], full: Sequence, small: Sequence, rehearsed: Sequence) -> int:
         """Measure the cases that are not done yet, until the budget is spent, each in its own fault barrier.
 
@@ -133,22 +154,45 @@ class Bench:
         """
         chosen = {"gpu": full, "cpu": small, "rehearsal": rehearsed}[self.size]
         todo = [case for case in chosen if repr(case) not in self.state["done"]]
+        watch = self._watch()
         for case in progress(todo, self.name):
             if self.out_of_time:
                 break
             found, self._case = {}, repr(case)
-            with self.guarded(found):
-                measure(self, case)
+            try:
+                with self.guarded(found):
+                    measure(self, case)
+            except OutOfTime:
+                break
             if found:
                 self.add("inputs", {"case": repr(case)}, "", found)
             self._case_done()
+        watch.cancel()
         self.state["left"] = sum(repr(case) not in self.state["done"] for case in chosen)
         self.state["complete"] = not self.state["left"]
         self._save()
         atexit.unregister(self.results.save)  # another bench of this process may save rows from here on
         rows = sum(row["bench"] == self.name for row in self.results.rows)
-        print(f"{self.name}: {rows} rows in {self.results.file or 'no file'}, {self.state['left']} cases left")
+        where, name = self.results.file or "no file", self.name + COMPILED * self.compiled
+        print(f"{name}: {rows} rows in {where}, {self.state['left']} cases left")
         return self.status
+
+    def _watch(self) -> threading.Timer:
+        """Ends the process if a case goes on long after the budget: it hangs."""
+
+        def hung() -> None:
+            self._dead = False
+            late = f"no answer {HANGS} s after the budget of {self.options.budget:.0f} s"
+            self.state["failed"] += 1
+            self.add("inputs", {"case": self._case}, "", {"failed": late})
+            self._case_done()
+            os._exit(DEAD)
+
+        left = self.options.budget - (time.perf_counter() - self.began)
+        watch = threading.Timer(min(max(left, 0.0) + HANGS, threading.TIMEOUT_MAX), hung)
+        watch.daemon = True
+        watch.start()
+        return watch
 
     def _case_done(self) -> None:
         self.state["done"].append(self._case)
@@ -176,7 +220,8 @@ class Bench:
         try:
             return make()
         except Exception as error:
-            return Provider(name, None, absent=f"cannot be set up: {type(error).__name__}: {first_line(error)}")
+            absent = f"cannot be set up: {type(error).__name__}: {first_line(error)}"
+            return Provider(name, None, absent=absent, compiles=self.compiled)
 
     def measure(
         self,
@@ -188,8 +233,9 @@ class Bench:
         nbytes: float = 0,
         flops: float = 0,
         inputs: str = "synthetic",
-    ) -> dict:
-        """Add one row: a time only where the outputs are right.
+    ) -> dict | None:
+        """Add one row: a time only where the outputs are right. None, and no row, if the provider is another run's:
+        see `Provider.compiles`.
 
         Args:
             provider: what runs.
@@ -200,7 +246,13 @@ class Bench:
             nbytes: read and written once, at least; with `flops` it gives the floor of the time.
             flops: at least.
             inputs: "synthetic", or where real ones came from.
+
+        Raises:
+            OutOfTime: the budget is spent.
         """
+        if provider.compiles != self.compiled:
+            return None
+        self.check_time()
         found = {}
         if provider.absent is not None:
             found["absent"] = provider.absent
@@ -245,6 +297,8 @@ class Bench:
         except AssertionError as fault:
             found.clear()
             found["wrong"] = first_line(fault) or "outputs differ"
+        except OutOfTime:
+            raise
         except Exception as error:
             found.clear()
             found["failed"] = f"{type(error).__name__}: {first_line(error)}"
@@ -272,6 +326,16 @@ class Bench:
             self._case_done()
             raise SystemExit(DEAD)
         return row
+
+
+def simulate_graphs(bench: Bench) -> None:
+    """In a rehearsal on a CPU, rounds are captured by the graphs that the tests simulate, and read late."""
+    if bench.size == "rehearsal" and bench.device.type == "cpu":
+        sys.path.append(str(ROOT / "tests"))
+        from simulated_graph import SimulatedGraphs
+        from specdec_triton import engine
+
+        engine.CAPTURES["cpu"], engine.LAG["cpu"] = SimulatedGraphs, 1
 
 
 def progress(cases: Sequence, what: str) -> Iterator:

@@ -38,10 +38,14 @@ class Results:
         self._rows[_key(row)] = row
 
     def step(self, bench: str, commit: str, rehearsal: bool) -> dict:
-        """The state of a bench's run: what is left of one of the same commit; else a new one, without rows."""
+        """The state of a bench's run: what is left of one of the same commit; else a new one, without rows of another
+        commit."""
         state = self.steps.get(bench)
         if state is None or state["commit"] != commit:
-            self._rows = {key: row for key, row in self._rows.items() if row["bench"] != bench}
+            of_it = bench.removesuffix(" compiled")
+            self._rows = {
+                key: row for key, row in self._rows.items() if row["bench"] != of_it or row.get("commit") == commit
+            }
             counts = {"done": [], "complete": False, "seconds": 0.0, "wrong": 0, "failed": 0}
             state = self.steps[bench] = {"commit": commit, "rehearsal": rehearsal, **counts}
         return state

@@ -9,8 +9,10 @@ would be a matter of luck. The draft model's errors are set as well; its cost is
 
 The ways of a case take turns in one run (every second turn in reverse order), each with a short and a long text.
 "tokens_s" is of the difference between the two: neither prompt nor set-up; "call_tokens_s" of the long call as it is.
-Ratios are medians over turns. Before anything is timed, a way's text must be that of transformers' eager `generate`;
-in bf16 it may differ where, teacher-forced, every token is within `GAP` of the target's largest logit.
+Where rounds are captured, both calls must capture as many graphs and replay them: else the difference would count what
+a capture takes, or rounds that were not captured, and the row has failed. Ratios are medians over turns. Before
+anything is timed, a way's text must be that of transformers' eager `generate`; in bf16 it may differ where,
+teacher-forced, every token is within `GAP` of the target's largest logit.
 
 "eta", the round efficiency, is the time to read the target's weights, its keys and values, and the draft's weights once
 for each of its forwards, at the bandwidth measured here, over the time of a round.
@@ -23,13 +25,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from _common import Bench, absent_unless_importable, first_line
+from _common import Bench, absent_unless_importable, first_line, simulate_graphs
 from _models import error_rate, prompts, spider, synthetic
 
 import specdec_triton as sdt
 from specdec_triton import calibration, profiling
+from specdec_triton.generate import WORTH_CAPTURING
 
 GAP = 1.0  # logits
 SEEDS, NEAR = 5, 0.05  # tried for the oracle; how near to the wanted acceptance length is enough
@@ -53,7 +57,7 @@ class Case:
     ways: tuple[str, ...]
     batch: int = 1
     context: int = 2048
-    tokens: tuple[int, int] = (8, 72)
+    tokens: tuple[int, int] = (2 * WORTH_CAPTURING, 6 * WORTH_CAPTURING)  # both are worth a capture
     oracle: tuple[tuple[int, float], ...] = ()
     options: tuple[tuple[str, object], ...] = ()
     turns: int = 3
@@ -67,28 +71,28 @@ DRAFTED, LOOKED_UP, THEIR_LOOKUP = "ours, draft model", "ours, prompt lookup", "
 STATIC = "transformers static cache, compiled"
 COUNTED = (ASSISTED, THEIR_LOOKUP)  # they emit several tokens a forward of the target
 CASES = [
-    Case("drafts", (PLAIN, EAGER, ASSISTED, DRAFTED), oracle=((64, 4.5),), options=GRAPHS),
+    Case("drafts", (PLAIN, DRAFTED, EAGER, ASSISTED), oracle=((64, 4.5),), options=GRAPHS, turns=2),
     Case("batch of 16", (PLAIN,), 16, oracle=((8, 3.0),), options=GRAPHS, turns=2),
-    Case("compiled", (PLAIN,), oracle=((64, 4.5),), options=COMPILED),
-    Case("acceptance", (PLAIN,), oracle=((32, 1.5), (32, 2.0), (32, 3.0), (32, 4.5)), options=GRAPHS),
-    Case("batch of 64", (PLAIN,), 64, tokens=(8, 40), oracle=((4, 3.0),), options=GRAPHS, turns=1),
-    Case("without graphs", (PLAIN, DRAFTED), oracle=((64, 4.5),), options=EAGER_ROUNDS),
-    Case("nodes", (PLAIN,), oracle=((4, 2.0), (8, 2.0), (32, 2.0), (64, 2.0)), options=GRAPHS),
+    Case("batch of 64", (PLAIN,), 64, tokens=(32, 64), oracle=((4, 3.0),), options=GRAPHS, turns=1),
+    Case("acceptance", (PLAIN,), oracle=((32, 1.5), (32, 2.0), (32, 3.0), (32, 4.5)), options=GRAPHS, turns=2),
+    Case("compiled", (PLAIN,), oracle=((64, 4.5),), options=COMPILED, turns=2),
     Case("repetition", (PLAIN, LOOKED_UP, THEIR_LOOKUP), options=GRAPHS, repeats=True),
+    Case("nodes", (PLAIN,), oracle=((4, 2.0), (8, 2.0), (32, 2.0), (64, 2.0)), options=GRAPHS),
+    Case("without graphs", (PLAIN, DRAFTED), oracle=((64, 4.5),), options=EAGER_ROUNDS),
     Case("static cache", (EAGER, STATIC), turns=2),
     Case("engines", ("flashspec", "flashinfer")),
 ]
 
 
-def scaled(case: Case, batch: int, **sizes) -> Case:
-    """The case at other sizes, and without asking for what a CPU has not got."""
-    options = () if case.options == GRAPHS else case.options
+def scaled(case: Case, batch: int, graphs: tuple = (), **sizes) -> Case:
+    """The case at other sizes, with the options `graphs` in place of captured rounds, which a CPU has not got."""
+    options = graphs if case.options == GRAPHS else case.options
     return dataclasses.replace(case, options=options, batch=min(case.batch, batch), **sizes)
 
 
 SMALL = [scaled(case, 4, context=64, tokens=(4, 36)) for case in CASES if case.options != EAGER_ROUNDS]
-REHEARSED = [scaled(case, 2, context=12, tokens=(2, 14), turns=1) for case in CASES]
-REHEARSED.append(Case("graphs", (PLAIN,), context=12, tokens=(2, 14), turns=1, options=GRAPHS))
+REHEARSED = [scaled(case, 2, EAGER_ROUNDS, context=12, tokens=(2, 14), turns=1) for case in CASES]
+REHEARSED.append(Case("graphs", (PLAIN,), context=12, turns=1, oracle=((8, 2.0),), options=GRAPHS))
 
 
 @functools.lru_cache(maxsize=1)
@@ -212,15 +216,38 @@ def check(target, text: torch.Tensor, plain: torch.Tensor, context: int) -> dict
     return {"identical": False, "flipped_rows": int(flipped.sum()), "worst_gap": round(worst, 4)}
 
 
-def clocked(way: Way, tokens: int, device: torch.device) -> float:
-    """Seconds of one call."""
+class Call(NamedTuple):
+    """What one call took, and its graphs."""
+
+    seconds: float
+    captured: int
+    replayed: int
+
+
+def clocked(way: Way, tokens: int, target, device: torch.device) -> Call:
+    """One call, on an idle device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
     way.call(tokens)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    seconds, stats = time.perf_counter() - begin, sdt.stats(target) if way.ours else None
+    return Call(seconds, stats.captured, stats.replayed) if stats else Call(seconds, 0, 0)
+
+
+def check_graphs(case: Case, turns: list[tuple[Call, Call]]) -> None:
+    """That short and long calls differ by replayed rounds alone.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    for short, long in turns:
+        if not 0 < short.replayed < long.replayed or short.captured != long.captured:
+            raise RuntimeError(
+                f"calls of {case.tokens[0]} and {case.tokens[1]} tokens must capture as many graphs and replay them, "
+                f"got {short.captured} and {long.captured} captured, {short.replayed} and {long.replayed} replayed"
+            )
 
 
 def measure(bench: Bench, case: Case) -> None:
@@ -231,6 +258,7 @@ def measure(bench: Bench, case: Case) -> None:
     ways += [make_oracle(*oracle, case, large, device) for oracle in case.oracle]
     found, times = [{} for _ in ways], [[] for _ in ways]
     for way, row in zip(ways, found, strict=True):
+        bench.check_time()
         if way.absent is None:
             with bench.guarded(row):
                 verify(way, row, target, plain, case)
@@ -239,11 +267,19 @@ def measure(bench: Bench, case: Case) -> None:
     ready = [place for place, row in enumerate(found) if "identical" in row]
     for turn in range(case.turns):
         for place in ready if turn % 2 == 0 else reversed(ready):
-            short, long = (clocked(ways[place], tokens, device) for tokens in case.tokens)
-            times[place].append((short, long))
+            bench.check_time()
+            times[place].append(tuple(clocked(ways[place], tokens, target, device) for tokens in case.tokens))
             if ways[place].ours:
                 found[place]["seconds"] = {name: round(spent, 5) for name, spent in sdt.stats(target).seconds.items()}
-    rates = {place: [case.batch * new_tokens(case) / max(b - a, 1e-9) for a, b in times[place]] for place in ready}
+    if dict(case.options).get("cuda_graphs"):
+        for place in [place for place in ready if ways[place].ours]:
+            with bench.guarded(found[place]):
+                check_graphs(case, times[place])
+        ready = [place for place in ready if "failed" not in found[place]]
+    rates = {
+        place: [case.batch * new_tokens(case) / max(b.seconds - a.seconds, 1e-9) for a, b in times[place]]
+        for place in ready
+    }
     for place, (way, row) in enumerate(zip(ways, found, strict=True)):
         if place in ready:
             row |= summary(bench, case, way, row["rounds"], times[place], rates[place])
@@ -319,7 +355,9 @@ def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates:
     found = {"turns": case.turns, "new_tokens": new_tokens(case)}
     for name, rate in zip(("p20", "p50", "p80"), calibration.quantiles(rates), strict=True):
         found[f"{name}_tokens_s"] = round(rate, 2)
-    found["call_tokens_s"] = round(statistics.median(case.batch * case.tokens[1] / long for _, long in times), 2)
+    found["call_tokens_s"] = round(
+        statistics.median(case.batch * case.tokens[1] / long.seconds for _, long in times), 2
+    )
     round_seconds = case.batch * new_tokens(case) / statistics.median(rates) / max(rounds, 1)
     context = case.context + sum(case.tokens) / 2
     forwards = DRAFT_TOKENS if way.draft is not None else 0
@@ -336,6 +374,7 @@ def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates:
 
 def main() -> int:
     bench = Bench("generate", __doc__)
+    simulate_graphs(bench)
     return bench.run(measure, CASES, SMALL, REHEARSED)
 
 

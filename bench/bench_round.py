@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import sys
 
-from _common import Bench, first_line
+from _common import Bench, first_line, simulate_graphs
 from bench_generate import CONTROLLED, Case, check, make_oracle, make_way, pair, plain_text
 
 from specdec_triton import profiling
@@ -25,14 +25,14 @@ class Cell:
     nodes: int
     batch: int = 1
     context: int = 2048
-    tokens: int = 72
+    tokens: int = 96
     options: tuple[tuple[str, object], ...] = (("cuda_graphs", True),)
 
 
 EAGER_ROUNDS = (("cuda_graphs", False),)
-NODES = (1, 64, 8, 32, 128)
+NODES = (1, 64, 128, 8, 32)
 CELLS = [Cell(nodes) for nodes in NODES] + [Cell(nodes, options=EAGER_ROUNDS) for nodes in (64, 1)]
-CELLS += [Cell(1, 16), Cell(8, 16), Cell(1, 64, tokens=40), Cell(4, 64, tokens=40)]
+CELLS += [Cell(1, 16), Cell(8, 16), Cell(1, 64, tokens=64), Cell(4, 64, tokens=64)]
 SMALL = [Cell(nodes, batch, 64, 48, ()) for batch in (1, 4) for nodes in (1, 8, 32)]
 REHEARSED = [Cell(1, 1, 12, 24, ()), Cell(8, 2, 12, 24, ()), Cell(8, 1, 12, 24, EAGER_ROUNDS), Cell(8, 1, 12, 24)]
 
@@ -60,7 +60,8 @@ def profiled(bench: Bench, cell: Cell, case: Case, way, target) -> dict:
         found = check(target, way.call(cell.tokens), plain, cell.context)
     except ValueError as refusal:
         return {"absent": first_line(refusal)}
-    calls = [functools.partial(way.call, tokens) for tokens in (cell.tokens, cell.tokens // 3)]
+    bench.check_time()
+    calls = [functools.partial(way.call, tokens) for tokens in (cell.tokens, cell.tokens // 2)]
     seen = profiling.profile_rounds(calls[0], bench.device, shorter=calls[1])
     context = cell.context + cell.tokens / 2
     work = profiling.round_work(target, cell.batch, cell.nodes, context)
@@ -71,6 +72,7 @@ def profiled(bench: Bench, cell: Cell, case: Case, way, target) -> dict:
 
 def main() -> int:
     bench = Bench("round", __doc__)
+    simulate_graphs(bench)
     return bench.run(measure, CELLS, SMALL, REHEARSED)
 
 

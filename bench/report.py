@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 
-from _goals import GOALS, LLAMA, Rows
+from _goals import GOALS, LARGE, LLAMA, Rows
 from _rows import CALIBRATION, REPORT, RESULTS, ROOT, ROWS, Results
 
 README = ROOT / "README.md"
@@ -25,6 +25,8 @@ REST = "#d9d9d9"
 MARKS = {"met": "met", "missed": "**missed**", "not measured": "not measured"}
 NO_PLOTS = "matplotlib is not installed: no plots. Make them elsewhere: python bench/report.py FOLDER"
 LONGEST_REASON = 160
+MOST_LINES, MOST_FAULTS, LONGEST_LINE, LONGEST_FAULT = 60, 12, 230, 400  # on the screen
+KERNELS = ("tree_attention", "accept", "accept_sample", "compact")
 
 
 def table(heads: list[str], lines: list[list]) -> list[str]:
@@ -185,8 +187,10 @@ def report(folder: pathlib.Path) -> list[str]:
             "",
             *table(["ceiling", "measured"], [[name, f"{value:.4g}"] for name, value in ceilings.items()]),
         ]
+    said = learned(rows)
+    lines += ["## What was learned", "", *(f"- {line}" for line in said), ""] if said else []
     lines += ["## Kernels", ""]
-    for bench in ("tree_attention", "accept", "accept_sample", "compact"):
+    for bench in KERNELS:
         lines += kernel_table(rows, bench)
     lines += ["## End to end", "", *generate_table(rows), *round_table(rows), *unmeasured(rows)]
     plots = draw(rows, folder)
@@ -197,20 +201,84 @@ def report(folder: pathlib.Path) -> list[str]:
         "",
     ]
     (folder / REPORT).write_text("\n".join(lines))
-    return short(rows, results.steps, plots)
+    return short(rows, results.steps)
 
 
-def short(rows: list[dict], steps: dict[str, dict], plots: list[str]) -> list[str]:
+def learned(rows: list[dict]) -> list[str]:
+    """A line for each thing that was learned, alike ones together; faults are listed elsewhere."""
+    lines, texts = [], {}
+    for row in rows:
+        shapes = row["shapes"]
+        if row["bench"] == "correct":
+            family = shapes.get("family", "")
+            texts.setdefault((row["provider"], family), []).append(row)
+        elif row["bench"] == "calls" and "said" in row:
+            graphs = "" if shapes["cuda_graphs"] == "auto" else ", no graphs"
+            lines.append(f"calls: {row['provider']}, {shapes['tokens']} tokens{graphs}: {row['said']}")
+    for (kind, family), found in texts.items():
+        right = [row for row in found if "said" in row]
+        said = right[0]["said"] if right and (len(found) == 1 or kind == "attention") else ""
+        if kind == "attention" and right:
+            said = "worst " + max(row["said"].split()[-1] for row in right)
+        lines.append(f"correct: {kind} {family}".rstrip() + f": {len(right)} of {len(found)} {said}".rstrip())
+    for row in rows:
+        shapes = row["shapes"]
+        if row["bench"] in KERNELS and row["provider"] == "triton" and row["size"] == "gpu" and "p50_us" in row:
+            if _is_a_goals(row["bench"], shapes):
+                lines.append(
+                    f"{row['bench']}, {shown(row)}: {number(row['p50_us'])} us, {row['of_ceiling']:.0%} of the ceiling"
+                )
+        elif row["bench"] == "round" and "stages" in row:
+            stages = ", ".join(f"{name} {number(stage['us'])}" for name, stage in row["stages"].items())
+            idle = "" if row["idle_share"] is None else f", idle {row['idle_share']:.0%}, {row['kernels']} kernels"
+            lines.append(f"round, {shown(row)}: {number(row['p50_us'])} us: {stages}{idle}")
+        elif row["bench"] == "generate" and "p50_tokens_s" in row:
+            ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in row["ratio"].items())
+            lines.append(
+                f"generate, {shapes['case']}, {row['provider']}, N {shapes['N']}: {number(row['p50_tokens_s'], 4)} "
+                f"tokens/s, eta {number(row['eta'])}, tau {row['acceptance_length']}; {ratios}"
+            )
+    return [line[:LONGEST_LINE] for line in lines]
+
+
+def _is_a_goals(bench: str, shapes: dict) -> bool:
+    """Whether these are sizes that a goal asks for."""
+    if bench == "tree_attention":
+        llama = all(shapes[name] == size for name, size in LLAMA.items())
+        return llama and shapes["context"] in (1024, 8192, 32768) and shapes["N"] in (1, 32, 64, 128)
+    if bench == "compact":
+        return shapes["model"] == "8B" and shapes["B"] == 1 and shapes["path"] == "spread"
+    return (
+        shapes["B"] == 1 and shapes["V"] == LARGE and shapes["N"] == 64 and shapes.get("rule", "coupled") == "coupled"
+    )
+
+
+def short(rows: list[dict], steps: dict[str, dict]) -> list[str]:
+    """At most `MOST_LINES` lines, what matters most last."""
+    faults = []
+    for kind in ("wrong", "failed"):
+        faults += dict.fromkeys(
+            f"{kind}: {row['bench']}, {row['provider']}, {shown(row)}: {row[kind]}"[:LONGEST_FAULT]
+            for row in rows
+            if kind in row
+        )
+    lines = [*summary(rows, steps), *faults[:MOST_FAULTS]]
+    if len(faults) > MOST_FAULTS:
+        lines.append(f"and {len(faults) - MOST_FAULTS} more of these in report.md")
+    said = learned(rows)
+    room = MOST_LINES - len(lines)
+    if len(said) > room:
+        said = [*said[: room - 1], f"and {len(said) - room + 1} lines more: see report.md"]
+    return [*said, *lines]
+
+
+def summary(rows: list[dict], steps: dict[str, dict]) -> list[str]:
+    """Steps and goals."""
     lines = []
     for name, step in steps.items():
         state = "complete" if step["complete"] else f"{step.get('left', '?')} cases left"
         faults = "".join(f", {step[kind]} {kind}" for kind in ("wrong", "failed") if step[kind])
         lines.append(f"{name:16} {state}{faults}, {step['seconds']:.0f} s")
-    for kind in ("wrong", "failed"):
-        reasons = dict.fromkeys(
-            f"{kind}: {row['bench']}, {row['provider']}: {row[kind][:LONGEST_REASON]}" for row in rows if kind in row
-        )
-        lines += list(reasons)[:8]
     absent = dict.fromkeys(f"{row['bench']}: {row['provider']}" for row in rows if "absent" in row)
     lines.append(f"absent, at least in some cases: {'; '.join(absent) or 'nothing'}")
     if not has_matplotlib():

@@ -15,6 +15,7 @@ from torch import cuda
 
 # torch has one capture stream a process, on the device that was current at the first capture
 _streams: dict[int, Any] = {}
+captured = 0  # graphs, in this process
 # of captures that failed: torch's allocator of pinned memory keeps a pointer to each
 _failed: list[Any] = []
 
@@ -55,6 +56,8 @@ def capture(stage: Callable[[], Any], pool: Any = None) -> tuple["torch.cuda.CUD
     except BaseException as error:
         _leave(graph, pool, device, outer)
         raise first or error from None
+    global captured
+    captured += 1
     return graph, outputs
 
 

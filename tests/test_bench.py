@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,56 @@ def test_a_bench_that_is_stopped_keeps_its_rows(tmp_path, monkeypatch):
         bench(tmp_path).run(measure, [], [], [1, 2])
     assert stopped.value.code == _common.TERMINATED
     assert len(rows(tmp_path)) == 1 and bench(tmp_path).state["done"] == []
+
+
+def test_a_budget_ends_inside_a_case(tmp_path):
+    """A case has many providers, some of which compile for seconds: the rest of it is left for a later run."""
+    seen = []
+
+    def measure(run, case):
+        for name in ("one", "two", "three"):
+            run.options.budget = -1.0 if name == "three" and len(seen) == 2 else float("inf")
+            run.measure(Provider(name, lambda _: seen.append(name)), {"case": case}, "fp32", [None], lambda call: None)
+            seen[:] = dict.fromkeys(seen)
+
+    run = bench(tmp_path)
+    assert run.run(measure, [], [], [1, 2]) == 0
+    assert seen == ["one", "two"] and run.state["done"] == [] and run.state["left"] == 2
+    again = bench(tmp_path)
+    assert again.run(measure, [], [], [1, 2]) == 0 and again.state["complete"]
+
+
+def test_what_compiles_is_measured_in_a_run_of_its_own(tmp_path):
+    def measure(run, case):
+        for name, compiles in (("ours", False), ("peer", True)):
+            provider = Provider(name, lambda _: None, compiles=compiles)
+            run.measure(provider, {"case": case}, "fp32", [None], lambda call: None)
+
+    bench(tmp_path).run(measure, [], [], [1])
+    assert [row["provider"] for row in rows(tmp_path)] == ["ours"]
+    run = bench(tmp_path, "--compiled")
+    run.run(measure, [], [], [1])
+    assert [row["provider"] for row in rows(tmp_path)] == ["ours", "peer"]
+    assert {row["bench"] for row in rows(tmp_path)} == {"accept"} and list(run.results.steps) == [
+        "accept", "accept compiled",
+    ]  # fmt: skip
+
+
+def test_a_case_that_hangs_ends_the_process_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(_common, "HANGS", 0.05)
+    monkeypatch.setattr(_common.os, "_exit", lambda status: ended.append(status))
+    run = bench(tmp_path, "--budget", "0.01")
+    run.options.budget = 0.2
+
+    def measure(run, case):
+        time.sleep(0.6)
+
+    run.run(measure, [], [], ["stuck", "next"])
+    assert ended == [_common.DEAD]
+    (row,) = [row for row in rows(tmp_path) if "failed" in row]
+    assert row["shapes"] == {"case": "'stuck'"} and row["failed"].startswith("no answer")
+    assert "'stuck'" in run.state["done"]
 
 
 def test_a_lost_gpu_ends_the_process_and_the_next_one_goes_on(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 import _rows  # noqa: E402
 
-STEPS = ("tree_attention", "accept", "accept_sample", "compact", "generate", "round")
-# round fails, the kernels' benches lose their GPU twice, generate is complete
+FIRST = ("correct", "calls", "tree_attention", "accept", "accept_sample", "compact", "round")
+SECOND = ("generate", "tree_attention compiled", "accept_sample compiled")
+# the first part loses its GPU twice, the second one fails
 STAND_IN = """#!/bin/bash
 echo "$@" >>"$CALLS"
-case $1 in
-	bench/_rows.py) [[ $3 == generate ]]; exit ;;
-	bench/bench_round.py) echo "out of luck"; exit 1 ;;
-	bench/bench_kernels.py) [[ $(grep -c bench_kernels.py "$CALLS") -lt 3 ]] && exit 3 ;;
-	bench/report.py) echo "the table" ;;
+case "$1 $3" in
+	"bench/steps.py first") [[ $(grep -c "steps.py.* first" "$CALLS") -lt 3 ]] && exit 3 ;;
+	"bench/steps.py second") echo "out of luck"; exit 9 ;;
+	"bench/report.py "*) echo "the table" ;;
 esac
 exit 0
 """
@@ -34,41 +35,68 @@ exit 0
 
 def run_script(*arguments, **env):
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PY": sys.executable, **env}
+    env = {**os.environ, "PY": sys.executable, **env}
     return subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
 
 
-def test_a_failure_stops_nothing_and_is_reported(tmp_path):
-    python = tmp_path / "python"
+@pytest.fixture
+def stand_in(tmp_path):
+    """Runs the script with a stand-in for Python: its output, and the parts that it started."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
     python.write_text(STAND_IN)
     python.chmod(0o755)
-    calls = tmp_path / "calls"
-    done = run_script(tmp_path / "out", PY=str(python), CALLS=str(calls))
+
+    def run(*arguments):
+        calls.write_text("")
+        done = run_script(tmp_path / "out", *arguments, PY=str(python), CALLS=str(calls))
+        started = [line.split() for line in calls.read_text().splitlines() if line.startswith("bench/")]
+        return done, [words[2] if words[0] == "bench/steps.py" else words[0] for words in started]
+
+    return run
+
+
+def test_a_failure_stops_nothing_and_is_reported(stand_in):
+    done, started = stand_in()
     assert done.returncode == 1
-    assert "round: exit status 1; its log ends: out of luck" in done.stdout
-    assert "generate: complete already" in done.stdout and "kernels: ran" in done.stdout
-    started = [line.split()[0] for line in calls.read_text().splitlines() if line.startswith("bench/")]
-    started = [script for script in started if script != "bench/_rows.py"]
-    assert started == [f"bench/{name}.py" for name in (*["bench_kernels"] * 3, "bench_round", "report")]
+    assert done.stdout.count("first: the GPU was lost") == 2
+    assert "second: exit status 9; its log ends: out of luck" in done.stdout
+    assert started == ["first", "first", "first", "second", "rest", "bench/report.py"]
     assert done.stdout.splitlines()[-2] == "the table"
 
 
-@pytest.mark.parametrize("arguments", [[], ["out", "--fast"], ["--rehearse"]])
-def test_wrong_arguments_are_refused(arguments, tmp_path):
+@pytest.mark.parametrize("part", ["first", "second"])
+def test_a_part_alone(stand_in, part):
+    done, started = stand_in("--rehearse", f"--{part}")
+    assert set(started) == {part, "bench/report.py"} and done.returncode == (part == "second")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["out", "--fast"], ["--rehearse"], ["out", "--first", "--second"], ["out", "more"]]
+)
+def test_wrong_arguments_are_refused(arguments):
     done = run_script(*arguments)
-    assert done.returncode == 2 and done.stderr.startswith("usage: bash bench/gpu.sh OUT [--rehearse]")
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: bash bench/gpu.sh OUT [--first | --second] [--rehearse]")
 
 
 @pytest.mark.timeout(400)
 def test_a_rehearsal_runs_every_step_and_lists_what_is_absent(tmp_path):
-    done = run_script(tmp_path, "--rehearse")
-    assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()[-3000:]
-    found = json.loads((tmp_path / "rows.json").read_text())
-    assert tuple(found["steps"]) == STEPS
+    for part, steps in (("--first", FIRST), ("--second", FIRST + SECOND)):
+        done = run_script(tmp_path, part, "--rehearse")
+        assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()[-3000:]
+        found = json.loads((tmp_path / "rows.json").read_text())
+        assert tuple(found["steps"]) == steps
+        assert len(done.stdout.splitlines()) <= 60 + 15 and len(done.stdout) < 12000
     for step in found["steps"].values():
         assert step["complete"] and step["rehearsal"] and step["left"] == step["wrong"] == step["failed"] == 0
     rows = found["rows"]
     assert {row["size"] for row in rows} == {"rehearsal"}
+    said = {row["provider"]: row["said"] for row in rows if row["bench"] == "correct"}
+    assert set(said) == {"attention", "recovery", "text", "bf16 text", "tests"}
+    assert "capturing failed: cpu in a captured stage; next call:" in said["recovery"]
+    assert re.search(r"\d+/\d+ tests collected", said["tests"])
+    (auto,) = [row for row in rows if row["bench"] == "calls" and row["provider"] == "auto"]
+    assert len(auto["verify_ms"]) > 4 and auto["captured"] > 0 and auto["trees"]
     absent = {row["provider"]: row["absent"] for row in rows if "absent" in row}
     if not torch.cuda.is_available():
         assert {"flex_attention", "flashinfer", "flashspec", "transformers static cache, compiled"} <= set(absent)
@@ -77,9 +105,10 @@ def test_a_rehearsal_runs_every_step_and_lists_what_is_absent(tmp_path):
     for provider in ("ours, plain", "ours, oracle", "ours, draft model", "ours, prompt lookup", "transformers eager"):
         assert ("generate", provider) in measured
     assert {("generate", "transformers assisted"), ("generate", "transformers prompt lookup")} <= measured
+    assert any(row["bench"] == "generate" and row["shapes"]["cuda_graphs"] and "ratio" in row for row in rows)
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# A rehearsal") and all(reason in text for reason in absent.values())
-    assert len(done.stdout) < 8000 and "goals not measured" in done.stdout
+    assert "goals not measured" in done.stdout and len(list(tmp_path.iterdir())) <= 8
     assert set(json.loads((tmp_path / "calibration.json").read_text())["ceilings"]) >= {"copy_bytes_s", "read_bytes_s"}
 
 

@@ -1,0 +1,103 @@
+"""What a call pays before its rounds are replayed, and what `tree="auto"` measures and chooses.
+
+    python bench/bench_calls.py [--out FOLDER] [--budget SECONDS] [--rehearse]
+
+Target and draft as in bench_generate. A call of some tokens is timed with and without captured rounds: its prompt, its
+captures, and the rest. For "auto", the costs that were measured stand beside the trees that were chosen.
+"""
+
+import dataclasses
+import sys
+import time
+
+import torch
+from _common import Bench, simulate_graphs
+from _models import prompts, spider
+from bench_generate import generate, pair
+
+import specdec_triton as sdt
+from specdec_triton import auto
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`way`: "plain", "oracle" or "auto"."""
+
+    way: str
+    cuda_graphs: bool | str = "auto"
+    tokens: int = 24
+    context: int = 2048
+
+
+CASES = [Case("plain"), Case("oracle"), Case("auto", tokens=200), Case("plain", tokens=200)]
+CASES += [Case("oracle", tokens=200), Case("plain", False), Case("oracle", False)]
+REHEARSED = [dataclasses.replace(case, context=12, tokens=24) for case in CASES[:3]]
+NODES, DEPTH, ERRORS = 64, 7, 0.2
+
+
+def measure(bench: Bench, case: Case) -> None:
+    device, large = bench.device, bench.size == "gpu"
+    name, target, draft = pair(large, device)
+    ids = prompts(1, case.context, target.config.vocab_size, device)
+    found = {}
+    with bench.guarded(found):
+        if case.way == "auto":
+            drafter, options = sdt.ModelDrafter(draft), {"tree": "auto"}
+        elif case.way == "oracle":
+            text = generate(target, ids, case.tokens, custom_generate=sdt.SpeculativeGenerate(drafter=None))
+            drafter, options = sdt.OracleDrafter(text, ERRORS, tree=spider(NODES if large else 8, DEPTH)), {}
+        else:
+            drafter, options = None, {}
+        custom = sdt.SpeculativeGenerate(drafter=drafter, cuda_graphs=case.cuda_graphs, **options)
+        calls = []
+        for _ in range(2):  # the first compiles
+            bench.check_time()
+            calls.append(timed(target, ids, case.tokens, custom, device))
+        found |= calls[-1] | {"first_ms": calls[0]["ms"], "measure_ms": calls[0]["measure_ms"]}
+        if case.way == "auto":
+            costs = [each for known in auto._measured.values() for each in known.values()][-1]
+            chosen = sdt.stats(target).auto
+            found["verify_ms"] = [[size, round(1e3 * seconds, 3)] for size, seconds in costs.verify]
+            found["draft_ms"] = [[depth, round(1e3 * seconds, 3)] for depth, seconds in costs.draft]
+            found["trees"] = [[*tree, count] for tree, count in chosen["trees"].items()]
+            found["speedup_expected"] = round(chosen["speedup"], 3)
+        found["said"] = said(found)
+    shapes = {"model": name, **dataclasses.asdict(case)}
+    bench.add(case.way, shapes, "bf16" if large else "fp32", found)
+
+
+def timed(target, ids: torch.Tensor, tokens: int, custom: sdt.SpeculativeGenerate, device: torch.device) -> dict:
+    """One call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    generate(target, ids, tokens, custom_generate=custom)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    stats = sdt.stats(target)
+    spent = {f"{name}_ms": round(1e3 * stats.seconds[name], 1) for name in ("prefill", "measure", "capture")}
+    found = {"ms": round(1e3 * (time.perf_counter() - begin), 1), **spent, "rounds": stats.rounds}
+    return found | {"captured": stats.captured, "replayed": stats.replayed, "why_eager": stats.why_eager}
+
+
+def said(found: dict) -> str:
+    text = (
+        f"{found['ms']:.0f} ms (first {found['first_ms']:.0f}): prompt {found['prefill_ms']:.0f}, capture "
+        f"{found['capture_ms']:.0f}; {found['rounds']} rounds, {found['captured']} graphs, {found['replayed']} replays"
+    )
+    if found["why_eager"]:
+        text += f"; {found['why_eager'][:60]}"
+    if "trees" in found:
+        text += f"; measuring {found['measure_ms']:.0f} ms: verify {found['verify_ms']}, draft {found['draft_ms']}"
+        text += f"; chosen (nodes, depth, rounds): {found['trees'][:6]}"
+    return text
+
+
+def main() -> int:
+    bench = Bench("calls", __doc__)
+    simulate_graphs(bench)
+    return bench.run(measure, CASES, REHEARSED, REHEARSED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The benches that `gpu.sh` runs, in one process: torch, transformers and the models are loaded once.
+
+    python bench/steps.py OUT first|second|rest [--budget SECONDS] [--rehearse]
+
+Each step gets its share of the time that is left; a step that is complete in OUT is left out. Exit status: 0; 1 if an
+output was wrong or something failed; 3 if the GPU is lost to this process or a case hung, after which a new process
+goes on with the next case.
+"""
+
+import argparse
+import importlib
+import math
+import pathlib
+import sys
+import time
+import traceback
+
+from _common import DEAD, INTERPRETED, ROOT
+
+sys.path.insert(0, str(ROOT))
+
+QUICK = ("--seconds", "0.05")
+# script, its arguments, and its share of the time in seconds, as expected on an H100; what matters most comes first
+STEPS = {
+    "first": [
+        ("bench_correct", (), 130),
+        ("bench_calls", (), 60),
+        ("bench_tree_attention", QUICK, 45),
+        ("bench_accept", QUICK, 15),
+        ("bench_accept_sample", QUICK, 35),
+        ("bench_compact", QUICK, 15),
+        ("bench_round", (), 70),
+    ],
+    "second": [
+        ("bench_generate", (), 150),
+        ("bench_tree_attention", (*QUICK, "--compiled"), 40),
+        ("bench_accept_sample", (*QUICK, "--compiled"), 15),
+    ],
+}
+STEPS["rest"] = [*STEPS["first"], *STEPS["second"]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path, help="folder")
+    parser.add_argument("part", choices=STEPS)
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all of them")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, numbers that mean nothing")
+    options = parser.parse_args()
+    if options.rehearse and INTERPRETED:
+        sys.path.append(str(ROOT / "tests"))
+        from quick_interpreter import quicken
+
+        quicken()
+    until, steps = time.perf_counter() + options.budget, STEPS[options.part]
+    shared = sum(share for _, _, share in steps)
+    common = ["--out", str(options.out), *(["--rehearse"] if options.rehearse else [])]
+    counts, status = Counts(), run("calibrate", common[:2])
+    for script, arguments, share in steps:
+        budget = max(0.0, until - time.perf_counter()) * share / shared
+        shared -= share
+        begin = time.perf_counter()
+        code = run(script, [*common, "--budget", str(budget), *arguments])
+        status |= code
+        seconds = time.perf_counter() - begin
+        name = " ".join([script.removeprefix("bench_"), *(["compiled"] if "--compiled" in arguments else [])])
+        print(f"== {name}: exit status {code}, {seconds:.0f} s, {counts.since()}", flush=True)
+    return status
+
+
+def run(script: str, arguments: list[str]) -> int:
+    """The exit status of a script's `main` with these arguments. If it raises, the next script runs all the same.
+
+    Raises:
+        SystemExit: `DEAD`.
+    """
+    sys.argv[1:] = arguments
+    try:
+        return importlib.import_module(script).main()
+    except Exception:
+        traceback.print_exc()
+        return 1
+    except SystemExit as stop:
+        if stop.code == DEAD:
+            raise
+        return int(stop.code or 0)
+
+
+class Counts:
+    """CUDA graphs captured and Triton kernels compiled by this process; compilations of tests are not among them."""
+
+    def __init__(self):
+        from specdec_triton import graphs
+
+        self._graphs, self._compiled, self._before = graphs, 0, (0, 0)
+        knobs = getattr(importlib.import_module("triton"), "knobs", None)
+        if knobs is not None and hasattr(knobs.runtime, "jit_post_compile_hook"):
+            knobs.runtime.jit_post_compile_hook = self._count
+
+    def _count(self, **compiled) -> None:
+        self._compiled += 1
+
+    def since(self) -> str:
+        """Since the last time it was asked."""
+        now = self._graphs.captured, self._compiled
+        captured, compiled = (after - before for after, before in zip(now, self._before, strict=True))
+        self._before = now
+        return f"{captured} graphs captured, {compiled} kernels compiled"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,14 +12,14 @@ cache on disk), and all that its own tests need if none do.
 import argparse
 import collections
 import contextlib
+import math
 import os
 import pathlib
 import sys
 import types
 
 os.environ["TRITON_INTERPRET"] = "0"
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
@@ -28,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from specdec_triton import ops, reference
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Counter:
@@ -46,12 +48,14 @@ class Counter:
 
     def compile(self, function, key, signature, device, *_, **__):
         """In place of JITFunction._do_compile: a kernel that does nothing but note that it was launched."""
-        kernel_cache = function.device_caches[device][0]
-        note = lambda *_: self.current.append((function.__module__, function.__name__, key))
-        kernel_cache[key] = types.SimpleNamespace(
-            run=note, launch_metadata=lambda *_: None, function=None, packed_metadata=None
-        )
-        return kernel_cache[key]
+
+        def note(*_):
+            self.current.append((function.__module__, function.__name__, key))
+
+        kernel = types.SimpleNamespace(run=note, launch_metadata=lambda *_: None, function=None, packed_metadata=None)
+        kernel_cache, *_ = function.device_caches[device]
+        kernel_cache[key] = kernel
+        return kernel
 
 
 class Driver:
@@ -89,6 +93,20 @@ def pretend(counter: Counter, arch: int) -> None:
     torch.cuda.graph = lambda graph: contextlib.nullcontext()
     torch.cuda.set_sync_debug_mode = lambda mode: None
     torch.compile = lambda function, **_: function
+    for name, shape in (("zeros", lambda *size, **_: size), ("randint", lambda low, high, size, **_: size)):
+        setattr(torch, name, unless_large(getattr(torch, name), shape))
+
+
+def unless_large(make, shape):
+    """Gigabytes are not written."""
+
+    def made(*arguments, dtype=None, **options):
+        size = shape(*arguments)
+        if all(isinstance(each, int) for each in size) and math.prod(size) > 2**26:
+            return torch.empty(size, dtype=dtype)
+        return make(*arguments, dtype=dtype, **options)
+
+    return made
 
 
 def table(launches: dict[str, list[tuple]], processes: int) -> list[str]:
@@ -103,10 +121,10 @@ def table(launches: dict[str, list[tuple]], processes: int) -> list[str]:
         lines.append(f"{name:40} {len(tests):6} {total:9} {distinct:13} {most:17}")
     silent = sum(not keys for keys in launches.values())
     parts = [list(launches.values())[part::processes] for part in range(processes)]
-    shares = [len(set().union(*part)) for part in parts]
-    distinct = len(set().union(*launches.values()))
+    most = max(len(set().union(*part)) for part in parts)
+    least = -(-len(set().union(*launches.values())) // processes)
     lines.append(f"{silent} tests launched nothing")
-    lines.append(f"one of {processes} processes: {-(-distinct // processes)} if all is shared, {max(shares)} if nothing is")
+    lines.append(f"compilations in one of {processes} processes: {least} if all are shared, {most} if none are")
     return lines
 
 
@@ -119,7 +137,8 @@ def main() -> None:
     counter = Counter()
     pretend(counter, arguments.arch)
     os.chdir(ROOT)
-    pytest.main(["-q", "--tb=no", "-rN", "-p", "no:cacheprovider", "-W", "ignore", *arguments.pytest], plugins=[counter])
+    quiet = ["-q", "--tb=no", "-rN", "-W", "ignore", "-p", "no:cacheprovider"]
+    pytest.main([*quiet, *arguments.pytest], plugins=[counter])
     print("\n".join(table(counter.launches, arguments.processes)))
 
 

@@ -8,7 +8,7 @@ MOST = 160  # tests in the selection
 
 
 def covering(cells):
-    """Some of the cells, chosen greedily: every two values that stand together in a cell stand together in one of these.
+    """Some of the cells, chosen greedily: any two values that a cell has in two places, one of these has there, too.
 
     Args:
         cells: tuples of equal length. The earlier of equally good ones is chosen.

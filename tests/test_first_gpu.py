@@ -112,4 +112,4 @@ def test_compilations_are_counted_without_a_gpu():
     lines = [line.split() for line in done.stdout.splitlines()]
     # tests, launches, compilations, most of one test; what is launched after a replay that did nothing is not counted
     assert ["all", "2", "6", "3", "2"] in lines, done.stdout + done.stderr
-    assert "one of 1 processes: 3 if all is shared, 3 if nothing is" in done.stdout
+    assert "compilations in one of 1 processes: 3 if all are shared, 3 if none are" in done.stdout

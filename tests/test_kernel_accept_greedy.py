@@ -290,7 +290,9 @@ def test_real_sizes(batch, nodes, vocab, dtype):
 @pytest.mark.gpu
 @pytest.mark.first_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("batch", "nodes", "vocab"), [(1, 256, 50257), (2, 8, 128256), (2, 33, 128256), (1, 1, 262144)])
+@pytest.mark.parametrize(
+    ("batch", "nodes", "vocab"), [(1, 256, 50257), (2, 8, 128256), (2, 33, 128256), (1, 1, 262144)]
+)
 def test_real_sizes_on_gpu(batch, nodes, vocab, dtype):
     check(*case(batch, nodes, vocab, dtype, accepted=0.9), eos_ids=budgets(2, 7))
 

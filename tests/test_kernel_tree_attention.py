@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from first_gpu import covering, marked, turns
 from specdec_triton import ops, reference
 from specdec_triton.reference import visible_slots
 from specdec_triton.tree import DraftTree, Topology
-from first_gpu import covering, marked, turns
 
 pytest.importorskip("triton")
 from specdec_triton.kernels import _common

@@ -1,6 +1,7 @@
 """Without a GPU, Triton kernels run in its interpreter; the variable must be set before triton is first imported."""
 
 import importlib.util
+import itertools
 import os
 
 import hypothesis
@@ -25,6 +26,9 @@ LONG = (
     "test_inspect",
 )
 
+# the same for `-m first_gpu`, where single tests are handed out: most compilations first
+FIRST_GPU = ("test_library", "test_kernel_accept_sample", "test_kernel_compact_kv", "test_kernel_accept_greedy")
+
 
 def pytest_configure(config):
     if hasattr(config.option, "loadscopereorder"):
@@ -47,8 +51,21 @@ def prepare():
         quicken()
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+@pytest.hookimpl(trylast=True)  # after -m
+def pytest_collection_modifyitems(config, items):
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        for item in [] if torch.cuda.is_available() else on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    first_gpu = all(item.get_closest_marker("first_gpu") for item in items)
+    order = FIRST_GPU if first_gpu else LONG
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
+    if first_gpu and hasattr(config, "workerinput"):
+        # --dist worksteal begins with one stretch of the list for each worker: each starts with some of the longest
+        workers = config.workerinput["workercount"]
+        items[:] = itertools.chain(*sorted((items[worker::workers] for worker in range(workers)), key=len))
 
 
 def pytest_addoption(parser):

@@ -13,12 +13,16 @@ FEW, MANY = kernel.BLOCK_V_FEW, kernel.BLOCK_V_MANY
 NAN, INF = float("nan"), float("inf")
 FIELDS = reference.Acceptance._fields
 
+# `poisoned_outputs` has PyTorch say so of CUDA's cumsum, among others
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
     """New tensors hold NaN, the largest integer or True until they are written."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    # warn_only: the reference has operations that would raise on CUDA; memory is filled all the same
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
 
@@ -284,29 +288,41 @@ def test_real_sizes(batch, nodes, vocab, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.first_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "nodes", "vocab"), [(1, 256, 50257), (2, 8, 128256), (2, 33, 128256), (1, 1, 262144)]
+)
+def test_real_sizes_on_gpu(batch, nodes, vocab, dtype):
+    check(*case(batch, nodes, vocab, dtype, accepted=0.9), eos_ids=budgets(2, 7))
+
+
+@pytest.mark.gpu
+@pytest.mark.first_gpu
 def test_rows_beyond_32_bit_offsets():
-    logits = torch.zeros(70, 256, 128256, dtype=torch.bfloat16, device="cuda")  # 2.3e9 elements
-    targets = torch.arange(70 * 256, device="cuda").view(70, 256) % 128256
+    logits = torch.zeros(70, 256, 128256, dtype=torch.bfloat16, device=DEVICE)  # 2.3e9 elements
+    targets = torch.arange(70 * 256, device=DEVICE).view(70, 256) % 128256
     logits.scatter_(2, targets[..., None], 1.0)
     tokens = targets.roll(1, dims=1)  # a chain that carries on everywhere
-    parents = torch.arange(-1, 255, dtype=torch.int32, device="cuda").expand(70, -1)
+    parents = torch.arange(-1, 255, dtype=torch.int32, device=DEVICE).expand(70, -1)
     got = ops.accept_greedy(logits, tokens, parents, max_depth=255, impl="triton")
     assert (got.length == 255).all() and torch.equal(got.next_ids, targets[:, -1])
 
 
 @pytest.mark.gpu
+@pytest.mark.first_gpu
 def test_one_captured_graph_serves_new_inputs_and_the_host_reads_nothing():
     logits, tokens, parents = case(2, 33, 5000, torch.bfloat16, accepted=0.9)
     budget, eos_ids = budgets(40, 40), budgets(2)
     call = {"max_depth": 32, "budget": budget, "eos_ids": eos_ids}
     ops.accept_greedy(logits, tokens, parents, **call, impl="triton")
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph):  # which synchronises before it begins
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             got = ops.accept_greedy(logits, tokens, parents, **call, impl="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     for seed in range(3):
         for tensor, new in zip((logits, tokens, parents), case(2, 33, 5000, torch.bfloat16, seed, 0.9), strict=True):
             tensor.copy_(new)

@@ -35,11 +35,11 @@ def bits(tensor):
 
 def random_storage(count, dtype, seed=0):
     """Any bits at all: NaNs with payloads, infinities, denormals."""
-    random = torch.Generator().manual_seed(seed)
-    raw = torch.randint(0, 256, (count * dtype.itemsize,), generator=random, dtype=torch.uint8)
+    random = torch.Generator(DEVICE).manual_seed(seed)
+    raw = torch.randint(0, 256, (count * dtype.itemsize,), generator=random, dtype=torch.uint8, device=DEVICE)
     if dtype == torch.bool:
         raw = raw % 2
-    return raw.view(dtype).to(DEVICE)
+    return raw.view(dtype)
 
 
 def paths(*rows):
@@ -222,37 +222,65 @@ def test_real_sizes(widths, program_order):
     check(storage, widths, bases(0, 17, 40), paths(range(2, 258), range(1, 200, 3), [1, 2, 3, 60]))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("widths", [[1024] * 64, [1023, 512, 640] * 8], ids=["8B", "odd"])
-def test_no_race_in_many_trials(widths):
-    batch, slots = 4, 300
+MANY_PLANES = {
+    "16 bytes": ([1024] * 64, torch.bfloat16),  # an 8B model's; bytes that one access moves
+    "8 bytes": ([1028, 512, 644] * 8, torch.bfloat16),
+    "4 bytes": ([1026, 512, 642] * 8, torch.bfloat16),
+    "2 bytes": ([1023, 512, 640] * 8, torch.bfloat16),
+    "1 byte": ([1023, 512, 640] * 8, torch.int8),
+}
+
+
+def many_planes(kind):
+    """Storage of four sequences for any seed, and the other arguments of `check`."""
+    widths, dtype = MANY_PLANES[kind]
+    # the longest path, and its -1, end in the last slot of the sequence with the highest base
     path = paths(range(2, 258), range(3, 60), range(1, 120, 2), [1, 2, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49])
-    for trial in range(20):
-        check(random_storage(batch * slots * sum(widths), torch.bfloat16, trial), widths, bases(0, 40, 9, 200), path)
+    return lambda seed: random_storage(4 * 300 * sum(widths), dtype, seed), widths, bases(0, 40, 9, 42), path
 
 
 @pytest.mark.gpu
+@pytest.mark.first_gpu
+@pytest.mark.parametrize("kind", MANY_PLANES)
+def test_no_race_in_many_trials(kind):
+    storage, *arguments = many_planes(kind)
+    for trial in range(20):
+        check(storage(trial), *arguments)
+
+
+def test_the_race_test_keeps_its_slots_apart():
+    """An index out of bounds would end every later test of a process on a GPU."""
+    for kind in MANY_PLANES:
+        _, widths, base, path = many_planes(kind)
+        assert int(base.max()) + path.shape[1] < 300
+    small = random_storage(4 * 300 * 3, torch.int8)
+    reference.compact_kv(small, [2, 1], base, path)
+
+
+@pytest.mark.gpu
+@pytest.mark.first_gpu
 def test_planes_beyond_32_bit_offsets():
     widths, slots = [1024] * 4, 600_000  # 2.5e9 elements
-    storage = torch.zeros(slots * sum(widths), dtype=torch.int8, device="cuda")
-    storage.view(4, slots, 1024)[:, -10:] = torch.arange(10, dtype=torch.int8, device="cuda")[:, None]
+    storage = torch.zeros(slots * sum(widths), dtype=torch.int8, device=DEVICE)
+    storage.view(4, slots, 1024)[:, -10:] = torch.arange(10, dtype=torch.int8, device=DEVICE)[:, None]
     ops.compact_kv(storage, widths, bases(slots - 10), paths([3, 7, 8]), impl="triton")
     assert storage.view(4, slots, 1024)[:, -10:, 17].tolist() == [[0, 3, 7, 8, 4, 5, 6, 7, 8, 9]] * 4
 
 
 @pytest.mark.gpu
+@pytest.mark.first_gpu
 def test_one_captured_graph_serves_new_paths_and_the_host_reads_nothing():
     widths = [1024] * 8
     storage = random_storage(2 * 64 * sum(widths), torch.bfloat16)
     base, path = bases(0, 0), paths([2, 3], [])
     ops.compact_kv(storage, widths, base, path, impl="triton")
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph):  # which synchronises before it begins
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             ops.compact_kv(storage, widths, base, path, impl="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     for trial, rows in enumerate(([[2, 5], [1]], [[7], [3, 9]])):
         want = storage.clone()
         base.copy_(bases(trial, 20))

@@ -176,8 +176,11 @@ def test_a_traced_graph_holds_the_op():
 
 
 @pytest.mark.gpu
+@pytest.mark.first_gpu
 @pytest.mark.parametrize("op", CALLS)
-def test_inductor_and_cuda_graphs(op):
+def test_inductor_and_cuda_graphs(op, monkeypatch):
+    # not a pool of processes that compile, beside each of pytest's
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     torch._dynamo.reset()
     call, inputs = CALLS[op]
     compiled = torch.compile(call, fullgraph=True, mode="reduce-overhead")

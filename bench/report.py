@@ -258,7 +258,9 @@ def short(rows: list[dict], steps: dict[str, dict]) -> list[str]:
     faults = []
     for kind in ("wrong", "failed"):
         faults += dict.fromkeys(
-            f"{kind}: {row['bench']}, {row['provider']}, {shown(row)}: {row[kind]}"[:LONGEST_FAULT]
+            f"{kind}: {', '.join(filter(None, (row['bench'], row['provider'], shown(row))))}: {row[kind]}"[
+                :LONGEST_FAULT
+            ]
             for row in rows
             if kind in row
         )

@@ -1,6 +1,5 @@
 """bench_generate times captured rounds, or says that it did not."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -15,23 +14,16 @@ from bench_generate import GRAPHS, PLAIN, Call, Case, check_graphs  # noqa: E402
 from test_bench import bench, rows  # noqa: E402
 from test_bench import quick as quick  # noqa: E402, F401
 
-SHORT = Case("graphs", (PLAIN,), context=12, tokens=(8, 72), turns=1, oracle=((8, 2.0),), options=GRAPHS)
+SHORT = Case("graphs", (PLAIN,), context=12, tokens=(8, 40), turns=1, options=GRAPHS)
 
 
 def test_a_short_call_that_is_not_captured_gives_no_row(tmp_path, monkeypatch):
-    """Eight tokens are not worth a capture: the difference would hold what the long call's captures took."""
+    """Eight tokens are not worth a capture: the difference would hold what the long call's captures took. (Where both
+    are captured: the rehearsal of gpu.sh.)"""
     capture_here(monkeypatch, 1)
     assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [SHORT]) == 1
     for row in rows(tmp_path, bench="generate"):
-        assert "p50_tokens_s" not in row and "8 and 72 tokens must capture as many graphs and replay" in row["failed"]
-
-
-def test_calls_that_are_both_captured_give_rates(tmp_path, monkeypatch):
-    capture_here(monkeypatch, 1)
-    case = dataclasses.replace(SHORT, tokens=Case.tokens)
-    assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [case]) == 0
-    plain, ours = rows(tmp_path, bench="generate")
-    assert plain["p50_tokens_s"] > 0 and ours["ratio"].keys() == {PLAIN} and ours["seconds"]["capture"] > 0
+        assert "p50_tokens_s" not in row and "8 and 40 tokens must capture as many graphs and replay" in row["failed"]
 
 
 @pytest.mark.parametrize("short", [Call(1.0, 0, 0), Call(1.0, 4, 20), Call(1.0, 2, 90)])

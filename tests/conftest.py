@@ -26,8 +26,8 @@ LONG = (
     "test_inspect",
 )
 
-# the same for `-m first_gpu`, where single tests are handed out: most compilations first
-FIRST_GPU = ("test_library", "test_kernel_accept_sample", "test_kernel_compact_kv", "test_kernel_accept_greedy")
+# the same for `-m first_gpu`, where single tests are handed out: the longest compilations first. Parts of their names
+FIRST_GPU = ("test_on_gpu[torch.float32", "test_library", "test_real_sizes[", "test_no_race")
 
 
 def pytest_configure(config):
@@ -60,8 +60,10 @@ def pytest_collection_modifyitems(config, items):
         for item in [] if torch.cuda.is_available() else on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     first_gpu = all(item.get_closest_marker("first_gpu") for item in items)
-    order = FIRST_GPU if first_gpu else LONG
-    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
+    if first_gpu:
+        items.sort(key=lambda item: [part not in item.nodeid for part in FIRST_GPU])
+    else:
+        items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if first_gpu and hasattr(config, "workerinput"):
         # --dist worksteal begins with one stretch of the list for each worker: each starts with some of the longest
         workers = config.workerinput["workercount"]

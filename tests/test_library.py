@@ -178,14 +178,15 @@ def test_a_traced_graph_holds_the_op():
 @pytest.mark.gpu
 @pytest.mark.first_gpu
 @pytest.mark.parametrize("op", CALLS)
-def test_inductor_and_cuda_graphs(op, monkeypatch):
-    # not a pool of processes that compile, beside each of pytest's
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+def test_inductor_and_cuda_graphs(op):
+    from torch._inductor import config
+
     torch._dynamo.reset()
     call, inputs = CALLS[op]
     compiled = torch.compile(call, fullgraph=True, mode="reduce-overhead")
-    for _ in range(4):
-        given = inputs()
-        wanted = call(*(tensor.clone() for tensor in given), impl="reference")
-        for one, other in zip(_tensors(compiled(*given)), _tensors(wanted), strict=True):
-            torch.testing.assert_close(one, other)
+    with config.patch(compile_threads=1):  # no pool of compiling processes beside each of pytest's
+        for _ in range(4):
+            given = inputs()
+            wanted = call(*(tensor.clone() for tensor in given), impl="reference")
+            for one, other in zip(_tensors(compiled(*given)), _tensors(wanted), strict=True):
+                torch.testing.assert_close(one, other)

@@ -141,16 +141,22 @@ def attention(device: torch.device, case: Case) -> dict:
     def call(impl: str = "triton") -> torch.Tensor:
         return ops.tree_attention(query, key, value, packed, impl=impl)
 
-    call()
-    replay, out = (lambda: out.copy_(call())), call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    def call_without_waits() -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            graph, out = graphs.capture(call)
+            return call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    out = call()
+    if device.type == "cuda":
+        graph, out = graphs.capture(call_without_waits)
         replay = graph.replay
+    else:
+
+        def replay() -> None:
+            out.copy_(call())
+
     worst, room = 0.0, slots - nodes
     for lengths in ((room, room // 3), (min(64, room), min(65, room)), (1, room // 2), (0, room)):
         packed[..., -2], packed[..., -1] = 0, torch.tensor(lengths, device=device)[:, None]

@@ -337,7 +337,7 @@ def _doctor(args: argparse.Namespace) -> int:
         name, reason = ops.implementation(op, device)
         rows.append((op, f"{name} ({reason})"))
     lag = LAG.get(device.type, 0)
-    graphs = f"captured, at most {MAX_SHAPES} shapes a call; the host looks {lag} round back"
+    graphs = f"captured, at most {MAX_SHAPES} shapes at a time; the host looks {lag} round back"
     rows.append(("CUDA graphs", cannot_capture(device) or graphs))
     width = max(len(label) for label, _ in rows)
     for label, text in rows:

@@ -117,7 +117,8 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(models, "default_device", lambda: torch.device("cpu"))
 
 
-def test_the_bench_command_runs_the_scripts_and_shows_their_table(tmp_path, capfd):
+def test_the_bench_command_runs_the_scripts_and_shows_their_table(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "rows"
     assert cli.main(["bench", "round", "--rehearse", "--out", str(out)]) == 0
     captured = capfd.readouterr()

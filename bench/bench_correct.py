@@ -32,6 +32,7 @@ from specdec_triton import graphs, ops
 
 sys.path.insert(0, str(ROOT / "tests"))
 from families import NEVER, build, prompt  # noqa: E402
+from test_families import perturbed  # noqa: E402
 from test_generate import TREES, oracle  # noqa: E402
 from test_kernel_tree_attention import random_trees  # noqa: E402
 
@@ -166,15 +167,13 @@ def attention(device: torch.device, case: Case) -> dict:
     return {"said": f"worst difference {worst:.1e}"}
 
 
-def drafter_of(name: str, plain: torch.Tensor, device: torch.device) -> sdt.Drafter | None:
-    def small(**options):
-        return build("llama", **options).to(device)
-
+def drafter_of(name: str, family: str, plain: torch.Tensor) -> sdt.Drafter | None:
+    """Draft models are the target with some noise: they are sometimes right."""
     return {
         "none": lambda: None,
-        "model": lambda: sdt.ModelDrafter(small(seed=1), num_tokens=3),
-        "tree": lambda: sdt.ModelDrafter(small(num_hidden_layers=1), tree=TREES["wide"]),
-        "dynamic": lambda: sdt.ModelDrafter(small(num_hidden_layers=1), tree=sdt.DynamicTree(9, 3, 3)),
+        "model": lambda: sdt.ModelDrafter(perturbed(family), num_tokens=3),
+        "tree": lambda: sdt.ModelDrafter(perturbed(family), tree=TREES["wide"]),
+        "dynamic": lambda: sdt.ModelDrafter(perturbed(family), tree=sdt.DynamicTree(9, 3, 3)),
         "lookup": lambda: sdt.PromptLookupDrafter(branches=2),
         "oracle": lambda: oracle(plain, tree=TREES["wide"]),
         "early": lambda: sdt.EarlyExitDrafter(1, num_tokens=3),
@@ -197,7 +196,7 @@ def text(device: torch.device, case: Case) -> dict:
     inputs = {**inputs, **dict(case.generate)}
     texts, stats = {}, {}
     for captured in ("auto", False):
-        drafter = drafter_of(case.drafter, plain, device)
+        drafter = drafter_of(case.drafter, case.family, plain)
         custom = sdt.SpeculativeGenerate(drafter=drafter, cuda_graphs=captured, **options)
         texts[captured] = model.generate(**inputs, custom_generate=custom)
         stats[captured] = sdt.stats(model)
@@ -219,7 +218,8 @@ def graphs_said(stats: sdt.Stats) -> dict:
         AssertionError: none was.
     """
     assert stats.replayed, f"no round was replayed: {stats.why_eager}"
-    return {"said": f"{stats.rounds} rounds, {stats.captured} graphs, {stats.replayed} replays"}
+    tokens = f"{stats.acceptance_length:.2f} tokens each"
+    return {"said": f"{stats.rounds} rounds, {tokens}, {stats.captured} graphs, {stats.replayed} replays"}
 
 
 def rounded_text(device: torch.device, case: Case) -> dict:

@@ -35,11 +35,18 @@ def was_drawn(chance):
 
 
 @triton.jit
-def depth_of(parents_ptr, row, node, N):
-    depth = node * 0
-    while node > 0:
-        node = tl.minimum(tl.load(parents_ptr + row * N + node), node - 1)
-        depth += 1
+def depths_of(parents_ptr, row, N, BLOCK_N: tl.constexpr):
+    """[BLOCK_N] int32: the depth of every node, by pointer doubling: one load, then log2(depth) steps in registers.
+
+    A node without a parent is a child of the root, and a parent is at most the node before.
+    """
+    node = tl.arange(0, BLOCK_N)
+    above = tl.load(parents_ptr + row * N + node, mask=node < N, other=-1)
+    above = tl.maximum(tl.minimum(above, node - 1), 0)
+    depth = (node > 0).to(tl.int32)
+    while tl.max(above, 0) > 0:
+        depth += tl.gather(depth, above, 0)
+        above = tl.gather(above, above, 0)
     return depth
 
 

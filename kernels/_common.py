@@ -79,23 +79,27 @@ class AttentionConfig(NamedTuple):
     block_n: int  # slots a tile
     num_warps: int
     num_stages: int
-    programs: int  # split the keys until about this many programs share batch 1 at full capacity
+    programs: int  # planned for a multiprocessor at a time; 2 where the compile report says that 2 fit
 
 
-# By bytes an element and head dim, narrowest first; the last entry also takes what is wider.
+# By bytes an element and head dim (`ops.MAX_HEAD_DIM` is the greatest), narrowest first; the last entry also takes more
+# rows.
 _ATTENTION = {
-    (2, 64): ((16, 64, 4, 3, 256), (32, 64, 4, 3, 256), (64, 64, 4, 3, 256), (128, 64, 8, 3, 128)),
-    (2, 128): ((16, 64, 4, 3, 256), (32, 64, 4, 3, 256), (64, 32, 8, 3, 256), (128, 64, 8, 3, 128)),
-    (2, 256): ((16, 32, 4, 3, 256), (32, 64, 8, 2, 128), (64, 32, 8, 2, 128)),
-    (4, 64): ((16, 16, 4, 2, 256),),
-    (4, 128): ((16, 16, 4, 2, 256),),
-    (4, 256): ((16, 16, 4, 2, 256),),
+    (2, 64): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2), (128, 64, 8, 3, 1)),
+    (2, 128): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 32, 8, 3, 2), (128, 64, 8, 3, 1)),
+    (2, 256): ((16, 32, 4, 3, 2), (32, 64, 8, 2, 1), (64, 32, 8, 2, 1)),
+    (2, 512): ((16, 16, 8, 2, 1),),
+    (4, 64): ((16, 16, 4, 2, 2),),
+    (4, 128): ((16, 16, 4, 2, 2),),
+    (4, 256): ((16, 16, 4, 2, 2),),
+    (4, 512): ((16, 16, 8, 2, 1),),
 }
 # The same where those spill (before sm_90, and with a window or chunks) or want more shared memory than sm_120 has.
 _ATTENTION_TIGHT = _ATTENTION | {
-    (2, 64): (_ATTENTION[2, 64][0], (32, 32, 4, 3, 256), *_ATTENTION[2, 64][2:]),
-    (2, 128): (*_ATTENTION[2, 128][:3], (128, 32, 8, 3, 128)),
-    (2, 256): (*_ATTENTION[2, 256][:2], (64, 16, 8, 2, 128)),
+    (2, 64): (_ATTENTION[2, 64][0], (32, 32, 4, 3, 2), *_ATTENTION[2, 64][2:]),
+    (2, 128): (*_ATTENTION[2, 128][:3], (128, 32, 8, 3, 1)),
+    (2, 256): (*_ATTENTION[2, 256][:2], (64, 16, 8, 2, 1)),
+    (4, 256): ((16, 16, 8, 2, 1),),
 }
 
 
@@ -104,66 +108,92 @@ def attention_config(
 ) -> AttentionConfig:
     """For rows = nodes * heads a group, the greater head dim and the element size; limited: by a window or chunks."""
     table = _ATTENTION_TIGHT if limited or not 90 <= arch < 120 else _ATTENTION
-    entries = table[bytes, min(max(pow2(head_dim), 64), 256)]
+    entries = table[bytes, max(pow2(head_dim), 64)]
     if one_split:  # narrow row tiles fill the card, and the keys that they share stay in the L2 cache
         rows = 16 if rows <= 64 else 32
     return AttentionConfig(*next((entry for entry in entries if entry[0] >= rows), entries[-1]))
 
 
-SHORT_SLOTS = 1024  # a capacity up to this is one split
-MIN_SPLIT_SLOTS = 256  # and at least
-MIN_SPLIT_ROWS = 8  # times as many slots as a row tile has rows: partial results stay a small part of the traffic
+# A capacity up to this, the tree's own slots left out, is one split: a prefix of 1024 slots, in a cache that is rounded
+# up to a multiple of 128.
+SHORT_SLOTS = 1024 + 127
+# A split has at least this many slots, and this many times the rows of a row tile. For D = Dv and two bytes an element
+# a program then moves at most half as much for its partial results, written and read once, as for its keys and values.
+MIN_SPLIT_SLOTS = 128
+MIN_SPLIT_ROWS = 4
+MAX_WAVES = 4  # plans of up to this many waves are compared
+WAVE_TILES = 4  # what starting a program and merging its results costs, in tiles: an estimate
 MERGE_SPLITS = 16  # splits merged at a time
 
 
 @functools.lru_cache(maxsize=1024)
-def attention_plan(arch, batch, kv_heads, group, rows, nodes, slots, head_dim, value_dim, bytes, limited):
-    """Grid (row tiles, splits, sequences * KV heads), compile-time arguments of tree attention, and of its merge.
+def attention_plan(
+    arch, multiprocessors, batch, kv_heads, group, rows, nodes, slots, head_dim, value_dim, bytes, limited
+):
+    """Grid (row tiles, splits, sequences * KV heads), tiles a split, compile-time arguments of tree attention and of
+    its merge.
 
-    Functions of shapes, never of lengths; a split's size depends on neither B nor, inside a bucket, on N and S.
+    Functions of shapes and of the device, never of lengths. A split's size follows the capacity and the number of row
+    tiles and KV heads; it does not depend on B, nor on T, nor on an N with as many row tiles.
     """
-    one_split = slots <= SHORT_SLOTS
+    one_split = slots - nodes <= SHORT_SLOTS
     block_m, block_n, num_warps, num_stages, programs = attention_config(
         arch, rows * group, max(head_dim, value_dim), bytes, one_split, limited
     )
     row_tiles = triton.cdiv(rows * group, block_m)
-    if one_split:
-        split_tiles = SHORT_SLOTS // block_n + 2
-    else:
-        split_slots = pow2(slots) * pow2(kv_heads * row_tiles) // programs
-        split_tiles = max(split_slots, MIN_SPLIT_ROWS * block_m, MIN_SPLIT_SLOTS) // block_n
+    tiles = triton.cdiv(slots, block_n) + 1  # as many as prefix and tree of any length may take
+    split_tiles = tiles
+    if not one_split:
+        least = max(MIN_SPLIT_ROWS * block_m, MIN_SPLIT_SLOTS) // block_n
+        split_tiles = _split_tiles(tiles, least, row_tiles * kv_heads, multiprocessors * programs)
     splits = triton.cdiv(triton.cdiv(slots - nodes, block_n) + triton.cdiv(nodes, block_n), split_tiles)
-    shared = {"G": group, "DV": value_dim, "BLOCK_N": block_n, "BLOCK_DV": max(pow2(value_dim), 16)}
-    shared |= {"SPLIT_TILES": split_tiles, **FP_FUSION}
+    shared = {"G": group, "DV": value_dim, "BLOCK_N": block_n, "BLOCK_DV": max(pow2(value_dim), 16), **FP_FUSION}
     blocks = {"D": head_dim, "BLOCK_M": block_m, "BLOCK_D": max(pow2(head_dim), 16)}
     meta = shared | blocks | _attention_options(block_m, blocks["BLOCK_D"], bytes, num_warps, num_stages)
-    merge_meta = shared | _merge_blocks(pow2(splits), shared["BLOCK_DV"])
-    return (row_tiles, splits, batch * kv_heads), meta, merge_meta
+    merge_meta = shared | _merge_blocks(splits, shared["BLOCK_DV"])
+    return (row_tiles, splits, batch * kv_heads), split_tiles, meta, merge_meta
+
+
+def _split_tiles(tiles: int, least: int, programs_a_split: int, at_a_time: int) -> int:
+    """Tiles a split, such that one sequence at full capacity fills whole waves of `at_a_time` programs."""
+
+    def size(waves):
+        return max(triton.cdiv(tiles, max(waves * at_a_time // programs_a_split, 1)), least)
+
+    def cost(size):
+        return triton.cdiv(programs_a_split * triton.cdiv(tiles, size), at_a_time) * (size + WAVE_TILES)
+
+    return min(map(size, range(1, MAX_WAVES + 1)), key=cost)
 
 
 def _attention_options(block_m: int, block_d: int, bytes: int, num_warps: int, num_stages: int) -> dict[str, int]:
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    # Left alone, the compiler aims at 128 or 168 registers and spills one or two. The narrowest tiles fit those, and
-    # fp32 spills more the more it is given.
-    return options if bytes == 4 or block_m * block_d <= 1024 else options | {"maxnreg": 255}
+    if bytes == 4:  # spills more the more it is given
+        return options
+    # Left alone, the compiler aims at 128 or 168 registers and spills one or two. The narrowest tiles fit 168, with
+    # which three programs fit on a multiprocessor.
+    return options | {"maxnreg": 168 if block_m * block_d <= 1024 else 255}
 
 
-def _merge_blocks(block_p: int, block_dv: int) -> dict[str, int]:
-    merge_p = min(block_p, MERGE_SPLITS)
+def _merge_blocks(splits: int, block_dv: int) -> dict[str, int]:
     # 128 bits a thread and load
-    return {"BLOCK_P": block_p, "MERGE_P": merge_p, "num_warps": min(max(merge_p * block_dv // 128, 1), 4)}
+    warps = min(max(MERGE_SPLITS * block_dv // 128, 1), 4)
+    return {"BLOCK_P": max(pow2(splits), MERGE_SPLITS), "MERGE_P": MERGE_SPLITS, "num_warps": warps}
 
 
 def attention_launches(arch: int) -> Iterator[tuple[str, dict[str, Any], dict[str, int], bool]]:
     """(name, arguments, options, tensor cores?) of each configuration of tree attention, for a model of G = 4."""
     strides = [f"stride_{name}" for name in ("qb", "qh", "qn", "kb", "kh", "ks", "vb", "vh", "vs")]
     common = dict.fromkeys(("stride_tb", "stride_tn", "Hkv", "N", "T", "P"), "i32") | dict.fromkeys(strides, "i32:16")
-    common |= {"tree_ptr": "*i64:16", "outer": "fp32", "W": 1, "G": 4, "SPLIT_TILES": 16}
+    common |= {"tree_ptr": "*i64:16", "outer": "fp32", "W": 1, "G": 4, "split_tiles": "i32"}
     partials = {"partial_ptr": "*fp32:16", "stats_ptr": "*fp32:16"}
     features = {"": {}, " chunk": {"chunk": "i32"}, " window softcap": {"window": "i32", "inner": "fp32"}}
     features[" window sinks"] = {"window": "i32", "sinks_ptr": "*bf16:16"}
-    shapes = [*itertools.product(["bf16"], (64, 128, 256), features), *itertools.product(["bf16"], (80, 192), [""])]
-    shapes += [("fp16", 128, ""), *itertools.product(["fp32"], (64, 128, 256), ("", " window softcap"))]
+    shapes = [
+        *itertools.product(["bf16"], (64, 128, 256, 512), features),
+        *itertools.product(["bf16"], (80, 192), [""]),
+    ]
+    shapes += [("fp16", 128, ""), *itertools.product(["fp32"], (64, 128, 256, 512), ("", " window softcap"))]
     for (dtype, dim, feature), one_split in itertools.product(shapes, (True, False)):
         if one_split and feature not in ("", " window sinks"):
             continue
@@ -181,7 +211,7 @@ def attention_launches(arch: int) -> Iterator[tuple[str, dict[str, Any], dict[st
                 _attention_options(block_m, pow2(dim), shape[1], num_warps, num_stages),
                 dtype != "fp32",
             )
-    for dim, splits, feature in [*itertools.product((64, 128, 256), (2, 16, 64), [""]), (128, 16, " window sinks")]:
+    for dim, splits, feature in [*itertools.product((64, 128, 256, 512), (16, 64), [""]), (128, 16, " window sinks")]:
         arguments = common | partials | {"out_ptr": "*bf16:16", "DV": dim, "BLOCK_DV": dim, "BLOCK_N": 64}
         arguments |= features[feature] | _merge_blocks(splits, dim)
         yield f"merge d{dim} p{splits}{feature}", arguments, {"num_warps": arguments.pop("num_warps")}, False
@@ -199,6 +229,14 @@ def architecture(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; an H100's 132 where the interpreter stands in for one."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launching_on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ._chances import (
-    depth_of,
+    depths_of,
     prob_of,
     tree_of,
     was_drawn,
@@ -58,6 +58,8 @@ NODES_A_PROGRAM = 8
 NUM_WARPS = 4
 # Left alone, the compiler aims at 128 registers and spills one or two
 LAW_OPTIONS = {"num_warps": 8, "maxnreg": 168, **FP_FUSION}
+# Left alone, Triton 3.6 aims at 32 registers and spills two; a multiprocessor has them to spare for one program
+WALK_OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 128, **FP_FUSION}
 WALK_KEYS = 512  # keys the walk holds at once
 
 SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
@@ -88,6 +90,7 @@ def _statistics_kernel(
     S,
     NOISE: tl.constexpr,  # None, COUPLED or BONUS
     ROWS: tl.constexpr,  # a program takes
+    BLOCK_N: tl.constexpr,  # power of two >= N; None unless NOISE is COUPLED
     BLOCK_V: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -97,6 +100,8 @@ def _statistics_kernel(
     seed, position = tl.load(seeds_ptr + batch), tl.load(position_ptr + batch)
     noise = tl.zeros([BLOCK_V], tl.float32)
     noise_of = tl.full((), -1, tl.int32)
+    if NOISE == COUPLED:
+        depths = depths_of(parents_ptr, batch, N, BLOCK_N)
     for place in range(ROWS):
         row = tl.program_id(1) * ROWS + place
         if row < N + P:
@@ -124,7 +129,9 @@ def _statistics_kernel(
             if sums_ptr is not None:
                 tl.store(sums_ptr + index, tl.sum(tl.exp(scores), 0))
             if NOISE is not None:
-                which = depth_of(parents_ptr, batch, row, N) if NOISE == COUPLED else row
+                which = row
+                if NOISE == COUPLED:
+                    which = tl.max(tl.where(tl.arange(0, BLOCK_N) == row, depths, 0), 0)
                 if which != noise_of:
                     if NOISE == COUPLED:
                         noise = gumbel(seed, position + 1 + which, 0, NOISE, first, BLOCK_V)
@@ -209,7 +216,8 @@ def _laws_kernel(
         else:
             seed, position = tl.load(seeds_ptr + batch), tl.load(position_ptr + batch)
             if RULE == "coupled":
-                depth = depth_of(parents_ptr, batch, here, N)
+                depths = depths_of(parents_ptr, batch, N, BLOCK_N)
+                depth = tl.max(tl.where(tl.arange(0, BLOCK_N) == here, depths, 0), 0)
                 chosen = _draw(
                     row_ptr, keys_ptr + keys_row, stride_v, V, law, seed, position + 1 + depth, 0, COUPLED, BLOCK_V
                 )
@@ -287,7 +295,8 @@ def _weights_kernel(
     """Traversal: a node's weight is its chance, so the nodes of one depth wait for those above."""
     here = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    if depth_of(parents_ptr, batch, here, N) != depth:
+    depths = depths_of(parents_ptr, batch, N, BLOCK_N)
+    if tl.max(tl.where(tl.arange(0, BLOCK_N) == here, depths, 0), 0) != depth:
         return
     node, parents, tokens = tree_of(parents_ptr, tokens_ptr, batch, N, V, "traversal", BLOCK_N)
     index = batch * N + here
@@ -377,7 +386,8 @@ def accept_sample(
         _statistics_kernel[(tiles, triton.cdiv(rows, rows_a_program), batch)](
             keys, sums, noisy, logits, draft_logits, parents, seeds, position, temperature, draft_filters[0],
             *strides, nodes, expanded, vocab, tiles,
-            NOISE=noise, ROWS=rows_a_program, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, **FP_FUSION,
+            NOISE=noise, ROWS=rows_a_program, BLOCK_N=blocks["BLOCK_N"] if noise is COUPLED else None, BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS, **FP_FUSION,
         )  # fmt: skip
         if has_laws:
             _laws_kernel[(nodes, batch)](
@@ -405,7 +415,7 @@ def accept_sample(
             path, length, next_ids, has_nan, chance, passing, masses, drawn, chosen, bad, keys, noisy,
             temperature, tokens, parents, seeds, position, budget, eos_ids,
             nodes, vocab, tiles, max_depth, 0 if eos_ids is None else eos_ids.shape[0],
-            RULE=rule, **blocks, num_warps=NUM_WARPS, **FP_FUSION,
+            RULE=rule, **blocks, **WALK_OPTIONS,
         )  # fmt: skip
     return path, length, next_ids, has_nan
 
@@ -462,14 +472,14 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     for dtype in _TORCH:
         for name, noise in (("plain", None), ("coupled", COUPLED), ("typical", BONUS)):
             kind = target(dtype) | {"NOISE": noise, "ROWS": 1 if noise is None else NODES_A_PROGRAM}
-            kind |= {"temperature_ptr": filters["temperature_ptr"]}
+            kind |= {"temperature_ptr": filters["temperature_ptr"], **({} if noise is COUPLED else {"BLOCK_N": None})}
             kind |= {"noisy_ptr": None} if noise is None else {"sums_ptr": None} if noise is COUPLED else {}
             yield case(f"{dtype} statistics {name}", _statistics_kernel, options, **kind)
             narrow = dict.fromkeys((*_STRIDES, "V"), "i32")
             yield case(
                 f"{dtype} statistics {name} odd V", _statistics_kernel, options, wide_loads=False, **kind | narrow
             )
-        kind = target(dtype) | drafted(dtype) | {"NOISE": None, "ROWS": 1, "noisy_ptr": None}
+        kind = target(dtype) | drafted(dtype) | {"NOISE": None, "ROWS": 1, "BLOCK_N": None, "noisy_ptr": None}
         yield case(f"{dtype} statistics drafted", _statistics_kernel, options, **kind)
         for rule in ("coupled", "typical"):
             kind = target(dtype) | filters | {"noisy_ptr": None}
@@ -492,4 +502,4 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         yield case(f"{dtype} draws {name}", draws_kernel, options, constants, **kind)
     for rule, nodes in itertools.product(("coupled", "typical", "block", "multi_round", "traversal"), (64, 256)):
         kind = _blocks(nodes, 63) | ({"bad_ptr": None, "chosen_ptr": None} if rule == "coupled" else {})
-        yield case(f"walk {rule} n{nodes}", walk_kernel, options, {"RULE": rule}, wide_loads=False, **kind)
+        yield case(f"walk {rule} n{nodes}", walk_kernel, WALK_OPTIONS, {"RULE": rule}, wide_loads=False, **kind)

@@ -23,7 +23,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, CompileCase, architecture, attention_launches, attention_plan, launching_on
+from ._common import (
+    INTERPRETED,
+    CompileCase,
+    architecture,
+    attention_launches,
+    attention_plan,
+    launching_on,
+    multiprocessors,
+)
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 WORD_BITS: tl.constexpr = tl.constexpr(64)
@@ -100,7 +108,7 @@ def _attend(query, keys, values, visible, finite, mixed, peak, total, inner, out
     return tl.dot(weights, values, mixed, input_precision="ieee"), new_peak, total
 
 
-@triton.jit(do_not_specialize=["stride_tb", "stride_tn", "N", "T"])
+@triton.jit(do_not_specialize=["stride_tb", "stride_tn", "N", "T", "split_tiles"])
 def _tree_attention_kernel(
     out_ptr,  # [B, N, Hq, Dv] query's dtype, contiguous, out; None where there are several splits
     partial_ptr,  # [B, Hkv, P, N * G, Dv] fp32, out: sums of values; None where there is one split
@@ -119,6 +127,7 @@ def _tree_attention_kernel(
     stride_vb, stride_vh, stride_vs,
     stride_tb, stride_tn,
     Hkv, N, T, W,
+    split_tiles,  # tiles a split
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -126,15 +135,14 @@ def _tree_attention_kernel(
     BLOCK_N: tl.constexpr,  # slots a tile: divides 64
     BLOCK_D: tl.constexpr,  # powers of two >= D, Dv
     BLOCK_DV: tl.constexpr,
-    SPLIT_TILES: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     batch = (tl.program_id(2) // Hkv).to(tl.int64)
     head = tl.program_id(2) % Hkv
     tree_ptr += batch * stride_tb
     start, length, prefix_tiles, tree_tiles = _sequence(tree_ptr, W, T, BLOCK_N)
-    begin = split * SPLIT_TILES
-    end = tl.minimum(begin + SPLIT_TILES, prefix_tiles + tree_tiles)
+    begin = split * split_tiles
+    end = tl.minimum(begin + split_tiles, prefix_tiles + tree_tiles)
 
     # rows past the last repeat the last node; they are not stored
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -221,7 +229,7 @@ def _tree_attention_kernel(
         tl.store(stats_ptr + partial_row * 2 + 1, total, mask=stored)
 
 
-@triton.jit(do_not_specialize=["stride_tb", "stride_tn", "N", "T", "P"])
+@triton.jit(do_not_specialize=["stride_tb", "stride_tn", "N", "T", "P", "split_tiles"])
 def _merge_kernel(
     out_ptr,  # [B, N, Hq, Dv] query's dtype, contiguous, out
     partial_ptr,  # [B, Hkv, P, N * G, Dv] fp32
@@ -232,11 +240,11 @@ def _merge_kernel(
     chunk,
     stride_tb, stride_tn,
     Hkv, N, T, W, P,
+    split_tiles,
     G: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_N: tl.constexpr,  # as in the first kernel
     BLOCK_DV: tl.constexpr,
-    SPLIT_TILES: tl.constexpr,
     BLOCK_P: tl.constexpr,  # power of two >= P
     MERGE_P: tl.constexpr,  # splits at a time: a power of two, at most BLOCK_P
 ):  # fmt: skip
@@ -246,13 +254,13 @@ def _merge_kernel(
     query_head = (tl.program_id(1) % Hkv) * G + row % G
     tree_ptr += batch * stride_tb
     start, length, prefix_tiles, tree_tiles = _sequence(tree_ptr, W, T, BLOCK_N)
-    end = tl.cdiv(prefix_tiles + tree_tiles, SPLIT_TILES)
+    end = tl.cdiv(prefix_tiles + tree_tiles, split_tiles)
     begin = 0
     if window is not None or chunk is not None:
         # the first kernel skipped the splits before the row's first position
         depth = tl.load(tree_ptr + (T - N + node) * stride_tn + W).to(tl.int32)
         first = _first_position(length - start + depth, window, chunk)
-        begin = tl.minimum(first // BLOCK_N, prefix_tiles) // SPLIT_TILES
+        begin = tl.minimum(first // BLOCK_N, prefix_tiles) // split_tiles
 
     stride_split = N * G
     partial_row = tl.program_id(1).to(tl.int64) * P * stride_split + row
@@ -297,7 +305,7 @@ def tree_attention(
     group, device = query_heads // kv_heads, query.device
     limited = sliding_window is not None or chunk_size is not None
     shape = batch, kv_heads, group, rows, nodes, slots, head_dim, value_dim, query.element_size(), limited
-    grid, meta, merge_meta = attention_plan(architecture(device), *shape)
+    grid, split_tiles, meta, merge_meta = attention_plan(architecture(device), multiprocessors(device), *shape)
     if scale <= 0 and softcap is None:  # the kernel takes the maximum before it scales
         query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
     inner, outer = (None, scale) if softcap is None else (scale / softcap, softcap)
@@ -313,12 +321,13 @@ def tree_attention(
         _tree_attention_kernel[grid](
             out if partial is None else None, partial, stats, query, key, value, packed_tree, sinks,
             inner, outer * LOG2E.value, sliding_window, chunk_size,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *tree_strides, *sizes, **meta,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *tree_strides, *sizes, split_tiles,
+            **meta,
         )  # fmt: skip
         if partial is not None:
             _merge_kernel[(rows * group, batch * kv_heads)](
                 out, partial, stats, packed_tree, sinks, sliding_window, chunk_size,
-                *tree_strides, *sizes, grid[1], **merge_meta,
+                *tree_strides, *sizes, grid[1], split_tiles, **merge_meta,
             )  # fmt: skip
     return out
 

@@ -1,8 +1,9 @@
 """The ops: one contract each, checked here, computed by a Triton kernel or by its PyTorch reference.
 
-`impl=None` takes the Triton kernel where the tensors are on a CUDA GPU and the reference elsewhere. An explicit
-`impl="triton"` or `impl="reference"` is obeyed or refused, never replaced. Kernels are imported when first used, and
-called as registered ops (`torch.ops.specdec_triton`): torch.compile sees one opaque op with known outputs.
+`impl=None` takes the Triton kernel where the tensors are on a CUDA GPU and the reference elsewhere; `tree_attention`
+takes the reference for heads that are too wide for its kernel, too. An explicit `impl="triton"` or `impl="reference"`
+is obeyed or refused, never replaced. Kernels are imported when first used, and called as registered ops
+(`torch.ops.specdec_triton`): torch.compile sees one opaque op with known outputs.
 
 Strides: each op's docstring says which tensors are read in place. All others may have any strides, too: those that are
 not contiguous are copied.
@@ -37,11 +38,16 @@ FILTER_DTYPES = {
 }
 NO_FILTERS = Filters()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# of tree_attention's kernel: a program holds whole heads, and has neither registers nor shared memory for wider ones
+MAX_HEAD_DIM = 512
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
-    """Which implementation `impl=None` takes for tensors on `device`, and why: ("triton" | "reference", reason)."""
+    """Which implementation `impl=None` takes for tensors on `device`, and why: ("triton" | "reference", reason).
+
+    Of `tree_attention`, for head dims up to `MAX_HEAD_DIM`.
+    """
     if op not in OPS:
         raise ValueError(f"implementation: op must be one of {', '.join(OPS)}, got {op!r}")
     device = torch.device(device)
@@ -158,7 +164,7 @@ def tree_attention(
         chunk_size: a row sees keys of its own chunk of positions only (Llama 4).
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
         sinks: [Hq] float. One more logit a head in the softmax's denominator (gpt-oss).
-        impl: None, "triton" or "reference".
+        impl: None, "triton" or "reference". The kernel takes D and Dv up to 512; None is the reference for more.
 
     Returns:
         [B, N, Hq, Dv], query's dtype, contiguous.
@@ -191,6 +197,12 @@ def tree_attention(
         if sinks.shape != (query_heads,) or not sinks.is_floating_point():
             raise _refusal(op, "sinks", f"float [{query_heads}]", sinks)
         _check_device(op, query, sinks=sinks)
+    if max(head_dim, value.shape[3]) > MAX_HEAD_DIM:
+        if impl == "triton":
+            name, tensor = ("key", key) if head_dim > MAX_HEAD_DIM else ("value", value)
+            wanted = f'of a head dim up to {MAX_HEAD_DIM} for impl="triton" (impl=None takes the reference for more)'
+            raise _refusal(op, name, wanted, tensor)
+        impl = impl or "reference"
     compute = resolve(op, impl, query.device)
     scale = head_dim**-0.5 if scale is None else scale
     return compute(query, key, value, packed_tree, scale, sliding_window, chunk_size, softcap, sinks)

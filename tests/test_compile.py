@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import sys
 
 import pytest
@@ -13,10 +14,13 @@ sys.path.insert(0, str(BENCH))
 import compile_report  # noqa: E402
 
 from specdec_triton import inspection  # noqa: E402
+from specdec_triton.kernels import _common  # noqa: E402
 
 QUICK = (
     r"tree_attention/(bf16 d128 m(16|64|128) n\d+ split|fp16 d128 m32 n64 one|bf16 d64 m16 n64 one window sinks"
     r"|merge d128 p16)$|accept_greedy/.*bf16|compact_kv/(16|1)-byte"
+    # spilled under Triton 3.6
+    r"|tree_attention/(bf16 d64 m16 n64 split chunk|fp32 d256 m16 n16 split window softcap)$|.*/walk typical n256$"
     r"|accept_sample/(bf16 (statistics coupled|(laws|draws) multi_round without.*|draws block with)|walk coupled n64)$"
 )
 
@@ -57,6 +61,22 @@ def test_committed_tables(arch):
     assert rows.keys() == {name for name, _ in inspection.cases(arch)}, "run python bench/compile_report.py"
     wide = [row for name, row in rows.items() if arch == 90 and (" m64 " in name or " m128 " in name)]
     assert all(row["hgmma"] for row in wide)
+
+
+@pytest.mark.parametrize("arch", inspection.ARCHES)
+def test_as_many_programs_fit_as_are_planned(arch):
+    """On a multiprocessor, of tree attention; or one of the two that are planned, then a full wave is two full ones."""
+    seen = set()
+    for name, row in compile_report.committed(arch)["rows"].items():
+        found = re.fullmatch(r"tree_attention/(\w+) d(\d+) m(\d+) n\d+ split(.*)", name)
+        if found:
+            dim, rows = int(found[2]), int(found[3])
+            limited, itemsize = found[4] != "", 4 if found[1] == "fp32" else 2
+            planned = _common.attention_config(arch, rows, dim, itemsize, False, limited).programs
+            fit = min(inspection.occupancy(row, arch)[0], 2)
+            assert fit == planned or (fit, planned) == (1, 2) and (arch, limited) != (90, False), name
+            seen.add(planned)
+    assert seen == {1, 2}
 
 
 def test_faults_are_found():

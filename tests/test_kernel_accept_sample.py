@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from first_gpu import covering, marked, turns
 from specdec_triton import noise, ops, reference, rules
 from specdec_triton.filters import Filters, filtered_log_probs
-from specdec_triton.kernels import _law, _noise
+from specdec_triton.kernels import _chances, _law, _noise
 from specdec_triton.kernels import accept_sample as kernel
 from specdec_triton.rules import RULES, SAMPLING, WEIGHING_RULES
 from test_filters import DTYPES, PALETTES, check_by_hand, made, options_of, paint
@@ -205,6 +205,66 @@ def test_the_constants_are_the_references():
 
 
 @triton.jit
+def _depths_probe(out_ptr, parents_ptr, N, BLOCK_N: tl.constexpr):
+    row = tl.program_id(0)
+    node = tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + row * N + node, _chances.depths_of(parents_ptr, row, N, BLOCK_N), mask=node < N)
+
+
+def depths(parents):
+    out = torch.full_like(parents, -7)
+    nodes = parents.shape[1]
+    _depths_probe[(len(parents),)](out, parents.to(DEVICE), nodes, BLOCK_N=max(16, triton.next_power_of_2(nodes)))
+    return out.tolist()
+
+
+def depths_by_hand(parents):
+    """Up from each node; a node without a parent hangs below the root, and a parent comes before its children."""
+    found = []
+    for node in range(len(parents)):
+        found.append(0)
+        while node > 0:
+            node = min(parents[node], node - 1)
+            found[-1] += 1
+    return found
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 15, 16, 17, 65, 256])
+def test_depths(nodes):
+    """Chains, stars, random trees, and parents that are no nodes or do not come first."""
+    random = torch.Generator().manual_seed(nodes)
+    parents = torch.zeros(6, nodes, dtype=torch.int32)
+    parents[0] = torch.arange(-1, nodes - 1)
+    parents[2] = -1
+    for node in range(1, nodes):
+        parents[3, node] = int(torch.randint(max(0, node - 3), node, (), generator=random))
+    parents[4:] = torch.randint(-3, nodes + 3, (2, nodes), generator=random)
+    assert depths(parents.to(DEVICE)) == [depths_by_hand(row) for row in parents.tolist()]
+
+
+@pytest.mark.parametrize(("rule", "kind"), [("coupled", "none"), ("coupled", "top_k"), ("traversal", "none")])
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's loads")
+def test_a_chain_takes_no_more_loads_than_a_star(monkeypatch, rule, kind):
+    """Depths are found without walking up by loads that wait for each other."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    counts = []
+    for name in ("create_load", "create_masked_load"):
+        load = getattr(InterpreterBuilder, name)
+        monkeypatch.setattr(InterpreterBuilder, name, lambda *given, load=load: (counts.append(1), load(*given))[1])
+    monkeypatch.setattr(kernel, "walk_kernel", Recorder("walk", []))
+    monkeypatch.setattr(kernel, "draws_kernel", Recorder("draws", []))
+    arguments = case(rule, "none", batch=1, nodes=24, vocab=5, kind=kind, seed=3) | {"max_depth": 2}
+    found = []
+    for parents in (torch.arange(-1, 23), torch.zeros(24).index_fill(0, torch.tensor([0]), -1)):
+        arguments["parents"][:] = parents.int()
+        counts.clear()
+        run(arguments)
+        found.append(len(counts))
+    assert 0 < found[0] <= found[1]
+
+
+@triton.jit
 def _law_probe(
     out_ptr, logits_ptr, keys_ptr, sums_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V, S,
     SHIFT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -228,7 +288,7 @@ def laws(logits, filters):
     sums, zeros = torch.empty(batch, 1, tiles, device=DEVICE), torch.zeros(batch, dtype=torch.int64, device=DEVICE)
     kernel._statistics_kernel[(tiles, 1, batch)](
         keys, sums, None, logits, None, zeros, zeros, zeros, filters.temperature, None,
-        vocab, vocab, 1, 0, 0, 0, 1, 0, vocab, tiles, NOISE=None, ROWS=1, BLOCK_V=kernel.BLOCK_V,
+        vocab, vocab, 1, 0, 0, 0, 1, 0, vocab, tiles, NOISE=None, ROWS=1, BLOCK_N=None, BLOCK_V=kernel.BLOCK_V,
     )  # fmt: skip
     out = torch.empty(batch, vocab, device=DEVICE)
     _law_probe[(batch,)](

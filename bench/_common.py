@@ -42,7 +42,7 @@ from _rows import CALIBRATION, RESULTS, ROOT, Results, commit, output, slug
 COLD_BYTES = 200e6  # several times the largest L2 cache: what one call reads, the calls between it and the next evict
 MAX_SETS = 128
 CALIBRATION_HOURS = 1
-HANGS = 25  # seconds
+HANGS = 40  # seconds
 TERMINATED, DEAD = 143, 3  # exit statuses: stopped, as a shell says it; the GPU is lost to this process
 COMPILED = " compiled"  # after a bench's name: its run with --compiled
 UNTIMED = "Triton's interpreter: checked, has no speed"
@@ -119,6 +119,7 @@ class Bench:
             parser.exit(self.status, f"{step}: complete in {self.results.file}\n")
         self.ceilings = ceilings(self.device, folder)
         self._case, self._dead = "", False
+        self.on_exit: Callable[[], None] = lambda: None  # before the process is ended from outside, or for a hang
         self._before = self.state["seconds"]
         signal.signal(signal.SIGTERM, lambda *_: self._stopped())
         atexit.register(self.results.save)
@@ -130,8 +131,12 @@ class Bench:
         return "rehearsal" if self.rehearse else "gpu" if self.device.type == "cuda" else "cpu"
 
     @property
+    def seconds_left(self) -> float:
+        return self.options.budget - (time.perf_counter() - self.began)
+
+    @property
     def out_of_time(self) -> bool:
-        return time.perf_counter() - self.began > self.options.budget
+        return self.seconds_left < 0
 
     def check_time(self) -> None:
         """To be called now and then inside a case.
@@ -147,7 +152,8 @@ class Bench:
 
         Args:
             measure: takes this bench and a case.
-            full, small, rehearsed: the cases on a GPU, on a CPU, and in a rehearsal; what matters most comes first.
+            full, small, rehearsed: the cases on a GPU, on a CPU, and in a rehearsal; what matters most comes first. On
+                a GPU, a case with `seconds` is passed over if less time is left.
 
         Returns:
             The exit status: 1 where an output was wrong or something failed.
@@ -158,6 +164,8 @@ class Bench:
         for case in progress(todo, self.name):
             if self.out_of_time:
                 break
+            if self.size == "gpu" and getattr(case, "seconds", 0.0) > self.seconds_left:
+                continue
             found, self._case = {}, repr(case)
             try:
                 with self.guarded(found):
@@ -186,10 +194,10 @@ class Bench:
             self.state["failed"] += 1
             self.add("inputs", {"case": self._case}, "", {"failed": late})
             self._case_done()
+            self.on_exit()
             os._exit(DEAD)
 
-        left = self.options.budget - (time.perf_counter() - self.began)
-        watch = threading.Timer(min(max(left, 0.0) + HANGS, threading.TIMEOUT_MAX), hung)
+        watch = threading.Timer(min(max(self.seconds_left, 0.0) + HANGS, threading.TIMEOUT_MAX), hung)
         watch.daemon = True
         watch.start()
         return watch
@@ -201,6 +209,7 @@ class Bench:
     def _stopped(self) -> None:
         """At once: an exception could be caught by whatever runs at the moment."""
         self._save()
+        self.on_exit()
         os._exit(TERMINATED)
 
     @property
@@ -233,6 +242,7 @@ class Bench:
         nbytes: float = 0,
         flops: float = 0,
         inputs: str = "synthetic",
+        count: bool = False,
     ) -> dict | None:
         """Add one row: a time only where the outputs are right. None, and no row, if the provider is another run's:
         see `Provider.compiles`.
@@ -246,6 +256,7 @@ class Bench:
             nbytes: read and written once, at least; with `flops` it gives the floor of the time.
             flops: at least.
             inputs: "synthetic", or where real ones came from.
+            count: the launches of a kernel of ours are wanted: a run under the profiler.
 
         Raises:
             OutOfTime: the budget is spent.
@@ -263,6 +274,8 @@ class Bench:
                     found["untimed"] = UNTIMED
                 else:
                     found |= self._timed(provider, sets, nbytes, flops)
+                    counts = count and provider.kernel and self.device.type == "cuda"
+                    found["launches"] = launches(provider.call, sets[0]) if counts else None
         return self.add(provider.name, shapes, dtype, found, inputs)
 
     def _timed(self, provider: Provider, sets: Sequence, nbytes: float, flops: float) -> dict:
@@ -285,7 +298,6 @@ class Bench:
             "p80_us": round(p80, 3),
             "floor_us": round(floor, 3),
             "of_ceiling": round(floor / p50, 4),
-            "launches": launches(provider.call, sets[0]) if self.device.type == "cuda" and provider.kernel else None,
         }
 
     @contextlib.contextmanager

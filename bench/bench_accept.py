@@ -83,7 +83,9 @@ def measure(bench: Bench, case: tuple[int, int, int]) -> None:
             Provider("reference", lambda inputs: accept(inputs, "reference")),
             Provider("eager argmax, walk on the host", accept_eager, graph=False),
         ):
-            bench.measure(provider, {"B": batch, "N": nodes, "V": vocab}, name, sets, verify, nbytes=nbytes)
+            bench.measure(
+                provider, {"B": batch, "N": nodes, "V": vocab}, name, sets, verify, nbytes=nbytes, count=nodes == 64
+            )
 
 
 def main() -> int:

@@ -78,7 +78,7 @@ def measure(bench: Bench, case: tuple[str, int, str]) -> None:
         Provider("reference", lambda inputs: compact(inputs, "reference")),
         Provider("eager, a layer at a time", compact_eager),
     ):
-        bench.measure(provider, shapes, "bf16", sets, verify, nbytes=nbytes)
+        bench.measure(provider, shapes, "bf16", sets, verify, nbytes=nbytes, count=batch == 1)
 
 
 def main() -> int:

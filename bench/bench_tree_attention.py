@@ -147,7 +147,7 @@ def measure(bench: Bench, case: tuple[int, ...]) -> None:
         providers = [bench.made(peer, partial(make, bench.device, sets[0])) for peer, make in PEERS.items()]
     shapes = {"B": batch, "Hq": query_heads, "Hkv": kv_heads, "D": head_dim, "context": context, "N": nodes}
     for provider in providers:
-        bench.measure(provider, shapes, name, sets, verify, nbytes=nbytes, flops=flops)
+        bench.measure(provider, shapes, name, sets, verify, nbytes=nbytes, flops=flops, count=context <= 1024)
 
 
 def main() -> int:

@@ -37,6 +37,12 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 slower=6
 [[ -z $rehearse ]] && "$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && slower=1
 
+# without a GPU that should be there, an hour of a rented machine would go to a CPU's sizes
+if [[ -z $rehearse && $slower -ne 1 ]] && command -v nvidia-smi >/dev/null; then
+	echo "gpu.sh: wanted a GPU that torch can use, got none (nvidia-smi is here)" >&2
+	exit 2
+fi
+
 log="$out/log.txt"
 status=0
 started=$SECONDS
@@ -49,7 +55,7 @@ steps() {
 		begun=$SECONDS
 		echo "== $1: $py bench/steps.py" >>"$log"
 		timeout -k 5 "$left" "$py" bench/steps.py "$out" "$1" --budget $((left - 15)) ${rehearse:+"$rehearse"} \
-			> >(tee -a "$log" | grep --line-buffered '^== ' | cut -c 1-200) 2>>"$log"
+			> >(tee -a "$log" | sed -un 's/^\(== .\{1,190\}\).*/\1/p') 2>>"$log"
 		code=$?
 		case $code in
 			0 | 1) echo "$1: $((SECONDS - begun)) s" ;;
@@ -71,6 +77,6 @@ case $part in
 		;;
 esac
 # the table comes last
-timeout -k 5 $((15 * slower)) "$py" bench/report.py "$out" 2>>"$log" || { status=1; echo "report: failed, see $log"; }
+timeout -k 5 $((30 * slower)) "$py" bench/report.py "$out" 2>>"$log" || { status=1; echo "report: failed, see $log"; }
 echo "$((SECONDS - started)) s in all; everything is in $out"
 exit $status

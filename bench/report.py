@@ -25,7 +25,7 @@ REST = "#d9d9d9"
 MARKS = {"met": "met", "missed": "**missed**", "not measured": "not measured"}
 NO_PLOTS = "matplotlib is not installed: no plots. Make them elsewhere: python bench/report.py FOLDER"
 LONGEST_REASON = 160
-MOST_LINES, MOST_FAULTS, LONGEST_LINE, LONGEST_FAULT = 60, 12, 230, 400  # on the screen
+MOST_LINES, MOST_FAULTS, LONGEST_LINE, LONGEST_FAULT = 60, 10, 170, 320  # on the screen
 KERNELS = ("tree_attention", "accept", "accept_sample", "compact")
 
 
@@ -172,8 +172,8 @@ def steps_table(steps: dict[str, dict]) -> list[str]:
     return table(["step", "complete", "cases left", "wrong", "failed", "seconds"], lines) if lines else []
 
 
-def report(folder: pathlib.Path) -> list[str]:
-    """Write report.md and the plots of a folder; the lines of a short table for the screen."""
+def report(folder: pathlib.Path) -> None:
+    """Write the plots of a folder, and report.md with them. The second comes first, in case that plots fail."""
     results = Results(folder)
     rows, rehearsal = results.rows, any(row["size"] == "rehearsal" for row in results.rows)
     title = "A rehearsal: the numbers mean nothing" if rehearsal else "Results"
@@ -193,15 +193,10 @@ def report(folder: pathlib.Path) -> list[str]:
     for bench in KERNELS:
         lines += kernel_table(rows, bench)
     lines += ["## End to end", "", *generate_table(rows), *round_table(rows), *unmeasured(rows)]
-    plots = draw(rows, folder)
-    lines += [
-        "## Plots",
-        "",
-        *([f"![{name}]({name})" for name in plots] or [NO_PLOTS if not has_matplotlib() else "no rows to draw"]),
-        "",
-    ]
     (folder / REPORT).write_text("\n".join(lines))
-    return short(rows, results.steps)
+    plots = [f"![{name}]({name})" for name in draw(rows, folder)]
+    lines += ["## Plots", "", *(plots or [NO_PLOTS if not has_matplotlib() else "no rows to draw"]), ""]
+    (folder / REPORT).write_text("\n".join(lines))
 
 
 def learned(rows: list[dict]) -> list[str]:
@@ -512,7 +507,9 @@ def main() -> int:
     if not (options.folder / ROWS).exists():
         print(f"report: wanted a folder with a {ROWS}, got {options.folder}", file=sys.stderr)
         return 2
-    print("\n".join(report(options.folder)))
+    results = Results(options.folder)
+    print("\n".join(short(results.rows, results.steps)), flush=True)
+    report(options.folder)
     return 0
 
 

@@ -14,6 +14,7 @@ import torch
 
 from .graphs import capture
 
+BUSY_CYCLES = 100_000  # some 50 us, longer than it takes to launch a graph
 EAGER_LAUNCHES = 200  # queued in one go: far fewer than a stream holds before it makes the host wait
 
 
@@ -42,7 +43,7 @@ def timed(
     if not graph:
         return "cuda events", clocked(call, sets, _event_clock, seconds)
     recorded = captured(call, sets)
-    replays = clocked(lambda _: recorded.replay(), [None], _event_clock, seconds)
+    replays = clocked(lambda _: recorded.replay(), [None], _busy_event_clock, seconds)
     return "cuda graph", [replay / len(sets) for replay in replays]
 
 
@@ -80,9 +81,16 @@ def _host_clock(call: Callable, inputs: Any) -> float:
     return time.perf_counter() - start
 
 
-def _event_clock(call: Callable, inputs: Any) -> float:
+def _busy_event_clock(call: Callable, inputs: Any) -> float:
+    """Of a call that does not wait for the host: the device is busy until the call is queued, so that its launch takes
+    no part of the time."""
+    return _event_clock(call, inputs, lambda: torch.cuda._sleep(BUSY_CYCLES))
+
+
+def _event_clock(call: Callable, inputs: Any, before: Callable[[], Any] = lambda: None) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    before()
     start.record()
     call(inputs)
     end.record()
@@ -100,8 +108,9 @@ def calibrate(device: torch.device, seconds: float | None = None) -> dict[str, f
 
     Returns:
         copy_bytes_s (read and written), read_bytes_s (the better of two reductions), matmul_flops_s (bf16 on a GPU,
-        fp32 on a CPU), launch_us (host time of one eager op); on a GPU also graph_replay_us (a graph of one kernel),
-        graph_kernel_us (one of 100 kernels in a graph) and host_read_us (a value read after an idle queue).
+        fp32 on a CPU), launch_us (host time of one eager op); on a GPU also graph_replay_us (a graph of one kernel,
+        from an idle device), graph_kernel_us (one of 100 kernels in a graph) and host_read_us (a value read after an
+        idle queue).
     """
     on_gpu = device.type == "cuda"
     seconds = seconds or (0.3 if on_gpu else 0.02)
@@ -126,7 +135,9 @@ def calibrate(device: torch.device, seconds: float | None = None) -> dict[str, f
         "launch_us": 1e6 * statistics.median(clocked(launches, [None], _queueing_clock, seconds)) / EAGER_LAUNCHES,
     }
     if on_gpu:
-        found["graph_replay_us"] = 1e6 * median(lambda _: tiny.zero_())
+        single = captured(lambda _: tiny.zero_(), [None])
+        replays = clocked(lambda _: single.replay(), [None], _event_clock, seconds)
+        found["graph_replay_us"] = 1e6 * statistics.median(replays)
         found["graph_kernel_us"] = 1e6 * median(lambda _: tiny.zero_(), [None] * 100)
         found["host_read_us"] = 1e6 * statistics.median(clocked(lambda _: tiny.item(), [None], _host_clock, seconds))
     return found

@@ -44,18 +44,23 @@ def capture(stage: Callable[[], Any], pool: Any = None) -> tuple["torch.cuda.CUD
     """
     device, outer = cuda.current_device(), cuda.current_stream()
     stream = capture_stream(device)
-    graph, pool, first = cuda.CUDAGraph(), pool or cuda.graph_pool_handle(), None
+    graph, pool, failure = cuda.CUDAGraph(), pool or cuda.graph_pool_handle(), None
     try:
         # other threads may go on with what a capture would forbid
         with cuda.graph(graph, pool, stream=stream, capture_error_mode="thread_local"):
             try:
                 outputs = stage()
             except BaseException as error:  # the end of the capture may raise another one, which says less
-                first = error
+                failure = error
                 raise
     except BaseException as error:
+        failure = failure or error
         _leave(graph, pool, device, outer)
-        raise first or error from None
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            failure = None  # a cycle with its own traceback would keep the stage, and what it holds, alive
     global captured
     captured += 1
     return graph, outputs

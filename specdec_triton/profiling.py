@@ -171,7 +171,7 @@ class Profile:
 
     Attributes:
         device: where the model is.
-        rounds: of the timed call.
+        rounds: of the timed call; the mark of each is the seconds that the host had waited before it.
         waits: of the host, all rounds of that call and what came before and after them.
         peak_bytes: of device memory; on a CPU, of the process's so far.
         joules: of the whole timed call by the GPU's own counter; None where it cannot be read.
@@ -216,12 +216,17 @@ class Profile:
         return list(dict.fromkeys(name for found in self.rounds for name, _ in found.stages))
 
     @property
+    def wait_seconds(self) -> list[float]:
+        """The host's waits in each steady round but the last."""
+        return [b.mark - a.mark for a, b in pairwise(self.steady)]
+
+    @property
     def host_seconds(self) -> float | None:
-        """Host work of a round on a GPU: median of the rounds' host time, less the waits of an average one."""
-        if self.device.type != "cuda":
+        """Host work of a round on a GPU: median of the steady rounds' host time, less their waits."""
+        if self.device.type != "cuda" or len(self.steady) < 2:
             return None
-        spans = statistics.median(found.whole.host_seconds for found in self.steady)
-        return max(spans - self.waits.seconds / len(self.rounds), 0.0)
+        spans = [found.whole.host_seconds for found in self.steady]
+        return statistics.median(max(span - wait, 0.0) for span, wait in zip(spans, self.wait_seconds, strict=False))
 
     @property
     def nodes(self) -> float:
@@ -256,7 +261,7 @@ def profile_rounds(
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    with energy(device) as joules, time_host_waits() as waits, record_rounds(device) as rounds:
+    with energy(device) as joules, time_host_waits() as waits, record_rounds(device, lambda: waits.seconds) as rounds:
         generate()
     if not rounds:
         raise ValueError("profile_rounds: generate must run at least one speculative round, got none: patch the model")
@@ -296,7 +301,8 @@ def _traced(
     ]
     if not events:
         return None, None
-    # the prompt is one forward; the rounds' part of the trace is its end, as long as the rounds took
+    # the trace ends with the rounds, and its part is as long as they took; the first two compile and capture
+    rounds = rounds[2:] or rounds
     length = 1e6 * sum(found.whole.seconds for found in rounds)
     last = max(end for _, end, _ in events)
     part = [event for event in events if event[0] >= last - length]
@@ -468,7 +474,7 @@ def summary_row(found: Profile, nbytes: float, ceilings: dict[str, float]) -> di
         "eta": round(floor_seconds(ceilings, nbytes) / p50, 4),
         "host_us": None if found.host_seconds is None else round(1e6 * found.host_seconds, 2),
         "waits": round(found.waits.count / count, 2),
-        "wait_us": round(1e6 * found.waits.seconds / count, 2),
+        "wait_us": round(1e6 * statistics.median(found.wait_seconds or [0.0]), 2),
         "kernels": found.kernels,
         "idle_share": found.idle_share,
         "host_reads": found.host_reads,

@@ -153,8 +153,15 @@ def written(folder, rows, size="gpu"):
     return folder
 
 
+def reported(folder, rows):
+    """Writes rows and report: the lines for the screen."""
+    results = _rows.Results(written(folder, rows))
+    report.report(folder)
+    return report.short(results.rows, results.steps)
+
+
 def test_a_report_has_its_tables_and_plots(tmp_path):
-    lines = report.report(written(tmp_path, [*gpu_rows(), *cpu_rows(), row("compact", "eager", {}, wrong="storage")]))
+    lines = reported(tmp_path, [*gpu_rows(), *cpu_rows(), row("compact", "eager", {}, wrong="storage")])
     text = (tmp_path / "report.md").read_text()
     for heading in ("## Goals", "### tree_attention", "### accept_sample", "### generate", "### round"):
         assert heading in text
@@ -172,7 +179,7 @@ def test_a_report_has_its_tables_and_plots(tmp_path):
 
 def test_without_matplotlib_there_are_no_plots_and_it_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "has_matplotlib", lambda: False)
-    assert report.NO_PLOTS in report.report(written(tmp_path, gpu_rows()))
+    assert report.NO_PLOTS in reported(tmp_path, gpu_rows())
     assert report.NO_PLOTS in (tmp_path / "report.md").read_text() and not list(tmp_path.glob("*.svg"))
 
 

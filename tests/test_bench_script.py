@@ -93,7 +93,7 @@ def test_a_rehearsal_runs_every_step_and_lists_what_is_absent(tmp_path):
     assert {row["size"] for row in rows} == {"rehearsal"}
     said = {row["provider"]: row["said"] for row in rows if row["bench"] == "correct"}
     assert set(said) == {"attention", "recovery", "text", "bf16 text", "tests"}
-    assert "capturing failed: cpu in a captured stage; next call:" in said["recovery"]
+    assert "capturing failed: _local_scalar_dense in a captured stage; next call:" in said["recovery"]
     assert re.search(r"\d+/\d+ tests collected", said["tests"])
     (auto,) = [row for row in rows if row["bench"] == "calls" and row["provider"] == "auto"]
     assert len(auto["verify_ms"]) > 4 and auto["captured"] > 0 and auto["trees"]

@@ -1,5 +1,8 @@
 """Captures that fail leave the process as it was; the graphs that are kept are those in use."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -45,6 +48,26 @@ def test_a_capture_that_fails_leaves_the_process_as_it_was(cuda, read):
     graph, outputs = graphs.capture(number)
     graph.replay()
     assert outputs.tolist() == [2]
+
+
+def test_a_capture_that_failed_holds_nothing(cuda):
+    """What the stage holds, a cache of gigabytes, is free at once, not at the next garbage collection."""
+
+    cache = number()
+
+    def stage():
+        return cache.item()
+
+    held = weakref.ref(stage)
+    gc.collect()
+    gc.disable()
+    try:
+        graphs.capture(stage)
+    except HostRead:
+        del stage
+    finally:
+        gc.enable()
+    assert held() is None
 
 
 def test_an_exception_of_the_stage_is_its_own(cuda):

@@ -91,6 +91,7 @@ def test_rounds_on_a_gpu_are_told_from_its_events(monkeypatch):
             [("verify", profiling.Span(begin=i, end=i + 0.25, events=(At(10 * i), At(10 * i + 6))))],
             nodes=4,
             depth=2,
+            mark=10.0 + 0.2 * i,  # the prompt's wait is no round's
         )
         for i in range(6)
     ]
@@ -98,7 +99,7 @@ def test_rounds_on_a_gpu_are_told_from_its_events(monkeypatch):
     found = profiling.Profile(torch.device("cuda"), rounds, waits, 0)
     assert found.round_seconds() == [0.01] * 3
     assert found.stage_seconds("verify") == [0.006] * 4 and found.stage_seconds("verify", host=True) == [0.25] * 4
-    assert found.host_seconds == pytest.approx(0.3)
+    assert found.host_seconds == pytest.approx(0.3) and found.wait_seconds == pytest.approx([0.2] * 3)
     assert (found.nodes, found.depth) == (4, 2)
 
 

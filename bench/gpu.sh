@@ -54,9 +54,9 @@ steps() {
 	while [[ $code -eq 3 ]] && left=$((until - SECONDS)) && [[ $left -gt 20 ]]; do
 		begun=$SECONDS
 		echo "== $1: $py bench/steps.py" >>"$log"
-		timeout -k 5 "$left" "$py" bench/steps.py "$out" "$1" --budget $((left - 15)) ${rehearse:+"$rehearse"} \
-			> >(tee -a "$log" | sed -un 's/^\(== .\{1,190\}\).*/\1/p') 2>>"$log"
-		code=$?
+		timeout -k 5 "$left" "$py" bench/steps.py "$out" "$1" --budget $((left - 15)) ${rehearse:+"$rehearse"} 2>>"$log" |
+			tee -a "$log" | sed -un 's/^\(== .\{1,190\}\).*/\1/p'
+		code=${PIPESTATUS[0]}
 		case $code in
 			0 | 1) echo "$1: $((SECONDS - begun)) s" ;;
 			3) echo "$1: the GPU was lost after $((SECONDS - begun)) s, a new process goes on" ;;

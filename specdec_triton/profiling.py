@@ -299,9 +299,17 @@ def _traced(
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(LABEL)
     ]
-    if not events:
-        return None, None
-    # the trace ends with the rounds, and its part is as long as they took; the first two compile and capture
+    return kernels_and_idle_share(events, rounds) if events else (None, None)
+
+
+def kernels_and_idle_share(events: Sequence[tuple[float, float, str]], rounds: Sequence[Round]) -> tuple[float, float]:
+    """Kernels of a steady round, and the share of the steady rounds' time in which the GPU ran nothing.
+
+    Args:
+        events: begin and end in microseconds, and name, of all that the GPU did in a call.
+        rounds: of that call.
+    """
+    # the trace ends with the rounds; the first two may compile and capture
     rounds = rounds[2:] or rounds
     length = 1e6 * sum(found.whole.seconds for found in rounds)
     last = max(end for _, end, _ in events)

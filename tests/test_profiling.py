@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,32 @@ def test_rounds_on_a_gpu_are_told_from_its_events(monkeypatch):
     assert found.stage_seconds("verify") == [0.006] * 4 and found.stage_seconds("verify", host=True) == [0.25] * 4
     assert found.host_seconds == pytest.approx(0.3) and found.wait_seconds == pytest.approx([0.2] * 3)
     assert (found.nodes, found.depth) == (4, 2)
+
+
+def test_kernels_and_idle_time_are_of_the_steady_rounds():
+    """A prompt, two rounds that compile and capture, four of two kernels and a copy each, idle a quarter of the time."""
+    wholes = [100.0, 300.0, 4.0, 4.0, 4.0, 4.0]  # microseconds
+    rounds = [profiling.Round(profiling.Span(begin=0.0, end=whole / 1e6)) for whole in wholes]
+    events, begin = [(0.0, 50.0, "prompt"), (60.0, 70.0, "eager round")], 460.0
+    for number in range(4):
+        at = begin + 4 * number
+        events += [(at, at + 1, "verify"), (at + 1, at + 2, "accept"), (at + 3, at + 4, "Memcpy DtoH")]
+    kernels, idle = profiling.kernels_and_idle_share(events, rounds)
+    assert kernels == 2 and idle == pytest.approx(0.25)
+
+
+def test_the_hosts_waits_are_marked_round_by_round(model, monkeypatch):
+    class Rising:
+        count, asked = 0, 0
+
+        @property
+        def seconds(self):
+            self.asked += 1
+            return float(self.asked)
+
+    monkeypatch.setattr(profiling, "time_host_waits", lambda: nullcontext(Rising()))
+    found = profiling.profile_rounds(lambda: decode(model), CPU, count_reads=False)
+    assert len(found.rounds) > 2 and set(found.wait_seconds) == {1.0}
 
 
 def test_waits_for_the_gpu_are_timed_once_and_undone(monkeypatch):

@@ -105,7 +105,7 @@ def test_rounds_on_a_gpu_are_told_from_its_events(monkeypatch):
 
 
 def test_kernels_and_idle_time_are_of_the_steady_rounds():
-    """A prompt, two rounds that compile and capture, four of two kernels and a copy each, idle a quarter of the time."""
+    """A prompt, two rounds that compile and capture, four of two kernels and a copy each, a quarter of it idle."""
     wholes = [100.0, 300.0, 4.0, 4.0, 4.0, 4.0]  # microseconds
     rounds = [profiling.Round(profiling.Span(begin=0.0, end=whole / 1e6)) for whole in wholes]
     events, begin = [(0.0, 50.0, "prompt"), (60.0, 70.0, "eager round")], 460.0

@@ -51,6 +51,12 @@ def depths_of(parents_ptr, row, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def depth_of(parents_ptr, row, node, N, BLOCK_N: tl.constexpr):
+    """Of one node."""
+    return tl.max(tl.where(tl.arange(0, BLOCK_N) == node, depths_of(parents_ptr, row, N, BLOCK_N), 0), 0)
+
+
+@triton.jit
 def untried(ids, first, tried, BLOCK_V: tl.constexpr):
     """[BLOCK_V] bool: a tile's ids that are not among `tried` [BLOCK_N] int32 (-1 is none)."""
     free = ids >= 0

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ._chances import (
-    depths_of,
+    depth_of,
     prob_of,
     tree_of,
     was_drawn,
@@ -100,8 +100,6 @@ def _statistics_kernel(
     seed, position = tl.load(seeds_ptr + batch), tl.load(position_ptr + batch)
     noise = tl.zeros([BLOCK_V], tl.float32)
     noise_of = tl.full((), -1, tl.int32)
-    if NOISE == COUPLED:
-        depths = depths_of(parents_ptr, batch, N, BLOCK_N)
     for place in range(ROWS):
         row = tl.program_id(1) * ROWS + place
         if row < N + P:
@@ -129,9 +127,8 @@ def _statistics_kernel(
             if sums_ptr is not None:
                 tl.store(sums_ptr + index, tl.sum(tl.exp(scores), 0))
             if NOISE is not None:
-                which = row
-                if NOISE == COUPLED:
-                    which = tl.max(tl.where(tl.arange(0, BLOCK_N) == row, depths, 0), 0)
+                # at each node anew: kept in the loop, the depths of all cost half of the occupancy (compile report)
+                which = depth_of(parents_ptr, batch, row, N, BLOCK_N) if NOISE == COUPLED else row
                 if which != noise_of:
                     if NOISE == COUPLED:
                         noise = gumbel(seed, position + 1 + which, 0, NOISE, first, BLOCK_V)
@@ -216,8 +213,7 @@ def _laws_kernel(
         else:
             seed, position = tl.load(seeds_ptr + batch), tl.load(position_ptr + batch)
             if RULE == "coupled":
-                depths = depths_of(parents_ptr, batch, N, BLOCK_N)
-                depth = tl.max(tl.where(tl.arange(0, BLOCK_N) == here, depths, 0), 0)
+                depth = depth_of(parents_ptr, batch, here, N, BLOCK_N)
                 chosen = _draw(
                     row_ptr, keys_ptr + keys_row, stride_v, V, law, seed, position + 1 + depth, 0, COUPLED, BLOCK_V
                 )
@@ -295,8 +291,7 @@ def _weights_kernel(
     """Traversal: a node's weight is its chance, so the nodes of one depth wait for those above."""
     here = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    depths = depths_of(parents_ptr, batch, N, BLOCK_N)
-    if tl.max(tl.where(tl.arange(0, BLOCK_N) == here, depths, 0), 0) != depth:
+    if depth_of(parents_ptr, batch, here, N, BLOCK_N) != depth:
         return
     node, parents, tokens = tree_of(parents_ptr, tokens_ptr, batch, N, V, "traversal", BLOCK_N)
     index = batch * N + here

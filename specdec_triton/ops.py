@@ -38,15 +38,16 @@ FILTER_DTYPES = {
 }
 NO_FILTERS = Filters()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# of tree_attention's kernel: a program holds whole heads, and has neither registers nor shared memory for wider ones
-MAX_HEAD_DIM = 512
+# of tree_attention's kernel by bytes an element: a program holds whole heads, and has neither registers nor shared
+# memory for wider ones
+MAX_HEAD_DIMS = {2: 512, 4: 256}
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
     """Which implementation `impl=None` takes for tensors on `device`, and why: ("triton" | "reference", reason).
 
-    Of `tree_attention`, for head dims up to `MAX_HEAD_DIM`.
+    Of `tree_attention`, for head dims up to `MAX_HEAD_DIMS`.
     """
     if op not in OPS:
         raise ValueError(f"implementation: op must be one of {', '.join(OPS)}, got {op!r}")
@@ -164,7 +165,8 @@ def tree_attention(
         chunk_size: a row sees keys of its own chunk of positions only (Llama 4).
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
         sinks: [Hq] float. One more logit a head in the softmax's denominator (gpt-oss).
-        impl: None, "triton" or "reference". The kernel takes D and Dv up to 512; None is the reference for more.
+        impl: None, "triton" or "reference". The kernel takes D and Dv up to 512, in fp32 up to 256; None is
+            the reference for more.
 
     Returns:
         [B, N, Hq, Dv], query's dtype, contiguous.
@@ -197,10 +199,11 @@ def tree_attention(
         if sinks.shape != (query_heads,) or not sinks.is_floating_point():
             raise _refusal(op, "sinks", f"float [{query_heads}]", sinks)
         _check_device(op, query, sinks=sinks)
-    if max(head_dim, value.shape[3]) > MAX_HEAD_DIM:
+    widest = MAX_HEAD_DIMS[query.element_size()]
+    if max(head_dim, value.shape[3]) > widest:
         if impl == "triton":
-            name, tensor = ("key", key) if head_dim > MAX_HEAD_DIM else ("value", value)
-            wanted = f'of a head dim up to {MAX_HEAD_DIM} for impl="triton" (impl=None takes the reference for more)'
+            name, tensor = ("key", key) if head_dim > widest else ("value", value)
+            wanted = f'of a head dim up to {widest} for impl="triton" (impl=None takes the reference for more)'
             raise _refusal(op, name, wanted, tensor)
         impl = impl or "reference"
     compute = resolve(op, impl, query.device)

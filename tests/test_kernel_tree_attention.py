@@ -185,8 +185,6 @@ def test_several_splits(small_splits, options):
         (2, 7, 1, 3, 97, 80, 80, 3),  # rows and head dim that are not powers of two
         (2, 4, 2, 5, 100, 96, 64, 9),  # D != Dv, N < T
         (1, 4, 2, 4, 70, 192, 128, 4),
-        (1, 2, 1, 3, 40, 512, 512, 3),
-        (1, 2, 1, 3, 40, 320, 96, 3),
         (1, 4, 4, 2, 70, 256, 256, 70),  # N < T, W = 2, the tree fills the capacity
         (1, 2, 1, 65, 140, 64, 64, 65),  # W = 2, one node in the second word
         (2, 2, 1, 20, 200, 32, 48, 130),  # W = 3
@@ -311,8 +309,8 @@ def test_a_short_context_is_one_launch(nodes):
     assert plan(nodes, in_buckets(2048 + nodes))[0][1] > 1
 
 
-def wide(head_dim, value_dim):
-    return make_case(1, 2, 1, rows=3, slots=40, head_dim=head_dim, value_dim=value_dim)
+def wide(head_dim, value_dim, dtype=torch.float16):
+    return make_case(1, 2, 1, rows=3, slots=40, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
 
 
 class Launched(Exception):
@@ -330,15 +328,22 @@ def no_launch(monkeypatch):
 def test_heads_too_wide_are_refused(no_launch):
     """Absorbed MLA: 576 and 512. Before anything is launched."""
     message = r'tree_attention: key must be of a head dim up to 512 for impl="triton"'
-    with pytest.raises(ValueError, match=message + r".*got torch.float32 \[1, 1, 40, 576\]"):
+    with pytest.raises(ValueError, match=message + r".*got torch.float16 \[1, 1, 40, 576\]"):
         wide(576, 512).run()
     with pytest.raises(ValueError, match=message.replace("key", "value") + r".*\[1, 1, 40, 513\]"):
         wide(64, 513).run()
-    for head_dim, value_dim in ((512, 512), (192, 128)):
+    with pytest.raises(ValueError, match=message.replace("512", "256")):
+        wide(320, 64, torch.float32).run()
+    for case in (wide(512, 512), wide(256, 256, torch.float32), wide(192, 128)):
         with pytest.raises(Launched):
-            wide(head_dim, value_dim).run()
-    for bytes in (2, 4):
-        assert ops.MAX_HEAD_DIM == max(dim for size, dim in _common._ATTENTION if size == bytes)
+            case.run()
+    for itemsize, widest in ops.MAX_HEAD_DIMS.items():
+        assert widest == max(dim for size, dim in _common._ATTENTION if size == itemsize)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(512, 512), (320, 96), (64, 400)])
+def test_wide_heads(head_dim, value_dim):
+    check(wide(head_dim, value_dim))
 
 
 def test_heads_too_wide_take_the_reference_by_default(no_launch, monkeypatch):

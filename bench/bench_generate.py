@@ -96,7 +96,9 @@ def scaled(case: Case, batch: int, graphs: tuple = (), **sizes) -> Case:
 
 SMALL = [scaled(case, 4, context=64, tokens=(4, 36)) for case in CASES if case.options != EAGER_ROUNDS]
 REHEARSED = [
-    scaled(case, 2, EAGER_ROUNDS, context=12, tokens=(2, 14), turns=1) for case in CASES if case.name != "nodes"
+    scaled(case, 2, EAGER_ROUNDS, context=12, tokens=(2, 14), turns=1)
+    for case in CASES
+    if case.name not in ("acceptance", "batch of 64", "nodes")
 ]
 REHEARSED.append(Case("graphs", (PLAIN,), context=12, tokens=(32, 40), turns=1, options=GRAPHS))
 

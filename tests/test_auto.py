@@ -85,7 +85,14 @@ def test_trees_follow_what_pays(rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "lag"), [("model", 0), ("model", 1), ("lookup", 1), ("oracle", 0), ("early", 0), ("early", 1)]
+    ("name", "lag"),
+    [
+        ("model", 1),
+        ("lookup", 1),
+        ("oracle", 0),
+        ("early", 0),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (("model", 0), ("early", 1))),
+    ],
 )
 def test_the_text_stays(monkeypatch, name, lag):
     if lag:

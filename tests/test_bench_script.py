@@ -117,6 +117,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(models, "default_device", lambda: torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_the_bench_command_runs_the_scripts_and_shows_their_table(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "rows"

@@ -55,8 +55,16 @@ def speculative(model, drafter, inputs, **options):
     return text, sdt.stats(model)
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_captured_rounds_give_the_same_text(captured, name):
+@pytest.mark.parametrize(
+    ("lag", "name"),
+    [
+        pytest.param(lag, name, marks=[] if (lag + place) % 2 else pytest.mark.slow)
+        for lag in (0, 1)
+        for place, name in enumerate(DRAFTERS)
+    ],
+)
+def test_captured_rounds_give_the_same_text(monkeypatch, lag, name):
+    capture_here(monkeypatch, lag)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     inputs["eos_token_id"] = eos_in_mid_row(model, prompt(batch=3), **OPTIONS)
     plain = model.generate(**inputs)
@@ -81,9 +89,8 @@ def test_every_family_is_captured(captured_late, family):
     ("rule", "name"),
     [
         ("coupled", "tree"),
-        ("multi_round", "tree"),
         ("traversal", "lookup"),
-        pytest.param("traversal", "tree", marks=pytest.mark.slow),
+        *(pytest.param(rule, "tree", marks=pytest.mark.slow) for rule in ("traversal", "multi_round")),
         *(pytest.param(rule, "lookup", marks=pytest.mark.slow) for rule in ("coupled", "multi_round")),
     ],
 )

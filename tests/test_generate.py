@@ -68,8 +68,14 @@ def test_a_batch_of_many_lengths(family):
         )
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize(
+    ("family", "batch"),
+    [
+        pytest.param(family, batch, marks=[] if (place + batch) % 2 else pytest.mark.slow)
+        for place, family in enumerate(FEW)
+        for batch in (1, 2)
+    ],
+)
 def test_rounds_without_a_draft(family, batch):
     """Unpadded: on the CPU, transformers' own decoding step over our cache, in turn with trees."""
     model, inputs = build(family), prompt(batch=batch, padding=0)

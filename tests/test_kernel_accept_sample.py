@@ -445,8 +445,14 @@ def test_awkward_shapes(rule, sampling, batch, nodes, vocab):
     check(case(rule, sampling, batch, nodes, vocab, seed=nodes + vocab))
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("rule", ["multi_round", "traversal"])
+@pytest.mark.parametrize(
+    ("rule", "sampling"),
+    [
+        pytest.param(rule, sampling, marks=[] if (first + second) % 2 else pytest.mark.slow)
+        for first, rule in enumerate(("multi_round", "traversal"))
+        for second, sampling in enumerate(SAMPLING)
+    ],
+)
 def test_siblings_one_after_the_other(rule, sampling):
     """Stars of a poor draft: most first children are rejected, and later ones meet what is left, some again."""
     arguments = case(rule, sampling, batch=6, nodes=6, vocab=6, seed=21, spread=2.0)
@@ -572,7 +578,9 @@ def test_what_cannot_be_said_is_never_said(rule, sampling):
     assert not ((got.next_ids == 0) | (got.next_ids == 5)).any() or rule == "typical"
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(rule, marks=pytest.mark.slow if rule in ("typical", "rejection") else []) for rule in RULES]
+)
 def test_end_of_text_budget_and_depth(rule):
     arguments = case(rule, "none", batch=6, nodes=5, vocab=4, seed=9)
     arguments |= on_device({"budget": torch.tensor([0, 1, 2, 3, -1, 2**40]), "eos_ids": torch.tensor([3, 9])})

@@ -145,8 +145,14 @@ def test_impl_triton_is_one_registered_op_and_impl_reference_none(op):
         assert sum(func.namespace == "specdec_triton" for func in record.seen) == wanted
 
 
-@pytest.mark.parametrize("op", CALLS)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("op", "dynamic"),
+    [
+        pytest.param(op, dynamic, marks=[] if dynamic == place % 2 else pytest.mark.slow)
+        for place, op in enumerate(CALLS)
+        for dynamic in (False, True)
+    ],
+)
 def test_torch_compile_takes_it_whole(op, dynamic):
     torch._dynamo.reset()
     call, inputs = CALLS[op]

@@ -175,7 +175,9 @@ def test_drafts_of_the_host_are_verified_by_captured_rounds(captured, monkeypatc
     assert stats.seconds["capture"] > 0 < stats.seconds["replay"]
 
 
-@pytest.mark.parametrize("name", ["none", "tree", "dynamic", "early"])
+@pytest.mark.parametrize(
+    "name", ["tree", "early", *(pytest.param(n, marks=pytest.mark.slow) for n in ("none", "dynamic"))]
+)
 def test_a_cache_that_grows_is_captured_anew(captured_late, name, monkeypatch):
     monkeypatch.setattr(generate, "FIRST_RESERVE", 4)
     monkeypatch.setattr(generate, "NODES_RESERVE", 4)
@@ -207,7 +209,7 @@ class Failing(SimulatedGraphs):
         return super().__call__(fail if self.left < 0 else stage)
 
 
-@pytest.mark.parametrize("name", ["dynamic", "lookup"])
+@pytest.mark.parametrize("name", ["dynamic", pytest.param("lookup", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("good", "error", "says"),
     [
@@ -338,6 +340,7 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
     assert backend.graphs == {"verify": 1, "draft": 1, "accept": 2}[stage]
 
 
+@pytest.mark.slow
 def test_models_run_compiled(captured_late, monkeypatch):
     torch._dynamo.reset()
     backend, compile_it = Backend(), torch.compile

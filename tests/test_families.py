@@ -14,9 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK_KERNELS = ("llama4", "gemma2", "gpt_oss", "deepseek_v3", "gemma")
 # a repetition penalty keeps a random model's text from running in circles; it is applied outside of the model
 CELLS = [
-    pytest.param(
-        family, "reference", penalty, marks=[] if penalty > 1 or family in QUICK_KERNELS[:2] else pytest.mark.slow
-    )
+    pytest.param(family, "reference", penalty, marks=[] if penalty > 1 or family == "llama4" else pytest.mark.slow)
     for family in FAMILIES
     for penalty in (1.0, 1.3)
 ] + [

@@ -76,6 +76,7 @@ def test_the_hot_loop_is_one_tile(attention):
         )  # exp of each score
 
 
+@pytest.mark.slow
 def test_json_alone_on_standard_output(capfd):
     assert cli.main(["inspect", "compact_kv", "--arch", "sm_90", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)

@@ -67,6 +67,7 @@ def test_the_compiled_wrapper():
     assert_same_text(torch.compile(model, backend="eager"), model)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_place():
     """A verify forward has another attention than the forward that was compiled: it is traced again, not ignored."""
     model = build("llama", num_hidden_layers=2)

@@ -37,14 +37,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from _rows import CALIBRATION, RESULTS, ROOT, Results, commit, output, slug
+from _rows import CALIBRATION, COMPILED, RESULTS, ROOT, Results, commit, output, slug
 
 COLD_BYTES = 200e6  # several times the largest L2 cache: what one call reads, the calls between it and the next evict
 MAX_SETS = 128
 CALIBRATION_HOURS = 1
-HANGS = 40  # seconds
+HANGS = 40  # seconds after its budget, in which a bench must come to its end
 TERMINATED, DEAD = 143, 3  # exit statuses: stopped, as a shell says it; the GPU is lost to this process
-COMPILED = " compiled"  # after a bench's name: its run with --compiled
 UNTIMED = "Triton's interpreter: checked, has no speed"
 
 sys.path.insert(0, str(ROOT))
@@ -103,7 +102,7 @@ class Bench:
         self.began = time.perf_counter()
         self.options = parser.parse_args(argv)
         self.name, self.rehearse, self.compiled = name, self.options.rehearse, self.options.compiled
-        step = name + COMPILED * self.compiled
+        self.step = name + COMPILED * self.compiled
         self.seconds = 0.005 if self.rehearse else self.options.seconds
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.provenance = provenance(self.device)
@@ -111,12 +110,12 @@ class Bench:
         if folder is None and not self.rehearse:
             folder = RESULTS / slug(self.provenance["device"])
         self.results = Results(folder)
-        self.state = self.results.step(step, self.provenance["commit"], self.rehearse)
+        self.state = self.results.step(self.step, self.provenance["commit"], self.rehearse)
         if self.state["rehearsal"] != self.rehearse:
             kept = "a rehearsal" if self.state["rehearsal"] else "real rows"
-            parser.error(f"--out must be a folder of its own for rehearsals, got {folder} with {kept} of {step}")
+            parser.error(f"--out must be a folder of its own for rehearsals, got {folder} with {kept} of {self.step}")
         if self.state["complete"]:
-            parser.exit(self.status, f"{step}: complete in {self.results.file}\n")
+            parser.exit(self.status, f"{self.step}: complete in {self.results.file}\n")
         self.ceilings = ceilings(self.device, folder)
         self._case, self._dead = "", False
         self.on_exit: Callable[[], None] = lambda: None  # before the process is ended from outside, or for a hang
@@ -181,15 +180,14 @@ class Bench:
         self._save()
         atexit.unregister(self.results.save)  # another bench of this process may save rows from here on
         rows = sum(row["bench"] == self.name for row in self.results.rows)
-        where, name = self.results.file or "no file", self.name + COMPILED * self.compiled
-        print(f"{name}: {rows} rows in {where}, {self.state['left']} cases left")
+        print(f"{self.step}: {rows} rows in {self.results.file or 'no file'}, {self.state['left']} cases left")
         return self.status
 
     def _watch(self) -> threading.Timer:
         """Ends the process if a case goes on long after the budget: it hangs."""
 
         def hung() -> None:
-            self._dead = False
+            self._dead = False  # or adding the row would only end this thread
             late = f"no answer {HANGS} s after the budget of {self.options.budget:.0f} s"
             self.state["failed"] += 1
             self.add("inputs", {"case": self._case}, "", {"failed": late})

@@ -1,17 +1,14 @@
-"""Where rows are kept. Needs no torch: reports are made from rows alone.
-
-python bench/_rows.py FOLDER BENCH...  # exit status 0 if these benches are complete there, of this commit
-"""
+"""Where rows are kept. Needs no torch: reports are made from rows alone."""
 
 import json
 import os
 import pathlib
 import re
 import subprocess
-import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+COMPILED = " compiled"  # after a bench's name: its run with --compiled
 ROWS, CALIBRATION, REPORT = "rows.json", "calibration.json", "report.md"
 
 
@@ -38,11 +35,15 @@ class Results:
         self._rows[_key(row)] = row
 
     def step(self, bench: str, commit: str, rehearsal: bool) -> dict:
-        """The state of a bench's run: what is left of one of the same commit; else a new one, without rows of another
-        commit."""
+        """The state of a bench's run. A state of another commit is replaced by a new one, and rows of other commits are
+        dropped.
+
+        Args:
+            bench: its name; with `COMPILED` after it, its run with --compiled.
+        """
         state = self.steps.get(bench)
         if state is None or state["commit"] != commit:
-            of_it = bench.removesuffix(" compiled")
+            of_it = bench.removesuffix(COMPILED)
             self._rows = {
                 key: row for key, row in self._rows.items() if row["bench"] != of_it or row.get("commit") == commit
             }
@@ -81,9 +82,3 @@ def output(*command: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-if __name__ == "__main__":
-    steps = Results(pathlib.Path(sys.argv[1])).steps
-    states = [steps.get(name, {}) for name in sys.argv[2:]]
-    sys.exit(not all(state.get("complete") and state["commit"] == commit() for state in states))

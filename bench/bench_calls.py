@@ -1,4 +1,4 @@
-"""What a call pays before its rounds are replayed, and what `tree="auto"` measures and chooses.
+"""The time of a whole call before its rounds are replayed; the costs and trees of `tree="auto"`.
 
     python bench/bench_calls.py [--out FOLDER] [--budget SECONDS] [--rehearse]
 
@@ -8,12 +8,11 @@ captures, and the rest. For "auto", the costs that were measured stand beside th
 
 import dataclasses
 import sys
-import time
 
 import torch
 from _common import Bench, simulate_graphs
 from _models import prompts, spider
-from bench_generate import generate, pair
+from bench_generate import elapsed, generate, pair
 
 import specdec_triton as sdt
 from specdec_triton import auto
@@ -68,15 +67,10 @@ def measure(bench: Bench, case: Case) -> None:
 
 def timed(target, ids: torch.Tensor, tokens: int, custom: sdt.SpeculativeGenerate, device: torch.device) -> dict:
     """One call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    generate(target, ids, tokens, custom_generate=custom)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    seconds = elapsed(lambda: generate(target, ids, tokens, custom_generate=custom), device)
     stats = sdt.stats(target)
     spent = {f"{name}_ms": round(1e3 * stats.seconds[name], 1) for name in ("prefill", "measure", "capture")}
-    found = {"ms": round(1e3 * (time.perf_counter() - begin), 1), **spent, "rounds": stats.rounds}
+    found = {"ms": round(1e3 * seconds, 1), **spent, "rounds": stats.rounds}
     return found | {"captured": stats.captured, "replayed": stats.replayed, "why_eager": stats.why_eager}
 
 

@@ -1,4 +1,4 @@
-"""Whether a GPU computes what a CPU computed, before anything is timed on it.
+"""Correctness on this device, before anything is timed on it.
 
     python bench/bench_correct.py [--out FOLDER] [--budget SECONDS] [--rehearse]
 
@@ -24,9 +24,10 @@ import tempfile
 import time
 
 import torch
-from _common import ROOT, Bench, first_line, simulate_graphs
+from _common import ROOT, Bench, simulate_graphs
 from _models import prompts, synthetic
 from bench_generate import check
+from bench_tree_attention import LLAMA, TOLERANCE
 
 import specdec_triton as sdt
 from specdec_triton import graphs, ops
@@ -41,7 +42,6 @@ TESTS = ("kernel_compact_kv", "kernel_accept_greedy", "kernel_accept_sample", "k
 TESTS = [f"tests/test_{name}.py" for name in (*TESTS, "families")]
 PROCESSES, TESTS_SECONDS = 14, 120
 SUMMARY = re.compile(r"\d+ (passed|failed|errors?|tests? collected)|\d+/\d+ tests collected")
-TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float32: 1e-4}
 TOKENS = 48
 DRAFTERS = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early", "skip")
 SAMPLED = (("do_sample", True), ("temperature", 0.8))
@@ -63,7 +63,6 @@ class Case:
     sizes: tuple[int, ...] = ()
 
 
-LLAMA = (32, 8, 128)
 SIZES = [(1, 2432, *LLAMA), (8, 2432, *LLAMA), (64, 2432, *LLAMA), (128, 9088, *LLAMA), (64, 700, 14, 2, 64)]
 SIZES += [(33, 4000, 8, 4, 256)]
 PENALISED = (("repetition_penalty", 1.2), ("no_repeat_ngram_size", 3))
@@ -101,13 +100,13 @@ class Tests:
         bench.on_exit = self.kill
 
     def kill(self) -> None:
-        """With all its workers: none may run beside what is timed later."""
+        """End the process and all its workers. Later steps are timed: nothing may run beside them."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def found(self) -> dict:
-        """What came of them.
+        """Wait for the tests: pytest's summary.
 
         Raises:
             AssertionError: some failed, or were not done in `TESTS_SECONDS`.
@@ -249,7 +248,8 @@ def rounded_text(device: torch.device, case: Case) -> dict:
 
 
 def recovery(device: torch.device, case: Case) -> dict:
-    """A stage that reads on the host cannot be captured; what follows must not notice."""
+    """A capture fails, since its stage reads on the host. The text, the next operations and the next call must be as if
+    it had not been tried."""
     model, inputs, plain = target_of("llama", device)
     accept = ops.accept_greedy
 
@@ -272,7 +272,7 @@ def recovery(device: torch.device, case: Case) -> dict:
         torch.rand(1, device=device)
     found = model.generate(**inputs, custom_generate=sdt.SpeculativeGenerate())
     assert torch.equal(found, plain), "the text of the next call differs"
-    return {"said": f"{first_line(RuntimeError(why))[:90]}; next call: {graphs_said(sdt.stats(model))['said']}"}
+    return {"said": f"{why.splitlines()[0][:90]}; next call: {graphs_said(sdt.stats(model))['said']}"}
 
 
 def main() -> int:

@@ -232,15 +232,20 @@ class Call(NamedTuple):
     replayed: int
 
 
-def clocked(way: Way, tokens: int, target, device: torch.device) -> Call:
-    """One call, on an idle device."""
+def elapsed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call that begins on an idle device, until all of its work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    way.call(tokens)
+    call()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
+    return time.perf_counter() - begin
+
+
+def clocked(way: Way, tokens: int, target, device: torch.device) -> Call:
+    """One call, on an idle device."""
+    seconds = elapsed(functools.partial(way.call, tokens), device)
     if not way.ours:
         return Call(seconds, 0, 0)
     stats = sdt.stats(target)

@@ -13,7 +13,17 @@ import functools
 import sys
 
 from _common import Bench, first_line, simulate_graphs
-from bench_generate import CONTROLLED, Case, check, make_oracle, make_way, pair, plain_text
+from bench_generate import (
+    CONTROLLED,
+    EAGER_ROUNDS,
+    GRAPHS,
+    Case,
+    check,
+    make_oracle,
+    make_way,
+    pair,
+    plain_text,
+)
 
 from specdec_triton import profiling
 
@@ -26,10 +36,9 @@ class Cell:
     batch: int = 1
     context: int = 2048
     tokens: int = 96
-    options: tuple[tuple[str, object], ...] = (("cuda_graphs", True),)
+    options: tuple[tuple[str, object], ...] = GRAPHS
 
 
-EAGER_ROUNDS = (("cuda_graphs", False),)
 NODES = (1, 64, 128, 8, 32)
 CELLS = [Cell(nodes) for nodes in NODES] + [Cell(nodes, options=EAGER_ROUNDS) for nodes in (64, 1)]
 CELLS += [Cell(1, 16), Cell(8, 16), Cell(1, 64, tokens=64), Cell(4, 64, tokens=64)]

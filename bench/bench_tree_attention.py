@@ -137,25 +137,24 @@ def measure(bench: Bench, case: tuple[int, ...]) -> None:
             difference = (call(inputs).float() - ours(inputs, "reference").float()).abs().max().item()
             assert difference <= TOLERANCE[dtype], f"differs from the reference by {difference}"
 
-    providers = [
+    ours_and_eager = [
         Provider("triton", lambda inputs: ours(inputs, "triton"), kernel=True),
         Provider("reference", lambda inputs: ours(inputs, "reference")),
         Provider("eager", eager),
         Provider("sdpa, dense mask", sdpa),
     ]
-    if bench.compiled:
-        providers = [bench.made(peer, partial(make, bench.device, sets[0])) for peer, make in PEERS.items()]
+    peers = [bench.made(peer, partial(make, bench.device, sets[0])) for peer, make in PEERS.items() if bench.compiled]
     shapes = {"B": batch, "Hq": query_heads, "Hkv": kv_heads, "D": head_dim, "context": context, "N": nodes}
-    for provider in providers:
+    for provider in peers or ours_and_eager:
         bench.measure(provider, shapes, name, sets, verify, nbytes=nbytes, flops=flops, count=context <= 1024)
 
 
 def main() -> int:
     bench = Bench("tree_attention", __doc__)
     torch.manual_seed(0)
-    return bench.run(
-        measure, PEER_CASES if bench.compiled else CASES, SMALL[:1] if bench.compiled else SMALL, REHEARSED
-    )
+    if bench.compiled:
+        return bench.run(measure, PEER_CASES, SMALL[:1], REHEARSED)
+    return bench.run(measure, CASES, SMALL, REHEARSED)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def steps_table(steps: dict[str, dict]) -> list[str]:
 
 
 def report(folder: pathlib.Path) -> None:
-    """Write the plots of a folder, and report.md with them. The second comes first, in case that plots fail."""
+    """Write report.md and the plots of a folder. report.md is written before the plots, too: drawing them may fail."""
     results = Results(folder)
     rows, rehearsal = results.rows, any(row["size"] == "rehearsal" for row in results.rows)
     title = "A rehearsal: the numbers mean nothing" if rehearsal else "Results"
@@ -249,16 +249,14 @@ def _is_a_goals(bench: str, shapes: dict) -> bool:
 
 
 def short(rows: list[dict], steps: dict[str, dict]) -> list[str]:
-    """At most `MOST_LINES` lines, what matters most last."""
+    """At most `MOST_LINES` lines. A terminal shows the last ones: goals and faults are there."""
     faults = []
     for kind in ("wrong", "failed"):
-        faults += dict.fromkeys(
-            f"{kind}: {', '.join(filter(None, (row['bench'], row['provider'], shown(row))))}: {row[kind]}"[
-                :LONGEST_FAULT
-            ]
-            for row in rows
-            if kind in row
-        )
+        for row in rows:
+            if kind in row:
+                where = ", ".join(filter(None, (row["bench"], row["provider"], shown(row))))
+                faults.append(f"{kind}: {where}: {row[kind]}"[:LONGEST_FAULT])
+    faults = list(dict.fromkeys(faults))
     lines = [*summary(rows, steps), *faults[:MOST_FAULTS]]
     if len(faults) > MOST_FAULTS:
         lines.append(f"and {len(faults) - MOST_FAULTS} more of these in report.md")

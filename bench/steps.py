@@ -16,8 +16,7 @@ import time
 import traceback
 
 from _common import DEAD, INTERPRETED, ROOT
-
-sys.path.insert(0, str(ROOT))
+from _rows import COMPILED
 
 QUICK = ("--seconds", "0.05")
 # script, its arguments, and its share of the time in seconds, as expected on an H100; what matters most comes first
@@ -62,7 +61,7 @@ def main() -> int:
         code = run(script, [*common, "--budget", str(budget), *arguments])
         status = max(status, code)
         seconds = time.perf_counter() - begin
-        name = " ".join([script.removeprefix("bench_"), *(["compiled"] if "--compiled" in arguments else [])])
+        name = script.removeprefix("bench_") + COMPILED * ("--compiled" in arguments)
         print(f"== {name}: exit status {code}, {seconds:.0f} s, {counts.since()}", flush=True)
     return status
 

@@ -174,13 +174,20 @@ def attention(device: torch.device, case: Case) -> dict:
     return {"said": f"worst difference {worst:.1e}"}
 
 
+def capturable(model):
+    """The model, its experts, if it has any, as one product: in fp32 a grouped one cannot be captured."""
+    if any("grouped_mm" == experts for experts in model.get_experts_implementation().values()):
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
 def drafter_of(name: str, family: str, plain: torch.Tensor) -> sdt.Drafter | None:
     """Draft models are the target with some noise: they are sometimes right."""
     return {
         "none": lambda: None,
-        "model": lambda: sdt.ModelDrafter(perturbed(family), num_tokens=3),
-        "tree": lambda: sdt.ModelDrafter(perturbed(family), tree=TREES["wide"]),
-        "dynamic": lambda: sdt.ModelDrafter(perturbed(family), tree=sdt.DynamicTree(9, 3, 3)),
+        "model": lambda: sdt.ModelDrafter(capturable(perturbed(family)), num_tokens=3),
+        "tree": lambda: sdt.ModelDrafter(capturable(perturbed(family)), tree=TREES["wide"]),
+        "dynamic": lambda: sdt.ModelDrafter(capturable(perturbed(family)), tree=sdt.DynamicTree(9, 3, 3)),
         "lookup": lambda: sdt.PromptLookupDrafter(branches=2),
         "oracle": lambda: oracle(plain, tree=TREES["wide"]),
         "early": lambda: sdt.EarlyExitDrafter(1, num_tokens=3),
@@ -191,7 +198,7 @@ def drafter_of(name: str, family: str, plain: torch.Tensor) -> sdt.Drafter | Non
 @functools.lru_cache(maxsize=1)
 def target_of(family: str, device: torch.device) -> tuple:
     """The model, arguments of `generate`, and the greedy text of transformers."""
-    model = build(family).to(device)
+    model = capturable(build(family).to(device))
     inputs = {name: tensor.to(device) for name, tensor in prompt(batch=3).items()}
     inputs |= {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": TOKENS}
     return model, inputs, model.generate(**inputs)

@@ -139,6 +139,19 @@ def round_table(rows: list[dict]) -> list[str]:
     return ["### round", "", "µs a round and of each stage, medians.", "", *table(heads, lines)] if lines else []
 
 
+def kernels_table(rows: list[dict]) -> list[str]:
+    """The kernels of the batch-1 rounds that are replayed, by time."""
+    lines = []
+    for row in rows:
+        if row["bench"] == "round" and row["shapes"]["B"] == 1 and row["shapes"].get("cuda_graphs"):
+            lines += [
+                [f"`{kernel['name']}`", row["shapes"]["N"], number(kernel["launches"]), number(kernel["us"])]
+                for kernel in row.get("kernel_us", ())
+            ]
+    note = "Launches and µs of all of them in a round, batch 1, replayed from graphs."
+    return ["### kernels of a round", "", note, "", *table(["kernel", "N", "launches", "µs"], lines)] if lines else []
+
+
 def unmeasured(rows: list[dict]) -> list[str]:
     """What was wrong, what failed and what was absent, with the reason; alike ones together."""
     lines = []
@@ -192,7 +205,8 @@ def report(folder: pathlib.Path) -> None:
     lines += ["## Kernels", ""]
     for bench in KERNELS:
         lines += kernel_table(rows, bench)
-    lines += ["## End to end", "", *generate_table(rows), *round_table(rows), *unmeasured(rows)]
+    lines += ["## End to end", "", *generate_table(rows), *round_table(rows), *kernels_table(rows)]
+    lines += unmeasured(rows)
     (folder / REPORT).write_text("\n".join(lines))
     plots = [f"![{name}]({name})" for name in draw(rows, folder)]
     lines += ["## Plots", "", *(plots or [NO_PLOTS if not has_matplotlib() else "no rows to draw"]), ""]

@@ -234,8 +234,9 @@ def constant_rope_limit(model: PreTrainedModel, prompt_length: int) -> int | Non
 def graph_hazard(model: PreTrainedModel) -> str | None:
     """What in the model's forward cannot be captured as a CUDA graph; or None.
 
-    A rope that may change with the length compares positions; experts run one by one list the tokens of each. And
-    hooks are Python, which a replay does not run.
+    A rope that may change with the length compares positions. Experts that run one by one list the tokens of each;
+    torch's grouped product in fp32, off the CPU, runs them one by one, too (seen with torch 2.11). And hooks are
+    Python, which a replay does not run.
     """
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return "forward hooks of all modules"
@@ -247,10 +248,16 @@ def graph_hazard(model: PreTrainedModel) -> str | None:
         if changing:
             return f"{type(module).__name__}: {changing.pop()} rope compares positions on the host"
         reads = sorted(HOST_READS & _words_of_forward(type(module)))
-        if reads and (
-            not hasattr(type(module).forward, "__wrapped__") or module.config._experts_implementation == "eager"
-        ):
+        if not reads:
+            continue
+        experts = module.config._experts_implementation if hasattr(type(module).forward, "__wrapped__") else "eager"
+        if experts == "eager":
             return f"{type(module).__name__}: its forward reads values on the host ({', '.join(reads)})"
+        if experts == "grouped_mm" and model.dtype == torch.float32 and model.device.type != "cpu":
+            return (
+                f"{type(module).__name__}: grouped_mm in fp32 reads its groups on the host "
+                '(model.set_experts_implementation("batched_mm") does not)'
+            )
     return None
 
 

@@ -28,6 +28,7 @@ from .instruments import HostWaits, count_host_reads, time_host_waits
 STAGES = ("draft", "verify", "accept", "compact", "emit")
 LABEL = "round: "  # before a stage's name in traces
 NO_KERNELS = ("Memcpy", "Memset")
+MOST_KERNELS, KERNEL_NAME = 16, 120  # in rows: how many, and how many letters of their names
 
 
 @dataclass
@@ -176,6 +177,7 @@ class Profile:
         peak_bytes: of device memory; on a CPU, of the process's so far.
         joules: of the whole timed call by the GPU's own counter; None where it cannot be read.
         kernels: launched a round; None on a CPU or where CUPTI is not to be had.
+        kernel_times: of a round, by kernel: its name, launches, and seconds; longest first. Empty likewise.
         idle_share: of the rounds' time in which the GPU ran nothing; None likewise.
         host_reads: a round, of device values; None where no count was possible.
     """
@@ -186,6 +188,7 @@ class Profile:
     peak_bytes: int
     joules: float | None = None
     kernels: float | None = None
+    kernel_times: list[tuple[str, float, float]] = field(default_factory=list)
     idle_share: float | None = None
     host_reads: float | None = None
 
@@ -271,7 +274,10 @@ def profile_rounds(
     )
     found = Profile(device, rounds, waits, peak, joules=joules[0] if joules else None)
     if on_gpu or trace:
-        found.kernels, found.idle_share = _traced(shorter or generate, device, trace)
+        events, traced = _traced(shorter or generate, device, trace)
+        if events:
+            found.kernels, found.idle_share = kernels_and_idle_share(events, traced)
+            found.kernel_times = kernel_times(events, traced)
     if count_reads:
         with count_host_reads() as reads, record_rounds(device, lambda: reads.total) as counted:
             (shorter or generate)()
@@ -280,10 +286,13 @@ def profile_rounds(
     return found
 
 
+Event = tuple[float, float, str]  # begin and end in microseconds, and name, of something that the GPU did
+
+
 def _traced(
     generate: Callable[[], object], device: torch.device, trace: Path | None
-) -> tuple[float | None, float | None]:
-    """Kernels a round and the GPU's idle share, from a run under the profiler; None on a CPU."""
+) -> tuple[list[Event], list[Round]]:
+    """What the GPU did in a run under the profiler (nothing on a CPU), and the rounds of that run."""
     on_gpu = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
     if trace or not on_gpu:
@@ -292,31 +301,48 @@ def _traced(
         generate()
     if trace:
         profiler.export_chrome_trace(str(trace))
-    if not on_gpu:
-        return None, None
     events = [
         (event.time_range.start, event.time_range.end, event.name)
-        for event in profiler.events()
+        for event in (profiler.events() if on_gpu else ())
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(LABEL)
     ]
-    return kernels_and_idle_share(events, rounds) if events else (None, None)
+    return events, rounds
 
 
-def kernels_and_idle_share(events: Sequence[tuple[float, float, str]], rounds: Sequence[Round]) -> tuple[float, float]:
+def _steady_part(events: Sequence[Event], rounds: Sequence[Round]) -> tuple[list[Event], int]:
+    """The events of the steady rounds, and how many rounds those are: the first two may compile and capture."""
+    rounds = rounds[2:] or rounds
+    # the trace ends with the rounds
+    begin = max(end for _, end, _ in events) - 1e6 * sum(found.whole.seconds for found in rounds)
+    return [event for event in events if event[0] >= begin], len(rounds)
+
+
+def kernels_and_idle_share(events: Sequence[Event], rounds: Sequence[Round]) -> tuple[float, float]:
     """Kernels of a steady round, and the share of the steady rounds' time in which the GPU ran nothing.
 
     Args:
-        events: begin and end in microseconds, and name, of all that the GPU did in a call.
+        events: all that the GPU did in a call.
         rounds: of that call.
     """
-    # the trace ends with the rounds; the first two may compile and capture
-    rounds = rounds[2:] or rounds
-    length = 1e6 * sum(found.whole.seconds for found in rounds)
-    last = max(end for _, end, _ in events)
-    part = [event for event in events if event[0] >= last - length]
-    kernels = sum(not name.startswith(NO_KERNELS) for _, _, name in part) / len(rounds)
-    busy = covered([(begin, end) for begin, end, _ in part]) / (last - min(begin for begin, _, _ in part))
+    part, count = _steady_part(events, rounds)
+    kernels = sum(not name.startswith(NO_KERNELS) for _, _, name in part) / count
+    whole = max(end for _, end, _ in part) - min(begin for begin, _, _ in part)
+    busy = covered([(begin, end) for begin, end, _ in part]) / whole
     return round(kernels, 1), round(1 - busy, 4)
+
+
+def kernel_times(events: Sequence[Event], rounds: Sequence[Round]) -> list[tuple[str, float, float]]:
+    """(name, launches, seconds) of each kernel in a steady round, longest first; copies and fills among them.
+
+    Args:
+        events, rounds: as for `kernels_and_idle_share`.
+    """
+    part, count = _steady_part(events, rounds)
+    found: dict[str, list[float]] = {}
+    for begin, end, name in part:
+        launches, seconds = found.setdefault(name, [0.0, 0.0])
+        found[name] = [launches + 1 / count, seconds + (end - begin) / count / 1e6]
+    return sorted(((name, *times) for name, times in found.items()), key=lambda entry: -entry[2])
 
 
 def covered(intervals: Sequence[tuple[float, float]]) -> float:
@@ -484,6 +510,10 @@ def summary_row(found: Profile, nbytes: float, ceilings: dict[str, float]) -> di
         "waits": round(found.waits.count / count, 2),
         "wait_us": round(1e6 * statistics.median(found.wait_seconds or [0.0]), 2),
         "kernels": found.kernels,
+        "kernel_us": [
+            {"name": name[:KERNEL_NAME], "launches": round(launches, 2), "us": round(1e6 * seconds, 2)}
+            for name, launches, seconds in found.kernel_times[:MOST_KERNELS]
+        ],
         "idle_share": found.idle_share,
         "host_reads": found.host_reads,
         "peak_bytes": found.peak_bytes,

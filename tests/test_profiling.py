@@ -114,6 +114,8 @@ def test_kernels_and_idle_time_are_of_the_steady_rounds():
         events += [(at, at + 1, "verify"), (at + 1, at + 2, "accept"), (at + 3, at + 4, "Memcpy DtoH")]
     kernels, idle = profiling.kernels_and_idle_share(events, rounds)
     assert kernels == 2 and idle == pytest.approx(0.25)
+    times = {name: (launches, seconds) for name, launches, seconds in profiling.kernel_times(events, rounds)}
+    assert times == dict.fromkeys(("verify", "accept", "Memcpy DtoH"), (1.0, pytest.approx(1e-6)))
 
 
 def test_the_hosts_waits_are_marked_round_by_round(model, monkeypatch):

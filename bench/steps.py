@@ -1,6 +1,9 @@
 """The benches that `gpu.sh` runs, in one process: torch, transformers and the models are loaded once.
 
     python bench/steps.py OUT first|second|rest [--budget SECONDS] [--rehearse]
+    python bench/steps.py OUT --step 90:"bench_generate --cases drafts" --step 30:bench_round [--budget SECONDS]
+
+The second form runs the steps that it is given, each with its share of the time, in seconds.
 
 Each step gets its share of the time that is left; a step that is complete in OUT is left out. Exit status: 0; 1 if an
 output was wrong or something failed; 3 if the GPU is lost to this process or a case hung, after which a new process
@@ -11,6 +14,7 @@ import argparse
 import importlib
 import math
 import pathlib
+import shlex
 import sys
 import time
 import traceback
@@ -41,16 +45,21 @@ STEPS["rest"] = [*STEPS["first"], *STEPS["second"], ("bench_accept_sample", (*QU
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, help="folder")
-    parser.add_argument("part", choices=STEPS)
+    parser.add_argument("part", choices=STEPS, nargs="?")
+    parser.add_argument(
+        "--step", type=step, action="append", metavar="SHARE:'SCRIPT ARGUMENTS'", help="in place of a part"
+    )
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all of them")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, numbers that mean nothing")
     options = parser.parse_args()
+    if (options.part is None) == (options.step is None):
+        parser.error("give first, second or rest, or steps")
     if options.rehearse and INTERPRETED:
         sys.path.append(str(ROOT / "tests"))
         from quick_interpreter import quicken
 
         quicken()
-    until, steps = time.perf_counter() + options.budget, STEPS[options.part]
+    until, steps = time.perf_counter() + options.budget, options.step or STEPS[options.part]
     shared = sum(share for _, _, share in steps)
     common = ["--out", str(options.out), *(["--rehearse"] if options.rehearse else [])]
     counts, status = Counts(), run("calibrate", common[:2])
@@ -64,6 +73,13 @@ def main() -> int:
         name = script.removeprefix("bench_") + COMPILED * ("--compiled" in arguments)
         print(f"== {name}: exit status {code}, {seconds:.0f} s, {counts.since()}", flush=True)
     return status
+
+
+def step(text: str) -> tuple[str, tuple[str, ...], float]:
+    """A step as in `STEPS`."""
+    share, _, command = text.partition(":")
+    script, *arguments = shlex.split(command)
+    return script, tuple(arguments), float(share)
 
 
 def run(script: str, arguments: list[str]) -> int:

@@ -86,7 +86,7 @@ class AttentionConfig(NamedTuple):
 # more rows.
 _ATTENTION = {
     (2, 64): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2), (128, 64, 8, 3, 1)),
-    (2, 128): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 32, 8, 3, 2), (128, 64, 8, 3, 1)),
+    (2, 128): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2), (128, 64, 8, 3, 1)),
     (2, 256): ((16, 32, 4, 3, 2), (32, 64, 8, 2, 1), (64, 32, 8, 2, 1)),
     (2, 512): ((16, 16, 8, 2, 1),),
     (4, 64): ((16, 16, 4, 2, 2),),
@@ -96,7 +96,7 @@ _ATTENTION = {
 # The same where those spill (before sm_90, and with a window or chunks) or want more shared memory than sm_120 has.
 _ATTENTION_TIGHT = _ATTENTION | {
     (2, 64): (_ATTENTION[2, 64][0], (32, 32, 4, 3, 2), (64, 32, 4, 3, 2), _ATTENTION[2, 64][3]),
-    (2, 128): (*_ATTENTION[2, 128][:3], (128, 32, 8, 3, 1)),
+    (2, 128): (*_ATTENTION[2, 128][:2], (64, 32, 8, 3, 2), (128, 32, 8, 3, 1)),
     (2, 256): (*_ATTENTION[2, 256][:2], (64, 16, 8, 2, 1)),
     (4, 256): ((16, 16, 8, 2, 2),),
 }
@@ -113,13 +113,13 @@ def attention_config(
     return AttentionConfig(*next((entry for entry in entries if entry[0] >= rows), entries[-1]))
 
 
-# A capacity up to this, the tree's own slots left out, is one split: a prefix of 1024 slots, in a cache that is rounded
-# up to a multiple of 128.
-SHORT_SLOTS = 1024 + 127
+# A capacity up to this, the tree's own slots left out, is one split: a prefix of 256 slots, in a cache that is rounded
+# up to a multiple of 128. On an H200 one split of 1024 slots took longer than 2048 slots in many (19 against 11 us).
+SHORT_SLOTS = 256 + 127
 # A split has at least this many slots, and this many times the rows of a row tile. For D = Dv and two bytes an element
-# a program then moves at most half as much for its partial results, written and read once, as for its keys and values.
+# a program then moves at most as much for its partial results, written and read once, as for its keys and values.
 MIN_SPLIT_SLOTS = 128
-MIN_SPLIT_ROWS = 4
+MIN_SPLIT_ROWS = 2
 MAX_WAVES = 4  # plans of up to this many waves are compared
 WAVE_TILES = 4  # what starting a program and merging its results costs, in tiles: an estimate
 MERGE_SPLITS = 16  # splits merged at a time

@@ -139,14 +139,22 @@ def _tree_attention_kernel(
     split = tl.program_id(1)
     batch = (tl.program_id(2) // Hkv).to(tl.int64)
     head = tl.program_id(2) % Hkv
-    tree_ptr += batch * stride_tb
-    start, length, prefix_tiles, tree_tiles = _sequence(tree_ptr, W, T, BLOCK_N)
-    begin = split * split_tiles
-    end = tl.minimum(begin + split_tiles, prefix_tiles + tree_tiles)
 
     # rows past the last repeat the last node; they are not stored
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     node = tl.minimum(row // G, N - 1)
+    query_head = head * G + row % G
+    dim = tl.arange(0, BLOCK_D)
+    # first of all, so that it is on its way while the lengths are: both are far
+    query = tl.load(
+        query_ptr + batch * stride_qb + (query_head * stride_qh + node * stride_qn)[:, None] + dim[None, :],
+        mask=(dim < D)[None, :],
+        other=0.0,
+    )
+    tree_ptr += batch * stride_tb
+    start, length, prefix_tiles, tree_tiles = _sequence(tree_ptr, W, T, BLOCK_N)
+    begin = split * split_tiles
+    end = tl.minimum(begin + split_tiles, prefix_tiles + tree_tiles)
     row_tree_ptr = tree_ptr + (T - N + node) * stride_tn  # [BLOCK_M]
     if window is not None or chunk is not None:
         depth = tl.load(row_tree_ptr + W).to(tl.int32)
@@ -155,14 +163,6 @@ def _tree_attention_kernel(
     if begin >= end:
         return
 
-    query_head = head * G + row % G
-    dim = tl.arange(0, BLOCK_D)
-    query_ptr += batch * stride_qb
-    query = tl.load(
-        query_ptr + (query_head * stride_qh + node * stride_qn)[:, None] + dim[None, :],
-        mask=(dim < D)[None, :],
-        other=0.0,
-    )
     key_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
     value_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
     column = tl.arange(0, BLOCK_N)

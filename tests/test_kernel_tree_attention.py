@@ -278,10 +278,10 @@ def test_other_heads_and_cards(kv_heads, nodes, multiprocessors):
 @pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_partial_results_stay_small(context, nodes):
-    """A program writes and reads at most half the bytes of its keys and values for its partial results."""
+    """A program writes and reads at most the bytes of its keys and values for its partial results."""
     _, split_tiles, meta, _ = plan(nodes, in_buckets(context + nodes))
     partial = 2 * meta["BLOCK_M"] * 128 * 4
-    assert 2 * partial <= split_tiles * meta["BLOCK_N"] * 2 * 128 * 2
+    assert partial <= split_tiles * meta["BLOCK_N"] * 2 * 128 * 2
 
 
 def test_a_splits_size_is_a_function_of_its_own_shape():
@@ -303,10 +303,10 @@ def test_a_growing_cache_compiles_rarely(nodes):
 
 @pytest.mark.parametrize("nodes", [1, 7, 64, 128, 256])
 def test_a_short_context_is_one_launch(nodes):
-    """Whatever the tree and the rounding of the cache add to it."""
-    for context in (1, 897, 1024):
+    """Whatever the tree and the rounding of the cache add to it. From 512 slots on, more programs are worth a merge."""
+    for context in (1, 129, 256):
         assert plan(nodes, in_buckets(context + nodes))[0][1] == 1
-    assert plan(nodes, in_buckets(2048 + nodes))[0][1] > 1
+    assert plan(nodes, in_buckets(512 + nodes))[0][1] > 1
 
 
 def wide(head_dim, value_dim, dtype=torch.float16):

@@ -1,0 +1,165 @@
+"""Tree attention with other tiles, warps, stages and splits than its defaults: what `kernels/_common.py` chooses from.
+
+    python bench/tune_tree_attention.py [--out FOLDER] [--budget SECONDS] [--rehearse]
+
+Llama 3.1 8B's heads in bf16, batch 1. Every candidate is verified against the reference, then timed as in
+bench_tree_attention; the last lines name the fastest for each size beside the default. Compiling would take most of the
+time: it is done first, by several processes.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+from _common import ROOT, Bench, Provider
+from bench_tree_attention import LLAMA, TOLERANCE, make_inputs, ours
+
+from specdec_triton.kernels import _common as kernels
+
+# rows a tile: slots a tile, warps, stages
+TILES = {
+    16: [(64, 4, 3), (64, 4, 4), (64, 4, 5), (32, 4, 4), (32, 4, 6)],
+    32: [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 4)],
+    64: [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 3), (32, 8, 3)],
+    128: [(64, 8, 2), (64, 8, 3), (32, 8, 3), (32, 8, 4)],
+}
+PROGRAMS = (1, 2, 3)  # planned for a multiprocessor
+LEAST_ROWS = (1, 2)  # a split has this many times the rows of a tile, at least
+SHORT = 1024  # contexts that one split may cover
+CASES = [(context, nodes) for context in (2048, 8192, 32768, 1024, 512) for nodes in (64, 32, 16, 1, 8, 128)]
+REHEARSED = [(60, 2)]
+COMPILERS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A configuration, and how keys are split; `least_rows` None: the keys are one split."""
+
+    config: kernels.AttentionConfig
+    least_rows: int | None
+
+    def use(self) -> None:
+        """From now on, every call is planned so."""
+        kernels.attention_config = lambda *_: self.config
+        kernels.SHORT_SLOTS = 0 if self.least_rows else sys.maxsize
+        kernels.MIN_SPLIT_ROWS = self.least_rows or 1
+        kernels.MIN_SPLIT_SLOTS = self.config.block_n
+        kernels.attention_plan.cache_clear()
+
+
+def candidates(context: int, nodes: int) -> Iterator[Candidate]:
+    rows = nodes * LLAMA[0] // LLAMA[1]
+    widths = [width for width in TILES if rows // 4 <= width < 2 * rows] or [max(TILES)]
+    for width in [16] if rows <= 16 else widths:
+        for slots, warps, stages in TILES[width]:
+            config = kernels.AttentionConfig(width, slots, warps, stages, 1)
+            for programs in PROGRAMS:
+                for least in LEAST_ROWS:
+                    yield Candidate(config._replace(programs=programs), least)
+            if context <= SHORT and width <= 32:
+                yield Candidate(config, None)
+
+
+def measure(bench: Bench, case: tuple[int, int]) -> None:
+    context, nodes = case
+    heads, kv_heads, dim = LLAMA if bench.size == "gpu" else (4, 2, 64)
+    name, dtype = ("fp32", torch.float32) if bench.device.type == "cpu" else ("bf16", torch.bfloat16)
+    keys = context + nodes
+    nbytes = dtype.itemsize * dim * (2 * keys * kv_heads + 2 * nodes * heads)
+    flops = 4 * keys * nodes * heads * dim
+    sets = [
+        make_inputs(1, heads, kv_heads, dim, context, nodes, dtype, bench.device) for _ in range(bench.num_sets(nbytes))
+    ]
+    wanted = ours(sets[0], "reference").float()
+
+    def call(inputs: dict) -> torch.Tensor:
+        return ours(inputs, "triton")
+
+    def verify(call) -> None:
+        difference = (call(sets[0]).float() - wanted).abs().max().item()
+        assert difference <= TOLERANCE[dtype], f"differs from the reference by {difference}"
+
+    shapes = {"context": context, "N": nodes, "Hq": heads, "Hkv": kv_heads, "D": dim}
+    with defaults():
+        bench.measure(Provider("default", call, kernel=True), shapes, name, sets, verify, nbytes=nbytes, flops=flops)
+        seen = set()
+        for candidate in list(candidates(context, nodes))[: None if bench.size == "gpu" else 2]:
+            candidate.use()
+            grid, split_tiles, *_ = plan_of(sets[0])
+            tried = candidate.config[:4], split_tiles, grid[1]
+            if tried in seen:
+                continue
+            seen.add(tried)
+            block_m, block_n, warps, stages, _ = candidate.config
+            label = f"m{block_m} n{block_n} w{warps} s{stages}, {grid[1]} splits"
+            bench.measure(Provider(label, call, kernel=True), shapes, name, sets, verify, nbytes=nbytes, flops=flops)
+
+
+class defaults:
+    """A context that ends with the kernels' own planning."""
+
+    NAMES = ("attention_config", "SHORT_SLOTS", "MIN_SPLIT_ROWS", "MIN_SPLIT_SLOTS")
+
+    def __enter__(self):
+        self.before = {name: getattr(kernels, name) for name in self.NAMES}
+
+    def __exit__(self, *_):
+        for name, value in self.before.items():
+            setattr(kernels, name, value)
+        kernels.attention_plan.cache_clear()
+
+
+def plan_of(inputs: dict):
+    query, key, tree = inputs["query"], inputs["key"], inputs["packed_tree"]
+    kv_heads, slots, dim = key.shape[1:]
+    shape = 1, kv_heads, query.shape[1] // kv_heads, query.shape[2], tree.shape[1], slots, dim, dim, key.element_size()
+    device = query.device
+    return kernels.attention_plan(kernels.architecture(device), kernels.multiprocessors(device), *shape, False)
+
+
+def compile_share(share: int) -> None:
+    """Launch each configuration of this share once, which fills Triton's cache."""
+    device = torch.device("cuda")
+    todo = {(tiles, width, split) for width in TILES for tiles in TILES[width] for split in (True, width > 32)}
+    for number, ((slots, warps, stages), width, split) in enumerate(sorted(todo)):
+        if number % COMPILERS == share:
+            Candidate(kernels.AttentionConfig(width, slots, warps, stages, 1), 1 if split else None).use()
+            ours(make_inputs(1, *LLAMA, 512, 16, torch.bfloat16, device), "triton")
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--compile"]:
+        compile_share(int(sys.argv[2]))
+        return 0
+    if torch.cuda.is_available() and "--rehearse" not in sys.argv:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--compile"]
+        shares = [subprocess.Popen([*command, str(share)], cwd=ROOT, env=environment) for share in range(COMPILERS)]
+        for process in shares:
+            process.wait()
+    bench = Bench("tune_tree_attention", __doc__)
+    torch.manual_seed(0)
+    status = bench.run(measure, CASES, [], REHEARSED)
+    for line in fastest(bench.results.rows):
+        print(line)
+    return status
+
+
+def fastest(rows: list[dict]) -> Iterator[str]:
+    """A line for each size: the default, and the five fastest."""
+    sizes: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["bench"] == "tune_tree_attention" and "p50_us" in row:
+            sizes.setdefault((row["shapes"]["context"], row["shapes"]["N"]), []).append(row)
+    for (context, nodes), found in sorted(sizes.items()):
+        best = sorted((row for row in found if row["provider"] != "default"), key=lambda row: row["p50_us"])[:5]
+        default = next(row["p50_us"] for row in found if row["provider"] == "default")
+        said = "; ".join(f"{row['provider']}: {row['p50_us']:.1f}" for row in best)
+        yield f"tuned {context}, N {nodes}: default {default:.1f} us; {said}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -146,19 +146,33 @@ class Bench:
         if self.out_of_time:
             raise OutOfTime
 
-    def run(self, measure: Callable[["Bench", Any], None], full: Sequence, small: Sequence, rehearsed: Sequence) -> int:
+    def run(
+        self,
+        measure: Callable[["Bench", Any], None],
+        full: Sequence,
+        small: Sequence,
+        rehearsed: Sequence,
+        names: Sequence[str] | None = None,
+    ) -> int:
         """Measure the cases that are not done yet, until the budget is spent, each in its own fault barrier.
 
         Args:
             measure: takes this bench and a case.
             full, small, rehearsed: the cases on a GPU, on a CPU, and in a rehearsal; what matters most comes first. On
                 a GPU, a case with `seconds` is passed over if less time is left.
+            names: only the cases of these names are measured; the others are left for a later run.
 
         Returns:
-            The exit status: 1 where an output was wrong or something failed.
+            The exit status: 1 where an output was wrong or something failed, 2 where no case has one of `names`.
         """
         chosen = {"gpu": full, "cpu": small, "rehearsal": rehearsed}[self.size]
-        todo = [case for case in chosen if repr(case) not in self.state["done"]]
+        if names is not None and (unknown := set(names) - {case.name for case in chosen}):
+            known = ", ".join(case.name for case in chosen)
+            print(f"{self.step}: no case {', '.join(sorted(unknown))}; the cases are {known}", file=sys.stderr)
+            return 2
+        todo = [
+            case for case in chosen if repr(case) not in self.state["done"] and (names is None or case.name in names)
+        ]
         watch = self._watch()
         for case in progress(todo, self.name):
             if self.out_of_time:

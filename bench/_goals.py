@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 LLAMA = {"Hq": 32, "Hkv": 8, "D": 128, "B": 1}
 LARGE = 128256
+MODEL = "llama 8B"  # of bench_generate; no goal is about another one
 NEEDS = ("wrong", "failed", "absent", "untimed")
 
 
@@ -156,7 +157,7 @@ def speedup(provider: str, over: str, **shapes) -> Callable[[Rows], float | None
     """Paired ratio of tokens a second, bench_generate."""
 
     def read(rows: Rows) -> float | None:
-        return worst([row["ratio"].get(over) for row in rows.find("generate", provider, **shapes)], ">=")
+        return worst([row["ratio"].get(over) for row in rows.find("generate", provider, model=MODEL, **shapes)], ">=")
 
     return read
 
@@ -165,7 +166,7 @@ def efficiency(provider: str, **shapes) -> Callable[[Rows], float | None]:
     """The best eta of the options measured."""
 
     def read(rows: Rows) -> float | None:
-        found = [row["eta"] for row in rows.find("generate", provider, B=1, **shapes)]
+        found = [row["eta"] for row in rows.find("generate", provider, model=MODEL, B=1, **shapes)]
         return max(found, default=None)
 
     return read

@@ -5,7 +5,10 @@ and the layers' outputs are scaled as in a deep residual net, so that a token's 
 the order gives it, by a wide margin. Every weight is dense, and is read as in a trained model.
 
 A draft follows the target's order but for a share of the tokens, on which it is wrong: its acceptance is controlled.
+Or it is wrong on chosen tokens, see `wrong_after`: it then replays the recorded agreement of a real pair.
 """
+
+from collections.abc import Sequence
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -29,6 +32,24 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    # Sizes of Qwen2.5 1.5B and 0.5B, made as Llamas: without the biases of queries, keys and values. A head of its own
+    # is read as a tied one is.
+    "qwen 1.5B": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "qwen 0.5B": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 128,
@@ -45,6 +66,22 @@ SHAPES = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
+    "tiny qwen": {  # as many query heads to a key head as Qwen2.5 has
+        "vocab_size": 512,
+        "hidden_size": 192,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "tiny qwen draft": {
+        "vocab_size": 512,
+        "hidden_size": 224,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
 }
 LAYER_STD = 0.02
 
@@ -57,15 +94,34 @@ def successors(vocab_size: int) -> torch.Tensor:
     return follows
 
 
+def wrong_after(flags: Sequence[int], last: int, vocab_size: int) -> torch.Tensor:
+    """[V] bool. `errors` of a draft that replays `flags`: the tokens after which it must be wrong.
+
+    Args:
+        flags: one for each token of the text that follows the token `last`: whether the draft gives that token.
+        last: of the prompt.
+        vocab_size: V, more than the text has tokens.
+    """
+    follows, wrong, token = successors(vocab_size), torch.zeros(vocab_size, dtype=torch.bool), last
+    for flag in flags:
+        wrong[token] = not flag
+        token = int(follows[token])
+    return wrong
+
+
 @torch.no_grad()
-def synthetic(shape: str, dtype: torch.dtype, device: torch.device, errors: float = 0.0) -> PreTrainedModel:
-    """A Llama of one of `SHAPES` that follows the order, but for a share `errors` of the tokens.
+def synthetic(
+    shape: str, dtype: torch.dtype, device: torch.device, errors: float | torch.Tensor = 0.0
+) -> PreTrainedModel:
+    """A Llama of one of `SHAPES` that follows the order, but for some of the tokens.
 
     Args:
         shape: name in `SHAPES`.
         dtype: of the weights.
         device: where they are made.
-        errors: 0 to 1; after so many of the tokens the model goes on with a wrong one.
+        errors: 0 to 1; so many of the tokens are given another token's successor. Where two tokens share one, either
+            may lose it, so that up to twice as many err. Or [V] bool: the tokens after which the model is wrong, and
+            no others.
     """
     config = LlamaConfig(
         **SHAPES[shape],
@@ -91,10 +147,14 @@ def synthetic(shape: str, dtype: torch.dtype, device: torch.device, errors: floa
             weight.div_((2 * config.num_hidden_layers) ** 0.5)
     embedding = model.get_input_embeddings().weight.normal_(0.0, 1.0, generator=generator)
     follows = successors(config.vocab_size)
-    wrong = torch.rand(config.vocab_size, generator=torch.Generator().manual_seed(2)) < errors
-    follows = torch.where(wrong, follows.roll(1), follows).to(device)
     head = model.get_output_embeddings().weight
-    head[follows] = embedding / config.hidden_size**0.5
+    if isinstance(errors, torch.Tensor):
+        head[follows.to(device)] = embedding / config.hidden_size**0.5
+        head[follows[errors].to(device)] *= -1  # the right successor's logit is the least; no token loses its own
+    else:
+        wrong = torch.rand(config.vocab_size, generator=torch.Generator().manual_seed(2)) < errors
+        follows = torch.where(wrong, follows.roll(1), follows).to(device)
+        head[follows] = embedding / config.hidden_size**0.5
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()

@@ -1,11 +1,14 @@
 """Decoding end to end: ours against transformers' own, with and without speculation.
 
-    python bench/bench_generate.py [--rehearse]
+    python bench/bench_generate.py [--rehearse] [--cases NAME,NAME]
 
 The target has the shape of Llama 3.1 8B (a tiny one on a CPU) and random weights, see `_models`. The oracle drafter
 replays the target's text with errors at a set rate: its rows say "controlled acceptance", and its draft costs nothing.
 Of a few seeds of its errors, that whose acceptance length between the two texts below comes nearest the wanted one is
 kept: a short text alone would be a matter of luck. The draft model's errors are set as well; its cost is real.
+
+One case replays a real pair: random weights of the pair's sizes, and a draft that is wrong where the real one was. In a
+chain, acceptance depends on nothing else. Flags of several prompts, as many of each, make up the text; see `flags_of`.
 
 The ways of a case take turns in one run (every second turn in reverse order), each with a short and a long text.
 "tokens_s" is of the difference between the two: neither prompt nor set-up; "call_tokens_s" of the long call as it is.
@@ -18,9 +21,11 @@ teacher-forced, every token is within `GAP` of the target's largest logit.
 for each of its forwards, at the bandwidth measured here, over the time of a round.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
+import json
 import statistics
 import sys
 import time
@@ -29,30 +34,51 @@ from typing import NamedTuple
 
 import torch
 from _common import Bench, absent_unless_importable, first_line, simulate_graphs
-from _models import error_rate, prompts, spider, synthetic
+from _models import SHAPES, error_rate, prompts, spider, synthetic, wrong_after
+from _rows import CONTROLLED, REPLAYED, RESULTS
 
 import specdec_triton as sdt
 from specdec_triton import calibration, profiling
 from specdec_triton.generate import WORTH_CAPTURING
 
 GAP = 1.0  # logits
-SEEDS, NEAR = 5, 0.05  # tried for the oracle; how near to the wanted acceptance length is enough
+SEEDS, NEAR = 5, 0.05  # tried for the oracle; how near to the wanted or replayed acceptance length is enough
 DRAFT_TOKENS = 5
 DRAFT_ERRORS = 0.1
 LOOKUP = 10
 PROFILED_TOKENS = 16  # beyond the short text's, under torch's profiler
 PROFILED_BATCH = 16  # larger ones take long over their prompts
 DEPTH = 7  # of the oracle's chains
-CONTROLLED = "synthetic, controlled acceptance"
 PLAIN, EAGER, ASSISTED = "ours, plain", "transformers eager", "transformers assisted"
 BASELINES = (PLAIN, EAGER, ASSISTED)
-LARGE, TINY = ("llama 8B", "llama 1B"), ("tiny", "tiny draft")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A target and its draft: names in `SHAPES`, on a GPU and elsewhere.
+
+    Attributes:
+        trace: file with the recorded agreement that the draft replays; None: its errors are a share of the tokens.
+    """
+
+    large: tuple[str, str]
+    tiny: tuple[str, str]
+    trace: str | None = None
+
+
+PAIRS = {
+    "llama": Pair(("llama 8B", "llama 1B"), ("tiny", "tiny draft")),
+    "qwen": Pair(
+        ("qwen 1.5B", "qwen 0.5B"), ("tiny qwen", "tiny qwen draft"), "acceptance/qwen2.5-coder-agreement.json"
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Ways that take turns. `oracle` holds (N, acceptance length) pairs; `options` those of our ways; `seconds` is what
-    the case takes on an H100, estimated: with less time left it is passed over, for a later run."""
+    """Ways that take turns. `oracle` holds (N, acceptance length) pairs; `options` those of our ways; `pair` is a name
+    in `PAIRS`; `seconds` is what the case takes on an H100, estimated: with less time left it is passed over, for a
+    later run."""
 
     name: str
     ways: tuple[str, ...]
@@ -63,6 +89,7 @@ class Case:
     options: tuple[tuple[str, object], ...] = ()
     turns: int = 3
     repeats: bool = False
+    pair: str = "llama"
     seconds: float = 0.0
 
 
@@ -74,6 +101,15 @@ STATIC = "transformers static cache, compiled"
 COUNTED = (ASSISTED, THEIR_LOOKUP)  # they emit several tokens a forward of the target
 CASES = [
     Case("drafts", (PLAIN, DRAFTED, EAGER, ASSISTED), oracle=((64, 4.5),), options=GRAPHS, turns=2),
+    Case(
+        "replayed pair",
+        (PLAIN, DRAFTED, EAGER, ASSISTED),
+        tokens=(32, 222),
+        options=GRAPHS,
+        turns=2,
+        pair="qwen",
+        seconds=75,
+    ),
     Case("batch of 16", (PLAIN,), 16, oracle=((8, 3.0),), options=GRAPHS, turns=2, seconds=50),
     Case(
         "acceptance", (PLAIN,), oracle=((32, 1.5), (32, 2.0), (32, 3.0), (32, 4.5)), options=GRAPHS, turns=2, seconds=25
@@ -103,24 +139,78 @@ REHEARSED = [
 REHEARSED.append(Case("graphs", (PLAIN,), context=12, tokens=(32, 40), turns=1, options=GRAPHS))
 
 
+class Replay(NamedTuple):
+    """Which text a draft replays a trace on: it follows `context` tokens, short or long."""
+
+    trace: str
+    context: int
+    tokens: tuple[int, int]
+
+
+def replay_of(case: Case | None) -> Replay | None:
+    trace = None if case is None else PAIRS[case.pair].trace
+    return trace and Replay(trace, case.context, case.tokens)
+
+
+def flags_of(replay: Replay) -> list[int]:
+    """For each token of the long text, whether the draft gives it. The tokens that the long text has more than the
+    short one, which are those that count, take the first flags of every prompt, as many of each; the short text's take
+    the last of these."""
+    prompts = list(json.loads((RESULTS / replay.trace).read_text())["flags"].values())
+    short, long = replay.tokens
+    ends = [(long - short) * place // len(prompts) for place in range(len(prompts) + 1)]
+    counted = [flag for flags, a, b in zip(prompts, ends, ends[1:], strict=False) for flag in flags[: b - a]]
+    if len(counted) != long - short or short > len(counted):
+        raise ValueError(f"{replay.trace} has not got the flags for texts of {short} and {long} tokens")
+    return counted[len(counted) - short :] + counted
+
+
+def rounds_of(flags: list[int]) -> int:
+    """Rounds of a chain of `DRAFT_TOKENS` over a text with these flags. The first token is the prompt's."""
+    at, rounds = 1, 0
+    while at < len(flags):
+        window = [*flags[at : at + DRAFT_TOKENS], 0]
+        at, rounds = at + window.index(0) + 1, rounds + 1
+    return rounds
+
+
+def replayed_length(replay: Replay) -> float:
+    """Acceptance length of a chain, between the short and the long text."""
+    flags, (short, long) = flags_of(replay), replay.tokens
+    return (long - short) / (rounds_of(flags) - rounds_of(flags[:short]))
+
+
+def pair(large: bool, device: torch.device, case: Case | None = None):
+    """The target and its draft that a case takes; without a case, Llama's."""
+    shapes = PAIRS["llama" if case is None else case.pair]
+    return _made(shapes.large if large else shapes.tiny, large, device, replay_of(case))
+
+
 @functools.lru_cache(maxsize=1)
-def pair(large: bool, device: torch.device):
-    """The target and its draft."""
-    names, dtype = (LARGE, torch.bfloat16) if large else (TINY, torch.float32)
-    target, draft = (
-        synthetic(name, dtype, device, errors) for name, errors in zip(names, (0, DRAFT_ERRORS), strict=True)
-    )
+def _made(names: tuple[str, str], large: bool, device: torch.device, replay: Replay | None):
+    dtype, errors = torch.bfloat16 if large else torch.float32, DRAFT_ERRORS
+    if replay is not None:
+        vocab_size = SHAPES[names[0]]["vocab_size"]
+        last = prompts(1, replay.context, vocab_size, torch.device("cpu"))[0, -1]
+        errors = wrong_after(flags_of(replay), int(last), vocab_size)
+    target, draft = synthetic(names[0], dtype, device), synthetic(names[1], dtype, device, errors)
     draft.generation_config.num_assistant_tokens = DRAFT_TOKENS
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
     return names[0], target, draft
 
 
-@functools.lru_cache(maxsize=4)
-def plain_text(large: bool, device: torch.device, batch: int, context: int, tokens: int, repeats: bool) -> torch.Tensor:
+_TEXTS: dict[tuple, torch.Tensor] = {}
+
+
+def plain_text(case: Case, large: bool, device: torch.device) -> torch.Tensor:
     """[B, context + tokens] int64. transformers' greedy text, which every way must give."""
-    _, target, _ = pair(large, device)
-    return generate(target, prompts(batch, context, target.config.vocab_size, device, repeats), tokens)
+    key = (case.pair, large, device, case.batch, case.context, case.tokens[1], case.repeats)
+    if key not in _TEXTS:
+        _, target, _ = pair(large, device, case)
+        ids = prompts(case.batch, case.context, target.config.vocab_size, device, case.repeats)
+        _TEXTS[key] = generate(target, ids, case.tokens[1])
+    return _TEXTS[key]
 
 
 def generate(target, input_ids: torch.Tensor, tokens: int, **options) -> torch.Tensor:
@@ -139,6 +229,7 @@ class Way:
         wanted: acceptance length that the oracle was set to.
         calls: other calls like `call`, of which the one nearest to `wanted` becomes `call`.
         draft: the model that drafts.
+        replay: what the draft replays.
     """
 
     name: str
@@ -148,11 +239,18 @@ class Way:
     wanted: float | None = None
     calls: tuple[Callable[[int], torch.Tensor], ...] = ()
     draft: object = None
+    replay: Replay | None = None
     absent: str | None = None
+
+    @property
+    def inputs(self) -> str:
+        """As rows say it."""
+        return REPLAYED if self.replay else CONTROLLED if self.wanted or self.draft else "synthetic"
 
 
 def make_way(name: str, case: Case, large: bool, device: torch.device) -> Way:
-    _, target, draft = pair(large, device)
+    _, target, draft = pair(large, device, case)
+    replay = replay_of(case)
     ids = prompts(case.batch, case.context, target.config.vocab_size, device, case.repeats)
     run = functools.partial(generate, target, ids)
     if name in ("flashspec", "flashinfer"):
@@ -164,7 +262,8 @@ def make_way(name: str, case: Case, large: bool, device: torch.device) -> Way:
     if name == EAGER:
         return Way(name, run, False)
     if name == ASSISTED:
-        return Way(name, functools.partial(run, assistant_model=draft), False, DRAFT_TOKENS + 1, draft=draft)
+        call = functools.partial(run, assistant_model=draft)
+        return Way(name, call, False, DRAFT_TOKENS + 1, draft=draft, replay=replay)
     if name == THEIR_LOOKUP:
         return Way(name, functools.partial(run, prompt_lookup_num_tokens=LOOKUP), False, LOOKUP + 1)
     drafter = {
@@ -173,19 +272,19 @@ def make_way(name: str, case: Case, large: bool, device: torch.device) -> Way:
         PLAIN: lambda: None,
     }[name]()
     nodes = {DRAFTED: DRAFT_TOKENS + 1, LOOKED_UP: LOOKUP + 1, PLAIN: 1}[name]
-    way = ours(name, case, device, run, drafter)
-    return dataclasses.replace(way, nodes=nodes, draft=draft if name == DRAFTED else None)
+    way = dataclasses.replace(ours(name, case, device, run, drafter), nodes=nodes)
+    return dataclasses.replace(way, draft=draft, replay=replay) if name == DRAFTED else way
 
 
 def make_oracle(nodes: int, wanted: float, case: Case, large: bool, device: torch.device) -> Way:
-    _, target, _ = pair(large, device)
+    _, target, _ = pair(large, device, case)
     topology = spider(nodes, min(DEPTH, nodes - 1))
     rate = error_rate(topology, wanted)
     if rate is None:
         return Way("ours, oracle", None, nodes=nodes, wanted=wanted, absent=f"{nodes} nodes cannot accept so many")
-    shape = (large, device, case.batch, case.context, case.tokens[1], case.repeats)
+    text = plain_text(case, large, device)
     ids = prompts(case.batch, case.context, target.config.vocab_size, device, case.repeats)
-    drafters = [sdt.OracleDrafter(plain_text(*shape), rate, tree=topology, seed=seed) for seed in range(SEEDS)]
+    drafters = [sdt.OracleDrafter(text, rate, tree=topology, seed=seed) for seed in range(SEEDS)]
     run = functools.partial(generate, target, ids)
     first, *others = (ours("ours, oracle", case, device, run, drafter) for drafter in drafters)
     return dataclasses.replace(first, nodes=nodes, wanted=wanted, calls=tuple(way.call for way in others))
@@ -268,8 +367,8 @@ def check_graphs(case: Case, turns: list[tuple[Call, Call]]) -> None:
 
 def measure(bench: Bench, case: Case) -> None:
     device, large = bench.device, bench.size == "gpu"
-    model, target, _ = pair(large, device)
-    plain = plain_text(large, device, case.batch, case.context, case.tokens[1], case.repeats)
+    model, target, _ = pair(large, device, case)
+    plain = plain_text(case, large, device)
     ways = [make_way(name, case, large, device) for name in case.ways]
     ways += [make_oracle(*oracle, case, large, device) for oracle in case.oracle]
     found, times = [{} for _ in ways], [[] for _ in ways]
@@ -316,7 +415,7 @@ def measure(bench: Bench, case: Case) -> None:
         }
         shapes |= {"repeats": case.repeats, **(dict(case.options) if way.ours else {})}
         dtype = "bf16" if large else "fp32"
-        bench.add(way.name, shapes, dtype, row, CONTROLLED if way.wanted or way.draft else "synthetic")
+        bench.add(way.name, shapes, dtype, row, way.inputs)
 
 
 def new_tokens(case: Case) -> int:
@@ -348,6 +447,11 @@ def verify(bench: Bench, way: Way, row: dict, target, plain: torch.Tensor, case:
     row |= check(target, tried[way.call].text, plain, case.context)
     row["rounds"] = tried[way.call].rounds
     row["acceptance_length"] = round(tried[way.call].acceptance_length, 3)
+    if way.replay is not None:
+        row["replayed_length"] = length = round(replayed_length(way.replay), 3)
+        # transformers drafts the prompt's token as well: its rounds begin elsewhere
+        near = not way.ours or abs(row["acceptance_length"] / length - 1) <= NEAR
+        assert near, f"acceptance length {row['acceptance_length']}, the trace's is {length}"
 
 
 def try_out(bench: Bench, way: Way, target, case: Case) -> Tried:
@@ -382,7 +486,7 @@ def counted_forwards(target):
 
 def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates: list[float]) -> dict:
     """The row of a way that was timed, its rounds profiled where there is a GPU."""
-    _, target, _ = pair(bench.size == "gpu", bench.device)
+    _, target, _ = pair(bench.size == "gpu", bench.device, case)
     found = {"turns": case.turns, "new_tokens": new_tokens(case)}
     for name, rate in zip(("p20", "p50", "p80"), calibration.quantiles(rates), strict=True):
         found[f"{name}_tokens_s"] = round(rate, 2)
@@ -403,10 +507,14 @@ def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates:
     return found
 
 
+def named_cases(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", type=lambda text: text.split(","), metavar="NAME,NAME", help="only these cases")
+
+
 def main() -> int:
-    bench = Bench("generate", __doc__)
+    bench = Bench("generate", __doc__, named_cases)
     simulate_graphs(bench)
-    return bench.run(measure, CASES, SMALL, REHEARSED)
+    return bench.run(measure, CASES, SMALL, REHEARSED, bench.options.cases)
 
 
 if __name__ == "__main__":

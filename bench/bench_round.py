@@ -64,7 +64,7 @@ def measure(bench: Bench, cell: Cell) -> None:
 
 
 def profiled(bench: Bench, cell: Cell, case: Case, way, target) -> dict:
-    plain = plain_text(bench.size == "gpu", bench.device, cell.batch, cell.context, cell.tokens, False)
+    plain = plain_text(case, bench.size == "gpu", bench.device)
     try:
         found = check(target, way.call(cell.tokens), plain, cell.context)
     except ValueError as refusal:

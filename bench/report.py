@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 
 from _goals import GOALS, LARGE, LLAMA, Rows
-from _rows import CALIBRATION, REPORT, RESULTS, ROOT, ROWS, Results
+from _rows import CALIBRATION, REPLAYED, REPORT, RESULTS, ROOT, ROWS, Results
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by bench/report.py: begin -->", "<!-- made by bench/report.py: end -->"
@@ -109,6 +109,7 @@ def generate_table(rows: list[dict]) -> list[str]:
                     f"{number(row['p20_tokens_s'], 4)} to {number(row['p80_tokens_s'], 4)}",
                     ratios or "–",
                     row["acceptance_length"],
+                    row["inputs"],
                     number(row["eta"]),
                     number(row.get("host_us")),
                     number(row.get("idle_share")),
@@ -116,11 +117,12 @@ def generate_table(rows: list[dict]) -> list[str]:
                 ]
             )
     heads = [
-        "case", "provider", "tokens/s", "p20 to p80", "ratio", "acceptance length", "eta", "host µs a round",
-        "GPU idle", "text identical",
+        "case", "provider", "tokens/s", "p20 to p80", "ratio", "acceptance length", "inputs", "eta",
+        "host µs a round", "GPU idle", "text identical",
     ]  # fmt: skip
     note = (
         "Rows with an oracle or a draft of set errors have *controlled acceptance*; the oracle's draft costs nothing. "
+        "*Replayed acceptance*: random weights of a real pair's sizes; the draft is wrong where the real one was. "
         "tokens/s leave out the prompt and set-up."
     )
     return ["### generate", "", note, "", *table(heads, lines)] if lines else []
@@ -243,8 +245,9 @@ def learned(rows: list[dict]) -> list[str]:
             lines.append(f"round, {shown(row)}: {number(row['p50_us'])} us: {stages}{idle}")
         elif row["bench"] == "generate" and "p50_tokens_s" in row:
             ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in row["ratio"].items())
+            provider = row["provider"] + ", replayed" * (row["inputs"] == REPLAYED)
             lines.append(
-                f"generate, {shapes['case']}, {row['provider']}, N {shapes['N']}: {number(row['p50_tokens_s'], 4)} "
+                f"generate, {shapes['case']}, {provider}, N {shapes['N']}: {number(row['p50_tokens_s'], 4)} "
                 f"tokens/s, eta {number(row['eta'])}, tau {row['acceptance_length']}; {ratios}"
             )
     return [line[:LONGEST_LINE] for line in lines]
@@ -380,6 +383,7 @@ def speedup_plot(rows: list[dict], axes) -> bool:
             name = f"{row['provider'].removeprefix('ours, ')}, batch {shapes['B']}, N = {shapes['N']}"
             name += " ".join(["", *(option for option in ("compile",) if shapes.get(option))])
             name += ", no graphs" if shapes.get("cuda_graphs") is False else ""
+            name += ", replayed" * (row["inputs"] == REPLAYED)
             lines.setdefault(name, []).append((row["acceptance_length"], row["ratio"][over]))
     if not lines:
         return False

@@ -1,15 +1,20 @@
-"""bench_generate times captured rounds, or says that it did not."""
+"""bench_generate times captured rounds, or says that it did not; a draft that replays a trace errs where the trace
+says, and nowhere else."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from test_engine import capture_here
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import _rows  # noqa: E402
 import bench_generate  # noqa: E402
-from bench_generate import GRAPHS, PLAIN, Call, Case, check_graphs  # noqa: E402
+from _rows import REPLAYED  # noqa: E402
+from bench_generate import ASSISTED, DRAFTED, GRAPHS, PLAIN, Call, Case, check_graphs  # noqa: E402
 
 from test_bench import bench, rows  # noqa: E402
 from test_bench import quick as quick  # noqa: E402, F401
@@ -39,3 +44,72 @@ def test_every_case_that_asks_for_graphs_is_long_enough():
             deepest = bench_generate.LOOKUP if case.repeats else bench_generate.DEPTH
             # the prompt's token, one round that is not captured, and enough left to be worth a capture
             assert case.tokens[0] >= 1 + (deepest + 1) + bench_generate.WORTH_CAPTURING
+
+
+REPLAY = Case("replayed pair", (DRAFTED, ASSISTED), context=12, tokens=(10, 66), turns=1, pair="qwen")
+
+
+def acceptance_length(flags, short):
+    """Of a chain of 5 over the tokens after the short text's; the first token of all is the prompt's."""
+
+    def rounds(flags):
+        count, at = 0, 1
+        while at < len(flags):
+            accepted = 0
+            while accepted < 5 and at + accepted < len(flags) and flags[at + accepted]:
+                accepted += 1
+            at, count = at + accepted + 1, count + 1
+        return count
+
+    return (len(flags) - short) / (rounds(flags) - rounds(flags[:short]))
+
+
+def test_a_replaying_draft_errs_where_the_trace_says_and_nowhere_else():
+    device = torch.device("cpu")
+    flags = bench_generate.flags_of(bench_generate.replay_of(REPLAY))
+    _, _, draft = bench_generate.pair(False, device, REPLAY)
+    text = bench_generate.plain_text(REPLAY, False, device)
+    with torch.no_grad():
+        chosen = draft(text).logits[0, REPLAY.context - 1 : -1].argmax(-1)
+    assert (chosen == text[0, REPLAY.context :]).int().tolist() == flags
+
+
+def test_a_replayed_run_accepts_what_the_trace_says(tmp_path):
+    flags = bench_generate.flags_of(bench_generate.replay_of(REPLAY))
+    length = acceptance_length(flags, REPLAY.tokens[0])
+    for shifted in (flags[1:] + flags[:1], flags[-1:] + flags[:-1]):
+        assert acceptance_length(shifted, REPLAY.tokens[0]) != length  # or this test would not tell them apart
+    assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [REPLAY]) == 0
+    ours, theirs = rows(tmp_path, bench="generate", inputs=REPLAYED)
+    assert ours["provider"] == DRAFTED and ours["acceptance_length"] == ours["replayed_length"] == round(length, 3)
+    assert theirs["provider"] == ASSISTED and abs(theirs["rounds"] - ours["rounds"]) <= 1
+
+
+def test_a_run_that_does_not_accept_what_the_trace_says_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_generate, "replayed_length", lambda replay: 3.0)
+    assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [REPLAY]) == 1
+    ours, _ = rows(tmp_path, bench="generate", inputs=REPLAYED)
+    assert "the trace's is 3.0" in ours["wrong"] and "p50_tokens_s" not in ours
+
+
+def test_every_prompt_of_a_trace_counts_alike():
+    (case,) = [case for case in bench_generate.CASES if case.pair != "llama"]
+    replay = bench_generate.replay_of(case)
+    trace = json.loads((_rows.RESULTS / replay.trace).read_text())["flags"]
+    short, long = case.tokens
+    each = (long - short) // len(trace)
+    assert bench_generate.flags_of(replay)[short:] == [flag for flags in trace.values() for flag in flags[:each]]
+    with pytest.raises(ValueError, match="has not got the flags for texts of 32 and 500 tokens"):
+        bench_generate.flags_of(replay._replace(tokens=(32, 500)))
+
+
+def test_chosen_cases_leave_the_others_for_a_later_run(tmp_path, capsys):
+    cases, measured = [Case(name, ()) for name in ("a", "b", "c")], []
+    run = bench(tmp_path, name="generate")
+    assert run.run(lambda _, case: measured.append(case.name), [], [], cases, ["a", "x"]) == 2
+    assert "no case x; the cases are a, b, c" in capsys.readouterr().err and not measured
+    for chosen, left in ((["c", "a"], 1), (["a"], 1), (None, 0)):
+        run = bench(tmp_path, name="generate")
+        assert run.run(lambda _, case: measured.append(case.name), [], [], cases, chosen) == 0
+        assert run.state["left"] == left and run.state["complete"] == (not left)
+    assert measured == ["a", "c", "b"]

@@ -31,7 +31,7 @@ def attention(provider, nodes, context, us, share):
 
 
 def generated(provider, case, ratio, eta=0.5, length=1.0, **shapes):
-    shapes = {"case": case, "B": 1, "N": 64, "cuda_graphs": True, **shapes}
+    shapes = {"case": case, "model": "llama 8B", "B": 1, "N": 64, "cuda_graphs": True, **shapes}
     rates = {"p20_tokens_s": 9.0, "p50_tokens_s": 10.0, "p80_tokens_s": 11.0, "identical": True}
     return row("generate", provider, shapes, ratio=ratio, eta=eta, acceptance_length=length, **rates)
 
@@ -127,6 +127,29 @@ def test_a_number_beyond_its_bound_misses_its_goal(goal, spoil):
     for found in rows:
         spoil(found)
     assert "missed" in {verdict for (number, _), verdict in verdicts(rows).items() if number == goal}
+
+
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+def test_rows_of_another_model_never_count(factor):
+    rows = gpu_rows()
+    others = [json.loads(json.dumps(found)) for found in rows if "ratio" in found]
+    for found in others:
+        found["shapes"]["model"] = "qwen 1.5B"
+        found["eta"] *= factor
+        found["ratio"] = {name: factor * ratio for name, ratio in found["ratio"].items()}
+    judged = [check.judge(rows) for check in _goals.GOALS]
+    assert len(others) > 4 and [check.judge(rows + others) for check in _goals.GOALS] == judged
+    generate = [check for check in _goals.GOALS if check.goal in ("11", "12", "13", "14")]
+    assert {check.judge(others)[1] for check in generate} == {"not measured"}
+
+
+def test_the_report_says_which_rows_are_replayed(tmp_path):
+    replayed = generated("ours, draft model", "replayed pair", {"ours, plain": 2.0}, model="qwen 1.5B", N=6)
+    replayed["inputs"] = _rows.REPLAYED
+    rows = [*gpu_rows(), replayed]
+    (line,) = [line for line in report.generate_table(rows) if "replayed pair" in line]
+    assert "qwen 1.5B" in line and _rows.REPLAYED in line
+    assert [line for line in report.learned(rows) if "ours, draft model, replayed, N 6" in line]
 
 
 def test_a_goal_is_not_met_while_one_of_its_sizes_is_missing():

@@ -167,7 +167,7 @@ class Bench:
         """
         chosen = {"gpu": full, "cpu": small, "rehearsal": rehearsed}[self.size]
         if names is not None and (unknown := set(names) - {case.name for case in chosen}):
-            known = ", ".join(case.name for case in chosen)
+            known = ", ".join(dict.fromkeys(case.name for case in chosen))
             print(f"{self.step}: no case {', '.join(sorted(unknown))}; the cases are {known}", file=sys.stderr)
             return 2
         todo = [
@@ -350,6 +350,11 @@ class Bench:
             self._case_done()
             raise SystemExit(DEAD)
         return row
+
+
+def named_cases(parser: argparse.ArgumentParser) -> None:
+    """For `Bench(arguments=...)`: its `options.cases` are for `Bench.run`."""
+    parser.add_argument("--cases", type=lambda text: text.split(","), metavar="NAME,NAME", help="only these cases")
 
 
 def simulate_graphs(bench: Bench) -> None:

@@ -119,9 +119,7 @@ def synthetic(
         shape: name in `SHAPES`.
         dtype: of the weights.
         device: where they are made.
-        errors: 0 to 1; so many of the tokens are given another token's successor. Where two tokens share one, either
-            may lose it, so that up to twice as many err. Or [V] bool: the tokens after which the model is wrong, and
-            no others.
+        errors: 0 to 1; after so many of the tokens the model goes on with a wrong one. Or [V] bool: after which ones.
     """
     config = LlamaConfig(
         **SHAPES[shape],
@@ -148,13 +146,10 @@ def synthetic(
     embedding = model.get_input_embeddings().weight.normal_(0.0, 1.0, generator=generator)
     follows = successors(config.vocab_size)
     head = model.get_output_embeddings().weight
-    if isinstance(errors, torch.Tensor):
-        head[follows.to(device)] = embedding / config.hidden_size**0.5
-        head[follows[errors].to(device)] *= -1  # the right successor's logit is the least; no token loses its own
-    else:
-        wrong = torch.rand(config.vocab_size, generator=torch.Generator().manual_seed(2)) < errors
-        follows = torch.where(wrong, follows.roll(1), follows).to(device)
-        head[follows] = embedding / config.hidden_size**0.5
+    if not isinstance(errors, torch.Tensor):
+        errors = torch.rand(config.vocab_size, generator=torch.Generator().manual_seed(2)) < errors
+    head[follows.to(device)] = embedding / config.hidden_size**0.5
+    head[follows[errors].to(device)] *= -1  # the right successor's logit is the least; no token loses its own
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()

@@ -1,6 +1,6 @@
 """Correctness on this device, before anything is timed on it.
 
-    python bench/bench_correct.py [--out FOLDER] [--budget SECONDS] [--rehearse]
+    python bench/bench_correct.py [--cases NAME,NAME] [--out FOLDER] [--budget SECONDS] [--rehearse]
 
 1. tests: a selection of the kernels' tests, in a process of their own that runs beside the rest.
 2. attention: tree attention at real sizes, captured once and replayed with other lengths, against the reference.
@@ -24,7 +24,7 @@ import tempfile
 import time
 
 import torch
-from _common import ROOT, Bench, simulate_graphs
+from _common import ROOT, Bench, named_cases, simulate_graphs
 from _models import prompts, synthetic
 from bench_generate import check
 from bench_tree_attention import LLAMA, TOLERANCE
@@ -61,6 +61,11 @@ class Case:
     generate: tuple[tuple[str, object], ...] = ()
     rule: str | None = None
     sizes: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For `--cases`."""
+        return f"{self.kind} {self.family}".rstrip()
 
 
 SIZES = [(1, 2432, *LLAMA), (8, 2432, *LLAMA), (64, 2432, *LLAMA), (128, 9088, *LLAMA), (64, 700, 14, 2, 64)]
@@ -283,11 +288,13 @@ def recovery(device: torch.device, case: Case) -> dict:
 
 
 def main() -> int:
-    bench = Bench("correct", __doc__)
+    bench = Bench("correct", __doc__, named_cases)
     simulate_graphs(bench)
-    tests = Tests(bench) if repr(LAST) not in bench.state["done"] else None
+    names = bench.options.cases
+    wanted = repr(LAST) not in bench.state["done"] and (names is None or LAST.name in names)
+    tests = Tests(bench) if wanted else None
     try:
-        return bench.run(functools.partial(measure, tests=tests), CASES, REHEARSED, REHEARSED)
+        return bench.run(functools.partial(measure, tests=tests), CASES, REHEARSED, REHEARSED, names)
     finally:
         if tests is not None:
             tests.kill()

@@ -21,7 +21,6 @@ teacher-forced, every token is within `GAP` of the target's largest logit.
 for each of its forwards, at the bandwidth measured here, over the time of a round.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -33,7 +32,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from _common import Bench, absent_unless_importable, first_line, simulate_graphs
+from _common import Bench, absent_unless_importable, first_line, named_cases, simulate_graphs
 from _models import SHAPES, error_rate, prompts, spider, synthetic, wrong_after
 from _rows import CONTROLLED, REPLAYED, RESULTS
 
@@ -103,18 +102,19 @@ CASES = [
     Case("drafts", (PLAIN, DRAFTED, EAGER, ASSISTED), oracle=((64, 4.5),), options=GRAPHS, turns=2),
     Case(
         "replayed pair",
-        (PLAIN, DRAFTED, EAGER, ASSISTED),
+        (PLAIN, DRAFTED, ASSISTED),
         tokens=(32, 222),
         options=GRAPHS,
         turns=2,
         pair="qwen",
-        seconds=75,
+        seconds=40,
     ),
     Case("batch of 16", (PLAIN,), 16, oracle=((8, 3.0),), options=GRAPHS, turns=2, seconds=50),
     Case(
         "acceptance", (PLAIN,), oracle=((32, 1.5), (32, 2.0), (32, 3.0), (32, 4.5)), options=GRAPHS, turns=2, seconds=25
     ),
     Case("batch of 64", (PLAIN,), 64, tokens=(32, 64), oracle=((4, 3.0),), options=GRAPHS, turns=1, seconds=65),
+    Case("compiled plain", (PLAIN,), options=COMPILED, turns=2, seconds=60),
     Case("compiled", (PLAIN,), oracle=((64, 4.5),), options=COMPILED, turns=2, seconds=100),
     Case("repetition", (PLAIN, LOOKED_UP, THEIR_LOOKUP), options=GRAPHS, repeats=True),
     Case("nodes", (PLAIN,), oracle=((4, 2.0), (8, 2.0), (32, 2.0), (64, 2.0)), options=GRAPHS),
@@ -505,10 +505,6 @@ def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates:
         found |= {"host_us": round(1e6 * seen.host_seconds, 1), "idle_share": seen.idle_share, "kernels": seen.kernels}
         found["joules_per_token"] = None if seen.joules is None else seen.joules / case.batch / case.tokens[1]
     return found
-
-
-def named_cases(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", type=lambda text: text.split(","), metavar="NAME,NAME", help="only these cases")
 
 
 def main() -> int:

@@ -1,10 +1,11 @@
 """Tree attention with other tiles, warps, stages and splits than its defaults: what `kernels/_common.py` chooses from.
 
-    python bench/tune_tree_attention.py [--out FOLDER] [--budget SECONDS] [--rehearse]
+    python bench/tune_tree_attention.py [--warm] [--out FOLDER] [--budget SECONDS] [--rehearse]
 
 Llama 3.1 8B's heads in bf16, batch 1. Every candidate is verified against the reference, then timed as in
 bench_tree_attention; the last lines name the fastest for each size beside the default. Compiling would take most of the
-time: it is done first, by several processes.
+time: it is done first, by several processes. `--compile 3` does the fourth process's share, and `--warm` says that all
+of them are done.
 """
 
 import dataclasses
@@ -134,13 +135,13 @@ def main() -> int:
     if sys.argv[1:2] == ["--compile"]:
         compile_share(int(sys.argv[2]))
         return 0
-    if torch.cuda.is_available() and "--rehearse" not in sys.argv:
+    bench = Bench("tune_tree_attention", __doc__, lambda parser: parser.add_argument("--warm", action="store_true"))
+    if bench.size == "gpu" and not bench.options.warm:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--compile"]
         shares = [subprocess.Popen([*command, str(share)], cwd=ROOT, env=environment) for share in range(COMPILERS)]
         for process in shares:
             process.wait()
-    bench = Bench("tune_tree_attention", __doc__)
     torch.manual_seed(0)
     status = bench.run(measure, CASES, [], REHEARSED)
     for line in fastest(bench.results.rows):

@@ -73,9 +73,14 @@ def highest(scores, first, V, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def load_raw(row_ptr, stride_v, ids, V):
+    """In the dtype of the logits; -inf beyond the vocabulary: probability 0."""
+    return tl.load(row_ptr + ids.to(tl.int64) * stride_v, mask=ids < V, other=NEG_INF)
+
+
+@triton.jit
 def load_logits(row_ptr, stride_v, ids, V):
-    """fp32; -inf beyond the vocabulary: probability 0."""
-    return tl.load(row_ptr + ids.to(tl.int64) * stride_v, mask=ids < V, other=NEG_INF).to(tl.float32)
+    return load_raw(row_ptr, stride_v, ids, V).to(tl.float32)
 
 
 @triton.jit

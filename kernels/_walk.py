@@ -155,7 +155,7 @@ def walk_kernel(
         if chosen_ptr is not None:
             chosen = tl.load(chosen_ptr + row * N + node, mask=node < N, other=-1)
         else:
-            best, chosen, bad = _best_of_tiles(keys_ptr, noisy_ptr, temperature_ptr, row, node, N, S, BLOCK_N, WALK_S)
+            chosen, bad = _best_of_tiles(keys_ptr, noisy_ptr, temperature_ptr, row, node, N, S, BLOCK_N, WALK_S)
         last = tl.full((), 0, tl.int32)
         next_id = tl.max(tl.where(node == 0, chosen, -1), 0)
         child = tl.min(tl.where((parents == 0) & (tokens == next_id), node, N), 0)
@@ -225,17 +225,19 @@ def walk_kernel(
 
 @triton.jit
 def _best_of_tiles(keys_ptr, noisy_ptr, temperature_ptr, row, node, N, S, BLOCK_N: tl.constexpr, WALK_S: tl.constexpr):
-    """[BLOCK_N] each, from the tiles: the highest key, the id of the highest noisy logit, and no distribution."""
+    """[BLOCK_N] each, from the tiles: the id of the highest noisy logit, and whether there is no distribution."""
     inverse, greedy = inverse_temperature(temperature_ptr, row)
-    best = tl.full([BLOCK_N], NO_KEY, tl.int64)
+    # one reduction after each loop: in the loop, every load would wait for the one before
+    best = tl.full([WALK_S, BLOCK_N], -(2**31), tl.int32)
     for first in range(0, S, WALK_S):
         tile = first + tl.arange(0, WALK_S)
         at = (row * N + node)[None, :] * S + tile[:, None]
         keys = tl.load(keys_ptr + at, mask=(tile < S)[:, None] & (node < N)[None, :], other=NO_KEY)
-        best = tl.maximum(best, tl.max(keys, 0))
-    peak = value_of(order_in(best))
-    bad = (order_in(best) == NAN_ORDER) | (tl.abs(peak) == float("inf"))
-    chosen = tl.full([BLOCK_N], NO_KEY, tl.int64)
+        best = tl.maximum(best, order_in(keys))
+    order = tl.max(best, 0)
+    peak = value_of(order)
+    bad = (order == NAN_ORDER) | (tl.abs(peak) == float("inf"))
+    chosen = tl.full([WALK_S, BLOCK_N], NO_KEY, tl.int64)
     for first in range(0, S, WALK_S):
         tile = first + tl.arange(0, WALK_S)
         at = (row * N + node)[None, :] * S + tile[:, None]
@@ -243,6 +245,5 @@ def _best_of_tiles(keys_ptr, noisy_ptr, temperature_ptr, row, node, N, S, BLOCK_
         peaks = value_of(order_in(tl.load(keys_ptr + at, mask=mask, other=NO_KEY)))
         noisy = tl.load(noisy_ptr + at, mask=mask, other=NO_KEY)
         scores = tl.where(peaks == NEG_INF, NEG_INF, value_of(order_in(noisy)) + (peaks - peak[None, :]) * inverse)
-        keys = tl.where(mask, key_of(order_of(scores), id_in(noisy)), NO_KEY)
-        chosen = tl.maximum(chosen, tl.max(keys, 0))
-    return best, tl.where(node < N, id_in(chosen), -1), bad
+        chosen = tl.maximum(chosen, tl.where(mask, key_of(order_of(scores), id_in(noisy)), NO_KEY))
+    return tl.where(node < N, id_in(tl.max(chosen, 0)), -1), bad

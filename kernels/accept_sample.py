@@ -17,6 +17,7 @@ path, E ids that end the text. Reference: `specdec_triton.reference.accept_sampl
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +25,7 @@ import triton.language as tl
 
 from ._chances import (
     depth_of,
+    depths_of,
     prob_of,
     tree_of,
     was_drawn,
@@ -39,6 +41,7 @@ from ._law import (
     law_of,
     load_law,
     load_logits,
+    load_raw,
     log_probs,
     order_in,
     order_of,
@@ -56,11 +59,14 @@ TYPICAL_DELTA: tl.constexpr = tl.constexpr(0.3)
 BLOCK_V = 2048
 NODES_A_PROGRAM = 8
 NUM_WARPS = 4
+# Left alone, the compiler takes up to 215 registers. With 128, four programs fit on a multiprocessor; if V or a stride
+# allows only narrow loads, that spills.
+STATISTICS_REGISTERS, NARROW_REGISTERS = 128, 168
 # Left alone, the compiler aims at 128 registers and spills one or two
 LAW_OPTIONS = {"num_warps": 8, "maxnreg": 168, **FP_FUSION}
 # Left alone, Triton 3.6 aims at 32 registers and spills two; a multiprocessor has them to spare for one program
 WALK_OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 128, **FP_FUSION}
-WALK_KEYS = 512  # keys the walk holds at once
+WALK_KEYS = 1024  # keys the walk holds at once
 
 SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 WEIGHING = ("rejection", "block", "multi_round", "traversal")
@@ -97,46 +103,76 @@ def _statistics_kernel(
     batch = tl.program_id(2).to(tl.int64)
     first = tile * BLOCK_V
     ids = first + tl.arange(0, BLOCK_V)
-    seed, position = tl.load(seeds_ptr + batch), tl.load(position_ptr + batch)
-    noise = tl.zeros([BLOCK_V], tl.float32)
-    noise_of = tl.full((), -1, tl.int32)
-    for place in range(ROWS):
-        row = tl.program_id(1) * ROWS + place
-        if row < N + P:
-            index = (batch * (N + P) + row) * S + tile
-            if draft_logits_ptr is None:
-                logits = load_logits(logits_ptr + batch * stride_b + row.to(tl.int64) * stride_n, stride_v, ids, V)
-                inverse, greedy = inverse_temperature(temperature_ptr, batch)
-            elif row < N:
-                logits = load_logits(logits_ptr + batch * stride_b + row.to(tl.int64) * stride_n, stride_v, ids, V)
-                inverse, greedy = inverse_temperature(temperature_ptr, batch)
-            else:
-                start = draft_logits_ptr + batch * draft_stride_b + (row - N).to(tl.int64) * draft_stride_p
-                logits = load_logits(start, draft_stride_v, ids, V)
+    row = tl.program_id(1) * ROWS
+    end = tl.minimum(row + ROWS, N + P)
+    keys_ptr += batch * (N + P) * S + tile
+    if sums_ptr is not None:
+        sums_ptr += batch * (N + P) * S + tile
+    start = logits_ptr + batch * stride_b
+    inverse, greedy = inverse_temperature(temperature_ptr, batch)
+    if NOISE is None:
+        logits = tl.full([BLOCK_V], NEG_INF, tl.float32)
+        if draft_logits_ptr is not None:
+            if row >= N:
+                draft_start = draft_logits_ptr + batch * draft_stride_b + (row - N).to(tl.int64) * draft_stride_p
+                logits = load_logits(draft_start, draft_stride_v, ids, V)
                 inverse, greedy = inverse_temperature(draft_temperature_ptr, batch)
-
-            # NaN lanes count before any other, whatever max made of them
-            lane = tl.arange(0, BLOCK_V)
-            peak = tl.max(logits, 0)
-            lead = tl.min(tl.where(logits != logits, lane - BLOCK_V, tl.where(logits == peak, lane, BLOCK_V)), 0)
-            is_nan = lead < 0
-            order = tl.where(is_nan, NAN_ORDER, order_of(peak))
-            tl.store(keys_ptr + index, key_of(order, first + tl.where(is_nan, lead + BLOCK_V, lead)))
-            # differences from the tile's highest logit keep their digits, however large the logits are
-            scores = tl.where(logits == NEG_INF, NEG_INF, (logits - peak) * inverse)
+            else:
+                logits = load_logits(start + row.to(tl.int64) * stride_n, stride_v, ids, V)
+        else:
+            logits = load_logits(start + row.to(tl.int64) * stride_n, stride_v, ids, V)
+        key, scores = _scores_of(logits, inverse, first, BLOCK_V)
+        tl.store(keys_ptr + row * S, key)
+        tl.store(sums_ptr + row * S, tl.sum(tl.exp(scores), 0))
+    else:
+        tl.static_assert(draft_logits_ptr is None)
+        noisy_ptr += batch * N * S + tile
+        # the next row's logits are loaded while one row is worked on
+        coming = load_raw(start + row.to(tl.int64) * stride_n, stride_v, ids, V)
+        place = tl.arange(0, ROWS)
+        if NOISE == COUPLED:
+            # of this program's rows alone: the depths of all would cost half of the occupancy (compile report)
+            depths = tl.gather(depths_of(parents_ptr, batch, N, BLOCK_N), tl.minimum(row + place, BLOCK_N - 1), 0)
+        else:
+            position = tl.load(position_ptr + batch)
+        noise = tl.zeros([BLOCK_V], tl.float32)
+        noise_of = tl.full((), -1, tl.int32)
+        first_row = row
+        for row in range(first_row, end):
+            # loaded for each row: else the compiler keeps all keys of Philox in registers through the loop
+            seed = tl.load(seeds_ptr + batch)
+            # before the logits become fp32: they may still be loading, and take fewer registers
+            if NOISE == COUPLED:
+                position = tl.load(position_ptr + batch)
+                depth = tl.max(tl.where(place == row - first_row, depths, 0), 0)
+                if depth != noise_of:
+                    noise = gumbel(seed, position + 1 + depth, 0, NOISE, first, BLOCK_V)
+                    noise_of = depth
+            else:
+                noise = gumbel(seed, position, row, NOISE, first, BLOCK_V)
+            logits = coming.to(tl.float32)
+            following = tl.minimum(row + 1, end - 1).to(tl.int64)
+            coming = load_raw(start + following * stride_n, stride_v, ids, V)
+            key, scores = _scores_of(logits, inverse, first, BLOCK_V)
+            tl.store(keys_ptr + row * S, key)
             if sums_ptr is not None:
-                tl.store(sums_ptr + index, tl.sum(tl.exp(scores), 0))
-            if NOISE is not None:
-                # at each node anew: kept in the loop, the depths of all cost half of the occupancy (compile report)
-                which = depth_of(parents_ptr, batch, row, N, BLOCK_N) if NOISE == COUPLED else row
-                if which != noise_of:
-                    if NOISE == COUPLED:
-                        noise = gumbel(seed, position + 1 + which, 0, NOISE, first, BLOCK_V)
-                    else:
-                        noise = gumbel(seed, position, which, NOISE, first, BLOCK_V)
-                    noise_of = which
-                scores += tl.where(greedy, 0.0, noise)
-                tl.store(noisy_ptr + (batch * N + row) * S + tile, highest(scores, first, V, BLOCK_V))
+                tl.store(sums_ptr + row * S, tl.sum(tl.exp(scores), 0))
+            scores += tl.where(greedy, 0.0, noise)
+            tl.store(noisy_ptr + row * S, highest(scores, first, V, BLOCK_V))
+
+
+@triton.jit
+def _scores_of(logits, inverse, first, BLOCK_V: tl.constexpr):
+    """The highest key of a tile, and its scores: relative to its highest logit, at the row's temperature."""
+    lane = tl.arange(0, BLOCK_V)
+    peak = tl.max(logits, 0)
+    # NaN lanes count before any other, whatever max made of them
+    lead = tl.min(tl.where(logits != logits, lane - BLOCK_V, tl.where(logits == peak, lane, BLOCK_V)), 0)
+    is_nan = lead < 0
+    order = tl.where(is_nan, NAN_ORDER, order_of(peak))
+    key = key_of(order, first + tl.where(is_nan, lead + BLOCK_V, lead))
+    # differences from the tile's highest logit keep their digits, however large the logits are
+    return key, tl.where(logits == NEG_INF, NEG_INF, (logits - peak) * inverse)
 
 
 @triton.jit
@@ -382,7 +418,7 @@ def accept_sample(
             keys, sums, noisy, logits, draft_logits, parents, seeds, position, temperature, draft_filters[0],
             *strides, nodes, expanded, vocab, tiles,
             NOISE=noise, ROWS=rows_a_program, BLOCK_N=blocks["BLOCK_N"] if noise is COUPLED else None, BLOCK_V=BLOCK_V,
-            num_warps=NUM_WARPS, **FP_FUSION,
+            **_statistics_options(wide=all(number % 16 == 0 for number in (vocab, *logits.stride()[:2]))),
         )  # fmt: skip
         if has_laws:
             _laws_kernel[(nodes, batch)](
@@ -417,6 +453,11 @@ def accept_sample(
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def _statistics_options(wide: bool) -> dict[str, Any]:
+    registers = STATISTICS_REGISTERS if wide else NARROW_REGISTERS
+    return {"num_warps": NUM_WARPS, "maxnreg": registers, **FP_FUSION}
 
 
 def _blocks(nodes: int, tiles: int) -> dict[str, int]:
@@ -469,13 +510,17 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             kind = target(dtype) | {"NOISE": noise, "ROWS": 1 if noise is None else NODES_A_PROGRAM}
             kind |= {"temperature_ptr": filters["temperature_ptr"], **({} if noise is COUPLED else {"BLOCK_N": None})}
             kind |= {"noisy_ptr": None} if noise is None else {"sums_ptr": None} if noise is COUPLED else {}
-            yield case(f"{dtype} statistics {name}", _statistics_kernel, options, **kind)
-            narrow = dict.fromkeys((*_STRIDES, "V"), "i32")
+            yield case(f"{dtype} statistics {name}", _statistics_kernel, _statistics_options(True), **kind)
+            kind |= dict.fromkeys((*_STRIDES, "V"), "i32")
             yield case(
-                f"{dtype} statistics {name} odd V", _statistics_kernel, options, wide_loads=False, **kind | narrow
+                f"{dtype} statistics {name} odd V",
+                _statistics_kernel,
+                _statistics_options(False),
+                wide_loads=False,
+                **kind,
             )
         kind = target(dtype) | drafted(dtype) | {"NOISE": None, "ROWS": 1, "BLOCK_N": None, "noisy_ptr": None}
-        yield case(f"{dtype} statistics drafted", _statistics_kernel, options, **kind)
+        yield case(f"{dtype} statistics drafted", _statistics_kernel, _statistics_options(True), **kind)
         for rule in ("coupled", "typical"):
             kind = target(dtype) | filters | {"noisy_ptr": None}
             constants = {"RULE": rule, "SAMPLING": "none"}

@@ -71,10 +71,16 @@ def _load_tile(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def _finite_slots(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """[BLOCK_N] bool: the slots whose values are all finite. Reads them once more, and keeps no register of them."""
-    values = _load_tile(ptr, slot, stride_slot, used, DIM, BLOCK_N, BLOCK_DIM).to(tl.float32)
-    return tl.min((tl.abs(values) < float("inf")).to(tl.int32), 1) > 0
+def _load_finite(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """A tile of values, [BLOCK_N, BLOCK_DIM], with zeros in the slots that have values that are not finite; and which
+    slots have none of those, [BLOCK_N] bool."""
+    values = _load_tile(ptr, slot, stride_slot, used, DIM, BLOCK_N, BLOCK_DIM)
+    finite = tl.min((tl.abs(values.to(tl.float32)) < float("inf")).to(tl.int32), 1) > 0
+    if values.dtype == tl.float32:  # twice the registers: rather read once more than kept until then (compile report)
+        values = _load_tile(ptr, slot, stride_slot, finite if used is None else used & finite, DIM, BLOCK_N, BLOCK_DIM)
+    else:
+        values = tl.where(finite[:, None], values, 0.0)
+    return values, finite
 
 
 @triton.jit
@@ -177,8 +183,7 @@ def _tree_attention_kernel(
         for tile in tl.range(begin, seen_from, num_stages=1):
             slot = start + tile * BLOCK_N
             keys = _load_tile(key_ptr, slot, stride_ks, None, D, BLOCK_N, BLOCK_D)
-            finite = _finite_slots(value_ptr, slot, stride_vs, None, DV, BLOCK_N, BLOCK_DV)
-            values = _load_tile(value_ptr, slot, stride_vs, finite, DV, BLOCK_N, BLOCK_DV)
+            values, finite = _load_finite(value_ptr, slot, stride_vs, None, DV, BLOCK_N, BLOCK_DV)
             visible = (tile * BLOCK_N + column)[None, :] >= first[:, None]
             mixed, peak, total = _attend(query, keys, values, visible, finite, mixed, peak, total, inner, outer)
         begin = tl.maximum(begin, seen_from)
@@ -200,8 +205,7 @@ def _tree_attention_kernel(
         slot = tl.where(in_tree, length + tile_node, start + tile * BLOCK_N)
         used = slot + column < tl.where(in_tree, length + T, length)
         keys = _load_tile(key_ptr, slot, stride_ks, used, D, BLOCK_N, BLOCK_D)
-        finite = _finite_slots(value_ptr, slot, stride_vs, used, DV, BLOCK_N, BLOCK_DV)
-        values = _load_tile(value_ptr, slot, stride_vs, used & finite, DV, BLOCK_N, BLOCK_DV)
+        values, finite = _load_finite(value_ptr, slot, stride_vs, used, DV, BLOCK_N, BLOCK_DV)
         word = tl.load(row_tree_ptr + tile_node // WORD_BITS) >> tile_node % WORD_BITS
         word = tl.where(in_tree, word, tail_word)
         if BLOCK_N <= 32:

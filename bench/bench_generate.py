@@ -114,7 +114,7 @@ CASES = [
         "acceptance", (PLAIN,), oracle=((32, 1.5), (32, 2.0), (32, 3.0), (32, 4.5)), options=GRAPHS, turns=2, seconds=25
     ),
     Case("batch of 64", (PLAIN,), 64, tokens=(32, 64), oracle=((4, 3.0),), options=GRAPHS, turns=1, seconds=65),
-    Case("compiled plain", (PLAIN,), options=COMPILED, turns=2, seconds=60),
+    Case("compiled plain", (PLAIN,), options=COMPILED, turns=2, seconds=40),
     Case("compiled", (PLAIN,), oracle=((64, 4.5),), options=COMPILED, turns=2, seconds=100),
     Case("repetition", (PLAIN, LOOKED_UP, THEIR_LOOKUP), options=GRAPHS, repeats=True),
     Case("nodes", (PLAIN,), oracle=((4, 2.0), (8, 2.0), (32, 2.0), (64, 2.0)), options=GRAPHS),

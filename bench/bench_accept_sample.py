@@ -17,8 +17,9 @@ import sys
 import torch
 from _common import Bench, Provider, absent_unless_importable
 
-from specdec_triton import noise, ops
-from specdec_triton.filters import Filters, filtered_log_probs
+from specdec_triton import ops
+from specdec_triton.ops import noise
+from specdec_triton.ops.filters import Filters, filtered_log_probs
 from specdec_triton.tree import DraftTree, Topology
 
 EOS_ID = 2

@@ -15,7 +15,7 @@ from _common import provenance
 from rich.progress import track
 
 import specdec_triton as sdt
-from specdec_triton import models
+from specdec_triton.tools import models
 
 DRAFTS = {
     "chain of 5": sdt.Topology.chain(5),

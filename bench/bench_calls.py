@@ -15,7 +15,7 @@ from _models import prompts, spider
 from bench_generate import elapsed, generate, pair
 
 import specdec_triton as sdt
-from specdec_triton import auto
+from specdec_triton.engine import auto_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def measure(bench: Bench, case: Case) -> None:
             calls.append(timed(target, ids, case.tokens, custom, device))
         found |= calls[-1] | {"first_ms": calls[0]["ms"], "measure_ms": calls[0]["measure_ms"]}
         if case.way == "auto":
-            costs = [each for known in auto._measured.values() for each in known.values()][-1]
+            costs = [each for known in auto_tree._measured.values() for each in known.values()][-1]
             chosen = sdt.stats(target).auto
             found["verify_ms"] = [[size, round(1e3 * seconds, 3)] for size, seconds in costs.verify]
             found["draft_ms"] = [[depth, round(1e3 * seconds, 3)] for depth, seconds in costs.draft]

@@ -30,7 +30,8 @@ from bench_generate import check
 from bench_tree_attention import LLAMA, TOLERANCE
 
 import specdec_triton as sdt
-from specdec_triton import graphs, ops
+from specdec_triton import ops
+from specdec_triton.engine import graphs
 
 sys.path.insert(0, str(ROOT / "tests"))
 from families import NEVER, build, prompt  # noqa: E402

@@ -16,8 +16,8 @@ import torch
 from _common import Bench
 
 import specdec_triton as sdt
-from specdec_triton import instruments, models
-from specdec_triton.prompts import PROMPTS
+from specdec_triton.tools import host_sync, models
+from specdec_triton.tools.prompts import PROMPTS
 
 TOKENS = {"code edit": 256, "no hope": 256}
 FEWER = 64
@@ -70,7 +70,7 @@ def host_reads(model, inputs: dict, options: dict | None, more: dict) -> float:
     """Host reads that a longer text adds, for each of the target's forwards that it adds."""
     counted = []
     for tokens in COUNTED:
-        with instruments.count_host_reads() as reads:
+        with host_sync.count_host_reads() as reads:
             done = run(model, inputs, options, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, **more)
         counted.append((reads.total, done["forwards"]))
     (few, first), (many, last) = counted

@@ -37,8 +37,8 @@ from _models import SHAPES, error_rate, prompts, spider, synthetic, wrong_after
 from _rows import CONTROLLED, REPLAYED, RESULTS
 
 import specdec_triton as sdt
-from specdec_triton import calibration, profiling
-from specdec_triton.generate import WORTH_CAPTURING
+from specdec_triton.engine.generate import WORTH_CAPTURING
+from specdec_triton.tools import calibration, profiling
 
 GAP = 1.0  # logits
 SEEDS, NEAR = 5, 0.05  # tried for the oracle; how near to the wanted or replayed acceptance length is enough

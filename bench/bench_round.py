@@ -25,7 +25,7 @@ from bench_generate import (
     plain_text,
 )
 
-from specdec_triton import profiling
+from specdec_triton.tools import profiling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from bench_acceptance import one_per_task
 from rich.progress import track
 
 import specdec_triton as sdt
-from specdec_triton import models
 from specdec_triton.drafters import NoDrafter
+from specdec_triton.tools import models
 
 TEMPERATURES = (0.7, 1.0, 0.5)
 CHAIN = sdt.Topology.chain(5)

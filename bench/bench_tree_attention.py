@@ -16,7 +16,7 @@ import torch
 from _common import Bench, Provider, absent_unless_importable
 
 from specdec_triton import ops
-from specdec_triton.reference import visible_slots
+from specdec_triton.ops.reference import visible_slots
 from specdec_triton.tree import DraftTree, Topology
 
 # B, Hq, Hkv, D, context, N: Llama 3.1 8B's heads; then Gemma 2's head dim, plain multi-head attention, batches

@@ -5,7 +5,7 @@
     python bench/compile_report.py --arch 90 --only "tree_attention/bf16 d128" --print
 
 The tables keep the compiler's numbers and the instructions that must not change unseen; `specdec-triton inspect` shows
-the rest of what `specdec_triton.inspection` finds.
+the rest of what `specdec_triton.tools.inspection` finds.
 """
 
 import argparse
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "compile"
 
 sys.path.insert(0, str(ROOT))
-from specdec_triton.inspection import ARCHES, COUNTED, compile_table, faults  # noqa: E402
+from specdec_triton.tools.inspection import ARCHES, COUNTED, compile_table, faults  # noqa: E402
 
 FIELDS = ("registers", "spill_bytes", "shared_bytes", "warps", "stages", *COUNTED, "instructions")
 FIELDS += ("tensor_cores", "wide_loads")

@@ -27,7 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from specdec_triton import ops, reference
+from specdec_triton import ops
+from specdec_triton.ops import reference
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

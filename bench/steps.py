@@ -104,7 +104,7 @@ class Counts:
     """CUDA graphs captured and Triton kernels compiled by this process; compilations of tests are not among them."""
 
     def __init__(self):
-        from specdec_triton import graphs
+        from specdec_triton.engine import graphs
 
         self._graphs, self._compiled, self._before = graphs, 0, (0, 0)
         knobs = getattr(importlib.import_module("triton"), "knobs", None)

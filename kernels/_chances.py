@@ -3,7 +3,7 @@
 A node's residual is max(weight * target - cut * draft, 0) without the children tried: two numbers and the tree stand
 for it. `chance` [B, N] is the chance that a node passes its test if its turn comes (NaN passes; -1: it cannot be tried:
 padding, its draft could not have drawn it, or its parent has no distribution), and under `traversal` its weight, too.
-Under `block` it is the ratio of target to draft. Reference: `specdec_triton.rules`.
+Under `block` it is the ratio of target to draft. Reference: `specdec_triton.ops.rules`.
 """
 
 import triton

@@ -4,9 +4,9 @@ Each kernel module exports
 
     def compile_cases(arch: int) -> Iterator[CompileCase]
 
-with one case for every default configuration on a CUDA architecture (80, 90, 100). `specdec_triton.inspection` compiles
-them without a GPU; `bench/compile_report.py` compares registers, spills and instructions with the committed tables;
-`tests/test_compile.py` holds what must be true of them.
+with one case for every default configuration on a CUDA architecture (80, 90, 100).
+`specdec_triton.tools.inspection` compiles them without a GPU; `bench/compile_report.py` compares registers, spills and
+instructions with the committed tables; `tests/test_compile.py` holds what must be true of them.
 """
 
 import contextlib

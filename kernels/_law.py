@@ -10,7 +10,7 @@ What a row's filters come to is six numbers, its *law*, and a token's log-probab
     certain    int32, the one token of a greedy row (temperature 0), else -1
 
 Thresholds are found on integer keys that order as the logits do, with integer counts (top-k) and masses in fixed point
-(top-p): sums of integers do not depend on their order. Reference: `specdec_triton.filters`.
+(top-p): sums of integers do not depend on their order. Reference: `specdec_triton.ops.filters`.
 """
 
 import triton

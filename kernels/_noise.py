@@ -1,5 +1,5 @@
-"""Philox4x32-10 and what is made of its words, in Triton: the same integers as `specdec_triton.noise`, the same floats
-to a few units in the last place.
+"""Philox4x32-10 and what is made of its words, in Triton: the same integers as `specdec_triton.ops.noise`, the same
+floats to a few units in the last place.
 
 A token's number is lane token % 4 of counter block token // 4.
 """
@@ -7,7 +7,7 @@ A token's number is lane token % 4 of counter block token // 4.
 import triton
 import triton.language as tl
 
-# `specdec_triton.noise` has the same numbers
+# `specdec_triton.ops.noise` has the same numbers
 COUPLED: tl.constexpr = tl.constexpr(0)
 ACCEPT: tl.constexpr = tl.constexpr(2)
 RECOVER: tl.constexpr = tl.constexpr(3)

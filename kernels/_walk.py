@@ -1,7 +1,7 @@
 """The last two launches of sampled acceptance, in Triton: the token after the walk's end, and the walk.
 
 Letters: B sequences, N tree nodes, P expanded nodes, V vocabulary, S = ceil(V / BLOCK_V) tiles, D edges on the longest
-path, E ids that end the text. See `accept_sample`; reference: `specdec_triton.rules`, `specdec_triton.reference`.
+path, E ids that end the text. See `accept_sample`; references: `specdec_triton.ops.rules` and `.reference`.
 """
 
 import triton

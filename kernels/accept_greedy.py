@@ -8,7 +8,7 @@ A key is int64. Bits 32-63: the fp32 value's bits, rearranged so that integers o
 Bits 0-30: MAX_ID - token id.
 
 Letters: B sequences, N tree nodes, V vocabulary, S = ceil(V / BLOCK_V) blocks, D edges on the longest path, E ids
-that end the text. Reference: `specdec_triton.reference.accept_greedy`.
+that end the text. Reference: `specdec_triton.ops.reference.accept_greedy`.
 """
 
 from collections.abc import Iterator

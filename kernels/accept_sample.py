@@ -12,7 +12,7 @@ The launches, and which rules have them ("filtered": with top-k, top-p or min-p;
     walk        all. One sequence: the walk, the token after it, EOS and budget.
 
 Letters: B sequences, N tree nodes, P expanded nodes, V vocabulary, S = ceil(V / BLOCK_V) tiles, D edges on the longest
-path, E ids that end the text. Reference: `specdec_triton.reference.accept_sample`.
+path, E ids that end the text. Reference: `specdec_triton.ops.reference.accept_sample`.
 """
 
 import itertools
@@ -23,14 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._chances import (
-    depth_of,
-    depths_of,
-    prob_of,
-    tree_of,
-    was_drawn,
-    weigh_children,
-)
+from ._chances import depth_of, depths_of, prob_of, tree_of, was_drawn, weigh_children
 from ._common import COUNTS, FP_FUSION, MAX_ID, NAN_ORDER, NO_KEY, CompileCase, launching_on, pow2
 from ._law import (
     NEG_INF,

@@ -9,7 +9,7 @@ Elements are moved as bits, in the widest integers that the storage's address an
 is what one access moves: 16 bytes (two int64 lanes), or 8, 4, 2, 1 bytes (one lane).
 
 Letters: B sequences, S slots, P planes (keys or values of one layer), D steps of the path.
-Reference: `specdec_triton.reference.compact_kv`.
+Reference: `specdec_triton.ops.reference.compact_kv`.
 """
 
 import functools

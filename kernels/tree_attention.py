@@ -13,7 +13,7 @@ A row's result depends on its own start, length and path only: a tile or split i
 bit of it as it was, whatever other rows, nodes and sequences are there. Each row selects its scores, but all rows of a
 tile share its values, and 0 * NaN is NaN. So if some row does not see the whole tile, a slot with values that are not
 finite is read as 0, and rows that see the slot get a score of NaN.
-Reference: specdec_triton.reference.tree_attention
+Reference: specdec_triton.ops.reference.tree_attention
 """
 
 import math

@@ -7,9 +7,8 @@ model.generate(**inputs, prompt_lookup_num_tokens=10)
 """
 
 from . import ops
-from .adaptive import expected_tokens, optimal_topology
-from .cache import TreeCache
-from .costs import Costs
+from ._patch import SpeculativeGenerate, patch, patched, stats, unpatch
+from ._stats import Stats
 from .drafters import (
     DraftContext,
     Drafter,
@@ -19,10 +18,11 @@ from .drafters import (
     OracleDrafter,
     PromptLookupDrafter,
 )
+from .forward.cache import TreeCache
 from .options import Options
-from .patch import SpeculativeGenerate, patch, patched, stats, unpatch
-from .stats import Stats
 from .tree import DraftTree, DynamicTree, Topology
+from .tree_choice.costs import Costs
+from .tree_choice.search import expected_tokens, optimal_topology
 
 __version__ = "0.1.0"
 

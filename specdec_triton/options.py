@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, fields
 
-from .costs import Costs
 from .drafters import Drafter
 from .drafters.base import check_tree
-from .rules import RULES
+from .ops.rules import RULES
 from .tree import DynamicTree, Topology
+from .tree_choice.costs import Costs
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from .filters import Filters
-from .reference import WORD_BITS
-from .rules import SAMPLING
+from .ops.filters import Filters
+from .ops.reference import WORD_BITS
+from .ops.rules import SAMPLING
 
 # How often a drafter's candidate of each rank is the target's choice, for trees made from a node budget alone.
 RANK_ACCEPTANCE = (0.65, 0.12, 0.05, 0.03, 0.02, 0.01)

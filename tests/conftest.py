@@ -78,7 +78,7 @@ def pytest_addoption(parser):
 def _captured(request, monkeypatch):
     if request.config.getoption("--captured"):
         from simulated_graph import SimulatedGraphs
-        from specdec_triton import engine
+        from specdec_triton.engine import stages
 
-        monkeypatch.setitem(engine.CAPTURES, "cpu", SimulatedGraphs)
-        monkeypatch.setitem(engine.LAG, "cpu", 1)
+        monkeypatch.setitem(stages.CAPTURES, "cpu", SimulatedGraphs)
+        monkeypatch.setitem(stages.LAG, "cpu", 1)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from specdec_triton import Topology
-from specdec_triton import adaptive as module
-from specdec_triton.adaptive import LADDER, AdaptiveTree, expected_tokens, optimal_topology
-from specdec_triton.costs import CPU_PRIOR, Costs, OnlineCosts
 from specdec_triton.tree import RANK_ACCEPTANCE
+from specdec_triton.tree_choice import controller as module
+from specdec_triton.tree_choice.controller import AdaptiveTree
+from specdec_triton.tree_choice.costs import CPU_PRIOR, Costs, OnlineCosts
+from specdec_triton.tree_choice.search import LADDER, expected_tokens, optimal_topology
 
 SHARED = Costs(verify=((1, 1.0), (12, 1.8)))  # a small model on a CPU
 GPU = Costs(verify=((1, 1.0), (64, 1.0), (128, 2.0)), draft=((1, 0.05),))
@@ -275,12 +276,12 @@ def test_depths_keep_what_was_seen_there():
 def test_choices_repeat_and_plans_are_not_made_more_often_than_asked(monkeypatch):
     plans = []
 
-    class Counted(module._Search):
+    class Counted(module.Search):
         def __init__(self, *arguments):
             plans.append(1)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(module, "_Search", Counted)
+    monkeypatch.setattr(module, "Search", Counted)
     calls = [Call(controller_of(GPU, every=7), GPU, seed=5).run(150, acceptance_of(0.6, 6)) for _ in range(2)]
     assert np.array_equal(*calls)
     assert len(plans) <= 2 * (1 + len(calls[0]) // 7)

@@ -5,9 +5,11 @@ import torch
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
-from specdec_triton import auto, cache, engine, generate
-from specdec_triton.adaptive import LADDER
-from specdec_triton.runner import TreeRunner
+from specdec_triton.engine import auto_tree, generate
+from specdec_triton.engine import stages as engine
+from specdec_triton.forward import cache
+from specdec_triton.forward.runner import TreeRunner
+from specdec_triton.tree_choice.adaptive import LADDER
 from test_engine import Mumbling, capture_here, drafter_of, speculative
 from test_generate import TREES, eos_in_mid_row, oracle
 
@@ -146,19 +148,19 @@ def test_a_draft_model_catches_up_after_plain_rounds(monkeypatch, lag, replaceme
 
 def test_on_a_cpu_layers_tell_how_a_forward_grows():
     model = build("llama")
-    growth = auto.row_growth(model, 2, 16)
+    growth = auto_tree.row_growth(model, 2, 16)
     assert [rows for rows, _ in growth] == [1, 2, 3, 4, 6, 8, 12, 16]
     assert growth[0][1] == 1 and all(a <= b for (_, a), (_, b) in zip(growth, growth[1:], strict=False))
-    assert auto.row_growth(model, 2, 16) is growth
-    assert auto.row_growth(build("gpt2"), 1, 8) == auto.CPU_PRIOR.verify  # its layers have no nn.Linear
+    assert auto_tree.row_growth(model, 2, 16) is growth
+    assert auto_tree.row_growth(build("gpt2"), 1, 8) == auto_tree.CPU_PRIOR.verify  # its layers have no nn.Linear
 
 
 def test_costs_are_measured_once(monkeypatch):
     capture_here(monkeypatch, 1)
     model, inputs = build("llama"), {**prompt(batch=2), **OPTIONS, "max_new_tokens": 8}
     measured = []
-    measure = auto._measure
-    monkeypatch.setattr(auto, "_measure", lambda *arguments: measured.append(measure(*arguments)) or measured[-1])
+    measure = auto_tree._measure
+    monkeypatch.setattr(auto_tree, "_measure", lambda *arguments: measured.append(measure(*arguments)) or measured[-1])
     for _ in range(2):
         speculative(model, sdt.PromptLookupDrafter(), inputs, tree="auto")
     assert len(measured) == 1
@@ -172,18 +174,18 @@ def test_measuring_captures_drafts_too_and_takes_no_room_from_the_rounds(monkeyp
     capture_here(monkeypatch, 1)
     monkeypatch.setattr(engine, "MAX_SHAPES", 3)
     model, inputs, timing = build("llama"), {**prompt(batch=2), **OPTIONS, "max_new_tokens": 40}, []
-    measure = auto._measure
+    measure = auto_tree._measure
 
     def watched(context, session, stages):
         found = measure(context, session, stages)
         timing.append(stages)
         return found
 
-    monkeypatch.setattr(auto, "_measure", watched)
+    monkeypatch.setattr(auto_tree, "_measure", watched)
     drafter = sdt.ModelDrafter(build("llama", num_hidden_layers=1))
     _, stats = speculative(model, drafter, inputs, tree="auto")
-    sizes = len([size for size in LADDER if size <= auto.most_nodes(model.device)])
-    assert timing[0].captured == sizes + len(auto.DRAFT_DEPTHS)
+    sizes = len([size for size in LADDER if size <= auto_tree.most_nodes(model.device)])
+    assert timing[0].captured == sizes + len(auto_tree.DRAFT_DEPTHS)
     assert stats.replayed > 0 and stats.captured <= 2 * stats.rounds
 
 
@@ -191,8 +193,8 @@ def test_costs_hold_for_about_as_long_texts(monkeypatch):
     """A cache grows bucket by bucket: a call whose cache is a little larger is not measured again."""
     capture_here(monkeypatch, 1)
     monkeypatch.setattr(cache, "BUCKET", 16)
-    model, measured, measure = build("llama"), [], auto._measure
-    monkeypatch.setattr(auto, "_measure", lambda *arguments: measured.append(1) or measure(*arguments))
+    model, measured, measure = build("llama"), [], auto_tree._measure
+    monkeypatch.setattr(auto_tree, "_measure", lambda *arguments: measured.append(1) or measure(*arguments))
     capacities = set()
     reserve = cache.TreeCache.reserve
     monkeypatch.setattr(

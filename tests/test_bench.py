@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec_triton import calibration, ops
+from specdec_triton import ops
+from specdec_triton.tools import calibration
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))

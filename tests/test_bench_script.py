@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 import specdec_triton as sdt
 import tiny
-from specdec_triton import cli, models
+from specdec_triton.tools import cli, models
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import specdec_triton as sdt
 from families import NEVER, WINDOW, build, prompt
-from specdec_triton.versions import CACHE
+from specdec_triton.forward.versions import CACHE
 from test_patch import snapshot
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": NEVER}

@@ -16,8 +16,10 @@ import torch
 
 import specdec_triton as sdt
 import tiny
-from specdec_triton import cli, demo, models, ops, prompts, rules
-from specdec_triton.rules import RULES
+from specdec_triton import ops
+from specdec_triton.ops import rules
+from specdec_triton.ops.rules import RULES
+from specdec_triton.tools import cli, demo, models, prompts
 
 
 @pytest.fixture(scope="module")
@@ -345,9 +347,9 @@ def test_doctor_names_versions_device_and_the_implementation_of_each_op(capsys):
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy's own: it is imported here already
 def test_doctor_runs_as_a_module(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["specdec_triton.cli", "doctor"])
+    monkeypatch.setattr(sys, "argv", ["specdec_triton.tools.cli", "doctor"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("specdec_triton.cli", run_name="__main__")
+        runpy.run_module("specdec_triton.tools.cli", run_name="__main__")
     assert ended.value.code == 0 and "tree_attention" in capsys.readouterr().out
 
 

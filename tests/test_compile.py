@@ -13,8 +13,8 @@ BENCH = pathlib.Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 import compile_report  # noqa: E402
 
-from specdec_triton import inspection  # noqa: E402
 from specdec_triton.kernels import _common  # noqa: E402
+from specdec_triton.tools import inspection  # noqa: E402
 
 QUICK = (
     r"tree_attention/(bf16 d128 m(16|64|128) n\d+ split|fp16 d128 m32 n64 one|bf16 d64 m16 n64 one window sinks"

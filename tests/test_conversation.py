@@ -7,7 +7,7 @@ from transformers import DynamicCache, StaticCache
 
 import specdec_triton as sdt
 from families import NEVER, VOCAB, build, prompt
-from specdec_triton.versions import CACHE
+from specdec_triton.forward.versions import CACHE
 from test_families import perturbed
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": NEVER, "return_dict_in_generate": True}

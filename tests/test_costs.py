@@ -2,8 +2,8 @@
 
 import pytest
 
-from specdec_triton import costs as module
-from specdec_triton.costs import CPU_PRIOR, Costs, OnlineCosts, measure_costs
+from specdec_triton.tree_choice import costs as module
+from specdec_triton.tree_choice.costs import CPU_PRIOR, Costs, OnlineCosts, measure_costs
 
 
 def test_tables_are_read_between_before_and_beyond_their_points():

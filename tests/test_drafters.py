@@ -11,11 +11,11 @@ import transformers
 import specdec_triton as sdt
 from families import NEVER, build, prompt
 from specdec_triton.drafters import DraftContext
-from specdec_triton.drafters.model import ModelSession
+from specdec_triton.drafters.model_session import ModelSession
 from specdec_triton.drafters.prompt_lookup import _matches
-from specdec_triton.instruments import count_host_reads
-from specdec_triton.reference import Acceptance
-from specdec_triton.wrappers import embedded_tokens
+from specdec_triton.forward.wrappers import embedded_tokens
+from specdec_triton.ops.reference import Acceptance
+from specdec_triton.tools.host_sync import count_host_reads
 from test_patch import snapshot
 
 

@@ -7,12 +7,12 @@ import torch
 import specdec_triton as sdt
 from families import NEVER, VOCAB, build, prompt
 from simulated_graph import SimulatedGraphs
-from specdec_triton import engine
 from specdec_triton.drafters import dynamic
-from specdec_triton.filters import Filters, filtered_log_probs
-from specdec_triton.instruments import count_host_reads
-from specdec_triton.noise import COUPLED, gumbel, row_seeds
-from specdec_triton.prove import prove
+from specdec_triton.engine import stages
+from specdec_triton.ops.filters import Filters, filtered_log_probs
+from specdec_triton.ops.noise import COUPLED, gumbel, row_seeds
+from specdec_triton.tools.check_distribution import prove
+from specdec_triton.tools.host_sync import count_host_reads
 from test_drafters import context
 
 TREE = sdt.DynamicTree(12, width=3, depth=4)
@@ -166,8 +166,8 @@ def test_captured_rounds_draft_the_same(options, lag, monkeypatch):
         with sdt.patched(target, drafter=drafter, seed=1, cuda_graphs=False):
             text = target.generate(**prompt(), **options)
         with monkeypatch.context() as patches, sdt.patched(target, drafter=drafter, seed=1):
-            patches.setitem(engine.CAPTURES, "cpu", SimulatedGraphs)
-            patches.setitem(engine.LAG, "cpu", lag)
+            patches.setitem(stages.CAPTURES, "cpu", SimulatedGraphs)
+            patches.setitem(stages.LAG, "cpu", lag)
             assert torch.equal(target.generate(**prompt(), **options), text)
         stats = sdt.stats(target)
         assert stats.captured == 2 and stats.replayed > 5 and stats.acceptance_length > 3.3

@@ -9,11 +9,12 @@ import torch._dynamo
 import specdec_triton as sdt
 from families import FAMILIES, NEVER, VOCAB, build, prompt
 from simulated_graph import CUDA, HostRead, SimulatedGraphs, trace
-from specdec_triton import cache, checks, engine, generate, runner
-from specdec_triton.attention import call_with_tree_attention, config_ids
 from specdec_triton.drafters import Drafter, DraftSession
-from specdec_triton.drafters.model import ModelSession
-from specdec_triton.runner import TreeRunner
+from specdec_triton.drafters.model_session import ModelSession
+from specdec_triton.engine import generate, stages
+from specdec_triton.forward import cache, checks, runner
+from specdec_triton.forward.attention import call_with_tree_attention, config_ids
+from specdec_triton.forward.runner import TreeRunner
 from specdec_triton.tree import DraftTree
 from test_generate import TREES, eos_in_mid_row, oracle
 
@@ -23,8 +24,8 @@ DRAFTERS = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early")
 
 
 def capture_here(monkeypatch, lag, graphs=SimulatedGraphs):
-    monkeypatch.setitem(engine.CAPTURES, "cpu", graphs)
-    monkeypatch.setitem(engine.LAG, "cpu", lag)
+    monkeypatch.setitem(stages.CAPTURES, "cpu", graphs)
+    monkeypatch.setitem(stages.LAG, "cpu", lag)
 
 
 @pytest.fixture(params=[0, 1], ids=["lag0", "lag1"])
@@ -165,7 +166,7 @@ class MumblingSession(DraftSession):
 
 
 def test_drafts_of_the_host_are_verified_by_captured_rounds(captured, monkeypatch):
-    monkeypatch.setattr(engine, "MAX_SHAPES", 2)
+    monkeypatch.setattr(stages, "MAX_SHAPES", 2)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 60}
     plain = model.generate(**inputs)
     MumblingSession.observed = 0
@@ -227,15 +228,15 @@ def test_where_capturing_fails_rounds_go_on(monkeypatch, name, good, error, says
         text, stats = speculative(model, drafter_of(name, plain), inputs, cuda_graphs=True)
     assert torch.equal(text, plain) and says in stats.why_eager and stats.captured == good
     CUDA.assert_sound()
-    engine.CAPTURES["cpu"] = SimulatedGraphs
+    stages.CAPTURES["cpu"] = SimulatedGraphs
     text, stats = speculative(model, drafter_of(name, plain), inputs)
     assert torch.equal(text, plain) and stats.why_eager is None and stats.replayed > 5
 
 
 def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
-    monkeypatch.setitem(engine.LAG, "cpu", 1)
+    monkeypatch.setitem(stages.LAG, "cpu", 1)
     sent, read = [], []
-    put, take = engine.Reports.put, engine.Reports.take
+    put, take = stages.Reports.put, stages.Reports.take
 
     def put_one(self, report, kept, beside):
         sent.append(beside[0])
@@ -246,8 +247,8 @@ def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
         read.append((beside[0], sent[-1]))
         return rows, kept, beside
 
-    monkeypatch.setattr(engine.Reports, "put", put_one)
-    monkeypatch.setattr(engine.Reports, "take", take_one)
+    monkeypatch.setattr(stages.Reports, "put", put_one)
+    monkeypatch.setattr(stages.Reports, "take", take_one)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     plain = model.generate(**inputs)
     for name in DRAFTERS:
@@ -268,7 +269,7 @@ def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
 )
 def test_rounds_are_one_graph(monkeypatch, family, name):
     """Two rounds are the same operations on the same addresses, and read nothing: what a CUDA graph asks for."""
-    monkeypatch.setitem(engine.LAG, "cpu", 1)
+    monkeypatch.setitem(stages.LAG, "cpu", 1)
     rounds = []
 
     def step(self, whole=generate.Speculation.step):
@@ -300,7 +301,7 @@ class Backend:
 @pytest.mark.parametrize("stage", ["verify", "draft", "accept"])
 def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
     torch._dynamo.reset()
-    monkeypatch.setitem(engine.LAG, "cpu", 1)
+    monkeypatch.setitem(stages.LAG, "cpu", 1)
     backend, compiled = Backend(), {}
 
     def through_compiler(method):

@@ -5,8 +5,8 @@ import torch
 
 import specdec_triton as sdt
 from families import FAMILIES, NEVER, PAD, REFUSED, build, prompt
-from specdec_triton.checks import graph_hazard
-from specdec_triton.engine import cannot_capture
+from specdec_triton.engine.stages import cannot_capture
+from specdec_triton.forward.checks import graph_hazard
 from test_generate import TREES, oracle
 from test_patch import snapshot
 

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 import specdec_triton as sdt
 from families import NEVER, VOCAB, build, prompt
 from specdec_triton.drafters import Drafter, DraftSession
-from specdec_triton.drafters.model import ModelSession
+from specdec_triton.drafters.model_session import ModelSession
 from test_patch import snapshot
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": NEVER}
@@ -31,7 +31,7 @@ class Tripwire:
         self.model, self.at, self.error, self.rounds = model, at, error, []
 
     def __call__(self, *args, **kwargs):
-        if self.model not in sdt.patch.__globals__["_stats"]:
+        if self.model not in sdt._patch._stats:
             return  # the prompt goes to the streamer before anything of ours runs
         self.rounds.append(sdt.stats(self.model).rounds)
         if self.rounds[-1] >= self.at:
@@ -106,7 +106,7 @@ PLACES = {
     "draft forward": during_forward("draft"),
     "drafter": in_function(ModelSession, "draft"),
     "drafter told": in_function(ModelSession, "observe"),
-    "packing": in_function(sdt.runner, "pack_tree"),
+    "packing": in_function(sdt.forward.runner, "pack_tree"),
     "acceptance": in_function(sdt.ops, "accept_greedy"),
     "compaction": in_function(sdt.ops, "compact_kv"),
     "cache growth": in_function(sdt.TreeCache, "_allocate"),
@@ -126,8 +126,8 @@ CELLS = [
 
 @pytest.mark.parametrize(("place", "at", "error"), CELLS, ids=repr)
 def test_nothing_is_left_behind(place, at, error, monkeypatch):
-    monkeypatch.setattr(sdt.cache, "BUCKET", 1)  # the cache grows in every round
-    monkeypatch.setattr(sdt.generate, "FIRST_RESERVE", 1)
+    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # the cache grows in every round
+    monkeypatch.setattr(sdt.engine.generate, "FIRST_RESERVE", 1)
     size = {"num_hidden_layers": 2}
     model, draft, inputs = build("llama", **size), build("llama", seed=1, **size), prompt(batch=1, length=6)
     options = {**OPTIONS, "streamer": Streamer()}
@@ -139,10 +139,10 @@ def test_nothing_is_left_behind(place, at, error, monkeypatch):
     assert torch.equal(model.generate(**inputs, **OPTIONS, assistant_model=draft, **arguments), plain)
     remove()
     assert sdt.stats(model).rounds > 6 and len(set(unarmed.rounds)) > 2 or place == "streamer's end"
-    del sdt.patch.__globals__["_stats"][model]
+    del sdt._patch._stats[model]
 
-    monkeypatch.setattr(sdt.cache, "BUCKET", 1)
-    monkeypatch.setattr(sdt.generate, "FIRST_RESERVE", 1)
+    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)
+    monkeypatch.setattr(sdt.engine.generate, "FIRST_RESERVE", 1)
     wire = Tripwire(model, {"first": 0, "third": 2, "last": max(unarmed.rounds)}[at], error)
     before_fault = snapshot(model), snapshot(draft)
     arguments, remove = PLACES[place](wire, model, draft, monkeypatch)
@@ -199,7 +199,7 @@ def test_nothing_is_left_behind_by_sampling(rule, place, monkeypatch):
     asked = as_argument(lambda wire: {"logits_processor": [processor(wire, stateless=True)]})
     places = {**PLACES, "acceptance": in_function(sdt.ops, "accept_sample"), "processor": asked}
     state = snapshot(model), snapshot(draft)
-    del sdt.patch.__globals__["_stats"][model]
+    del sdt._patch._stats[model]
     arguments, remove = places[place](Tripwire(model, 2, error), model, draft, monkeypatch)
     with pytest.raises(KeyboardInterrupt) as raised:
         model.generate(**inputs, **options, **arguments)
@@ -383,7 +383,7 @@ def test_an_interrupt_at_any_line_of_patching(action, patched_before):
     """Nothing has happened then, and the next call is as good as ever."""
     if action is sdt.unpatch and not patched_before:
         pytest.skip("there is nothing to undo")
-    model, files = build("llama"), lines_of(sdt.checks, sys.modules["specdec_triton.patch"])
+    model, files = build("llama"), lines_of(sdt.forward.checks, sdt._patch)
     enter_and_leave(model)  # fills caches: lines that run once a process
     untouched = snapshot(model)
 
@@ -410,7 +410,7 @@ def test_an_interrupt_at_any_line_of_patching(action, patched_before):
 
 
 def in_force(model):
-    return sys.modules["specdec_triton.patch"]._in_force(model)
+    return sdt._patch._in_force(model)
 
 
 def test_an_interrupt_at_any_line_around_a_verify_forward():
@@ -418,7 +418,7 @@ def test_an_interrupt_at_any_line_around_a_verify_forward():
     options = {**OPTIONS, "max_new_tokens": 4}
     plain = model.generate(**inputs, **options)
     sdt.patch(model, drafter=sdt.PromptLookupDrafter(3))
-    files = lines_of(sdt.attention, sdt.runner, sys.modules["specdec_triton.patch"])
+    files = lines_of(sdt.forward.attention, sdt.forward.runner, sdt._patch)
     before, places = snapshot(model), interrupted(lambda: model.generate(**inputs, **options), files)
     assert len(places) > 60
     for at in places:
@@ -442,7 +442,7 @@ def test_a_model_that_is_half_unpatched_heals():
     ):
         model = build("llama")
         sdt.patch(model, drafter=sdt.PromptLookupDrafter())
-        del vars(model)[sys.modules["specdec_triton.patch"].STATE]
+        del vars(model)[sdt._patch.STATE]
         assert type(model) is not plain_class
         heal(model)
-        assert type(model) is plain_class and sdt.patch.__module__ == "specdec_triton.patch"
+        assert type(model) is plain_class and sdt.patch.__module__ == "specdec_triton._patch"

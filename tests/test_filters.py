@@ -14,8 +14,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from specdec_triton.filters import Filters, filtered_log_probs
 from specdec_triton.ops import FILTER_DTYPES
+from specdec_triton.ops.filters import Filters, filtered_log_probs
 
 INF, NAN = float("inf"), float("nan")
 WARPERS = {

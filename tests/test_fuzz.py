@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import specdec_triton as sdt
 from families import EOS, NEVER, PAD, VOCAB, build, prompt
 from specdec_triton import ops
-from specdec_triton.filters import Filters
-from specdec_triton.reference import WORD_BITS
-from specdec_triton.rules import RULES, SAMPLING, WEIGHING_RULES
+from specdec_triton.ops.filters import Filters
+from specdec_triton.ops.reference import WORD_BITS
+from specdec_triton.ops.rules import RULES, SAMPLING, WEIGHING_RULES
 from test_kernel_accept_sample import FILTERS, case
 from test_patch import snapshot
 

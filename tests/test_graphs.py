@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from simulated_graph import CUDA, HostRead, SimulatedCuda, SimulatedGraphs
-from specdec_triton import calibration, engine, graphs
+from specdec_triton.engine import graphs
+from specdec_triton.engine import stages as engine
+from specdec_triton.tools import calibration
 from test_engine import capture_here
 
 

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from specdec_triton import cli, inspection
-from specdec_triton.inspection import ARCHES, Instruction
+from specdec_triton.tools import cli, inspection
+from specdec_triton.tools.inspection import ARCHES, Instruction
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))

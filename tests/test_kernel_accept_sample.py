@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from first_gpu import covering, marked, turns
-from specdec_triton import noise, ops, reference, rules
-from specdec_triton.filters import Filters, filtered_log_probs
+from specdec_triton import ops
 from specdec_triton.kernels import _chances, _law, _noise
 from specdec_triton.kernels import accept_sample as kernel
-from specdec_triton.rules import RULES, SAMPLING, WEIGHING_RULES
+from specdec_triton.ops import noise, reference, rules
+from specdec_triton.ops.filters import Filters, filtered_log_probs
+from specdec_triton.ops.rules import RULES, SAMPLING, WEIGHING_RULES
 from test_filters import DTYPES, PALETTES, check_by_hand, made, options_of, paint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec_triton import ops, reference
+from specdec_triton import ops
 from specdec_triton.kernels import compact_kv as kernel
+from specdec_triton.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"

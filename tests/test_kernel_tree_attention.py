@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from first_gpu import covering, marked, turns
-from specdec_triton import ops, reference
-from specdec_triton.cache import in_buckets
-from specdec_triton.reference import visible_slots
+from specdec_triton import ops
+from specdec_triton.forward.cache import in_buckets
+from specdec_triton.ops import reference
+from specdec_triton.ops.reference import visible_slots
 from specdec_triton.tree import DraftTree, Topology
 
 pytest.importorskip("triton")

@@ -82,7 +82,7 @@ def test_a_draft_model_through_the_kernels(calls):
     "rule",
     [
         "coupled",
-        *(pytest.param(rule, marks=pytest.mark.slow) for rule in sdt.rules.RULES if rule != "coupled"),
+        *(pytest.param(rule, marks=pytest.mark.slow) for rule in sdt.ops.rules.RULES if rule != "coupled"),
     ],
 )
 def test_sampling_through_the_kernels(rule, calls):

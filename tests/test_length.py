@@ -7,11 +7,12 @@ import torch
 import specdec_triton as sdt
 from families import NEVER, VOCAB, build, prompt
 from simulated_graph import SimulatedGraphs
-from specdec_triton import engine, ops
+from specdec_triton import ops
 from specdec_triton.drafters.length import ChainLength, LengthRule, in_steps
-from specdec_triton.drafters.model import ModelSession
-from specdec_triton.filters import Filters, filtered_log_probs
-from specdec_triton.prove import prove
+from specdec_triton.drafters.model_session import ModelSession
+from specdec_triton.engine import stages
+from specdec_triton.ops.filters import Filters, filtered_log_probs
+from specdec_triton.tools.check_distribution import prove
 from specdec_triton.tree import DraftTree
 from test_drafters import context, record_drafts
 from test_dynamic import alike
@@ -24,8 +25,8 @@ SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
 def captured(request, monkeypatch):
     """Rounds as on a CPU, and as on a GPU: captured, and read late."""
     if request.param:
-        monkeypatch.setitem(engine.CAPTURES, "cpu", SimulatedGraphs)
-        monkeypatch.setitem(engine.LAG, "cpu", 1)
+        monkeypatch.setitem(stages.CAPTURES, "cpu", SimulatedGraphs)
+        monkeypatch.setitem(stages.LAG, "cpu", 1)
     return bool(request.param)
 
 

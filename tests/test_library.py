@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from specdec_triton import ops
-from specdec_triton.filters import Filters
+from specdec_triton.ops.filters import Filters
 from specdec_triton.tree import DraftTree, Topology
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -290,7 +290,7 @@ def test_a_watermark_with_a_history():
 
 @pytest.mark.parametrize("scheme", ["lefthash", "selfhash"])
 def test_a_watermark_without_state_needs_no_lockstep(scheme, monkeypatch):
-    monkeypatch.setattr(sdt.generate, "Lockstep", None)
+    monkeypatch.setattr(sdt.engine.generate, "Lockstep", None)
     model, inputs = build("llama"), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": NEVER}
     options["watermarking_config"] = WatermarkingConfig(bias=3.0, seeding_scheme=scheme)
@@ -332,7 +332,7 @@ def test_rules_that_look_at_many_nodes_take_functions_only(rule):
 
 
 def test_what_says_that_it_is_a_function_is_asked_row_by_row(monkeypatch):
-    monkeypatch.setattr(sdt.generate, "Lockstep", None)
+    monkeypatch.setattr(sdt.engine.generate, "Lockstep", None)
     monkeypatch.setattr(row_wise, "stateless", True, raising=False)
     model, inputs = build("llama"), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": PAD}

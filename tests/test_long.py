@@ -10,7 +10,7 @@ import torch
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
-from specdec_triton.cache import BUCKET
+from specdec_triton.forward.cache import BUCKET
 
 FLOAT = 4  # bytes
 

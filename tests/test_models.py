@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from specdec_triton import models
+from specdec_triton.tools import models
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from specdec_triton import noise
+from specdec_triton.ops import noise
 
 
 def words(text):

@@ -16,151 +16,54 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "specdec_triton"
 
-# module or folder -> the modules of ours that it may import. Arrows point down only; the kernels are reached
-# by ops, which launches them, and by inspection, which compiles them.
+# Part of the package -> the parts that it may import, bottom up. The kernels are reached by the ops, which launch them,
+# and by the tools, which compile them. A part is a folder, or a module of the top.
 ARROWS = {
-    # each other's private helpers only
-    "kernels": {f"kernels.{name}" for name in ("_chances", "_common", "_law", "_noise", "_walk")},
-    "noise": set(),
-    "filters": set(),
-    "rules": {"noise"},
-    "reference": {"filters", "rules"},
-    "tree": {"filters", "reference", "rules"},
-    "costs": set(),
-    "adaptive": {"costs", "tree"},
-    "ops": {"filters", "reference", "rules", "kernels"},
-    "versions": set(),
-    "wrappers": set(),
-    "preparation": {"versions"},
-    "checks": {"preparation"},
-    "attention": {"ops", "reference"},
-    "cache": {"ops"},
-    "runner": {"attention", "cache", "preparation", "tree", "versions"},
-    "drafters": {
-        "cache",
-        "checks",
-        "drafters",
-        "filters",
-        "noise",
-        "ops",
-        "reference",
-        "rules",
-        "runner",
-        "tree",
-        "wrappers",
-    },
-    "penalties": {"reference", "tree"},
-    "processors": {"filters", "penalties", "tree"},
-    "transcript": {"reference", "tree"},
-    "ended": {"drafters", "transcript", "tree"},
-    "lockstep": {"drafters", "ended", "processors", "reference", "transcript", "tree"},
-    "graphs": set(),
-    "engine": {"graphs"},
-    "stats": set(),
-    "inputs": {"noise"},
-    "options": {"costs", "drafters", "rules", "tree"},
-    "auto": {"adaptive", "costs", "drafters", "engine", "rules", "tree"},
-    "generate": {
-        "adaptive",
-        "auto",
-        "checks",
-        "drafters",
-        "ended",
-        "engine",
-        "filters",
-        "inputs",
-        "lockstep",
-        "noise",
-        "ops",
-        "options",
-        "penalties",
-        "processors",
-        "reference",
-        "rules",
-        "runner",
-        "stats",
-        "transcript",
-        "tree",
-        "versions",
-    },
-    "patch": {
-        "checks",
-        "drafters",
-        "engine",
-        "generate",
-        "options",
-        "preparation",
-        "stats",
-        "tree",
-        "versions",
-        "wrappers",
-    },
-    "instruments": set(),
-    "cards": set(),
-    "plan": {"adaptive", "cards", "costs", "files", "runner"},
-    "inspection": {"cards", "kernels"},
-    "calibration": {"graphs"},
-    "profiling": {"calibration", "engine", "generate", "instruments"},
-    "trace": {"drafters", "reference", "tree"},
-    "proof": set(),
-    "files": set(),
-    "models": {"files"},
-    "prompts": set(),
+    "kernels": set(),
+    "ops": {"kernels"},
+    "tree": {"ops"},
+    "tree_choice": {"tree"},
+    "forward": {"ops", "tree"},
+    "processors": {"ops", "tree"},
+    "drafters": {"forward", "ops", "tree"},
+    "options": {"drafters", "ops", "tree", "tree_choice"},
+    "_stats": set(),
+    "engine": {"_stats", "drafters", "forward", "ops", "options", "processors", "tree", "tree_choice"},
+    "_patch": {"_stats", "drafters", "engine", "forward", "options", "tree"},
+    "specdec_triton": {"_patch", "_stats", "drafters", "forward", "ops", "options", "tree", "tree_choice"},
     # these use the library as any user would: `import specdec_triton`
-    "demo": {"specdec_triton", "instruments", "models", "prompts"},
-    "prove": {"specdec_triton", "drafters", "proof"},
-    "shrink": set(),
-    "support": {"specdec_triton", "shrink"},
-    "support_page": {"support"},
-    "cli": {
-        "specdec_triton",
-        "cards",
-        "calibration",
-        "demo",
-        "engine",
-        "generate",
-        "inspection",
-        "instruments",
-        "models",
-        "ops",
-        "patch",
-        "plan",
-        "profiling",
-        "prompts",
-        "prove",
-        "rules",
-        "support",
-        "support_page",
-    },
+    "tools": {"drafters", "engine", "forward", "kernels", "ops", "specdec_triton", "tree", "tree_choice"},
 }
-# third-party packages, where they are limited
+# third-party packages, where they are limited; of a module, or of all of a folder
 PACKAGES = {
     "kernels": {"torch", "triton"},
-    "noise": {"torch"},
-    "filters": {"torch"},
-    "rules": {"torch"},
-    "reference": {"torch"},
-    "tree": {"torch"},
-    "costs": {"numpy"},
-    "adaptive": {"numpy"},
     "ops": {"torch"},
-    "instruments": {"torch"},
-    "calibration": {"torch"},
-    "graphs": {"torch"},
-    "proof": {"numpy", "torch"},
-    "prompts": set(),
-    "shrink": {"transformers"},
+    "tree": {"torch"},
+    "tree_choice": {"numpy"},
+    "engine.graphs": {"torch"},
+    "tools.host_sync": {"torch"},
+    "tools.calibration": {"torch"},
+    "tools.goodness_of_fit": {"numpy", "torch"},
+    "tools.prompts": set(),
+    "tools.shrink": {"transformers"},
 }
+# reached without an import statement: by the name of the op
+LATE = {("ops", "kernels")}
 
 
 def modules():
-    """(module name, path, dotted package of the file) of each of our files but __init__.py."""
-    for path in sorted(PACKAGE.glob("*.py")):
-        if path.stem != "__init__":
-            yield path.stem, path, "specdec_triton"
-    for folder in ("drafters", "kernels"):
-        for path in sorted((PACKAGE / folder).glob("*.py")):
-            yield folder, path, f"specdec_triton.{folder}"
+    """{dotted name below specdec_triton: path} of each of our files; a package's `__init__` has the package's name."""
+    found = {}
+    folders = [PACKAGE, *(path for path in sorted(PACKAGE.iterdir()) if path.is_dir() and path.name != "__pycache__")]
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")):
+            names = [folder.name] * (folder != PACKAGE) + [path.stem] * (path.stem != "__init__")
+            found[".".join(names) or "specdec_triton"] = path
+    return found
+
+
+def part(module):
+    return module.split(".")[0]
 
 
 def imported_names(path, package):
@@ -174,30 +77,56 @@ def imported_names(path, package):
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
-def ours_and_theirs(path, package):
-    """The modules of ours and the third-party packages that a file imports."""
+def ours_and_theirs(path, package, known):
+    """The modules of ours (as `modules` names them) and the third-party packages that a file imports."""
     ours, theirs = set(), set()
     for name in imported_names(path, package):
         first, *rest = name.split(".")
         if first != "specdec_triton":
             theirs |= {first} - sys.stdlib_module_names
-        elif not rest or rest[0] not in ARROWS:
-            ours.add("specdec_triton")
-        else:
-            ours.add(".".join(rest[:2]) if rest[0] == "kernels" else rest[0])
+            continue
+        while rest and ".".join(rest) not in known:
+            rest.pop()
+        ours.add(".".join(rest) or "specdec_triton")
     return ours, theirs
 
 
-@pytest.mark.parametrize(
-    ("module", "path", "package"), [pytest.param(*found, id=str(found[1].relative_to(ROOT))) for found in modules()]
-)
-def test_imports_follow_the_arrows(module, path, package):
-    assert module in ARROWS, f"{path.name} is new: say in ARROWS what it may import"
-    ours, theirs = ours_and_theirs(path, package)
-    allowed = ARROWS[module]
-    forbidden = {name for name in ours if name not in allowed and name.split(".")[0] not in allowed}
-    assert not forbidden, f"{path.name} must not import {sorted(forbidden)}"
-    assert theirs <= PACKAGES.get(module, theirs), f"{path.name} must not import {sorted(theirs - PACKAGES[module])}"
+def package_of(module, path):
+    inside = module if path.stem == "__init__" else module.rpartition(".")[0]
+    return "specdec_triton" if inside in ("", "specdec_triton") else f"specdec_triton.{inside}"
+
+
+@pytest.fixture(scope="module")
+def imports():
+    """{module: (modules of ours, third-party packages)}."""
+    known = modules()
+    return {module: ours_and_theirs(path, package_of(module, path), known) for module, path in known.items()}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_follow_the_arrows(module, imports):
+    ours, theirs = imports[module]
+    assert part(module) in ARROWS, f"{module} is new: say in ARROWS what it may import"
+    forbidden = {name for name in ours if part(name) not in ARROWS[part(module)] | {part(module)}}
+    assert not forbidden, f"{module} must not import {sorted(forbidden)}"
+    allowed = PACKAGES.get(module, PACKAGES.get(part(module), theirs))
+    assert theirs <= allowed, f"{module} must not import {sorted(theirs - allowed)}"
+
+
+def test_no_arrow_is_allowed_that_nothing_needs(imports):
+    drawn = {(part(module), part(name)) for module, (ours, _) in imports.items() for name in ours} | LATE
+    allowed = {(module, name) for module, names in ARROWS.items() for name in names}
+    assert allowed == {(module, name) for module, name in drawn if module != name}
+
+
+def test_no_import_is_a_circle(imports):
+    """Of modules, imports inside functions included. A package's `__init__` is what the modules in it are seen
+    through, and stands above them."""
+    left = {module: {name for name in ours if name != module} for module, (ours, _) in imports.items()}
+    while left:
+        free = {module for module, names in left.items() if not names & left.keys()}
+        assert free, f"these import each other: {sorted(left)}"
+        left = {module: names for module, names in left.items() if module not in free}
 
 
 def test_the_reader_of_imports_sees_every_form(tmp_path):
@@ -205,13 +134,13 @@ def test_the_reader_of_imports_sees_every_form(tmp_path):
     file.write_text(
         "import os, numpy as np\nimport specdec_triton as sdt\nfrom . import ops\nfrom .tree import DraftTree\n"
         "from specdec_triton import patch\nimport specdec_triton.kernels.accept_greedy\n"
-        "def late():\n    from .generate import Stats\n    from transformers.cache_utils import Cache\n"
+        "def late():\n    from .engine.generate import Stats\n    from transformers.cache_utils import Cache\n"
     )
-    ours, theirs = ours_and_theirs(file, "specdec_triton")
-    assert ours == {"specdec_triton", "ops", "tree", "patch", "kernels.accept_greedy", "generate"}
+    ours, theirs = ours_and_theirs(file, "specdec_triton", modules())
+    assert ours == {"specdec_triton", "ops", "tree", "kernels.accept_greedy", "engine.generate"}
     assert theirs == {"numpy", "transformers"}
     file.write_text("from ..tree import DraftTree\nfrom .base import Drafter\nfrom .. import ops\n")
-    assert ours_and_theirs(file, "specdec_triton.drafters")[0] == {"tree", "drafters", "ops"}
+    assert ours_and_theirs(file, "specdec_triton.drafters", modules())[0] == {"tree", "drafters.base", "ops"}
 
 
 def test_kernels_is_a_folder_without_init_reached_by_a_symlink():
@@ -227,12 +156,12 @@ def test_pyproject_maps_the_packages():
     listed = set(settings["tool"]["setuptools"]["packages"])
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert listed == {"specdec_triton", *(f"specdec_triton.{name}" for name in folders)}
-    assert settings["project"]["scripts"] == {"specdec-triton": "specdec_triton.cli:main"}
+    assert settings["project"]["scripts"] == {"specdec-triton": "specdec_triton.tools.cli:main"}
     assert "triton" not in {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
 
 
 def test_the_newest_transformers_is_one_everywhere():
-    namespace = (PACKAGE / "versions.py").read_text()
+    namespace = (PACKAGE / "forward" / "versions.py").read_text()
     newest = next(line.split('"')[1] for line in namespace.splitlines() if line.startswith("NEWEST"))
     assert f"NEWEST := transformers~={newest}.0\n" in (ROOT / "Makefile").read_text()
 

@@ -5,11 +5,11 @@ import pathlib
 
 import pytest
 
-from specdec_triton import cli, plan
-from specdec_triton.adaptive import LADDER
-from specdec_triton.cards import CARDS
-from specdec_triton.costs import Costs
-from specdec_triton.plan import Ceilings, Engine, Request, datasheet
+from specdec_triton.tools import cli, plan
+from specdec_triton.tools.gpus import CARDS
+from specdec_triton.tools.plan import Ceilings, Engine, Request, datasheet
+from specdec_triton.tree_choice.costs import Costs
+from specdec_triton.tree_choice.search import LADDER
 
 WITHIN = 0.15
 H100 = datasheet("h100", "bf16")

@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
-from specdec_triton.preparation import next_step, says_nothing
-from specdec_triton.versions import CACHE
+from specdec_triton.forward.preparation import next_step, says_nothing
+from specdec_triton.forward.versions import CACHE
 from test_families import perturbed
 from test_patch import snapshot
 

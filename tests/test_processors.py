@@ -14,10 +14,10 @@ from transformers.generation import logits_process as hf
 
 import specdec_triton as sdt
 from families import NEVER, VOCAB, build, prompt
-from specdec_triton.filters import filtered_log_probs
-from specdec_triton.instruments import count_host_reads
-from specdec_triton.penalties import is_vectorised, process_nodes
-from specdec_triton.processors import process_each, process_path, split_processors
+from specdec_triton.ops.filters import filtered_log_probs
+from specdec_triton.processors.device import is_vectorised, process_nodes
+from specdec_triton.processors.host import process_each, process_path, split_processors
+from specdec_triton.tools.host_sync import count_host_reads
 from specdec_triton.tree import DraftTree
 
 INF, NAN = float("inf"), float("nan")
@@ -495,7 +495,7 @@ GREEDY = {
 
 @pytest.mark.parametrize("names", [*((name,) for name in GREEDY), tuple(GREEDY)], ids=lambda names: names[-1])
 def test_greedy_as_generate_does_it(names, monkeypatch):
-    monkeypatch.setattr(sdt.generate, "process_path", None)  # no walk on the host
+    monkeypatch.setattr(sdt.engine.generate, "process_path", None)  # no walk on the host
     model, inputs = build("llama"), prompt(batch=3, padding=4)
     end = int(model.generate(**inputs, do_sample=False, eos_token_id=NEVER, max_new_tokens=6)[0, -1])
     options = {name: GREEDY[name] for name in names}

@@ -11,9 +11,9 @@ import torch
 import specdec_triton as sdt
 import tiny
 from families import NEVER, build, prompt
-from specdec_triton import instruments, profiling
-from specdec_triton.generate import Speculation
-from specdec_triton.profiling import record_rounds
+from specdec_triton.engine.generate import Speculation
+from specdec_triton.tools import host_sync, profiling
+from specdec_triton.tools.profiling import record_rounds
 from test_engine import capture_here
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_rounds_on_a_gpu_are_told_from_its_events(monkeypatch):
         )
         for i in range(6)
     ]
-    waits = instruments.HostWaits(count=6, seconds=1.2)
+    waits = host_sync.HostWaits(count=6, seconds=1.2)
     found = profiling.Profile(torch.device("cuda"), rounds, waits, 0)
     assert found.round_seconds() == [0.01] * 3
     assert found.stage_seconds("verify") == [0.006] * 4 and found.stage_seconds("verify", host=True) == [0.25] * 4
@@ -134,9 +134,9 @@ def test_the_hosts_waits_are_marked_round_by_round(model, monkeypatch):
 
 def test_waits_for_the_gpu_are_timed_once_and_undone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: (time.sleep(0.01), torch.ones(1).tolist()))
-    before = [vars(torch.Tensor).get(name) for name in instruments.WAITING_METHODS]
+    before = [vars(torch.Tensor).get(name) for name in host_sync.WAITING_METHODS]
     slow = torch.cuda.synchronize
-    with instruments.time_host_waits() as waits:
+    with host_sync.time_host_waits() as waits:
         torch.ones(2).tolist()  # on the CPU: nothing to wait for
         assert waits.count == 0
         torch.cuda.synchronize()
@@ -145,7 +145,7 @@ def test_waits_for_the_gpu_are_timed_once_and_undone(monkeypatch):
             torch.Tensor.tolist(on_gpu)
     assert waits.count == 2 and waits.seconds >= 0.01
     assert torch.cuda.synchronize is slow
-    assert [vars(torch.Tensor).get(name) for name in instruments.WAITING_METHODS] == before
+    assert [vars(torch.Tensor).get(name) for name in host_sync.WAITING_METHODS] == before
 
 
 def test_the_floors_of_a_round_by_hand(model):

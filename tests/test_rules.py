@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossless import exact
-from specdec_triton import DraftTree, Topology, noise, ops, rules
-from specdec_triton.filters import Filters, filtered_log_probs
+from specdec_triton import DraftTree, Topology, ops
+from specdec_triton.ops import noise, rules
+from specdec_triton.ops.filters import Filters, filtered_log_probs
 
 INF, NAN = float("inf"), float("nan")
 

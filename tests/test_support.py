@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import Gemma3Config, LlamaConfig, Qwen2VLConfig
 
-from specdec_triton import cli, shrink, support, support_page
-from specdec_triton.support import CRASH, EXACT, LATE, NOT_BUILT, REFUSED, WRONG, Kind, Outcome, check
+from specdec_triton.tools import cli, shrink, support, support_page
+from specdec_triton.tools.support import CRASH, EXACT, LATE, NOT_BUILT, REFUSED, WRONG, Kind, Outcome, check
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, PAGE = ROOT / "bench" / "results" / "models", ROOT / "docs" / "supported_models.md"

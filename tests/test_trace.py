@@ -7,8 +7,8 @@ import torch
 
 import specdec_triton as sdt
 import tiny
-from specdec_triton import trace
-from specdec_triton.trace import TracedCall, TracingDrafter, ranked, read_trace, replay
+from specdec_triton.tools import trace
+from specdec_triton.tools.trace import TracedCall, TracingDrafter, ranked, read_trace, replay
 
 WIDE = sdt.Topology.from_widths((3, 2, 2))
 NARROW = [sdt.Topology.chain(3), sdt.Topology.from_widths((2, 2)), sdt.Topology.from_paths([(2,), (0, 1, 0), (1,)])]

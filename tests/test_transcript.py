@@ -7,7 +7,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec_triton as sdt
 from families import EOS, NEVER, PAD, build, prompt
-from specdec_triton import engine, transcript
+from specdec_triton.engine import output as transcript
+from specdec_triton.engine import stages
 from test_engine import drafter_of, speculative
 from test_generate import TREES, oracle
 from test_lockstep import assert_same_output, spread
@@ -31,7 +32,7 @@ class Recorder(StoppingCriteria):
 @pytest.mark.parametrize("eos", [EOS, None])
 @pytest.mark.parametrize("stops", [(12, 20, 17), (10, 99, 11), (16, 16, 16)])
 def test_criteria_are_asked_as_plain_generate_asks_them(stops, eos, monkeypatch):
-    monkeypatch.setattr(sdt.cache, "BUCKET", 1)  # no slot to spare: a row that ran past its stop needs its own
+    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # no slot to spare: a row that ran past its stop needs its own
     model, inputs = build("llama", eos_token_id=eos), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": PAD}
     plain_calls, our_calls = Recorder(stops), Recorder(stops)
@@ -84,8 +85,8 @@ def test_criteria_copy_each_token_to_the_device_once_and_wait_for_no_round(monke
 @pytest.mark.parametrize("stops", [(12, 20), (10, 60), (31, 12)])
 def test_criteria_get_the_scores_of_all_rows(stops, lag, monkeypatch):
     """At each column, those of rows that ended, too, however long ago."""
-    monkeypatch.setitem(engine.LAG, "cpu", lag)
-    monkeypatch.setattr(sdt.cache, "BUCKET", 1)
+    monkeypatch.setitem(stages.LAG, "cpu", lag)
+    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)
     monkeypatch.setattr(transcript, "AHEAD", 3)
     model, inputs = build("llama"), prompt()
     options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": NEVER, "pad_token_id": PAD}
@@ -162,8 +163,8 @@ PENALTIES = {
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize(("lag", "padding"), [(0, 3), (1, 0)])
 def test_scores_logits_and_cache_of_all_rows(lag, penalty, padding, monkeypatch):
-    monkeypatch.setitem(engine.LAG, "cpu", lag)
-    monkeypatch.setattr(sdt.cache, "BUCKET", 1)  # no slot to spare
+    monkeypatch.setitem(stages.LAG, "cpu", lag)
+    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # no slot to spare
     model, inputs = build("llama"), prompt(batch=3, padding=padding)
     options = {"do_sample": False, "max_new_tokens": 26, "return_dict_in_generate": True, **PENALTIES[penalty]}
     options |= {"output_scores": True, "output_logits": True, "pad_token_id": PAD}
@@ -183,7 +184,7 @@ def test_scores_logits_and_cache_of_all_rows(lag, penalty, padding, monkeypatch)
 @pytest.mark.parametrize(("family", "ended"), [("llama4", 10), ("gpt_oss", 60)])
 def test_more_columns_after_the_end_than_one_forward_takes(family, ended, monkeypatch):
     """With windows, chunks and sinks; one row goes on for long."""
-    monkeypatch.setattr(sdt.ended, "CHUNK", 16)
+    monkeypatch.setattr(sdt.engine.finished_rows, "CHUNK", 16)
     model, inputs = build(family), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 70, "return_dict_in_generate": True, "output_scores": True}
     options |= {"eos_token_id": NEVER, "pad_token_id": PAD}
@@ -226,7 +227,7 @@ def teacher_forced(model, inputs, output, options):
 
 def test_without_anything_kept_rows_that_ended_cost_nothing(monkeypatch):
     """No forward more, and none of its reads."""
-    monkeypatch.setattr(sdt.ended.EndedRows, "run", None)
+    monkeypatch.setattr(sdt.engine.finished_rows.EndedRows, "run", None)
     model, inputs = build("llama"), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD}
     free = model.generate(**inputs, **options, eos_token_id=NEVER)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec_triton import DraftTree, DynamicTree, Topology
-from specdec_triton.filters import Filters
+from specdec_triton.ops.filters import Filters
 from specdec_triton.tree import with_children
 
 

@@ -5,10 +5,10 @@ import torch
 
 import specdec_triton as sdt
 from families import FAMILIES, FEW, NEVER, VOCAB, build, prompt
-from specdec_triton import runner
-from specdec_triton.cache import BUCKET
-from specdec_triton.instruments import count_host_reads
-from specdec_triton.runner import TreeRunner
+from specdec_triton.forward import runner
+from specdec_triton.forward.cache import BUCKET
+from specdec_triton.forward.runner import TreeRunner
+from specdec_triton.tools.host_sync import count_host_reads
 from specdec_triton.tree import DraftTree
 from test_generate import TREES, oracle
 
@@ -153,7 +153,7 @@ def test_a_cache_that_dropped_its_history_is_refused():
 def test_dense_masks_are_refused_by_the_tree_attention():
     model = build("llama")
     with pytest.raises(ValueError, match="specdec_tree: attention_mask must be a packed tree.*got"):
-        sdt.attention.call_with_tree_attention(None, sdt.attention.config_ids(model), model, **prompt())
+        sdt.forward.attention.call_with_tree_attention(None, sdt.forward.attention.config_ids(model), model, **prompt())
     assert model.config._attn_implementation == "sdpa"
 
 

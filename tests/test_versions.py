@@ -10,7 +10,7 @@ from families import NEVER, build, prompt
 
 @pytest.mark.parametrize(("installed", "warns"), [("5.24.3", False), ("5.25.0", True), ("6.0.0.dev0", True)])
 def test_a_newer_version_warns_once(installed, warns, monkeypatch):
-    warn = sdt.patch.__globals__["warn_if_untested"]
+    warn = sdt._patch.warn_if_untested
     monkeypatch.setattr(warn.__wrapped__.__globals__["transformers"], "__version__", installed)
     warn.cache_clear()
     model, options = build("llama"), {**prompt(), "do_sample": False, "max_new_tokens": 4, "eos_token_id": NEVER}

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..filters import Filters
-from ..reference import Acceptance
-from ..rules import CHAIN_RULES, check_legal
-from ..runner import TreeRunner
+from ..forward.runner import TreeRunner
+from ..ops.filters import Filters
+from ..ops.reference import Acceptance
+from ..ops.rules import CHAIN_RULES, check_legal
 from ..tree import DraftTree, DynamicTree, Topology
 
 

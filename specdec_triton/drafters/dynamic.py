@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from ..filters import filtered_log_probs
-from ..reference import Acceptance
+from ..ops.filters import filtered_log_probs
+from ..ops.reference import Acceptance
 from ..tree import DraftTree, DynamicTree, Topology, topology_tensors, with_children
 from .base import DraftContext
-from .model import ModelSession
+from .model_session import ModelSession
 
 
 class DynamicSession(ModelSession):

@@ -1,24 +1,15 @@
 """Drafts from a smaller model: a chain, or a tree whose children are expanded level by level."""
 
-import torch
-from torch.nn.functional import pad
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..checks import check_supported, graph_hazard
-from ..filters import filtered_log_probs
-from ..noise import COUPLED, DRAFT, gumbel
-from ..reference import Acceptance
-from ..rules import WEIGHING_RULES
-from ..runner import TreeRunner
-from ..tree import DraftTree, DynamicTree, Topology
-from ..wrappers import embedded_tokens, unwrap
-from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, topology_of
-from .length import ChainLength, LengthRule, assistant_rule, assistant_tokens, in_steps
-from .levels import Level, Plan, plan_of
+from ..forward.checks import check_supported, graph_hazard
+from ..forward.wrappers import unwrap
+from ..tree import DynamicTree, Topology
+from .base import DraftContext, Drafter, check_rule, check_tree, topology_of
+from .dynamic import DynamicSession
+from .length import LengthRule, assistant_rule, assistant_tokens
+from .model_session import ModelSession
 
-# The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
-CATCH_UP = 2
-CHUNK = 128  # tokens a forward, where the draft has more to catch up with
 VOCABULARY_PADDING = 0.01  # vocabularies whose sizes differ by no more share a tokenizer, padded differently
 
 
@@ -148,226 +139,10 @@ def start_session(
     context: DraftContext,
     tree: Topology | DynamicTree | int | None,
     shares_cache: bool = False,
-) -> "ModelSession":
+) -> ModelSession:
     """The session in which `model` drafts what the call or `drafter` asks for; `shares_cache`: see `ModelSession`."""
     shape = draft_shape(drafter, tree, model, context.rule, context.vocab_size)
     if isinstance(shape, DynamicTree):
-        from .dynamic import DynamicSession  # which builds on this module
-
         return DynamicSession(model, context, shape, shares_cache)
     length = length_rule(drafter, tree, model, shape)
     return ModelSession(model, context, shape, shares_cache, drafter.replacement, length)
-
-
-class ModelSession(DraftSession):
-    """A model that drafts a topology, level by level.
-
-    Args:
-        model: drafts.
-        context: the call's sequences.
-        topology: what to draft.
-        shares_cache: the model is made of the target's first layers, and the target's keys and values are its own:
-            there is no prompt to run and nothing to catch up with.
-        replacement: see `ModelDrafter`.
-        length: the topology is a chain, and this says how much of it is drafted.
-
-    Attributes:
-        forwards: the draft's forwards so far, its prompt and what it caught up with left out.
-    """
-
-    trusted = True
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        context: DraftContext,
-        topology: Topology,
-        shares_cache: bool = False,
-        replacement: bool = False,
-        length: LengthRule | None = None,
-    ):
-        self._length = self._stops = None if length is None else ChainLength(context, length)
-        if self._length is not None:
-            topology = Topology.chain(self._length.longest)
-        self.on_device = self._length is None or not self._length.looks
-        self.forwards = 0
-        self.context, self.topology = context, topology
-        self.max_nodes, self.max_depth = topology.num_nodes, topology.max_depth
-        self._replacement = replacement
-        self._shares_cache, self._catch_up = shares_cache, 1 if shares_cache else CATCH_UP
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
-        self._last_token = embedded_tokens(model) - 1
-        last = (context.max_length - context.start).clamp(max=limit) - 1
-        self._runner = TreeRunner(model, context.start, last, context.impl, context.fixed_shapes, context.compiled)
-        self._behind = 0  # rounds since the draft model last ran
-        self._plans: dict[Topology, Plan] = {}  # kept: captured rounds read their tensors
-        if shares_cache:
-            self._runner.cache = context.target.cache
-        else:
-            self._prefill()
-
-    def _prefill(self) -> None:
-        """The prompt, left padding and all, through the draft: its cache has the target's columns."""
-        context, model = self.context, self._runner.model
-        prompt = context.tokens[:, : int(context.host_length[0])]
-        columns = torch.arange(prompt.shape[1], device=prompt.device)
-        real = columns >= context.start[:, None]
-        kwargs = {
-            "attention_mask": real.long(),
-            "position_ids": (columns - context.start[:, None])
-            .clamp(min=0)
-            .minimum(self._runner.last_position[:, None]),
-        }
-        if model._supports_logits_to_keep():
-            kwargs["logits_to_keep"] = 1
-        room = self._room + (context.target.cache.capacity - prompt.shape[1] if context.fixed_shapes else 0)
-        self._runner.prefill(prompt.clamp(max=self._last_token), GenerationConfig(), kwargs, prompt.shape[1] + room)
-
-    @property
-    def _room(self) -> int:
-        """Slots that a round needs beyond the root's column."""
-        return self._catch_up + self.max_nodes
-
-    @property
-    def level_cost(self) -> float:
-        draft, target = (
-            sum(weight.numel() for weight in runner.model.parameters())
-            for runner in (self._runner, self.context.target)
-        )
-        return draft / target
-
-    def prepare(self, tree=None):
-        context, topology = self.context, self.topology if tree is None else tree
-        self._stops = self._length if tree is None else None
-        if self._stops is not None:
-            self._levels = self._stops.next_round()
-            topology = Topology.chain(in_steps(self._levels, self._stops.longest))
-        else:
-            topology = topology if context.fixed_shapes else topology.limited(context.useful_depth)
-            self._levels = topology.max_depth
-        if self.on_device:
-            self.forwards += self._levels  # no Python runs where a round is replayed
-        self._follow(self._levels > 0)
-        if topology not in self._plans:
-            self._plans[topology] = plan_of(topology, self._catch_up, context.length.device)
-        self._drafted = topology
-        return topology, self._levels, self._runner.cache.slots
-
-    def _follow(self, drafts: bool) -> None:
-        """Room for the round; and before one that drafts, what the rounds left out that did not."""
-        self._runner.cache.reserve(self.context.longest + self._room)
-        if not drafts:
-            self._behind += 1
-        elif self._behind:
-            self._catch_up_with(self._behind)
-            self._behind = 0
-
-    def _catch_up_with(self, rounds: int) -> None:
-        """Run the tokens of rounds that drafted nothing, one a round, in a row that had not ended."""
-        context = self.context
-        if self._shares_cache:
-            return
-        # a row that had ended goes back too far, and no further than to its first token
-        first = torch.maximum(context.length - (self._catch_up - 1) - rounds, context.start)
-        for done in range(0, rounds, CHUNK):
-            base = first + done
-            columns = base[:, None] + torch.arange(min(CHUNK, rounds - done), device=first.device)
-            self._runner.forward_chain(context.tokens.gather(1, columns).clamp(max=self._last_token), base)
-
-    def draft(self) -> DraftTree:
-        context, stops, plan = self.context, self._stops, self._plans[self._drafted]
-        first, fed = self._catching_up()
-        tokens, has_nan = [fed[:, -1:]], torch.zeros_like(first, dtype=torch.bool)
-        drawn_from = []
-        going = drafted = None
-        if stops is not None:
-            going = stops.going()
-            drafted = going.long()  # tokens of each row
-        for level in plan.levels[: self._levels]:
-            depth, ancestors = (part.expand(len(first), *part.shape[1:]) for part in (level.depth, level.ancestors))
-            logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
-            logits = logits[:, -level.num_parents :, : context.vocab_size]
-            best, children, chance = self._children(level, logits)
-            is_nan = best.isnan().any(1)
-            has_nan |= is_nan if going is None else is_nan & going  # a row that stopped is fed anything
-            tokens.append(children)
-            fed = children[:, level.expanded]
-            drawn_from.append(logits)
-            if stops is not None:
-                going = stops.goes_on(going, level.depth_below, children[:, 0], chance[:, 0])
-                drafted = drafted + going
-                if stops.looks and not going.any():
-                    break
-        if not self.on_device:
-            self.forwards += len(drawn_from)
-        if stops is None:
-            tree = DraftTree.from_topology(self._drafted, torch.cat(tokens, 1)[:, plan.order], has_nan)
-            draft_row = plan.draft_row.expand(len(first), -1)
-        else:
-            tree = DraftTree.chain(torch.cat(tokens, 1), drafted, has_nan)
-            node = torch.arange(tree.num_nodes, device=first.device)
-            draft_row = torch.where(node < drafted[:, None], node, -1).int()
-        if context.rule not in WEIGHING_RULES or not drawn_from:
-            return tree
-        unknown = context.vocab_size - drawn_from[0].shape[-1]  # padding of a larger vocabulary, never drawn
-        return tree.drawn(
-            "with" if self._replacement else "without",
-            pad(torch.cat(drawn_from, 1), (0, unknown), value=float("-inf")),
-            draft_row,
-            context.filters,
-        )
-
-    def _catching_up(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a round begins in the draft's cache [B], and the tokens that it begins with [B, catch-up], the root the
-        last of them."""
-        first = self.context.length - (self._catch_up - 1)
-        columns = first[:, None] + torch.arange(self._catch_up, device=first.device)
-        return first, self.context.tokens.gather(1, columns)
-
-    def _noise(self, depth: int, width: int) -> torch.Tensor:
-        """[B, 1, V]: the noise that the target will have at this depth, under "coupled"."""
-        context = self.context
-        return gumbel(context.seeds, context.position + depth, 0, COUPLED, width)[:, None]
-
-    def _children(self, level: Level, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The level's candidates from its parents' logits [B, parents, V].
-
-        Returns:
-            [B, parents], the best score at each parent: a NaN ranks first; [B, children] int64, the tokens; [B,
-            children] fp32, their draft probabilities, where confidence asks for them.
-        """
-        context, scores = self.context, logits
-        weighs = context.rule in WEIGHING_RULES
-        log_probs = None
-        if weighs or context.rule == "coupled" or self._stops is not None:
-            log_probs = filtered_log_probs(logits, context.filters)
-        num_wanted, places = level.num_ranks, level.ranks
-        if context.rule == "coupled":
-            scores = log_probs + self._noise(level.depth_below, logits.shape[-1])
-        elif weighs:
-            row = context.seeds[:, None], context.position[:, None]
-            if self._replacement:
-                noise = gumbel(*row, level.children, DRAFT, logits.shape[-1])
-                best = log_probs.amax(-1)
-                tokens = (log_probs[:, level.parent_rows] + noise).argmax(-1)
-            else:
-                scores = log_probs + gumbel(*row, level.parents, DRAFT, logits.shape[-1])
-                num_wanted, places = level.num_draws, level.draws
-        if not (weighs and self._replacement):
-            best, candidates = scores.topk(num_wanted, dim=-1)
-            best, tokens = best[:, :, 0], candidates[:, level.parent_rows, places]
-        chance = None
-        if self._stops is not None:
-            chance = log_probs[:, level.parent_rows].gather(-1, tokens[..., None]).squeeze(-1).exp()
-        return best, tokens, chance
-
-    def heard(self, drafted, emitted):
-        if self._length is not None:
-            self._length.heard(drafted, emitted)
-
-    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
-        if self._shares_cache or tree.is_chain or tree.max_depth == 0:
-            return
-        slots = self._plans[self._drafted].slots
-        path = torch.where(accepted.path >= 0, slots[accepted.path.clamp(min=0).long()], -1).int()
-        self._runner.cache.compact(self.context.length, path, self.context.impl)

@@ -7,7 +7,7 @@ Costs no model and pays where the output repeats its input: edits, quotes, summa
 import numpy as np
 import torch
 
-from ..reference import Acceptance
+from ..ops.reference import Acceptance
 from ..tree import DraftTree, Topology
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_static
 

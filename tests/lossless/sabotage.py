@@ -5,8 +5,8 @@ Functions of `rules` are replaced for as long as a test runs (`monkeypatch`), or
 
 import torch
 
-from specdec_triton import noise, rules
-from specdec_triton.filters import Filters
+from specdec_triton.ops import noise, rules
+from specdec_triton.ops.filters import Filters
 
 from . import worlds
 

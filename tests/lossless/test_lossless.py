@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from specdec_triton import proof, rules
-from specdec_triton.filters import filtered_log_probs
+from specdec_triton.ops import rules
+from specdec_triton.ops.filters import filtered_log_probs
+from specdec_triton.tools import goodness_of_fit
 
 from . import exact, sabotage, worlds
 
@@ -61,12 +62,12 @@ def examined(world, rule, tree, options, samples):
         counts = run(world, rule, tree, options).counts
     else:  # too long to be kept
         counts = worlds.generate(world[0], rule, tree, worlds.OPTIONS[options], world[1], samples).counts
-    return proof.examine(counts, law(world, options))
+    return goodness_of_fit.examine(counts, law(world, options))
 
 
 @functools.cache
 def bracket(world, options, samples):
-    return proof.null_bracket(law(world, options), samples, confidence=1 - 1e-4)
+    return goodness_of_fit.null_bracket(law(world, options), samples, confidence=1 - 1e-4)
 
 
 def hold(world, rule, tree, samples):
@@ -79,7 +80,7 @@ def hold(world, rule, tree, samples):
 def hold_all(world, samples):
     cells = [(*pair, options) for pair in LEGAL for options in ways(pair, samples)]
     p_values = [examined(world, *cell, samples).p_value for cell in cells]
-    alarms = proof.benjamini_hochberg(p_values, RATE)
+    alarms = goodness_of_fit.benjamini_hochberg(p_values, RATE)
     assert not any(alarms), [cell for cell, alarm in zip(cells, alarms, strict=True) if alarm]
 
 
@@ -122,7 +123,7 @@ def test_a_token_that_makes_the_target_say_nan_comes_as_often_as_it_should(rule,
     broken.target[world.vocab, 1:4, 2:] = float("nan")
     for options in ("plain", "all"):
         found = worlds.generate(broken, rule, tree, worlds.OPTIONS[options], 1, SAMPLES)
-        cell = proof.examine(found.counts, world.law(worlds.OPTIONS[options], 1))
+        cell = goodness_of_fit.examine(found.counts, world.law(worlds.OPTIONS[options], 1))
         assert cell.p_value > 1e-4, f"{rule}, {tree}, {options}: {cell}"
 
 
@@ -134,7 +135,7 @@ HALF.target[-1, -1, [0, 3, 4]] = -torch.inf
 
 def kernel_cell(rule, tree, options, length, samples):
     found = worlds.generate(HALF, rule, tree, options, length, samples, impl="triton")
-    return proof.examine(found.counts, HALF.law(options, length))
+    return goodness_of_fit.examine(found.counts, HALF.law(options, length))
 
 
 # in the interpreter a row takes a tenth of a second, so one token of few of them
@@ -178,7 +179,7 @@ def test_copies_made_wrong_are_rejected(monkeypatch, name, rule, tree, options, 
     else:
         wrong = sabotage.DRAFTS[name][0]
         found = worlds.generate(world, rule, tree, worlds.OPTIONS[options], length, SAMPLES, draft=wrong)
-    cell = proof.examine(found.counts, law(WIDE, options))
+    cell = goodness_of_fit.examine(found.counts, law(WIDE, options))
     assert cell.p_value < ALARM and cell.distance > bracket(WIDE, options, SAMPLES)[1], cell
 
 
@@ -187,7 +188,7 @@ def test_copies_made_wrong_are_rejected(monkeypatch, name, rule, tree, options, 
 def test_typical_acceptance_is_rejected(options, tree):
     world, length = WIDE
     found = worlds.generate(world, "typical", tree, worlds.OPTIONS[options], length, SAMPLES)
-    cell = proof.examine(found.counts, law(WIDE, options))
+    cell = goodness_of_fit.examine(found.counts, law(WIDE, options))
     assert cell.p_value < ALARM and cell.low > 0, cell
 
 
@@ -274,4 +275,4 @@ def test_filters_that_differ_on_the_two_sides_are_no_fault():
 
     for rule, tree in (("block", "sampled chain"), ("traversal", "tree without replacement")):
         found = worlds.generate(world, rule, tree, {}, length, SAMPLES, draft=draft)
-        assert proof.examine(found.counts, law(WIDE, "plain")).p_value > 1e-3
+        assert goodness_of_fit.examine(found.counts, law(WIDE, "plain")).p_value > 1e-3

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from specdec_triton import Topology, noise, ops
-from specdec_triton.filters import Filters, filtered_log_probs
+from specdec_triton import Topology, ops
+from specdec_triton.ops import noise
+from specdec_triton.ops.filters import Filters, filtered_log_probs
 
 START = 3  # real tokens before the first sampled one
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from .drafters import DraftContext
-from .transcript import Transcript
-from .tree import DraftTree, Topology
+from ..drafters import DraftContext
+from ..tree import DraftTree, Topology
+from .output import Transcript
 
 CHUNK = 64  # columns a forward at most
 

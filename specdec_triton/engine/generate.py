@@ -19,28 +19,28 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from . import ops
-from .adaptive import AdaptiveTree
-from .auto import controller, most_nodes
-from .checks import check_attention, check_forward, constant_rope_limit, graph_hazard
-from .drafters import DraftContext
-from .drafters.base import check_rule
-from .ended import EndedRows
-from .engine import LAG, Reports, Stages, cannot_capture
-from .filters import Filters, filtered_log_probs
+from .. import ops
+from .._stats import Stats, timed
+from ..drafters import DraftContext
+from ..drafters.base import check_rule
+from ..forward.checks import check_attention, check_forward, constant_rope_limit, graph_hazard
+from ..forward.runner import TreeRunner
+from ..forward.versions import CACHE
+from ..ops.filters import Filters, filtered_log_probs
+from ..ops.noise import COUPLED, gumbel
+from ..ops.reference import Acceptance
+from ..ops.rules import LOSSY_RULES
+from ..options import Options
+from ..processors.device import is_vectorised, process_nodes
+from ..processors.host import check_stateless, first_choice, is_stateless, process_each, process_path, split_processors
+from ..tree import DraftTree, Topology
+from ..tree_choice.controller import AdaptiveTree
+from .auto_tree import controller, most_nodes
+from .finished_rows import EndedRows
 from .inputs import left_padding, row_seeds_of
-from .lockstep import Lockstep
-from .noise import COUPLED, gumbel
-from .options import Options
-from .penalties import is_vectorised, process_nodes
-from .processors import check_stateless, first_choice, is_stateless, process_each, process_path, split_processors
-from .reference import Acceptance
-from .rules import LOSSY_RULES
-from .runner import TreeRunner
-from .stats import Stats, timed
-from .transcript import Transcript
-from .tree import DraftTree, Topology
-from .versions import CACHE
+from .output import Transcript
+from .stages import LAG, Reports, Stages, cannot_capture
+from .stateful_processors import Lockstep
 
 ONE_CHOICE_RULES = ("greedy", "coupled")  # which look at one node of each depth
 LEAST_TEMPERATURE = 1e-20

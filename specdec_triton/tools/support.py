@@ -48,7 +48,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": NEVE
 TIME_LIMIT_S, NICENESS = 120.0, 5
 
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class Kind(NamedTuple):

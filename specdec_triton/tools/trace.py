@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from .drafters import DraftContext, Drafter, DraftSession
-from .reference import Acceptance
-from .tree import DraftTree, Topology
+from ..drafters import DraftContext, Drafter, DraftSession
+from ..ops.reference import Acceptance
+from ..tree import DraftTree, Topology
 
 
 class TracingDrafter(Drafter):

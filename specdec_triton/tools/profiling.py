@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..engine.generate import Speculation
+from ..engine.stages import Stages
 from .calibration import floor_seconds, quantiles
-from .engine import Stages
-from .generate import Speculation
-from .instruments import HostWaits, count_host_reads, time_host_waits
+from .host_sync import HostWaits, count_host_reads, time_host_waits
 
 STAGES = ("draft", "verify", "accept", "compact", "emit")
 LABEL = "round: "  # before a stage's name in traces

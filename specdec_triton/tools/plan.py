@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from .adaptive import LADDER, expected_tokens, optimal_topology
-from .cards import CARDS
-from .costs import Costs, measure_costs
+from ..forward.runner import TreeRunner
+from ..tree_choice.costs import Costs, measure_costs
+from ..tree_choice.search import LADDER, expected_tokens, optimal_topology
 from .files import read_config, reading
-from .runner import TreeRunner
+from .gpus import CARDS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS_A_LAYER = 10  # two norms, q/k/v, rope, cache write, attention, its output, gate and up, activation, down
@@ -194,7 +194,7 @@ def ceilings_of(card: str, dtype: str, calibration: pathlib.Path | None = None) 
     """Measured where `calibration`, or one for this card under bench/results, says so; else the datasheet's."""
     if calibration is not None:
         return calibrated(calibration, card, dtype)
-    results = pathlib.Path(__file__).resolve().parent.parent / "bench" / "results"
+    results = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results"
     for path in sorted(results.glob("*/calibration.json")):
         if card in _plain(json.loads(path.read_text()).get("device", "")):
             return calibrated(path, card, dtype)

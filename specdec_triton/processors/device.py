@@ -15,8 +15,8 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from .reference import WORD_BITS
-from .tree import DraftTree
+from ..ops.reference import WORD_BITS
+from ..tree import DraftTree
 
 NEVER = float("-inf")
 

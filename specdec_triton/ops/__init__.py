@@ -29,7 +29,7 @@ from .rules import WEIGHING_RULES, check_legal
 
 OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
 # an op whose file is not there yet runs as its reference
-KERNELS = frozenset(op for op in OPS if importlib.util.find_spec(f"{__package__}.kernels.{op}"))
+KERNELS = frozenset(op for op in OPS if importlib.util.find_spec(f"specdec_triton.kernels.{op}"))
 FILTER_DTYPES = {
     "temperature": torch.float32,
     "top_k": torch.int64,
@@ -455,7 +455,7 @@ _LIBRARY = torch.library.Library("specdec_triton", "FRAGMENT")
 
 @functools.cache
 def _launcher(op: str) -> Callable:
-    return getattr(importlib.import_module(f"{__package__}.kernels.{op}"), op)
+    return getattr(importlib.import_module(f"specdec_triton.kernels.{op}"), op)
 
 
 def _register(schema: str, fake: Callable) -> None:

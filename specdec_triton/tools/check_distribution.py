@@ -12,8 +12,8 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 import specdec_triton as sdt
 
-from .drafters import Drafter
-from .proof import LEAST_EXPECTED, Cell, examine, null_bracket
+from ..drafters import Drafter
+from .goodness_of_fit import LEAST_EXPECTED, Cell, examine, null_bracket
 
 MOST_OUTCOMES = 20_000
 LEAST_SAMPLES = 10  # for each outcome, where outcomes are few

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from . import ops
+from .. import ops
 
 BUCKET = 128  # slots; what is allocated and what is shown grows in multiples of it
 

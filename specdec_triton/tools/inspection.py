@@ -5,7 +5,7 @@ own: Triton's interpreter and its compiler cannot share one. Registers, spills a
 instructions are counted in the machine code; occupancy follows from them, and the limiter is an estimate for a
 multiprocessor that holds as many programs as fit.
 
-    python -m specdec_triton.inspection ARCH ONLY PART PARTS    # the worker: rows as JSON, last line of its output
+    python -m specdec_triton.tools.inspection ARCH ONLY PART PARTS    # a worker: its last line is the rows as JSON
 """
 
 import collections
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from .cards import CARDS, Card
+from .gpus import CARDS, Card
 
 OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
 PROCESSES = os.cpu_count() or 1
@@ -114,9 +114,9 @@ def compile_table(
 
 def _work(arch, only, which, parts, progress):
     env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(pathlib.Path(__file__).resolve().parent.parent)
+    root = str(pathlib.Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "specdec_triton.inspection", *map(str, (arch, only, which, parts))]
+    command = [sys.executable, "-m", "specdec_triton.tools.inspection", *map(str, (arch, only, which, parts))]
     line = ""
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
@@ -165,7 +165,7 @@ def _compile(name, case, arch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from .kernels._common import FP_FUSION
+    from ..kernels._common import FP_FUSION
 
     names = case.kernel.arg_names
     given = set(case.signature) | set(case.constexprs)

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList
 
-from .drafters import DraftContext
-from .ended import CHUNK, EndedRows
-from .processors import Choose, children_of
-from .reference import Acceptance
-from .transcript import Transcript
-from .tree import DraftTree
+from ..drafters import DraftContext
+from ..ops.reference import Acceptance
+from ..processors.host import Choose, children_of
+from ..tree import DraftTree
+from .finished_rows import CHUNK, EndedRows
+from .output import Transcript
 
 Keep = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .graphs import capture
+from ..engine.graphs import capture
 
 BUSY_CYCLES = 100_000  # some 50 us, longer than it takes to launch a graph
 EAGER_LAUNCHES = 200  # queued in one go: far fewer than a stream holds before it makes the host wait

@@ -9,10 +9,10 @@ import torch
 import torch._dynamo
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from ..tree import chain_tensors, pack_tree
 from .attention import call_with_tree_attention, config_ids, window_of_cache
 from .cache import TreeCache
 from .preparation import NextStep, next_step
-from .tree import chain_tensors, pack_tree
 from .versions import CACHE
 
 RECOMPILES = 64  # shapes that one process may compile a model for; torch's own limit of 8 counts all models together

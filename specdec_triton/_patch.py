@@ -21,16 +21,16 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from .checks import check_generate, check_supported, graph_hazard
+from ._stats import Stats
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
-from .engine import cannot_capture
-from .generate import Speculation
+from .engine.generate import Speculation
+from .engine.stages import cannot_capture
+from .forward.checks import check_generate, check_supported, graph_hazard
+from .forward.preparation import says_nothing
+from .forward.versions import CACHE, warn_if_untested
+from .forward.wrappers import unwrap
 from .options import Options
-from .preparation import says_nothing
-from .stats import Stats
 from .tree import DynamicTree, Topology
-from .versions import CACHE, warn_if_untested
-from .wrappers import unwrap
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "position_ids", "use_cache", CACHE}

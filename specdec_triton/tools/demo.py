@@ -21,7 +21,7 @@ from rich.text import Text
 
 import specdec_triton as sdt
 
-from . import instruments, models, prompts
+from . import host_sync, models, prompts
 
 PLAIN, THEIRS, OURS = WAYS = ("plain generate", "transformers' lookup", "specdec_triton")
 LOOKUP = 10
@@ -145,7 +145,7 @@ def _counted_forwards(model):
 def _host_reads_a_forward(model, inputs, way: str) -> float | None:
     counts = []
     for tokens in COUNTED_TOKENS:
-        with instruments.count_host_reads() as reads:
+        with host_sync.count_host_reads() as reads:
             done = _generate(model, inputs, way, tokens)
         counts.append((reads.total, done.forwards))
     (few_reads, few_forwards), (many_reads, many_forwards) = counts

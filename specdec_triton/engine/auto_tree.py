@@ -14,13 +14,14 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from .adaptive import LADDER, AdaptiveTree
-from .costs import CPU_PRIOR, Costs, OnlineCosts, measure_costs
-from .drafters import DraftContext, DraftSession
-from .drafters.early_exit import decoder_layers
-from .engine import Stages
-from .rules import CHAIN_RULES
-from .tree import RANK_ACCEPTANCE, Topology
+from ..drafters import DraftContext, DraftSession
+from ..drafters.early_exit import decoder_layers
+from ..ops.rules import CHAIN_RULES
+from ..tree import RANK_ACCEPTANCE, Topology
+from ..tree_choice.controller import AdaptiveTree
+from ..tree_choice.costs import CPU_PRIOR, Costs, OnlineCosts, measure_costs
+from ..tree_choice.search import LADDER
+from .stages import Stages
 
 MOST_NODES = {"cuda": 64}
 MOST_NODES_ELSEWHERE = 16

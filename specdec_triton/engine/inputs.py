@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .noise import row_seeds
+from ..ops.noise import row_seeds
 
 
 def row_seeds_of(seed: int | Sequence[int] | None, batch: int) -> torch.Tensor:

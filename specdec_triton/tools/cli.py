@@ -17,12 +17,13 @@ from transformers import TextStreamer
 
 import specdec_triton as sdt
 
-from . import inspection, models, ops, plan, profiling, prompts
+from .. import ops
+from ..engine.stages import LAG, MAX_SHAPES, cannot_capture
+from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
+from . import inspection, models, plan, profiling, prompts
 from .calibration import calibrate
-from .cards import CARDS
-from .engine import LAG, MAX_SHAPES, cannot_capture
-from .prove import exact_law, prove
-from .rules import CHAIN_RULES, LOSSY_RULES, RULES
+from .check_distribution import exact_law, prove
+from .gpus import CARDS
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "gguf", "platformdirs", "rich")
 PROMPT_LOOKUP = 10

@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
-from . import ops
-from .reference import TREE_FIELDS
+from .. import ops
+from ..ops.reference import TREE_FIELDS
 
 # (implementation, whether the cache keeps all keys) -> a registered name, so that a choice needs no global state
 NAMES = {

@@ -24,9 +24,9 @@ from transformers import (
     WatermarkLogitsProcessor,
 )
 
-from .filters import Filters
-from .penalties import OVER_NODES
-from .tree import DraftTree
+from ..ops.filters import Filters
+from ..tree import DraftTree
+from .device import OVER_NODES
 
 # in the order in which the filters apply: type -> (field of Filters, the processor's attribute, dtype)
 FUSED = {

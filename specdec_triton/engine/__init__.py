@@ -1,0 +1,1 @@
+"""One speculative `generate` call: its rounds, its CUDA graphs, its output."""

@@ -1,0 +1,1 @@
+"""A Hugging Face model, run over the nodes of a draft tree."""

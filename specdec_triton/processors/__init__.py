@@ -1,0 +1,1 @@
+"""Logits processors of transformers on draft trees: on the device, and on the host."""

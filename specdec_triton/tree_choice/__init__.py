@@ -1,0 +1,1 @@
+"""Which draft tree pays: what rounds cost, the best topology, and the controller behind `tree="auto"`."""

@@ -54,15 +54,16 @@ test-matrix: test $(OLDEST_READY) $(NEWEST_READY) ## the quick tests with the ol
 	@.venv-newest/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	@$(call QUICK,.venv-newest/bin/python)
 
-lint: $(READY) ## ruff: rules and format
+lint: $(READY) ## ruff: rules and format; mypy: types of the public modules
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
 
 bench: $(BENCH_READY) ## every benchmark that this machine can run; rows go to bench/results
 	@PY=$(PY) bash bench/gpu.sh $$($(PY) bench/calibrate.py --where)
 
 clean: ## remove .venv and everything built
-	@rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml constraints.txt

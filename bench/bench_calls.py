@@ -58,7 +58,7 @@ def measure(bench: Bench, case: Case) -> None:
             chosen = sdt.stats(target).auto
             found["verify_ms"] = [[size, round(1e3 * seconds, 3)] for size, seconds in costs.verify]
             found["draft_ms"] = [[depth, round(1e3 * seconds, 3)] for depth, seconds in costs.draft]
-            found["trees"] = [[*tree, count] for tree, count in chosen["trees"].items()]
+            found["trees"] = [list(tree.values()) for tree in chosen["trees"]]
             found["speedup_expected"] = round(chosen["speedup"], 3)
         found["said"] = said(found)
     shapes = {"model": name, **dataclasses.asdict(case)}
@@ -69,7 +69,7 @@ def timed(target, ids: torch.Tensor, tokens: int, custom: sdt.SpeculativeGenerat
     """One call."""
     seconds = elapsed(lambda: generate(target, ids, tokens, custom_generate=custom), device)
     stats = sdt.stats(target)
-    spent = {f"{name}_ms": round(1e3 * stats.seconds[name], 1) for name in ("prefill", "measure", "capture")}
+    spent = {f"{name}_ms": round(1e3 * stats.seconds.get(name, 0.0), 1) for name in ("prefill", "measure", "capture")}
     found = {"ms": round(1e3 * seconds, 1), **spent, "rounds": stats.rounds}
     return found | {"captured": stats.captured, "replayed": stats.replayed, "why_eager": stats.why_eager}
 

@@ -348,7 +348,7 @@ def clocked(way: Way, tokens: int, target, device: torch.device) -> Call:
     if not way.ours:
         return Call(seconds, 0, 0)
     stats = sdt.stats(target)
-    return Call(seconds - stats.seconds["capture"], stats.captured, stats.replayed)
+    return Call(seconds - stats.seconds.get("capture", 0.0), stats.captured, stats.replayed)
 
 
 def check_graphs(case: Case, turns: list[tuple[Call, Call]]) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
@@ -29,8 +30,8 @@ from .forward.checks import check_generate, check_supported, graph_hazard
 from .forward.preparation import says_nothing
 from .forward.versions import CACHE, warn_if_untested
 from .forward.wrappers import unwrap
-from .options import Options
-from .tree import DynamicTree, Topology
+from .options import Options, Seed, Tree, with_known_options
+from .tree_choice.costs import Costs
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
 MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "position_ids", "use_cache", CACHE}
@@ -60,57 +61,77 @@ class _State:
 _open_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("specdec_triton_blocks", default=())
 
 
-def patch(model: PreTrainedModel, **options) -> None:
+@with_known_options
+def patch(
+    model: PreTrainedModel,
+    *,
+    drafter: Drafter | None = None,
+    rule: str | None = None,
+    tree: Tree = None,
+    costs: Costs | None = None,
+    seed: Seed = None,
+    cuda_graphs: Literal["auto"] | bool = "auto",
+    compile: bool = False,
+    impl: Literal["triton", "reference"] | None = None,
+) -> None:
     """Make this model's `generate` speculative, until `unpatch`.
 
-    Without a `drafter`, calls that ask for assistance (`assistant_model`, `prompt_lookup_num_tokens`,
-    `assistant_early_exit`) are served and all others are untouched; with one, every call that decodes greedily
-    or samples is. On a patched model
-    the options are replaced.
+    The model itself is not changed: its output is the text, or the distribution, that plain `generate` has. On a
+    patched model the options are replaced.
 
     Args:
         model: a decoder-only transformers model (PEFT and `torch.compile` wrappers are looked through).
-        **options: see `Options`.
+        drafter: proposes draft tokens, for example `ModelDrafter(draft_model)`. None: calls that ask for assistance
+            (`assistant_model`, `prompt_lookup_num_tokens`, `assistant_early_exit`) are served, and all other calls are
+            untouched. With a drafter, every call that decodes greedily or samples is speculative.
+        rule: acceptance rule of calls that sample; see `Options`.
+        tree: shape of the draft; see `Options`.
+        costs: cost of a round, for `tree="auto"`.
+        seed: makes sampled texts repeatable.
+        cuda_graphs: whether rounds are captured as CUDA graphs.
+        compile: run tree nodes through `torch.compile`.
+        impl: implementation of the ops: "triton", "reference", or None for the better one on the model's device.
 
     Raises:
         ValueError: an option or the model's family is not supported; names which, and what to do instead. Or another
             thread is inside a `patched` block of this model.
+        TypeError: an unknown option; names the nearest one.
     """
+    options = Options(drafter, rule, tree, costs, seed, cuda_graphs, compile, impl, owner="patch")
     target = unwrap(model)
-    _replace("patch", target, _checked(target, options))
+    _replace("patch", target, _checked("patch", target, options))
 
 
-def _checked(model: PreTrainedModel, options: dict) -> Options:
+def _checked(owner: str, model: PreTrainedModel, options: Options) -> Options:
     """The options, if the model can be decoded with them."""
-    chosen = Options.of(options)
     warn_if_untested()
     check_generate(model)
     check_supported(model)
-    if chosen.drafter is not None:
-        _check_drafter(model, chosen.drafter, chosen.rule, chosen.tree)
-    _check_graphs(model, chosen)
-    return chosen
+    if options.drafter is not None:
+        _check_drafter(owner, model, options.drafter, options.rule, options.tree)
+    _check_graphs(owner, model, options)
+    return options
 
 
-def _check_drafter(
-    model: PreTrainedModel, drafter: Drafter, rule: str | None, tree: Topology | DynamicTree | int | str | None
-) -> None:
+def _check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: str | None, tree: Tree) -> None:
     if tree == "auto" and not drafter.resizable:
         raise ValueError(
-            f'patch: tree="auto" must have a drafter that drafts what it is asked for, got {type(drafter).__name__}: '
+            f'{owner}: tree="auto" must have a drafter that drafts what it is asked for, got {type(drafter).__name__}: '
             "give a tree, or for prompt lookup branches=1"
         )
     drafter.check(model, rule, None if tree == "auto" else tree)
 
 
-def _check_graphs(model: PreTrainedModel, options: Options) -> None:
+def _check_graphs(owner: str, model: PreTrainedModel, options: Options) -> None:
     """Refuse `cuda_graphs=True` where nothing could be captured; say why "auto" will not, on a device that could."""
     hazard = graph_hazard(model) or (options.drafter and options.drafter.graph_hazard())
     why = cannot_capture(model.device) or hazard
     if options.cuda_graphs is True and why:
-        raise ValueError(f'patch: cuda_graphs must be "auto" or False where rounds cannot be captured, got True: {why}')
+        raise ValueError(
+            f'{owner}: cuda_graphs must be "auto" or False where rounds cannot be captured, got True: {why}'
+        )
     if options.cuda_graphs == "auto" and hazard and not cannot_capture(model.device):
-        warnings.warn(f"patch: rounds will run without CUDA graphs: {hazard}", stacklevel=3)
+        warnings.warn(f"{owner}: rounds will run without CUDA graphs: {hazard}", stacklevel=3)
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -132,18 +153,34 @@ def unpatch(model: PreTrainedModel) -> None:
     _replace("unpatch", target, None)
 
 
+@with_known_options
 @contextmanager
-def patched(model: PreTrainedModel, **options) -> Iterator[PreTrainedModel]:
+def patched(
+    model: PreTrainedModel,
+    *,
+    drafter: Drafter | None = None,
+    rule: str | None = None,
+    tree: Tree = None,
+    costs: Costs | None = None,
+    seed: Seed = None,
+    cuda_graphs: Literal["auto"] | bool = "auto",
+    compile: bool = False,
+    impl: Literal["triton", "reference"] | None = None,
+) -> Iterator[PreTrainedModel]:
     """`patch` for a `with` block; afterwards the model is as it was on entry, patched or not.
 
     Inside, `generate` may be called from any thread. Other threads may not patch or unpatch the model meanwhile. Blocks
     of several asyncio tasks may overlap and end in any order: each task's calls have the options of its own block.
 
     Args:
-        model, **options: see `patch`.
+        model, and the options: see `patch`.
+
+    Raises:
+        ValueError, TypeError: as `patch`.
     """
+    options = Options(drafter, rule, tree, costs, seed, cuda_graphs, compile, impl, owner="patched")
     target = unwrap(model)
-    block = _Block(_checked(target, options))
+    block = _Block(_checked("patched", target, options))
     _check_threads("patched", target)
     try:
         try:
@@ -217,7 +254,8 @@ def _settle(model: PreTrainedModel) -> None:
         state = _state(model)
         wanted = _wants_patch(state)
         if wanted and not isinstance(model, SpeculativeModel):
-            model.__class__ = _speculative_class(type(model))
+            own_class: type = type(model)
+            model.__class__ = _speculative_class(own_class)
         if not wanted and _is_ours(type(model)):
             model.__class__ = type(model).__bases__[1]
         if not wanted and not state.blocks:
@@ -262,14 +300,29 @@ class SpeculativeGenerate:
     `stop_strings` or `synced_gpus` through this door: use `patched` where those are needed.
 
     Args:
-        **options: see `Options`.
+        drafter, and the other options: see `patch`.
 
     Raises:
         ValueError: an option is not supported.
+        TypeError: an unknown option; names the nearest one.
     """
 
-    def __init__(self, **options):
-        self.options = Options.of(options)
+    @with_known_options
+    def __init__(
+        self,
+        *,
+        drafter: Drafter | None = None,
+        rule: str | None = None,
+        tree: Tree = None,
+        costs: Costs | None = None,
+        seed: Seed = None,
+        cuda_graphs: Literal["auto"] | bool = "auto",
+        compile: bool = False,
+        impl: Literal["triton", "reference"] | None = None,
+    ) -> None:
+        self.options = Options(
+            drafter, rule, tree, costs, seed, cuda_graphs, compile, impl, owner="SpeculativeGenerate"
+        )
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         asked = _asked(generation_config, model_kwargs)
@@ -452,7 +505,7 @@ def _speculate(
         )
     model_kwargs[CACHE] = _callers_cache(model_kwargs.get(CACHE), input_ids)
     rule = (options.rule or "coupled") if generation_config.do_sample else "greedy"
-    _check_drafter(model, options.drafter, rule, options.tree)
+    _check_drafter("generate", model, options.drafter, rule, options.tree)
     speculation = Speculation(
         model,
         replace(options, rule=rule),

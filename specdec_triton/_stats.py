@@ -1,15 +1,15 @@
-"""What a call did, and how long its stages took."""
+"""Statistics of a call: rounds, tokens, and the time of its stages."""
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
+from typing import Any
 
 
-@dataclass
+@dataclass(repr=False)
 class Stats:
-    """What a generation did.
+    """Statistics of one `generate` call. `dataclasses.asdict` and `json.dumps` take it as it is.
 
     Attributes:
         rule: acceptance rule.
@@ -17,6 +17,8 @@ class Stats:
         rounds: target forwards after the prompt's.
         drafted: draft tokens verified, in rows that were unfinished.
         accepted: of those, accepted.
+        accepted_by_position: in how many row rounds the draft token at depth 1, 2, ... was accepted. Divided by
+            `row_rounds`: the acceptance rate by position.
         emitted: tokens emitted, all rows; the prompt's forward emits the first of each row.
         row_rounds: (row, round) pairs in which the row was unfinished.
         seconds: host time by stage: prefill, measure (costs), draft, verify, accept, compact, emit; capture: of
@@ -34,15 +36,23 @@ class Stats:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    accepted_by_position: list[int] = field(default_factory=list)
     emitted: int = 0
     row_rounds: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: dict[str, float] = field(default_factory=dict)
     why_eager: str | None = None
     captured: int = 0
     replayed: int = 0
     graph_bytes: int = 0
     lag: int = 0
-    auto: dict | None = None
+    auto: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        shown: dict[str, Any] = {"rounds": self.rounds, "acceptance_length": round(self.acceptance_length, 2)}
+        shown |= {name: getattr(self, name) for name in ("drafted", "accepted", "emitted")}
+        if self.why_eager is not None:
+            shown["why_eager"] = self.why_eager
+        return f"Stats({self.rule}, {', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def acceptance_length(self) -> float:
@@ -55,12 +65,13 @@ def timed(stage: str) -> Callable:
 
     def decorate(method: Callable) -> Callable:
         @wraps(method)
-        def run(self, *args):
+        def run(self: Any, *args: Any) -> Any:
             begin = time.perf_counter()
             try:
                 return method(self, *args)
             finally:
-                self.stats.seconds[stage] += time.perf_counter() - begin
+                spent = self.stats.seconds
+                spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - begin
 
         return run
 

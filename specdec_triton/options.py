@@ -1,6 +1,13 @@
-"""What `patch`, `patched` and `SpeculativeGenerate` take by keyword."""
+"""The options that `patch`, `patched` and `SpeculativeGenerate` take by keyword."""
 
-from dataclasses import dataclass, fields
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
+from functools import wraps
+from typing import Literal, ParamSpec, TypeVar
+
+import torch
 
 from .drafters import Drafter
 from .drafters.base import check_tree
@@ -8,10 +15,18 @@ from .ops.rules import RULES
 from .tree import DynamicTree, Topology
 from .tree_choice.costs import Costs
 
+Tree = Topology | DynamicTree | int | Literal["auto"] | None
+Seed = int | Sequence[int] | None
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 @dataclass(frozen=True)
 class Options:
-    """See the module. Checked when made.
+    """Options shared by `patch`, `patched` and `SpeculativeGenerate`; validated on construction.
+
+    Args:
+        owner: the name that errors begin with.
 
     Attributes:
         drafter: drafts for every `generate`; None: as the call's own assistance arguments say.
@@ -30,46 +45,60 @@ class Options:
             not); True refuses where they do not; False never does.
         compile: run tree nodes through `torch.compile`, target's and draft's: fewer and larger kernels.
         impl: implementation of the ops: None, "triton" or "reference".
+
+    Raises:
+        ValueError: an option is not one of these values.
     """
 
     drafter: Drafter | None = None
     rule: str | None = None
-    tree: Topology | DynamicTree | int | str | None = None
+    tree: Tree = None
     costs: Costs | None = None
-    seed: int | list[int] | None = None
-    cuda_graphs: str | bool = "auto"
+    seed: Seed = None
+    cuda_graphs: Literal["auto"] | bool = "auto"
     compile: bool = False
-    impl: str | None = None
+    impl: Literal["triton", "reference"] | None = None
+    owner: InitVar[str] = "Options"
 
-    def __post_init__(self):
+    def __post_init__(self, owner: str) -> None:
         if self.drafter is not None and not isinstance(self.drafter, Drafter):
-            raise ValueError(f"patch: drafter must be a Drafter or None, got {type(self.drafter).__name__}")
+            name = type(self.drafter).__name__
+            hint = ": wrap it, sdt.ModelDrafter(model)" if isinstance(self.drafter, torch.nn.Module) else ""
+            raise ValueError(f"{owner}: drafter must be a Drafter or None, got {name}{hint}")
         if self.rule not in (None, "greedy", *RULES):
-            raise ValueError(f"patch: rule must be None, greedy or one of {', '.join(RULES)}, got {self.rule!r}")
+            raise ValueError(f"{owner}: rule must be None, greedy or one of {', '.join(RULES)}, got {self.rule!r}")
         if isinstance(self.tree, str) and self.tree != "auto":
             raise ValueError(
-                f'patch: tree must be "auto", a Topology, a DynamicTree, a number of nodes or None, got {self.tree!r}'
+                f'{owner}: tree must be "auto", a Topology, a DynamicTree, a number of nodes or None, got {self.tree!r}'
             )
         if self.tree != "auto":
-            check_tree("patch", self.tree)
+            check_tree(owner, self.tree)
         if self.costs is not None and not isinstance(self.costs, Costs):
-            raise ValueError(f"patch: costs must be a Costs or None, got {type(self.costs).__name__}")
+            raise ValueError(f"{owner}: costs must be a Costs or None, got {type(self.costs).__name__}")
         if self.costs is not None and self.tree != "auto":
-            raise ValueError(f'patch: costs must be None but with tree="auto", got them with tree={self.tree!r}')
+            raise ValueError(f'{owner}: costs must be None but with tree="auto", got them with tree={self.tree!r}')
         seeds = self.seed if isinstance(self.seed, (list, tuple)) else [] if self.seed is None else [self.seed]
         if any(isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63 for seed in seeds):
-            raise ValueError(f"patch: seed must be None, a 64-bit integer or a list of them, got {self.seed!r}")
+            raise ValueError(f"{owner}: seed must be None, a 64-bit integer or a list of them, got {self.seed!r}")
         if not (isinstance(self.cuda_graphs, bool) or self.cuda_graphs == "auto"):
-            raise ValueError(f'patch: cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
+            raise ValueError(f'{owner}: cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
         if not isinstance(self.compile, bool):
-            raise ValueError(f"patch: compile must be True or False, got {self.compile!r}")
+            raise ValueError(f"{owner}: compile must be True or False, got {self.compile!r}")
         if self.impl not in (None, "triton", "reference"):
-            raise ValueError(f'patch: impl must be None, "triton" or "reference", got {self.impl!r}')
+            raise ValueError(f'{owner}: impl must be None, "triton" or "reference", got {self.impl!r}')
 
-    @classmethod
-    def of(cls, options: dict) -> "Options":
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ValueError(f"patch: options must be among {', '.join(known)}, got {', '.join(unknown)}")
-        return cls(**options)
+
+def with_known_options(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, with a `TypeError` for an unknown keyword that names the nearest one."""
+    known = [name for name, each in inspect.signature(function).parameters.items() if each.kind is each.KEYWORD_ONLY]
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs.keys() - set(inspect.signature(function).parameters):
+            nearest = difflib.get_close_matches(name, known, 1, 0.4)
+            hint = f", did you mean {nearest[0]}?" if nearest else ""
+            owner = function.__qualname__.removesuffix(".__init__")
+            raise TypeError(f"{owner}: options must be among {', '.join(known)}, got {name}{hint}")
+        return function(*args, **kwargs)
+
+    return checked

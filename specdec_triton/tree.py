@@ -11,6 +11,7 @@ Letters: B sequences, N nodes, D edges on the longest path, W = ceil(N/64) words
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class Topology:
     parents: tuple[int, ...]
     ranks: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.parents or len(self.parents) != len(self.ranks):
             raise ValueError(
                 f"Topology: parents and ranks must be of one length of at least 1, got {len(self.parents)} and "
@@ -87,9 +88,10 @@ class Topology:
         """
         if num_nodes < 1:
             raise ValueError(f"Topology.from_budget: num_nodes must be at least 1, got {num_nodes}")
-        paths, frontier = [], {(): 1.0}
+        paths: list[tuple[int, ...]] = []
+        frontier: dict[tuple[int, ...], float] = {(): 1.0}
         while len(paths) < num_nodes:
-            best = max(frontier, key=frontier.get)
+            best = max(frontier, key=lambda path: frontier[path])
             mass = frontier.pop(best)
             paths.append(best)
             frontier |= {(*best, rank): mass * chance for rank, chance in enumerate(rank_acceptance)}
@@ -147,7 +149,7 @@ class DynamicTree:
     width: int
     depth: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_nodes", "width", "depth"):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
@@ -395,15 +397,15 @@ class DraftTree:
 
     def clone(self) -> "DraftTree":
         """The same tree in tensors of its own."""
-        cloned = [None if tensor is None else tensor.clone() for tensor in self._tensors()]
-        own, filters = cloned[: len(TREE_TENSORS)], cloned[len(TREE_TENSORS) :]
+
+        def cloned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.clone()
+
+        own: dict[str, Any] = {name: cloned(getattr(self, name)) for name in TREE_TENSORS}
         if self.draft_filters is not None:
-            filters = Filters(*filters, most=self.draft_filters.most)
-        return replace(
-            self,
-            **dict(zip(TREE_TENSORS, own, strict=True)),
-            draft_filters=None if self.draft_filters is None else filters,
-        )
+            filters = self.draft_filters
+            own["draft_filters"] = Filters._make([*map(cloned, filters.tensors), filters.most])
+        return replace(self, **own)
 
     def copy_(self, other: "DraftTree") -> None:
         """Become `other`, of equal `shape`, in the tensors that this tree has."""
@@ -467,7 +469,7 @@ class DraftTree:
             "ancestors must be those of parents": (self.ancestors != _pack_bits(member)).any(-1).any(1),
             "is_chain must hold": (self.is_chain & (parents >= 0) & (parents != nodes - 1)).any(1),
         }
-        if drawn:
+        if self.draft_logits is not None and self.draft_row is not None:
             expanded = self.draft_logits.shape[1]
             faults[f"draft_row must be -1 or below {expanded}"] = (
                 (self.draft_row < -1) | (self.draft_row >= expanded)

@@ -5,11 +5,10 @@ import torch
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
-from specdec_triton.engine import auto_tree, generate
-from specdec_triton.engine import stages as engine
+from specdec_triton.engine import auto_tree, generate, stages
 from specdec_triton.forward import cache
 from specdec_triton.forward.runner import TreeRunner
-from specdec_triton.tree_choice.adaptive import LADDER
+from specdec_triton.tree_choice.search import LADDER
 from test_engine import Mumbling, capture_here, drafter_of, speculative
 from test_generate import TREES, eos_in_mid_row, oracle
 
@@ -55,7 +54,7 @@ def test_a_lookup_of_fixed_width_loses_little_where_nothing_is_found(monkeypatch
     text, stats = speculative(model, sdt.PromptLookupDrafter(adaptive=False), inputs, tree="auto", costs=STEEP)
     assert torch.equal(text, plain)
     trees = stats.auto["trees"]
-    spent = sum(STEEP.verify_seconds(nodes) * count for (nodes, _), count in trees.items())
+    spent = sum(STEEP.verify_seconds(tree["nodes"]) * tree["rounds"] for tree in trees)
     assert spent <= 1.08 * (219 + 4), trees
 
 
@@ -80,7 +79,7 @@ def test_trees_follow_what_pays(rows):
     text, stats = speculative(model, oracle(plain, 0.1), inputs, tree="auto", costs=FLAT)
     assert torch.equal(text, plain)
     assert max(rows) >= 8 and stats.acceptance_length > 3 and stats.auto["speedup"] > 2
-    assert sum(stats.auto["trees"].values()) >= stats.rounds
+    assert sum(tree["rounds"] for tree in stats.auto["trees"]) >= stats.rounds
     rows.clear()
     speculative(model, oracle(plain, 0.1), inputs, tree="auto", costs=STEEP)
     assert sum(rows) <= 4 * len(rows)
@@ -132,7 +131,7 @@ def test_a_draft_model_catches_up_after_plain_rounds(monkeypatch, lag, replaceme
     """The draft is the target's twin: whatever it drafts is right, if it has seen the text."""
     if lag:
         capture_here(monkeypatch, 1)
-        monkeypatch.setattr(engine, "MAX_SHAPES", 2)  # some are captured again
+        monkeypatch.setattr(stages, "MAX_SHAPES", 2)  # some are captured again
     script = Script([ROOT, ROOT, ROOT, sdt.Topology.chain(3), ROOT, TREES["wide"], sdt.Topology.chain(1)])
     monkeypatch.setattr(generate, "controller", lambda *arguments: script)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 60}
@@ -172,7 +171,7 @@ def test_costs_are_measured_once(monkeypatch):
 def test_measuring_captures_drafts_too_and_takes_no_room_from_the_rounds(monkeypatch):
     """Verification alone has as many sizes as a call has room for."""
     capture_here(monkeypatch, 1)
-    monkeypatch.setattr(engine, "MAX_SHAPES", 3)
+    monkeypatch.setattr(stages, "MAX_SHAPES", 3)
     model, inputs, timing = build("llama"), {**prompt(batch=2), **OPTIONS, "max_new_tokens": 40}, []
     measure = auto_tree._measure
 
@@ -215,4 +214,4 @@ def test_refusals():
         sdt.patch(model, tree="auto", costs=1.0)
     with pytest.raises(ValueError, match='costs must be None but with tree="auto", got them with tree=4'):
         sdt.patch(model, tree=4, costs=FLAT)
-    assert engine.LAG == {"cuda": 1}
+    assert stages.LAG == {"cuda": 1}

@@ -3,7 +3,9 @@
 import asyncio
 import concurrent.futures
 import copy
+import dataclasses
 import gc
+import inspect
 import io
 import os
 import pickle
@@ -11,6 +13,7 @@ import queue
 import signal
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -203,15 +206,45 @@ def test_vocabularies_may_differ_by_padding_only():
         ({"cuda_graphs": "always"}, 'cuda_graphs must be "auto", True or False'),
         ({"compile": "max-autotune"}, "compile must be True or False"),
         ({"impl": "cuda"}, "impl must be None"),
-        ({"drafters": None}, "options must be among .* got drafters"),
+        ({"drafter": torch.nn.Linear(2, 2)}, "drafter must be .* got Linear: wrap it, sdt.ModelDrafter\\(model\\)"),
     ],
 )
-def test_bad_options_are_refused_in_patch(model, options, message):
-    for call in (lambda: sdt.patch(model, **options), lambda: sdt.SpeculativeGenerate(**options)):
-        with pytest.raises(ValueError, match=f"patch: {message}"):
-            call()
-    with pytest.raises(ValueError), sdt.patched(model, **options):
-        pass
+def test_bad_options_are_refused_by_the_one_who_was_given_them(model, options, message):
+    for name, call in front_door(model).items():
+        with pytest.raises(ValueError, match=f"^{name}: {message}"):
+            call(**options)
+
+
+def front_door(model):
+    return {
+        "patch": partial(sdt.patch, model),
+        "patched": lambda **options: sdt.patched(model, **options).__enter__(),
+        "SpeculativeGenerate": sdt.SpeculativeGenerate,
+        "Options": sdt.Options,
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"), [("drafters", "drafter"), ("cuda_graph", "cuda_graphs"), ("seeds", "seed")]
+)
+def test_an_unknown_option_is_a_type_error_that_names_the_nearest(model, option, nearest):
+    for name, call in front_door(model).items():
+        wanted = f"^{name}: options must be among drafter, rule.*got {option}, did you mean {nearest}"
+        with pytest.raises(TypeError, match=wanted if name != "Options" else option):
+            call(**{option: None})
+    with pytest.raises(TypeError, match="got xyzzy$"):
+        sdt.patch(model, xyzzy=1)
+    assert not isinstance(model, sdt._patch.SpeculativeModel)
+
+
+def test_signatures_name_the_options():
+    options = [field.name for field in dataclasses.fields(sdt.Options)]
+    for call in (sdt.patch, sdt.patched, sdt.SpeculativeGenerate):
+        parameters = inspect.signature(call).parameters.values()
+        assert [each.name for each in parameters if each.kind is each.KEYWORD_ONLY] == options
+        assert {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY} == {
+            field.name: field.default for field in dataclasses.fields(sdt.Options)
+        }
 
 
 @pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), None])

@@ -1,9 +1,10 @@
-"""What a drafter is: something that proposes a tree of tokens for every sequence, once a round.
+"""Drafters propose a tree of tokens for every sequence, once a round.
 
 A `Drafter` holds options and may serve many calls and models. `start` opens a `DraftSession`, which lives for one
 `generate` call.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -141,6 +142,19 @@ class Drafter(ABC):
 
     resizable = False
 
+    def __repr__(self) -> str:
+        """The arguments that are not the defaults; of a model its class, of a tensor its shape."""
+        shown = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name, parameter.default)
+            if isinstance(value, torch.nn.Module):
+                shown.append(f"{name}={type(value).__name__}")
+            elif isinstance(value, (torch.Tensor, np.ndarray)):
+                shown.append(f"{name}={list(value.shape)}")
+            elif value != parameter.default:
+                shown.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def check(  # noqa: B027, most serve every target
         self, model: PreTrainedModel, rule: str | None = None, tree: Topology | DynamicTree | int | None = None
     ) -> None:
@@ -224,7 +238,7 @@ class NoDrafter(Drafter):
 
     resizable = True
 
-    def start(self, context, tree=None):
+    def start(self, context: DraftContext, tree: Topology | DynamicTree | int | None = None) -> DraftSession:
         return _NoSession(context)
 
 

@@ -273,7 +273,8 @@ class Speculation:
             self.session.observe(tree, accepted)
             report = self.stages.run("append", shape, lambda: self.append(tree, accepted))
         self.stats.rounds += 1
-        spent = {name: self.stats.seconds[name] - before.get(name, 0) for name in ("draft", "verify")}
+        seconds = self.stats.seconds
+        spent = {name: seconds.get(name, 0.0) - before.get(name, 0.0) for name in ("draft", "verify")}
         verified = asked and asked.limited(tree.max_depth)
         self.reports.put(report, kept, (self.stats.rounds, verified, spent))
 
@@ -523,6 +524,10 @@ class Speculation:
             self.stats.row_rounds += sum(count > 0 for count in counts)
             self.stats.drafted += sum(nodes for nodes, count in zip(drafted, counts, strict=True) if count)
             self.stats.accepted += sum(count - 1 for count in counts if count)
+            for position in range(max(counts) - 1):
+                if position == len(self.stats.accepted_by_position):
+                    self.stats.accepted_by_position.append(0)
+                self.stats.accepted_by_position[position] += sum(count - 1 > position for count in counts)
             if verified is not None:
                 self.learn(verified, report, counts, drafted, spent)
         context.host_length += counts

@@ -87,8 +87,10 @@ def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
     return getattr(torch.ops.specdec_triton, op).default
 
 
-def _is_number(value: object, kinds: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool) and -(2.0**63) <= value < 2.0**63
+def _is_number(value: typing.Any, kinds: type | tuple[type, ...]) -> bool:
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        return False
+    return -(2.0**63) <= value < 2.0**63  # type: ignore[operator]
 
 
 # annotation -> what an argument must be, in words, and whether a value is
@@ -330,7 +332,7 @@ def accept_sample(
     _check_filters(op, "draft_filters", draft_filters, logits)
     if (draft_logits is None) != (draft_row is None):
         raise ValueError(f"{op}: draft_logits and draft_row come together, got one of them")
-    if draft_logits is not None:
+    if draft_logits is not None and draft_row is not None:
         if sampling == "none":
             raise ValueError(f'{op}: draft_logits are of trees that were drawn, got them with sampling="none"')
         if (
@@ -350,12 +352,12 @@ def accept_sample(
     if draft_logits is not None and not draft_logits.shape[1]:
         draft_logits, draft_row, sampling = None, None, "none"
     compute = resolve(op, impl, logits.device)
-    if compute is not reference.accept_sample:
-        filters, draft_filters = filters.tensors, draft_filters.tensors
+    by_reference = compute is reference.accept_sample  # the operator takes tensors alone
     return Acceptance(
         *compute(
-            logits, tokens, parents, rule, seeds, position, filters, max_depth, budget, eos_ids,
-            sampling, draft_logits, draft_row, draft_filters,
+            logits, tokens, parents, rule, seeds, position, filters if by_reference else filters.tensors, max_depth,
+            budget, eos_ids, sampling, draft_logits, draft_row,
+            draft_filters if by_reference else draft_filters.tensors,
         )
     )  # fmt: skip
 

@@ -163,10 +163,12 @@ class AdaptiveTree:
 
     @property
     def summary(self) -> dict:
-        """For the stats: `trees`, rounds by (nodes, depth) chosen; `acceptance`, by depth, of some child of an
-        accepted node, as estimated; `speedup`, expected of the last plan over plain decoding."""
+        """For the stats: `trees`, the shapes chosen, each with its nodes, depth and rounds; `acceptance`, by depth, of
+        some child of an accepted node, as estimated; `speedup`, expected of the last plan over plain decoding."""
         return {
-            "trees": dict(self._trees),
+            "trees": [
+                {"nodes": nodes, "depth": depth, "rounds": rounds} for (nodes, depth), rounds in self._trees.items()
+            ],
             "acceptance": self._seen.means().sum(1).tolist(),
             "speedup": self._speedup,
         }

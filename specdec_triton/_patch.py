@@ -24,7 +24,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from ._stats import Stats
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
-from .engine.generate import Speculation
+from .engine.call import Call
+from .engine.generate import Generation
 from .engine.stages import cannot_capture
 from .forward.checks import check_generate, check_supported, graph_hazard
 from .forward.preparation import says_nothing
@@ -506,7 +507,7 @@ def _speculate(
     model_kwargs[CACHE] = _callers_cache(model_kwargs.get(CACHE), input_ids)
     rule = (options.rule or "coupled") if generation_config.do_sample else "greedy"
     _check_drafter("generate", model, options.drafter, rule, options.tree)
-    speculation = Speculation(
+    call = Call.of(
         model,
         replace(options, rule=rule),
         input_ids,
@@ -516,8 +517,9 @@ def _speculate(
         streamer,
         model_kwargs,
     )
-    _stats[model] = speculation.stats
-    return speculation.run()
+    generation = Generation(call)
+    _stats[model] = generation.stats
+    return generation.run()
 
 
 def _callers_cache(cache, input_ids) -> DynamicCache | None:

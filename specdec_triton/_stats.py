@@ -1,7 +1,7 @@
 """Statistics of a call: rounds, tokens, and the time of its stages."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -58,6 +58,21 @@ class Stats:
     def acceptance_length(self) -> float:
         """Tokens that an unfinished row emitted in a round, on average; 0.0 without rounds."""
         return (self.accepted + self.row_rounds) / self.row_rounds if self.row_rounds else 0.0
+
+    def add_round(self, counts: Sequence[int], drafted: Sequence[int]) -> None:
+        """Count a round but for `rounds` and `emitted`.
+
+        Args:
+            counts: tokens that each row emitted; 0 if it was finished.
+            drafted: draft tokens that were verified in each row.
+        """
+        self.row_rounds += sum(count > 0 for count in counts)
+        self.drafted += sum(nodes for nodes, count in zip(drafted, counts, strict=True) if count)
+        self.accepted += sum(count - 1 for count in counts if count)
+        for position in range(max(counts) - 1):
+            if position == len(self.accepted_by_position):
+                self.accepted_by_position.append(0)
+            self.accepted_by_position[position] += sum(count - 1 > position for count in counts)
 
 
 def timed(stage: str) -> Callable:

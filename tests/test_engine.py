@@ -12,6 +12,7 @@ from simulated_graph import CUDA, HostRead, SimulatedGraphs, trace
 from specdec_triton.drafters import Drafter, DraftSession
 from specdec_triton.drafters.model_session import ModelSession
 from specdec_triton.engine import generate, stages
+from specdec_triton.engine.round import Round
 from specdec_triton.forward import cache, checks, runner
 from specdec_triton.forward.attention import call_with_tree_attention, config_ids
 from specdec_triton.forward.runner import TreeRunner
@@ -272,11 +273,11 @@ def test_rounds_are_one_graph(monkeypatch, family, name):
     monkeypatch.setitem(stages.LAG, "cpu", 1)
     rounds = []
 
-    def step(self, whole=generate.Speculation.step):
+    def step(self, whole=generate.Generation.step):
         lines, _ = trace(lambda: whole(self))
         rounds.append(lines)
 
-    monkeypatch.setattr(generate.Speculation, "step", step)
+    monkeypatch.setattr(generate.Generation, "step", step)
     model, inputs = build(family), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 20}
     plain = model.generate(**inputs)
     drafter = sdt.EarlyExitDrafter(1, num_tokens=3) if name == "early" else drafter_of(name, plain)
@@ -306,7 +307,7 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
 
     def through_compiler(method):
         def run(self, *arguments):
-            if isinstance(self, generate.Speculation) and not self.stats.rounds:
+            if isinstance(self, Round) and not self.stats.rounds:
                 return method(self, *arguments)  # the prompt's own tree has one node
             if method not in compiled:
                 compiled[method] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
@@ -323,10 +324,9 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
 
     monkeypatch.setattr(runner, "call_with_tree_attention", routed_outside)
 
-    speculation = generate.Speculation
     if stage == "accept":
-        for name in ("accept", "append"):
-            monkeypatch.setattr(speculation, name, through_compiler(getattr(speculation, name).__wrapped__))
+        for name in ("accept", "emit"):
+            monkeypatch.setattr(Round, name, through_compiler(getattr(Round, name).__wrapped__))
     elif stage == "verify":
         monkeypatch.setattr(TreeRunner, "forward", through_compiler(TreeRunner.forward))
     else:

@@ -29,7 +29,7 @@ ARROWS = {
     "options": {"drafters", "ops", "tree", "tree_choice"},
     "_stats": set(),
     "engine": {"_stats", "drafters", "forward", "ops", "options", "processors", "tree", "tree_choice"},
-    "_patch": {"_stats", "drafters", "engine", "forward", "options", "tree"},
+    "_patch": {"_stats", "drafters", "engine", "forward", "options", "tree_choice"},
     "specdec_triton": {"_patch", "_stats", "drafters", "forward", "ops", "options", "tree", "tree_choice"},
     # these use the library as any user would: `import specdec_triton`
     "tools": {"drafters", "engine", "forward", "kernels", "ops", "specdec_triton", "tree", "tree_choice"},

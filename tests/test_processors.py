@@ -495,7 +495,7 @@ GREEDY = {
 
 @pytest.mark.parametrize("names", [*((name,) for name in GREEDY), tuple(GREEDY)], ids=lambda names: names[-1])
 def test_greedy_as_generate_does_it(names, monkeypatch):
-    monkeypatch.setattr(sdt.engine.generate, "process_path", None)  # no walk on the host
+    monkeypatch.setattr(sdt.engine.scores, "process_path", None)  # no walk on the host
     model, inputs = build("llama"), prompt(batch=3, padding=4)
     end = int(model.generate(**inputs, do_sample=False, eos_token_id=NEVER, max_new_tokens=6)[0, -1])
     options = {name: GREEDY[name] for name in names}

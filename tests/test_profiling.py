@@ -11,7 +11,7 @@ import torch
 import specdec_triton as sdt
 import tiny
 from families import NEVER, build, prompt
-from specdec_triton.engine.generate import Speculation
+from specdec_triton.engine.round import Round
 from specdec_triton.tools import host_sync, profiling
 from specdec_triton.tools.profiling import record_rounds
 from test_engine import capture_here
@@ -33,10 +33,10 @@ def decode(model, drafter=None, tokens=12):
 
 def test_every_round_is_recorded_stage_by_stage(model):
     plain = decode(model)
-    before = dict(vars(Speculation))
+    before = dict(vars(Round))
     with profiling.record_rounds(CPU) as rounds:
         assert torch.equal(decode(model), plain)
-    assert dict(vars(Speculation)) == before
+    assert dict(vars(Round)) == before
     assert len(rounds) == sdt.stats(model).rounds
     for found in rounds:
         assert list(dict.fromkeys(name for name, _ in found.stages)) == list(profiling.STAGES)
@@ -46,11 +46,11 @@ def test_every_round_is_recorded_stage_by_stage(model):
 
 
 def test_an_exception_leaves_the_engine_as_it_was(model, monkeypatch):
-    before = dict(vars(Speculation))
+    before = dict(vars(Round))
     monkeypatch.setattr(sdt.DraftTree, "from_topology", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), profiling.record_rounds(CPU):
         decode(model)
-    assert dict(vars(Speculation)) == before
+    assert dict(vars(Round)) == before
 
 
 def test_a_profile_counts_reads_and_writes_a_trace(model, tmp_path):

@@ -170,12 +170,12 @@ def test_typical_does_not():
 @pytest.mark.parametrize("rule", ["coupled", "multi_round"])
 def test_a_penalty_blind_to_ancestors_is_caught(rule, monkeypatch):
     """The proof has teeth here, too: every node penalised as the root is."""
-    honest = sdt.engine.generate.process_nodes
+    honest = sdt.engine.scores.process_nodes
 
     def blind(processors, tree, *rest):
         return honest(processors, replace(tree, ancestors=torch.zeros_like(tree.ancestors)), *rest)
 
-    monkeypatch.setattr(sdt.engine.generate, "process_nodes", blind)
+    monkeypatch.setattr(sdt.engine.scores, "process_nodes", blind)
     model, input_ids = small(), torch.tensor([[3, 3]])
     drafter = sdt.ModelDrafter(small(), num_tokens=3)
     found = prove(model, drafter, rule, input_ids, samples=1500, rows=1500, tokens=4, repetition_penalty=3.0, top_k=0)

@@ -3,7 +3,7 @@
     found = profile_rounds(lambda: model.generate(**inputs), model.device)
     found.stage_seconds("verify"), found.idle_share, found.kernels
 
-Stages are the methods of `Speculation` by those names. Nothing here waits for the device inside a round.
+Stages are the methods of `engine.round.Round` by those names. Nothing here waits for the device inside a round.
 """
 
 import ctypes
@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..engine.generate import Speculation
+from ..engine.generate import Generation
+from ..engine.round import Round as EngineRound
 from ..engine.stages import Stages
 from .calibration import floor_seconds, quantiles
 from .host_sync import HostWaits, count_host_reads, time_host_waits
@@ -148,10 +149,9 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
         return run
 
     wrapped = {
-        (Speculation, "step"): whole,
-        (Speculation, "read"): look,
-        (Speculation, "append"): partial(stage, "emit"),
-        **{(Speculation, name): partial(stage, name) for name in STAGES if name != "emit"},
+        (Generation, "step"): whole,
+        (Generation, "read"): look,
+        **{(EngineRound, name): partial(stage, name) for name in STAGES},
         (Stages, "run"): replay,
     }
     methods = {(owner, name): vars(owner)[name] for owner, name in wrapped}

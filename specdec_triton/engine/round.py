@@ -1,0 +1,154 @@
+"""One round: draft, verify, accept, compact, emit.
+
+The drafter proposes a tree of tokens for every sequence. The target verifies all of them in one forward. The longest
+path that the target agrees with is accepted, its keys and values move into place, and its tokens and the target's own
+next one are appended. So a round emits at least one token, and every token is the target's.
+
+Everything here stays on the device: `generate` prepares a round before it and reads its report after it, and
+`Stages.run` captures it, or replays what it captured.
+
+Letters: B sequences, N tree nodes, D edges on the longest path, V vocabulary.
+"""
+
+import torch
+
+from .. import ops
+from .._stats import Stats, timed
+from ..drafters import DraftContext, DraftSession
+from ..drafters.base import check_rule
+from ..ops.filters import Filters
+from ..ops.reference import Acceptance
+from ..tree import DraftTree
+from .call import Call
+from .scores import Scores
+from .stateful_processors import Lockstep
+
+Kept = dict[str, torch.Tensor]  # scores to keep [B, D + 1, V], by name
+
+
+class Round:
+    """The rounds of one call. Its state is in `context` and `budget`, which each round updates in place.
+
+    Args:
+        call: the call.
+        context: its sequences.
+        budget: [B] int64. Tokens that each row may still emit.
+        scores: its logits processors.
+        lockstep: those that must get plain `generate`'s calls, or None.
+        plain_steps: a lone root may be run by the model's own decoding step.
+        stats: gets the time of each step.
+
+    Attributes:
+        session: the drafter's, once it has started.
+    """
+
+    session: DraftSession
+
+    def __init__(
+        self,
+        call: Call,
+        context: DraftContext,
+        budget: torch.Tensor,
+        scores: Scores,
+        lockstep: Lockstep | None,
+        plain_steps: bool,
+        stats: Stats,
+    ):
+        self.call, self.context, self.budget, self.runner = call, context, budget, context.target
+        self.scores, self.lockstep, self.plain_steps, self.stats = scores, lockstep, plain_steps, stats
+
+    def verify_accept_compact(self, tree: DraftTree) -> tuple[Acceptance, Kept]:
+        logits = self.verify(tree)
+        accepted, kept = self.accept(tree, logits)
+        self.compact(tree, accepted)
+        return accepted, kept
+
+    def after_draft(self, tree: DraftTree) -> tuple[torch.Tensor, Kept]:
+        """All that follows the draft: the round's report to the host, and the scores to keep."""
+        accepted, kept = self.verify_accept_compact(tree)
+        self.session.observe(tree, accepted)
+        return self.emit(tree, accepted), kept
+
+    @timed("draft")
+    def draft(self) -> DraftTree:
+        tree = self.session.draft()
+        if not self.session.trusted:
+            name = type(self.call.drafter).__name__
+            if not isinstance(tree, DraftTree):
+                raise ValueError(f"{name}: draft must return a DraftTree, got {type(tree).__name__}")
+            tree.check(self.context.root, self.context.vocab_size, name)
+            check_rule(self.call.drafter, self.call.rule, tree.is_chain, tree.sampling)
+            if tree.num_nodes > self.session.max_nodes:
+                raise ValueError(
+                    f"{name}: draft must return at most its max_nodes, {self.session.max_nodes} nodes, got "
+                    f"{tree.num_nodes}"
+                )
+        return tree
+
+    @timed("verify")
+    def verify(self, tree: DraftTree) -> torch.Tensor:
+        """The target's logits [B, N, V] at every node."""
+        # the reference pays for a mask that a lone root in unpadded rows of one length does not need
+        length = int(self.context.host_length[0])
+        if self.plain_steps and tree.num_nodes == 1 and (self.context.host_length == length).all():
+            return self.runner.decode(tree.tokens, length)
+        return self.runner.forward(tree.tokens, tree.depth, tree.ancestors, self.context.length)
+
+    @timed("accept")
+    def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, Kept]:
+        """The accepted path, and the scores to keep at the root and along the path."""
+        call, context = self.call, self.context
+        if self.lockstep:
+            return self.lockstep.accept(tree, logits, self.scores.choose, self.scores.kept), {}
+        scores, parents = self.scores.process(tree, logits)
+        shape = {"max_depth": tree.max_depth, "budget": self.budget, "eos_ids": call.eos_ids, "impl": context.impl}
+        if call.rule == "greedy":
+            accepted = ops.accept_greedy(scores, tree.tokens, parents, **shape)
+        else:
+            accepted = ops.accept_sample(
+                scores,
+                tree.tokens,
+                parents,
+                rule=call.rule,
+                seeds=call.seeds,
+                position=context.position,
+                filters=call.filters,
+                sampling=tree.sampling,
+                draft_logits=tree.draft_logits,
+                draft_row=tree.draft_row,
+                draft_filters=tree.draft_filters or Filters(),
+                **shape,
+            )
+        nodes = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
+        return accepted, self.scores.at(nodes, scores, logits)
+
+    @timed("compact")
+    def compact(self, tree: DraftTree, accepted: Acceptance) -> None:
+        """Accepted keys and values move next to the root's, in the target's cache."""
+        if not tree.is_chain:
+            self.runner.cache.compact(self.context.length, accepted.path, self.context.impl)
+
+    @timed("emit")
+    def emit(self, tree: DraftTree, accepted: Acceptance) -> torch.Tensor:
+        """Append the accepted tokens and the target's own: the report [B, 2 D + 6], tokens, path and five numbers."""
+        context = self.context
+        drafts = tree.tokens.gather(1, accepted.path.clamp(min=0).long())
+        emitted = torch.cat([drafts, torch.zeros_like(accepted.next_ids)[:, None]], dim=1)
+        emitted.scatter_(1, accepted.length[:, None], accepted.next_ids[:, None])
+        live = self.budget > 0
+        count = torch.where(live, accepted.length + 1, 0)
+
+        place = torch.arange(emitted.shape[1], device=emitted.device)
+        # a spare last column takes what is not emitted
+        columns = torch.where(place < count[:, None], context.length[:, None] + 1 + place, self.call.max_length)
+        context.tokens.scatter_(1, columns, emitted)
+        context.length.add_(count)
+        left = self.budget - count
+        if self.call.eos_ids is not None:
+            left = torch.where((accepted.next_ids[:, None] == self.call.eos_ids).any(1), 0, left)
+        self.budget.copy_(left)
+
+        drafted = torch.where(live, (tree.parents >= 0).sum(1), 0)
+        draft_nan = torch.zeros_like(live) if tree.has_nan is None else live & tree.has_nan
+        fields = torch.stack([count, drafted, left, accepted.has_nan, draft_nan], dim=1)
+        return torch.cat([emitted, accepted.path, fields], dim=1)

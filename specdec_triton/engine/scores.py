@@ -1,0 +1,126 @@
+"""Processed scores of a tree's nodes: logits processors where they apply, and the scores that the caller keeps.
+
+Letters: B sequences, N tree nodes, D edges on the longest path, V vocabulary.
+"""
+
+from collections import deque
+
+import numpy as np
+import torch
+
+from ..drafters import DraftContext
+from ..ops.filters import filtered_log_probs
+from ..ops.noise import COUPLED, gumbel
+from ..processors.device import process_nodes
+from ..processors.host import first_choice, process_each, process_path
+from ..tree import DraftTree
+from .call import ONE_CHOICE_RULES, Call
+from .finished_rows import EndedRows
+from .output import Transcript
+
+
+class Scores:
+    """The logits processors of one call.
+
+    Args:
+        call: its processors, rule and filters.
+        context: the call's sequences.
+        transcript: knows which scores are kept, and takes in tokens that were chosen before a processor raised.
+        ended: computes the logits of rows that ended.
+    """
+
+    def __init__(self, call: Call, context: DraftContext, transcript: Transcript, ended: EndedRows):
+        self._call, self._context, self._transcript, self._ended = call, context, transcript, ended
+
+    def process(self, tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Processed scores [B, N, V], and parents [B, N] for acceptance: nodes that were not processed are padding.
+
+        The device processes every node, if it can. Else the host asks node by node: along the path that will be
+        accepted, for rules that make one choice at a node; for the others, wherever the target may get to.
+
+        If a processor raises, criteria and the streamer still get the tokens chosen before it did: plain `generate` had
+        handed them on by then. If a criterion stops the text at one of them, no processor would have seen more: the
+        text is then complete, and the exception does not count.
+        """
+        call, context = self._call, self._context
+        if not call.processors:
+            return logits, tree.parents
+        if call.over_nodes:
+            return process_nodes(call.processors, tree, logits, context.tokens, context.length), tree.parents
+        scores = logits.to(torch.float32, copy=True)
+        chosen = [[] for _ in logits]
+        host = context.host_tokens, context.host_length, context.host_budget, self._transcript.eos_ids
+        if call.rule not in ONE_CHOICE_RULES:
+            process_each(call.processors, tree, scores, *host)
+            return scores, tree.parents
+        try:
+            for choices in process_path(call.processors, tree, scores, *host, self.choose):
+                for row, choice in choices.items():
+                    chosen[row].append(choice)
+        except BaseException as error:
+            self._hand_on(tree, scores, logits, chosen)
+            if not (self._transcript.done and isinstance(error, Exception)):
+                raise
+            chosen = [[] for _ in logits]  # nothing is left to accept
+        walked = np.zeros(tree.tokens.shape, dtype=bool)
+        for row, choices in enumerate(chosen):
+            walked[row, [node for node, _ in choices]] = True
+        return scores, torch.where(torch.from_numpy(walked).to(logits.device), tree.parents, -1)
+
+    def _hand_on(self, tree: DraftTree, scores: torch.Tensor, logits: torch.Tensor, chosen: list[list]) -> None:
+        """Give the transcript the (node, token) pairs that were `chosen` in each row."""
+        counts = [len(row) for row in chosen]
+        if not max(counts):
+            return
+        padded = [row + [(0, 0)] * (max(counts) - len(row)) for row in chosen]
+        nodes = torch.tensor([[node for node, _ in row] for row in padded], device=logits.device)
+        tokens = [[token for _, token in row] for row in padded]
+        kept = self.at(nodes, scores, logits)
+        if not tree.is_chain:  # rows that end here may be taken further
+            path = nodes[:, 1:].where(torch.arange(1, max(counts)) < torch.tensor(counts)[:, None], -1)
+            self._context.target.cache.compact(self._context.length, path.int(), self._call.options.impl)
+        self._transcript.append(tokens, counts, kept, self.after_end)
+
+    def choose(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
+        """The tokens that greedy decoding or `rules.coupled` takes, from processed scores [R, V] at these depths of
+        these rows."""
+        call, context = self._call, self._context
+        if call.rule == "greedy":
+            return first_choice(scores, rows, depth)
+        position = context.position[rows] + 1 + torch.tensor(depth, device=scores.device)
+        noise = gumbel(call.seeds[rows], position, 0, COUPLED, scores.shape[-1])
+        return (filtered_log_probs(scores[:, None], call.filters.of_rows(rows)).squeeze(1) + noise).argmax(-1).tolist()
+
+    def at(self, nodes: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The scores to keep of `nodes` [B, K]: [B, K, V] by name."""
+        if not self._transcript.columns_kept:
+            return {}
+        places = nodes[:, :, None].expand(-1, -1, logits.shape[-1])
+        return self.kept(scores.gather(1, places), logits.gather(1, places))
+
+    def kept(self, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is kept of processed scores and logits [..., V], by name."""
+        sources = {"scores": scores, "logits": logits}
+        kept = {name: sources[name].float() for name in self._transcript.columns_kept}
+        if "scores" in kept and self._call.warpers:
+            kept["scores"] = self._call.warpers(None, kept["scores"].flatten(0, -2)).view_as(scores)
+        return kept
+
+    def after_end(self, rows: list[int], count: int) -> dict[str, torch.Tensor]:
+        """The scores to keep [B, n <= count, V] of the next columns of `rows`, which ended."""
+        call, context, parts = self._call, self._context, []
+        for tree, logits, base, counts in self._ended.run(rows, count):
+            scores = logits
+            if call.over_nodes:
+                scores = process_nodes(call.processors, tree, logits, context.tokens, base)
+            elif call.processors:
+                scores = logits.to(torch.float32, copy=True)
+                host = context.host_tokens, base.cpu().numpy(), counts
+                deque(process_path(call.processors, tree, scores, *host, [], choose=self._pads), maxlen=0)
+            most = counts.max()
+            parts.append(self.kept(scores[:, :most], logits[:, :most]))
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+
+    def _pads(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
+        """The tokens that a row goes on with after it ended."""
+        return [self._transcript.pad_id] * len(rows)

@@ -312,7 +312,7 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
             if method not in compiled:
                 compiled[method] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
             # compilers do not trace a context
-            runner = getattr(self, "_runner", getattr(self, "runner", self))
+            runner = self.context.target if isinstance(self, Round) else getattr(self, "_runner", self)
             return call_with_tree_attention(None, config_ids(runner.model), partial(compiled[method], self, *arguments))
 
         return run

@@ -225,6 +225,23 @@ def check_static(owner: str, tree: Topology | DynamicTree | int | None) -> None:
         )
 
 
+def check_draft(drafter: Drafter, session: DraftSession, context: DraftContext, tree: DraftTree) -> None:
+    """Refuse what a session of someone else's drafter returned, unless it is a tree that a round can verify.
+
+    Raises:
+        ValueError: names the drafter.
+    """
+    name = type(drafter).__name__
+    if not isinstance(tree, DraftTree):
+        raise ValueError(f"{name}: draft must return a DraftTree, got {type(tree).__name__}")
+    tree.check(context.root, context.vocab_size, name)
+    check_rule(drafter, context.rule, tree.is_chain, tree.sampling)
+    if tree.num_nodes > session.max_nodes:
+        raise ValueError(
+            f"{name}: draft must return at most its max_nodes, {session.max_nodes} nodes, got {tree.num_nodes}"
+        )
+
+
 def check_rule(drafter: Drafter, rule: str | None, is_chain: bool, sampling: str = "none") -> None:
     """Refuse a rule that cannot use, or would be biased on, the trees that `drafter` makes."""
     try:

@@ -4,18 +4,19 @@ The drafter proposes a tree of tokens for every sequence. The target verifies al
 path that the target agrees with is accepted, its keys and values move into place, and its tokens and the target's own
 next one are appended. So a round emits at least one token, and every token is the target's.
 
-Everything here stays on the device: `generate` prepares a round before it and reads its report after it, and
-`Stages.run` captures it, or replays what it captured.
+Everything stays on the device: `generate` prepares a round and reads its report; `Stages.run` captures and replays it.
 
 Letters: B sequences, N tree nodes, D edges on the longest path, V vocabulary.
 """
+
+from dataclasses import dataclass
 
 import torch
 
 from .. import ops
 from .._stats import Stats, timed
 from ..drafters import DraftContext, DraftSession
-from ..drafters.base import check_rule
+from ..drafters.base import check_draft
 from ..ops.filters import Filters
 from ..ops.reference import Acceptance
 from ..tree import DraftTree
@@ -26,42 +27,29 @@ from .stateful_processors import Lockstep
 Kept = dict[str, torch.Tensor]  # scores to keep [B, D + 1, V], by name
 
 
+@dataclass(eq=False)
 class Round:
-    """The rounds of one call. Its state is in `context` and `budget`, which each round updates in place.
+    """The rounds of one call.
 
-    Args:
-        call: the call.
-        context: its sequences.
-        budget: [B] int64. Tokens that each row may still emit.
-        scores: its logits processors.
+    Attributes:
+        call: the call; never changes.
+        context: its sequences, updated in place.
+        budget: [B] int64. Tokens that each row may still emit, updated in place.
+        scores: the call's logits processors.
         lockstep: those that must get plain `generate`'s calls, or None.
         plain_steps: a lone root may be run by the model's own decoding step.
         stats: gets the time of each step.
-
-    Attributes:
         session: the drafter's, once it has started.
     """
 
-    session: DraftSession
-
-    def __init__(
-        self,
-        call: Call,
-        context: DraftContext,
-        budget: torch.Tensor,
-        scores: Scores,
-        lockstep: Lockstep | None,
-        plain_steps: bool,
-        stats: Stats,
-    ):
-        self.call, self.context, self.budget, self.runner = call, context, budget, context.target
-        self.scores, self.lockstep, self.plain_steps, self.stats = scores, lockstep, plain_steps, stats
-
-    def verify_accept_compact(self, tree: DraftTree) -> tuple[Acceptance, Kept]:
-        logits = self.verify(tree)
-        accepted, kept = self.accept(tree, logits)
-        self.compact(tree, accepted)
-        return accepted, kept
+    call: Call
+    context: DraftContext
+    budget: torch.Tensor
+    scores: Scores
+    lockstep: Lockstep | None
+    plain_steps: bool
+    stats: Stats
+    session: DraftSession | None = None
 
     def after_draft(self, tree: DraftTree) -> tuple[torch.Tensor, Kept]:
         """All that follows the draft: the round's report to the host, and the scores to keep."""
@@ -69,20 +57,18 @@ class Round:
         self.session.observe(tree, accepted)
         return self.emit(tree, accepted), kept
 
+    def verify_accept_compact(self, tree: DraftTree) -> tuple[Acceptance, Kept]:
+        logits = self.verify(tree)
+        accepted, kept = self.accept(tree, logits)
+        self.compact(tree, accepted)
+        return accepted, kept
+
     @timed("draft")
     def draft(self) -> DraftTree:
+        """The drafter's tree: N tokens, the first of them the last emitted one."""
         tree = self.session.draft()
         if not self.session.trusted:
-            name = type(self.call.drafter).__name__
-            if not isinstance(tree, DraftTree):
-                raise ValueError(f"{name}: draft must return a DraftTree, got {type(tree).__name__}")
-            tree.check(self.context.root, self.context.vocab_size, name)
-            check_rule(self.call.drafter, self.call.rule, tree.is_chain, tree.sampling)
-            if tree.num_nodes > self.session.max_nodes:
-                raise ValueError(
-                    f"{name}: draft must return at most its max_nodes, {self.session.max_nodes} nodes, got "
-                    f"{tree.num_nodes}"
-                )
+            check_draft(self.call.drafter, self.session, self.context, tree)
         return tree
 
     @timed("verify")
@@ -91,8 +77,8 @@ class Round:
         # the reference pays for a mask that a lone root in unpadded rows of one length does not need
         length = int(self.context.host_length[0])
         if self.plain_steps and tree.num_nodes == 1 and (self.context.host_length == length).all():
-            return self.runner.decode(tree.tokens, length)
-        return self.runner.forward(tree.tokens, tree.depth, tree.ancestors, self.context.length)
+            return self.context.target.decode(tree.tokens, length)
+        return self.context.target.forward(tree.tokens, tree.depth, tree.ancestors, self.context.length)
 
     @timed("accept")
     def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, Kept]:
@@ -105,20 +91,10 @@ class Round:
         if call.rule == "greedy":
             accepted = ops.accept_greedy(scores, tree.tokens, parents, **shape)
         else:
-            accepted = ops.accept_sample(
-                scores,
-                tree.tokens,
-                parents,
-                rule=call.rule,
-                seeds=call.seeds,
-                position=context.position,
-                filters=call.filters,
-                sampling=tree.sampling,
-                draft_logits=tree.draft_logits,
-                draft_row=tree.draft_row,
-                draft_filters=tree.draft_filters or Filters(),
-                **shape,
-            )
+            sampled = {"seeds": call.seeds, "position": context.position, "filters": call.filters}
+            drawn = {"sampling": tree.sampling, "draft_logits": tree.draft_logits, "draft_row": tree.draft_row}
+            drawn["draft_filters"] = tree.draft_filters or Filters()
+            accepted = ops.accept_sample(scores, tree.tokens, parents, rule=call.rule, **sampled, **drawn, **shape)
         nodes = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
         return accepted, self.scores.at(nodes, scores, logits)
 
@@ -126,7 +102,7 @@ class Round:
     def compact(self, tree: DraftTree, accepted: Acceptance) -> None:
         """Accepted keys and values move next to the root's, in the target's cache."""
         if not tree.is_chain:
-            self.runner.cache.compact(self.context.length, accepted.path, self.context.impl)
+            self.context.target.cache.compact(self.context.length, accepted.path, self.context.impl)
 
     @timed("emit")
     def emit(self, tree: DraftTree, accepted: Acceptance) -> torch.Tensor:

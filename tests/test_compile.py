@@ -16,25 +16,30 @@ import compile_report  # noqa: E402
 from specdec_triton.kernels import _common  # noqa: E402
 from specdec_triton.tools import inspection  # noqa: E402
 
+# few enough for one process; test_inspect.py holds 16, 32 and 128 rows of bf16 d128
 QUICK = (
-    r"tree_attention/(bf16 d128 m(16|64|128) n\d+ split|fp16 d128 m32 n64 one|bf16 d64 m16 n64 one window sinks"
-    r"|merge d128 p16)$|accept_greedy/.*bf16|compact_kv/(16|1)-byte"
+    r"tree_attention/(bf16 d128 m64 n\d+ split|fp16 d128 m32 n64 one|bf16 d64 m16 n64 one window sinks"
+    r"|merge d128 p16)$|accept_greedy/.*bf16 argmax (1024|4096 odd V)$|compact_kv/(16|1)-byte"
     # spilled under Triton 3.6
     r"|tree_attention/(bf16 d64 m16 n64 split chunk|fp32 d256 m16 n16 split window softcap)$|.*/walk typical n256$"
-    r"|accept_sample/(bf16 (statistics coupled|(laws|draws) multi_round without.*|draws block with)|walk coupled n64)$"
+    r"|accept_sample/(bf16 (statistics coupled|laws multi_round without.*|draws block with)|walk coupled n64)$"
 )
 
 
 def hold(arch: int, only: str) -> dict:
     """Compile, and compare: numbers with the committed table only where the same Triton made it."""
     rows = compile_report.table(arch, only)
+    hold_rows(rows, arch, whole=not only)
+    return rows
+
+
+def hold_rows(rows: dict[str, dict], arch: int, whole: bool = False) -> None:
     expected = compile_report.committed(arch)
     found = [fault for name, row in rows.items() for fault in inspection.faults(name, row)]
     assert not found, "\n".join(found)
     if expected["versions"] == compile_report.versions():
-        found = compile_report.compare(rows, expected["rows"], whole=not only)
+        found = compile_report.compare(rows, expected["rows"], whole=whole)
         assert not found, "\n".join(found)
-    return rows
 
 
 def test_quick():

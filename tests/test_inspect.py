@@ -17,10 +17,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 import compile_report  # noqa: E402
 
+from test_compile import hold_rows  # noqa: E402
+
 # compiles a case as it is and on one warp, and adds what the tensor cores do in a pass of the hot loop
 DRIVER = """
-import json, re, sys
-from specdec_triton import inspection
+import json, re
 
 def tensor_flops(code, case):
     warps = case.options["num_warps"]
@@ -46,7 +47,8 @@ print(json.dumps(inspection.measure(found + narrow, 90)))
 def attention():
     """Rows of tree attention, the last of them made to spill."""
     env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", DRIVER, r"tree_attention/bf16 d128 m(16|32|128) n\d+ split$"]
+    code = inspection.PROCESS + DRIVER
+    command = [sys.executable, "-c", code, str(inspection.FOLDER), r"tree_attention/bf16 d128 m(16|32|128) n\d+ split$"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -74,6 +76,12 @@ def test_the_hot_loop_is_one_tile(attention):
         assert tile["special_instructions"] * 32 * row["warps"] >= tile["tensor_flops"] // 512, (
             name
         )  # exp of each score
+
+
+def test_they_are_what_the_table_says(attention):
+    rows = {name: row for name, row in attention.items() if not name.endswith("on one warp")}
+    assert all(row["ldgsts128"] and (row["hgmma"] or " m128 " not in name) for name, row in rows.items())
+    hold_rows({name: {field: row[field] for field in compile_report.FIELDS} for name, row in rows.items()}, 90)
 
 
 @pytest.mark.slow

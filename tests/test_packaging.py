@@ -1,7 +1,6 @@
 """What is importable from where, and who imports whom."""
 
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -166,51 +165,48 @@ def test_the_newest_transformers_is_one_everywhere():
     assert f"NEWEST := transformers~={newest}.0\n" in (ROOT / "Makefile").read_text()
 
 
-def python(code, cwd):
-    """Run code from a folder; outside the root the repository is on the path, as after an editable install."""
-    path = os.pathsep.join(filter(None, [str(ROOT) if cwd != ROOT else "", os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+def python(code):
+    """Run code from the root."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 @pytest.fixture(scope="module")
-def from_the_root():
-    """What a process in the root finds: of the name `kernels`, and as our kernels' folder."""
+def found(tmp_path_factory):
+    """What a process in the root finds: of the name `kernels`, as our kernels' folder, and as that folder elsewhere.
+
+    The last by a process that it forks, which has imported torch and transformers but nothing of ours."""
     return python(
-        """
-import importlib.util, transformers, transformers.modeling_utils
+        f"""
+import importlib.util, os, sys, transformers, transformers.modeling_utils
 spec = importlib.util.find_spec("kernels")
-print("absent" if spec is None else spec.origin or "namespace")
+print("absent" if spec is None else spec.origin or "namespace", flush=True)
+elsewhere = os.fork()
+if not elsewhere:
+    os.chdir({str(tmp_path_factory.mktemp("elsewhere"))!r})
+    assert sys.path[0] == "" and "specdec_triton" not in sys.modules
+    sys.path.insert(1, {str(ROOT)!r})  # as after an editable install
+else:
+    assert os.waitpid(elsewhere, 0)[1] == 0
 import specdec_triton.kernels as kernels
 print(list(kernels.__path__)[0])
-""",
-        cwd=ROOT,
+"""
     ).splitlines()
 
 
-def test_the_root_does_not_shadow_hugging_faces_kernels(from_the_root):
-    found = from_the_root[0]
+def test_the_root_does_not_shadow_hugging_faces_kernels(found):
     # a namespace package gives way to a real package of that name anywhere on the path
-    assert found in ("absent", "namespace") or not Path(found).is_relative_to(ROOT)
+    assert found[0] in ("absent", "namespace") or not Path(found[0]).is_relative_to(ROOT)
 
 
 def test_a_real_kernels_package_wins_over_our_folder(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("REAL = True")
     code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.REAL)"
-    assert python(code, cwd=ROOT) == "True"
+    assert python(code) == "True"
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_kernels_import_from_the_root_and_from_elsewhere(tmp_path, inside, from_the_root):
-    code = "import specdec_triton.kernels as kernels; print(list(kernels.__path__)[0])"
-    found = from_the_root[1] if inside else python(code, cwd=tmp_path)
-    assert Path(found).resolve() == ROOT / "kernels"
+@pytest.mark.parametrize("place", [1, 2], ids=["root", "elsewhere"])
+def test_kernels_import_from_the_root_and_from_elsewhere(found, place):
+    assert len(found) == 3 and Path(found[place]).resolve() == ROOT / "kernels"

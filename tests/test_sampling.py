@@ -147,10 +147,17 @@ def assert_lossless(ways, rules, samples, tokens, pick):
 LOSSLESS = [rule for rule in RULES if rule not in LOSSY_RULES]
 
 
-@pytest.mark.parametrize("rule", LOSSLESS)
-def test_generate_keeps_the_distribution(rule):
-    penalised = "repetition_penalty" if rule not in CHAIN_RULES else "plain"  # a chain is a tree, too
-    assert_lossless(["all", penalised], [rule], 1500, 3, lambda made: made[::3])
+@pytest.mark.parametrize(
+    ("rule", "way"),
+    [
+        pytest.param(rule, way, marks=[] if (first + second) % 2 else pytest.mark.slow)
+        for first, rule in enumerate(LOSSLESS)
+        # a chain is a tree, too
+        for second, way in enumerate(("all", "plain" if rule in CHAIN_RULES else "repetition_penalty"))
+    ],
+)
+def test_generate_keeps_the_distribution(rule, way):
+    assert_lossless([way], [rule], 1500, 3, lambda made: made[::3])
 
 
 @pytest.mark.slow
@@ -167,7 +174,7 @@ def test_typical_does_not():
     assert not sdt.stats(model).lossless
 
 
-@pytest.mark.parametrize("rule", ["coupled", "multi_round"])
+@pytest.mark.parametrize("rule", ["coupled", pytest.param("multi_round", marks=pytest.mark.slow)])
 def test_a_penalty_blind_to_ancestors_is_caught(rule, monkeypatch):
     """The proof has teeth here, too: every node penalised as the root is."""
     honest = sdt.engine.scores.process_nodes
@@ -212,7 +219,13 @@ def test_return_sequences():
         assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), text)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(rule, marks=[] if rule in ("coupled", "rejection", "typical") else pytest.mark.slow)
+        for rule in RULES
+    ],
+)
 def test_transformers_own_arguments(rule):
     model, draft, inputs = build("llama"), build("llama", seed=1), prompt()
     with sdt.patched(model, rule=rule, seed=0):

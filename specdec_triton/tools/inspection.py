@@ -4,8 +4,6 @@ A case is an entry of its module's `compile_cases` (see kernels/_common.py). Cas
 own: Triton's interpreter and its compiler cannot share one. Registers, spills and shared memory are the compiler's,
 instructions are counted in the machine code; occupancy follows from them, and the limiter is an estimate for a
 multiprocessor that holds as many programs as fit.
-
-    python -m specdec_triton.tools.inspection ARCH ONLY PART PARTS    # a worker: its last line is the rows as JSON
 """
 
 import collections
@@ -25,9 +23,18 @@ from typing import Any, NamedTuple
 
 from .gpus import CARDS, Card
 
+FOLDER = pathlib.Path(__file__).resolve().parent.parent
 OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
 PROCESSES = os.cpu_count() or 1
 CASES_A_PROCESS = 8  # at least: a process takes seconds to start
+# imports neither the package nor transformers, which would take longer than several cases
+PROCESS = """
+import sys, types
+package = types.ModuleType("specdec_triton")
+package.__path__ = [sys.argv.pop(1)]
+sys.modules["specdec_triton"] = package
+from specdec_triton.tools import inspection
+"""
 INSTRUCTION_BYTES = 16
 WARP = 32
 TABLE_WIDTH = 176
@@ -114,9 +121,8 @@ def compile_table(
 
 def _work(arch, only, which, parts, progress):
     env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(pathlib.Path(__file__).resolve().parents[2])
-    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "specdec_triton.tools.inspection", *map(str, (arch, only, which, parts))]
+    code = PROCESS + "inspection.main(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(FOLDER), *map(str, (arch, only, which, parts))]
     line = ""
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
@@ -396,10 +402,7 @@ def faults(name: str, row: dict[str, Any]) -> list[str]:
 
 
 def main(arch: str, only: str, which: str, parts: str) -> None:
+    """In a process that compiles: rows as JSON, the last line of its output; a case's name before it after each."""
     share = list(cases(int(arch), only))[int(which) :: int(parts)]
     rows = measure(share, int(arch), lambda name: print(name, flush=True))
     print(json.dumps(rows))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

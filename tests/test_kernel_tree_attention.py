@@ -246,8 +246,12 @@ def working_programs(nodes, context, **shape):
     tiles = -(-context // meta["BLOCK_N"]) - (-nodes // meta["BLOCK_N"])
     working = -(-tiles // split_tiles)
     assert working <= splits
-    config = _common.attention_config(90, 4 * nodes, 128, 2, splits == 1, False)
-    return row_tiles * heads * working, 132 * config.programs
+    return row_tiles * heads * working, 132 * planned_programs(nodes, row_tiles)
+
+
+def planned_programs(nodes, row_tiles):
+    """On a multiprocessor at a time: one row tile was faster with one than with two (bench/tune_tree_attention.py)."""
+    return min(row_tiles, _common.attention_config(90, 4 * nodes, 128, 2, False, False).programs)
 
 
 @pytest.mark.parametrize("nodes", NODES)
@@ -255,8 +259,8 @@ def working_programs(nodes, context, **shape):
 def test_the_splits_fill_whole_waves(context, nodes):
     working, at_a_time = working_programs(nodes, context)
     waves = -(-working // at_a_time)
-    # at 2048 slots, the smallest split that partial results allow binds for N < 128
-    least = 0.9 if context > 2048 else {1: 0.5, 16: 0.25, 32: 0.3, 64: 0.6, 128: 0.9}[nodes]
+    # at 2048 slots N = 1 takes splits of 3 tiles, and the smallest split that partial results allow binds for N < 128
+    least = 0.9 if context > 2048 else {1: 0.6, 16: 0.5, 32: 0.5, 64: 0.8, 128: 0.9}[nodes]
     assert working / (waves * at_a_time) > least
 
 
@@ -267,7 +271,7 @@ def test_the_splits_fill_whole_waves(context, nodes):
 def test_other_heads_and_cards(kv_heads, nodes, multiprocessors):
     """At full capacity, whatever the number of heads. The last wave counts as a whole one."""
     grid, split_tiles, meta, _ = plan(nodes, 32768, kv_heads=kv_heads, multiprocessors=multiprocessors)
-    programs = _common.attention_config(90, 4 * nodes, 128, 2, False, False).programs
+    programs = planned_programs(nodes, grid[0])
     working = math.prod(grid)
     waves = -(-working // (multiprocessors * programs))
     tiles = 32768 // meta["BLOCK_N"]
@@ -278,10 +282,10 @@ def test_other_heads_and_cards(kv_heads, nodes, multiprocessors):
 @pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_partial_results_stay_small(context, nodes):
-    """A program writes and reads at most the bytes of its keys and values for its partial results."""
+    """A program writes and reads at most half the bytes of its keys and values for its partial results."""
     _, split_tiles, meta, _ = plan(nodes, in_buckets(context + nodes))
     partial = 2 * meta["BLOCK_M"] * 128 * 4
-    assert partial <= split_tiles * meta["BLOCK_N"] * 2 * 128 * 2
+    assert 2 * partial <= split_tiles * meta["BLOCK_N"] * 2 * 128 * 2
 
 
 def test_a_splits_size_is_a_function_of_its_own_shape():
@@ -292,13 +296,17 @@ def test_a_splits_size_is_a_function_of_its_own_shape():
 
 
 @pytest.mark.parametrize("nodes", NODES)
-def test_a_growing_cache_compiles_rarely(nodes):
-    compiled = set()
+@pytest.mark.parametrize(("kv_heads", "blocks"), [(8, {16}), (2, {16, 32, 64, 128})], ids=str)
+def test_a_growing_cache_compiles_rarely(kv_heads, blocks, nodes):
+    """Attention once, or twice if the first capacities are one split; the merge for each power of two of splits."""
+    compiled, merges = set(), set()
     for slots in range(512, 40960 + 1, 128):
-        grid, _, meta, merge_meta = plan(nodes, slots)
+        grid, _, meta, merge_meta = plan(nodes, slots, kv_heads=kv_heads)
         compiled.add((grid[1] > 1, *meta.items()))
-        compiled |= {tuple(merge_meta.items())} if grid[1] > 1 else set()
-    assert len(compiled) <= 5, "one split, several, and the merge for 16, 32 and 64 splits"
+        merges |= {tuple(merge_meta.items())} if grid[1] > 1 else set()
+    assert len(compiled) <= 2
+    assert len(merges) == len({dict(meta)["BLOCK_P"] for meta in merges})
+    assert {dict(meta)["BLOCK_P"] for meta in merges} <= blocks
 
 
 @pytest.mark.parametrize("nodes", [1, 7, 64, 128, 256])

@@ -130,6 +130,7 @@ PROGRAMS_A_ROW_TILE = 1
 MAX_WAVES = 4  # plans of up to this many waves are compared
 WAVE_TILES = 4  # what starting a program and merging its results costs, in tiles: an estimate
 MERGE_SPLITS = 16  # splits merged at a time
+MERGE_ROWS = 4  # rows a program of the merge: for every shape, so that a row's sums never depend on how many there are
 
 
 @functools.lru_cache(maxsize=1024)
@@ -182,9 +183,11 @@ def _attention_options(block_m: int, block_d: int, bytes: int, num_warps: int, n
 
 
 def _merge_blocks(splits: int, block_dv: int) -> dict[str, int]:
-    # 128 bits a thread and load
-    warps = min(max(MERGE_SPLITS * block_dv // 128, 1), 4)
-    return {"BLOCK_P": max(pow2(splits), MERGE_SPLITS), "MERGE_P": MERGE_SPLITS, "num_warps": warps}
+    # a thread loads 128 bits of each split
+    warps = max(MERGE_ROWS * block_dv // 128, 1)
+    blocks = {"ROWS": MERGE_ROWS, "BLOCK_P": max(pow2(splits), MERGE_SPLITS), "MERGE_P": MERGE_SPLITS}
+    # left alone, the compiler aims at 128 registers, and spilled two of them with a window
+    return blocks | {"num_warps": warps, "maxnreg": min(168, 2048 // warps)}
 
 
 def attention_launches(arch: int) -> Iterator[tuple[str, dict[str, Any], dict[str, int], bool]]:
@@ -217,10 +220,13 @@ def attention_launches(arch: int) -> Iterator[tuple[str, dict[str, Any], dict[st
                 _attention_options(block_m, pow2(dim), shape[1], num_warps, num_stages),
                 dtype != "fp32",
             )
-    for dim, splits, feature in [*itertools.product((64, 128, 256, 512), (16, 64), [""]), (128, 16, " window sinks")]:
+    merges = [*itertools.product((64, 128, 256, 512), (16, 64), [""])]
+    merges += [(128, 16, " window sinks"), (256, 64, " window sinks")]
+    for dim, splits, feature in merges:
         arguments = common | partials | {"out_ptr": "*bf16:16", "DV": dim, "BLOCK_DV": dim, "BLOCK_N": 64}
         arguments |= features[feature] | _merge_blocks(splits, dim)
-        yield f"merge d{dim} p{splits}{feature}", arguments, {"num_warps": arguments.pop("num_warps")}, False
+        options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg")}
+        yield f"merge d{dim} p{splits}{feature}", arguments, options, False
 
 
 def pow2(number: int) -> int:

@@ -171,8 +171,10 @@ def test_one_split(options):
     check(make_case(rows=11), **with_sinks(options, 4))
 
 
+@pytest.mark.parametrize("merged", [2, 16], ids=["in passes", "at once"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_several_splits(small_splits, options):
+def test_several_splits(small_splits, monkeypatch, options, merged):
+    monkeypatch.setattr(_common, "MERGE_SPLITS", merged)
     check(make_case(rows=4, slots=200, query_heads=3, kv_heads=1), **with_sinks(options, 3))
 
 
@@ -419,6 +421,29 @@ def test_a_row_is_its_own(small_splits, ordered_products, options):
         for tensor in (case.key, case.value):
             tensor[row, :, :start] = tensor[row, :, length + 12 :] = 1e30
     assert torch.equal(case.run(**options), whole), "depends on unused slots"
+
+
+@pytest.mark.parametrize("merged", [2, 16], ids=["in passes", "at once"])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 40}, {"chunk_size": 160, "sinks": True}], ids=str)
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_row_is_its_own_in_the_merge(small_splits, ordered_products, monkeypatch, group, options, merged):
+    """No bit of a row depends on how many rows there are, nor on which of them share its program.
+
+    A chain at positions 155 to 167. Splits are 64 slots: with the window, rows from 167 on begin at the third split
+    (slot 128), the others at the second; with chunks, rows from 160 on begin there, the others at the first.
+    """
+    monkeypatch.setattr(_common, "MERGE_SPLITS", merged)
+    options = with_sinks(options, group)
+    case = make_case(1, group, 1, rows=13, slots=200, lengths=[162], starts=[7])
+    parents = torch.arange(-1, 12, dtype=torch.int32)[None]
+    tree = DraftTree.from_parents(torch.zeros(1, 13, dtype=torch.int64), parents)
+    packed = tree.pack(torch.tensor([7]), torch.tensor([162])).to(DEVICE)
+    whole = Case(case.query, case.key, case.value, packed).run(**options)
+    for count in (1, 3, 6):
+        last = Case(case.query[:, :, -count:], case.key, case.value, packed)
+        assert torch.equal(last.run(**options), whole[:, -count:])
+        first = Case(case.query[:, :, :count], case.key, case.value, packed[:, :count])
+        assert torch.equal(first.run(**options), whole[:, :count])
 
 
 # slots 3 to 69 are the prefix, 70 to 75 the tree; the finite number overflows in the product

@@ -27,10 +27,10 @@ TILES = {
     64: [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 3), (32, 8, 3)],
     128: [(64, 8, 2), (64, 8, 3), (32, 8, 3), (32, 8, 4)],
 }
-PROGRAMS = (1, 2, 3)  # planned for a multiprocessor
-LEAST_ROWS = (1, 2)  # a split has this many times the rows of a tile, at least
+PROGRAMS = (1, 2, 3)  # planned for a multiprocessor, also with fewer row tiles: what the default does not do
+LEAST_ROWS = (1, 2, 4)  # a split has this many times the rows of a tile, at least
 SHORT = 1024  # contexts that one split may cover
-CASES = [(context, nodes) for context in (2048, 8192, 1024, 32768, 512) for nodes in (64, 32, 16, 1)]
+CASES = [(context, nodes) for context in (2048, 8192, 1024, 32768, 512) for nodes in (128, 64, 32, 16, 1)]
 REHEARSED = [(60, 2)]
 COMPILERS = 12
 
@@ -47,13 +47,14 @@ class Candidate:
         kernels.attention_config = lambda *_: self.config
         kernels.SHORT_SLOTS = 0 if self.least_rows else sys.maxsize
         kernels.MIN_SPLIT_ROWS = self.least_rows or 1
+        kernels.PROGRAMS_A_ROW_TILE = self.config.programs
         kernels.MIN_SPLIT_SLOTS = self.config.block_n
         kernels.attention_plan.cache_clear()
 
 
 def candidates(context: int, nodes: int) -> Iterator[Candidate]:
     rows = nodes * LLAMA[0] // LLAMA[1]
-    widths = [width for width in TILES if rows // 4 <= width < 2 * rows] or [max(TILES)]
+    widths = [width for width in TILES if min(rows, 256) // 4 <= width < 2 * rows]
     for width in [16] if rows <= 16 else widths:
         for slots, warps, stages in TILES[width]:
             config = kernels.AttentionConfig(width, slots, warps, stages, 1)
@@ -94,7 +95,7 @@ def measure(bench: Bench, case: tuple[int, int]) -> None:
             if tried in seen:
                 continue
             seen.add(tried)
-            block_m, block_n, warps, stages, _ = candidate.config
+            block_m, block_n, warps, stages, *_ = candidate.config
             label = f"m{block_m} n{block_n} w{warps} s{stages}, {grid[1]} splits"
             bench.measure(Provider(label, call, kernel=True), shapes, name, sets, verify, nbytes=nbytes, flops=flops)
 
@@ -102,7 +103,7 @@ def measure(bench: Bench, case: tuple[int, int]) -> None:
 class defaults:
     """A context that ends with the kernels' own planning."""
 
-    NAMES = ("attention_config", "SHORT_SLOTS", "MIN_SPLIT_ROWS", "MIN_SPLIT_SLOTS")
+    NAMES = ("attention_config", "SHORT_SLOTS", "MIN_SPLIT_ROWS", "MIN_SPLIT_SLOTS", "PROGRAMS_A_ROW_TILE")
 
     def __enter__(self):
         self.before = {name: getattr(kernels, name) for name in self.NAMES}

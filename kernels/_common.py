@@ -73,20 +73,23 @@ class CompileCase(NamedTuple):
 
 
 class AttentionConfig(NamedTuple):
-    """How tree attention computes a shape. Every entry rests on the compile report: none has been timed."""
+    """How tree attention computes a shape: one entry of the tables below, which say what each rests on."""
 
     block_m: int  # rows a program
     block_n: int  # slots a tile
     num_warps: int
     num_stages: int
-    programs: int  # planned for a multiprocessor at a time; 2 where the compile report says that 2 fit
+    programs: int  # planned for a multiprocessor at a time, at most; 2 where the compile report says that 2 fit
+    most_rows: int = 0  # chosen for shapes of up to this many rows; 0: for one row tile
 
 
 # By bytes an element and head dim (`ops.MAX_HEAD_DIMS` are the greatest), narrowest first; the last entry also takes
-# more rows.
+# more rows. Timed on an H200 with Triton 3.6, 2026-11-27 (bench/tune_tree_attention.py): head dim 128 in bf16, 4, 64,
+# 128 and 256 rows in several splits. The other entries rest on the compile report only.
 _ATTENTION = {
     (2, 64): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2), (128, 64, 8, 3, 1)),
-    (2, 128): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2), (128, 64, 8, 3, 1)),
+    # 128 and 256 rows took 4 to 12% longer in row tiles of 128; 512 rows were not timed
+    (2, 128): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2, 256), (128, 64, 8, 3, 1)),
     (2, 256): ((16, 32, 4, 3, 2), (32, 64, 8, 2, 1), (64, 32, 8, 2, 1)),
     (2, 512): ((16, 16, 8, 2, 1),),
     (4, 64): ((16, 16, 4, 2, 2),),
@@ -94,6 +97,7 @@ _ATTENTION = {
     (4, 256): ((16, 16, 4, 2, 2),),
 }
 # The same where those spill (before sm_90, and with a window or chunks) or want more shared memory than sm_120 has.
+# None of these was timed.
 _ATTENTION_TIGHT = _ATTENTION | {
     (2, 64): (_ATTENTION[2, 64][0], (32, 32, 4, 3, 2), (64, 32, 4, 3, 2), _ATTENTION[2, 64][3]),
     (2, 128): (*_ATTENTION[2, 128][:2], (64, 32, 8, 3, 2), (128, 32, 8, 3, 1)),
@@ -107,22 +111,26 @@ def attention_config(
 ) -> AttentionConfig:
     """For rows = nodes * heads a group, the greater head dim and the element size; limited: by a window or chunks."""
     table = _ATTENTION_TIGHT if limited or not 90 <= arch < 120 else _ATTENTION
-    entries = table[bytes, max(pow2(head_dim), 64)]
+    configs = [AttentionConfig(*entry) for entry in table[bytes, max(pow2(head_dim), 64)]]
     if one_split:  # narrow row tiles fill the card, and the keys that they share stay in the L2 cache
         rows = 16 if rows <= 64 else 32
-    return AttentionConfig(*next((entry for entry in entries if entry[0] >= rows), entries[-1]))
+    return next((config for config in configs if max(config.block_m, config.most_rows) >= rows), configs[-1])
 
 
 # A capacity up to this, the tree's own slots left out, is one split: a prefix of 256 slots, in a cache that is rounded
 # up to a multiple of 128. On an H200 one split of 1024 slots took longer than 2048 slots in many (19 against 11 us).
 SHORT_SLOTS = 256 + 127
 # A split has at least this many slots, and this many times the rows of a row tile. For D = Dv and two bytes an element
-# a program then moves at most as much for its partial results, written and read once, as for its keys and values.
+# a program then moves at most half as much for its partial results, written and read once, as for its keys and values.
 MIN_SPLIT_SLOTS = 128
-MIN_SPLIT_ROWS = 2
+MIN_SPLIT_ROWS = 4
+# Programs planned for a multiprocessor at a time, for each row tile and up to the configuration's. On an H200 one row
+# tile of 8 KV heads was fastest with one (8192 slots, N = 16: 17.9 us in 15 splits, 21.7 in 33), more with two.
+PROGRAMS_A_ROW_TILE = 1
 MAX_WAVES = 4  # plans of up to this many waves are compared
 WAVE_TILES = 4  # what starting a program and merging its results costs, in tiles: an estimate
 MERGE_SPLITS = 16  # splits merged at a time
+MERGE_ROWS = 4  # rows a program of the merge: for every shape, so that a row's sums never depend on how many there are
 
 
 @functools.lru_cache(maxsize=1024)
@@ -133,18 +141,18 @@ def attention_plan(
     its merge.
 
     Functions of shapes and of the device, never of lengths. A split's size follows the capacity and the number of row
-    tiles and KV heads; it does not depend on B, nor on T, nor on an N with as many row tiles.
+    tiles and KV heads; it does not depend on B, nor on T, nor on an N with the same configuration and row tiles.
     """
     one_split = slots - nodes <= SHORT_SLOTS
-    block_m, block_n, num_warps, num_stages, programs = attention_config(
-        arch, rows * group, max(head_dim, value_dim), bytes, one_split, limited
-    )
+    config = attention_config(arch, rows * group, max(head_dim, value_dim), bytes, one_split, limited)
+    block_m, block_n, num_warps, num_stages, programs, _ = config
     row_tiles = triton.cdiv(rows * group, block_m)
     tiles = triton.cdiv(slots, block_n) + 1  # as many as prefix and tree of any length may take
     split_tiles = tiles
     if not one_split:
         least = max(MIN_SPLIT_ROWS * block_m, MIN_SPLIT_SLOTS) // block_n
-        split_tiles = _split_tiles(tiles, least, row_tiles * kv_heads, multiprocessors * programs)
+        at_a_time = multiprocessors * min(row_tiles * PROGRAMS_A_ROW_TILE, programs)
+        split_tiles = _split_tiles(tiles, least, row_tiles * kv_heads, at_a_time)
     splits = triton.cdiv(triton.cdiv(slots - nodes, block_n) + triton.cdiv(nodes, block_n), split_tiles)
     shared = {"G": group, "DV": value_dim, "BLOCK_N": block_n, "BLOCK_DV": max(pow2(value_dim), 16), **FP_FUSION}
     blocks = {"D": head_dim, "BLOCK_M": block_m, "BLOCK_D": max(pow2(head_dim), 16)}
@@ -175,9 +183,11 @@ def _attention_options(block_m: int, block_d: int, bytes: int, num_warps: int, n
 
 
 def _merge_blocks(splits: int, block_dv: int) -> dict[str, int]:
-    # 128 bits a thread and load
-    warps = min(max(MERGE_SPLITS * block_dv // 128, 1), 4)
-    return {"BLOCK_P": max(pow2(splits), MERGE_SPLITS), "MERGE_P": MERGE_SPLITS, "num_warps": warps}
+    # a thread loads 128 bits of each split
+    warps = max(MERGE_ROWS * block_dv // 128, 1)
+    blocks = {"ROWS": MERGE_ROWS, "BLOCK_P": max(pow2(splits), MERGE_SPLITS), "MERGE_P": MERGE_SPLITS}
+    # left alone, the compiler aims at 128 registers, and spilled two of them with a window
+    return blocks | {"num_warps": warps, "maxnreg": min(168, 2048 // warps)}
 
 
 def attention_launches(arch: int) -> Iterator[tuple[str, dict[str, Any], dict[str, int], bool]]:
@@ -200,8 +210,8 @@ def attention_launches(arch: int) -> Iterator[tuple[str, dict[str, Any], dict[st
         arguments |= {"out_ptr": f"*{dtype}:16"} if one_split else partials
         arguments |= {"D": dim, "DV": dim, "BLOCK_D": pow2(dim), "BLOCK_DV": pow2(dim)}
         shape = dim, 4 if dtype == "fp32" else 2, one_split, feature != ""
-        chosen = dict.fromkeys(attention_config(arch, rows, *shape) for rows in (16, 32, 64, 128))
-        for block_m, block_n, num_warps, num_stages, _ in chosen:
+        chosen = dict.fromkeys(attention_config(arch, rows, *shape) for rows in (16, 32, 64, 128, 512))
+        for block_m, block_n, num_warps, num_stages, *_ in chosen:
             name = f"{dtype} d{dim} m{block_m} n{block_n} {'one' if one_split else 'split'}{feature}"
             tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n}
             yield (
@@ -210,10 +220,13 @@ def attention_launches(arch: int) -> Iterator[tuple[str, dict[str, Any], dict[st
                 _attention_options(block_m, pow2(dim), shape[1], num_warps, num_stages),
                 dtype != "fp32",
             )
-    for dim, splits, feature in [*itertools.product((64, 128, 256, 512), (16, 64), [""]), (128, 16, " window sinks")]:
+    merges = [*itertools.product((64, 128, 256, 512), (16, 64), [""])]
+    merges += [(128, 16, " window sinks"), (256, 64, " window sinks")]
+    for dim, splits, feature in merges:
         arguments = common | partials | {"out_ptr": "*bf16:16", "DV": dim, "BLOCK_DV": dim, "BLOCK_N": 64}
         arguments |= features[feature] | _merge_blocks(splits, dim)
-        yield f"merge d{dim} p{splits}{feature}", arguments, {"num_warps": arguments.pop("num_warps")}, False
+        options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg")}
+        yield f"merge d{dim} p{splits}{feature}", arguments, options, False
 
 
 def pow2(number: int) -> int:

@@ -233,6 +233,19 @@ def _tree_attention_kernel(
         tl.store(stats_ptr + partial_row * 2 + 1, total, mask=stored)
 
 
+@triton.jit
+def _load_partials(ptr, split, used, stride_split, row, DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr):
+    """[splits, ROWS, BLOCK_DV] sums of values from `row` on; zero in the splits for which `used` [splits] is false."""
+    # read as [splits, ROWS * BLOCK_DV]: a thread then has the same place in every split, in each version of Triton
+    column = tl.arange(0, ROWS * BLOCK_DV)
+    dim = column % BLOCK_DV
+    # rows past the last repeat it
+    row = tl.minimum(row + column // BLOCK_DV, stride_split - 1)
+    ptrs = ptr + (split.to(tl.int64) * stride_split * DV)[:, None] + (row * DV + dim)[None, :]
+    partials = tl.load(ptrs, mask=used[:, None] & (dim < DV)[None, :], other=0.0)
+    return tl.reshape(partials, [split.shape[0], ROWS, BLOCK_DV])
+
+
 @triton.jit(do_not_specialize=["stride_tb", "stride_tn", "N", "T", "P", "split_tiles"])
 def _merge_kernel(
     out_ptr,  # [B, N, Hq, Dv] query's dtype, contiguous, out
@@ -247,49 +260,77 @@ def _merge_kernel(
     split_tiles,
     G: tl.constexpr,
     DV: tl.constexpr,
+    ROWS: tl.constexpr,  # rows a program
     BLOCK_N: tl.constexpr,  # as in the first kernel
     BLOCK_DV: tl.constexpr,
     BLOCK_P: tl.constexpr,  # power of two >= P
     MERGE_P: tl.constexpr,  # splits at a time: a power of two, at most BLOCK_P
 ):  # fmt: skip
-    row = tl.program_id(0)
-    node = row // G
     batch = (tl.program_id(1) // Hkv).to(tl.int64)
+    # rows past the last repeat it; they are not stored
+    first_row = tl.program_id(0) * ROWS
+    row = tl.minimum(first_row + tl.arange(0, ROWS), N * G - 1)
+    node = row // G
     query_head = (tl.program_id(1) % Hkv) * G + row % G
+
+    # loaded before the lengths are known: splits that were not written hold anything
+    stride_split = N * G
+    first_split_row = tl.program_id(1).to(tl.int64) * P * stride_split
+    partial_ptr += first_split_row * DV
+    stats_ptr += first_split_row * 2
+    split = tl.arange(0, BLOCK_P)
+    exists = split < P
+    stats_ptrs = stats_ptr + (split[:, None] * stride_split + row[None, :]) * 2
+    peaks = tl.load(stats_ptrs, mask=exists[:, None], other=0.0)
+    totals = tl.load(stats_ptrs + 1, mask=exists[:, None], other=0.0)
+    # the sums too if one pass takes all; with a window or chunks most of them may not be needed
+    ONE_PASS: tl.constexpr = BLOCK_P == MERGE_P
+    LIMITED: tl.constexpr = window is not None or chunk is not None
+    if ONE_PASS and not LIMITED:
+        partials = _load_partials(partial_ptr, split, exists, stride_split, first_row, DV, BLOCK_DV, ROWS)
+
     tree_ptr += batch * stride_tb
     start, length, prefix_tiles, tree_tiles = _sequence(tree_ptr, W, T, BLOCK_N)
     end = tl.cdiv(prefix_tiles + tree_tiles, split_tiles)
-    begin = 0
-    if window is not None or chunk is not None:
-        # the first kernel skipped the splits before the row's first position
+    begin = row * 0
+    least = 0
+    if LIMITED:
+        # the first kernel skipped the splits before the first position that its tile sees; a row counts its own
         depth = tl.load(tree_ptr + (T - N + node) * stride_tn + W).to(tl.int32)
         first = _first_position(length - start + depth, window, chunk)
         begin = tl.minimum(first // BLOCK_N, prefix_tiles) // split_tiles
+        least = tl.min(begin, 0)
+        if ONE_PASS:
+            used = (split >= least) & (split < end)
+            partials = _load_partials(partial_ptr, split, used, stride_split, first_row, DV, BLOCK_DV, ROWS)
 
-    stride_split = N * G
-    partial_row = tl.program_id(1).to(tl.int64) * P * stride_split + row
-    split = tl.arange(0, BLOCK_P)
-    written = (split >= begin) & (split < end)
-    stats_ptrs = stats_ptr + (partial_row + split * stride_split) * 2
-    peaks = tl.load(stats_ptrs, mask=written, other=float("-inf"))
-    totals = tl.load(stats_ptrs + 1, mask=written, other=0.0)
+    written = (split[:, None] >= begin[None, :]) & (split < end)[:, None]
+    peaks = tl.where(written, peaks, float("-inf"))
     peak = tl.max(peaks, 0)
-    total = tl.sum(totals * tl.exp2(peaks - peak), 0)
+    fades = tl.exp2(peaks - peak[None, :])
+    total = tl.sum(tl.where(written, totals, 0.0) * fades, 0)
     if sinks_ptr is not None:
         total += tl.exp2(tl.load(sinks_ptr + query_head).to(tl.float32) * LOG2E - peak)
 
-    dim = tl.arange(0, BLOCK_DV)
-    mixed = tl.zeros([BLOCK_DV], tl.float32)
-    for first_split in range(begin // MERGE_P * MERGE_P, end, MERGE_P):
-        some = first_split + tl.arange(0, MERGE_P)
-        some_written = (some >= begin) & (some < end)
-        rows = partial_row + some * stride_split
-        fade = tl.exp2(tl.load(stats_ptr + rows * 2, mask=some_written, other=float("-inf")) - peak)
-        used = some_written[:, None] & (dim < DV)[None, :]
-        partial = tl.load(partial_ptr + rows[:, None] * DV + dim[None, :], mask=used, other=0.0)
-        mixed += tl.sum(partial * fade[:, None], 0)
+    if ONE_PASS:
+        mixed = tl.sum(tl.where(written[:, :, None], partials, 0.0) * fades[:, :, None], 0)
+    else:
+        # From the first split of any row here, in whole passes: those before a row's own add zeros to it.
+        mixed = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+        for first_split in range(least // MERGE_P * MERGE_P, end, MERGE_P):
+            some = first_split + tl.arange(0, MERGE_P)
+            some_used = (some >= least) & (some < end)
+            some_written = (some[:, None] >= begin[None, :]) & (some < end)[:, None]
+            some_ptrs = stats_ptr + (some[:, None] * stride_split + row[None, :]) * 2
+            partials = _load_partials(partial_ptr, some, some_used, stride_split, first_row, DV, BLOCK_DV, ROWS)
+            some_fades = tl.exp2(tl.load(some_ptrs, mask=some_written, other=float("-inf")) - peak[None, :])
+            if LIMITED:
+                partials = tl.where(some_written[:, :, None], partials, 0.0)
+            mixed += tl.sum(partials * some_fades[:, :, None], 0)
+    dim = tl.arange(0, BLOCK_DV)[None, :]
     out_row = (batch * N + node) * (Hkv * G) + query_head
-    tl.store(out_ptr + out_row * DV + dim, mixed / total, mask=dim < DV)
+    stored = (first_row + tl.arange(0, ROWS) < N * G)[:, None] & (dim < DV)
+    tl.store(out_ptr + out_row[:, None] * DV + dim, mixed / total[:, None], mask=stored)
 
 
 def tree_attention(
@@ -329,7 +370,7 @@ def tree_attention(
             **meta,
         )  # fmt: skip
         if partial is not None:
-            _merge_kernel[(rows * group, batch * kv_heads)](
+            _merge_kernel[(triton.cdiv(rows * group, merge_meta["ROWS"]), batch * kv_heads)](
                 out, partial, stats, packed_tree, sinks, sliding_window, chunk_size,
                 *tree_strides, *sizes, grid[1], split_tiles, **merge_meta,
             )  # fmt: skip
@@ -341,7 +382,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     for name, arguments, options, cores in attention_launches(arch):
         if name.startswith("merge"):
             kernel, rows, width, itemsize = _merge_kernel, 0, arguments["DV"] + 1, 4
-            slots = arguments["MERGE_P"]
+            slots = arguments["MERGE_P"] * arguments["ROWS"]
         else:
             kernel, rows, slots = _tree_attention_kernel, arguments["BLOCK_M"], arguments["BLOCK_N"]
             width, itemsize = arguments["BLOCK_D"] + arguments["BLOCK_DV"], 2 if cores else 4

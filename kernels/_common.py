@@ -141,7 +141,8 @@ def attention_plan(
     its merge.
 
     Functions of shapes and of the device, never of lengths. A split's size follows the capacity and the number of row
-    tiles and KV heads; it does not depend on B, nor on T, nor on an N with the same configuration and row tiles.
+    tiles and KV heads; it does not depend on B, nor on an N with the same configuration and row
+    tiles, nor on T unless the slots that T leaves are few enough for one split.
     """
     one_split = slots - nodes <= SHORT_SLOTS
     config = attention_config(arch, rows * group, max(head_dim, value_dim), bytes, one_split, limited)

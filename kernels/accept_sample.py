@@ -69,7 +69,7 @@ WEIGHING = ("rejection", "block", "multi_round", "traversal")
 @triton.jit(do_not_specialize=COUNTS)
 def _statistics_kernel(
     keys_ptr,  # [B, N + P, S] int64, out
-    sums_ptr,  # [B, N + P, S] fp32, out; None where NOISE is and there are no thresholds
+    sums_ptr,  # [B, N + P, S] fp32, out; None if NOISE is COUPLED
     noisy_ptr,  # [B, N, S] int64, out; None where NOISE is None
     logits_ptr,  # [B, N, V] fp32, bf16 or fp16
     draft_logits_ptr,  # [B, P, V] fp32, bf16 or fp16; None: P is 0
@@ -412,7 +412,7 @@ def accept_sample(
             keys, sums, noisy, logits, draft_logits, parents, seeds, position, temperature, draft_filters[0],
             *strides, nodes, expanded, vocab, tiles,
             NOISE=noise, ROWS=rows_a_program, BLOCK_N=blocks["BLOCK_N"] if noise is COUPLED else None, BLOCK_V=BLOCK_V,
-            **_statistics_options(wide=all(number % 16 == 0 for number in (vocab, *logits.stride()[:2]))),
+            **_statistics_options(wide=_loads_are_wide(logits)),
         )  # fmt: skip
         if has_laws:
             _laws_kernel[(nodes, batch)](
@@ -447,6 +447,12 @@ def accept_sample(
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def _loads_are_wide(logits: torch.Tensor) -> bool:
+    """Whether Triton can load rows by 128 bits: by its rules, not by the itemsize."""
+    multiples = logits.shape[2], *logits.stride()[:2], logits.data_ptr()
+    return logits.stride(2) == 1 and all(number % 16 == 0 for number in multiples)
 
 
 def _statistics_options(wide: bool) -> dict[str, Any]:

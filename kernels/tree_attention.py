@@ -9,10 +9,10 @@ start, then the tree, counted from its first slot, so that a tree tile needs one
 fixed number of tiles. Where the whole capacity is one split a single launch writes the output; else a second kernel
 merges the splits in index order. Lengths are read on the device: the grid covers the capacity, empty splits return.
 
-A row's result depends on its own start, length and path only: a tile or split in which it sees nothing leaves every
-bit of it as it was, whatever other rows, nodes and sequences are there. Each row selects its scores, but all rows of a
-tile share its values, and 0 * NaN is NaN. So if some row does not see the whole tile, a slot with values that are not
-finite is read as 0, and rows that see the slot get a score of NaN.
+Under one plan a row's result depends on its own start, length and path only: a tile or split in which it sees nothing
+leaves every bit of it as it was, whatever other rows, nodes and sequences are there. Each row selects its scores, but
+all rows of a tile share its values, and 0 * NaN is NaN. So if some row does not see the whole tile, a slot with values
+that are not finite is read as 0, and rows that see the slot get a score of NaN.
 Reference: specdec_triton.ops.reference.tree_attention
 """
 
@@ -54,6 +54,13 @@ def _first_position(position, window, chunk):
     if chunk is not None:
         first = tl.maximum(first, position // chunk * chunk)
     return first
+
+
+@triton.jit
+def _load_query(row_ptr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """[BLOCK_M, BLOCK_DIM]: the rows at `row_ptr` [BLOCK_M], zeros after them."""
+    dim = tl.arange(0, BLOCK_DIM)
+    return tl.load(row_ptr[:, None] + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -150,13 +157,11 @@ def _tree_attention_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     node = tl.minimum(row // G, N - 1)
     query_head = head * G + row % G
-    dim = tl.arange(0, BLOCK_D)
-    # first of all, so that it is on its way while the lengths are: both are far
-    query = tl.load(
-        query_ptr + batch * stride_qb + (query_head * stride_qh + node * stride_qn)[:, None] + dim[None, :],
-        mask=(dim < D)[None, :],
-        other=0.0,
-    )
+    row_query_ptr = query_ptr + batch * stride_qb + query_head * stride_qh + node * stride_qn  # [BLOCK_M]
+    # First of all, so that it is on its way while the lengths are: both are far. In fp32 that spills (compile report).
+    QUERY_FIRST: tl.constexpr = query_ptr.dtype.element_ty != tl.float32
+    if QUERY_FIRST:
+        query = _load_query(row_query_ptr, D, BLOCK_D)
     tree_ptr += batch * stride_tb
     start, length, prefix_tiles, tree_tiles = _sequence(tree_ptr, W, T, BLOCK_N)
     begin = split * split_tiles
@@ -169,6 +174,8 @@ def _tree_attention_kernel(
     if begin >= end:
         return
 
+    if not QUERY_FIRST:
+        query = _load_query(row_query_ptr, D, BLOCK_D)
     key_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
     value_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
     column = tl.arange(0, BLOCK_N)
@@ -283,11 +290,8 @@ def _merge_kernel(
     stats_ptrs = stats_ptr + (split[:, None] * stride_split + row[None, :]) * 2
     peaks = tl.load(stats_ptrs, mask=exists[:, None], other=0.0)
     totals = tl.load(stats_ptrs + 1, mask=exists[:, None], other=0.0)
-    # the sums too if one pass takes all; with a window or chunks most of them may not be needed
     ONE_PASS: tl.constexpr = BLOCK_P == MERGE_P
     LIMITED: tl.constexpr = window is not None or chunk is not None
-    if ONE_PASS and not LIMITED:
-        partials = _load_partials(partial_ptr, split, exists, stride_split, first_row, DV, BLOCK_DV, ROWS)
 
     tree_ptr += batch * stride_tb
     start, length, prefix_tiles, tree_tiles = _sequence(tree_ptr, W, T, BLOCK_N)
@@ -300,9 +304,9 @@ def _merge_kernel(
         first = _first_position(length - start + depth, window, chunk)
         begin = tl.minimum(first // BLOCK_N, prefix_tiles) // split_tiles
         least = tl.min(begin, 0)
-        if ONE_PASS:
-            used = (split >= least) & (split < end)
-            partials = _load_partials(partial_ptr, split, used, stride_split, first_row, DV, BLOCK_DV, ROWS)
+    if ONE_PASS:  # the sums of written splits alone: in a long cache of short texts most are not
+        used = (split >= least) & (split < end)
+        partials = _load_partials(partial_ptr, split, used, stride_split, first_row, DV, BLOCK_DV, ROWS)
 
     written = (split[:, None] >= begin[None, :]) & (split < end)[:, None]
     peaks = tl.where(written, peaks, float("-inf"))

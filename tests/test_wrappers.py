@@ -77,7 +77,7 @@ def test_a_model_compiled_in_place():
 
 
 def test_a_compiled_forward():
-    model = build("llama")
+    model = build("llama", num_hidden_layers=2)
     plain = model.generate(**prompt(), **OPTIONS)
     model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
     with sdt.patched(model):

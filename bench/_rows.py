@@ -9,7 +9,8 @@ import subprocess
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 COMPILED = " compiled"  # after a bench's name: its run with --compiled
-CONTROLLED = "synthetic, controlled acceptance"  # as rows say what their inputs were
+# the field "inputs" of rows
+CONTROLLED = "synthetic, controlled acceptance"
 REPLAYED = "synthetic weights, replayed acceptance"
 ROWS, CALIBRATION, REPORT = "rows.json", "calibration.json", "report.md"
 

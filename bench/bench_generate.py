@@ -75,9 +75,14 @@ PAIRS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Ways that take turns. `oracle` holds (N, acceptance length) pairs; `options` those of our ways; `pair` is a name
-    in `PAIRS`; `seconds` is what the case takes on an H100, estimated: with less time left it is passed over, for a
-    later run."""
+    """Ways that take turns.
+
+    Attributes:
+        oracle: (N, acceptance length) pairs.
+        options: of our ways.
+        pair: a name in `PAIRS`.
+        seconds: estimated time of the case on an H100. If less time is left, the case is left for a later run.
+    """
 
     name: str
     ways: tuple[str, ...]
@@ -230,7 +235,7 @@ class Way:
         wanted: acceptance length that the oracle was set to.
         calls: other calls like `call`, of which the one nearest to `wanted` becomes `call`.
         draft: the model that drafts.
-        replay: what the draft replays.
+        replay: the trace that the draft replays, or None.
     """
 
     name: str

@@ -13,17 +13,8 @@ import functools
 import sys
 
 from _common import Bench, first_line, simulate_graphs
-from bench_generate import (
-    CONTROLLED,
-    EAGER_ROUNDS,
-    GRAPHS,
-    Case,
-    check,
-    make_oracle,
-    make_way,
-    pair,
-    plain_text,
-)
+from _rows import CONTROLLED
+from bench_generate import EAGER_ROUNDS, GRAPHS, Case, check, make_oracle, make_way, pair, plain_text
 
 from specdec_triton.tools import profiling
 

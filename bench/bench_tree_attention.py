@@ -46,6 +46,24 @@ def make_inputs(batch, query_heads, kv_heads, head_dim, context, nodes, dtype, d
     return {"query": query, "key": key, "value": value, "packed_tree": tree.pack(torch.zeros_like(length), length)}
 
 
+def least_work(batch, query_heads, kv_heads, head_dim, context, nodes, dtype) -> dict[str, int]:
+    """Bytes of keys, values, queries and outputs, each moved once, and floating-point operations of both products."""
+    keys = batch * (context + nodes)
+    nbytes = dtype.itemsize * head_dim * (2 * keys * kv_heads + 2 * batch * nodes * query_heads)
+    return {"nbytes": nbytes, "flops": 4 * keys * nodes * query_heads * head_dim}
+
+
+def dtype_of(device: torch.device) -> tuple[str, torch.dtype]:
+    """What is measured on a device, and how rows name it."""
+    return ("fp32", torch.float32) if device.type == "cpu" else ("bf16", torch.bfloat16)
+
+
+def check_output(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Raises AssertionError if they differ by more than the tolerance of `found`'s dtype."""
+    difference = (found.float() - wanted.float()).abs().max().item()
+    assert difference <= TOLERANCE[found.dtype], f"differs from the reference by {difference}"
+
+
 def with_dense_mask(inputs: dict) -> dict:
     mask = visible_slots(inputs["packed_tree"], inputs["query"].shape[2], inputs["key"].shape[2])[:, None]
     bias = torch.zeros(mask.shape, dtype=inputs["query"].dtype, device=mask.device).masked_fill(~mask, float("-inf"))
@@ -123,19 +141,13 @@ PEERS = {"flex_attention": flex_provider, "flashinfer": flashinfer_provider}
 
 def measure(bench: Bench, case: tuple[int, ...]) -> None:
     batch, query_heads, kv_heads, head_dim, context, nodes = case
-    name, dtype = ("fp32", torch.float32) if bench.device.type == "cpu" else ("bf16", torch.bfloat16)
-    keys = batch * (context + nodes)
-    nbytes = dtype.itemsize * head_dim * (2 * keys * kv_heads + 2 * batch * nodes * query_heads)
-    flops = 4 * keys * nodes * query_heads * head_dim
-    sets = [
-        with_dense_mask(make_inputs(batch, query_heads, kv_heads, head_dim, context, nodes, dtype, bench.device))
-        for _ in range(bench.num_sets(nbytes))
-    ]
+    name, dtype = dtype_of(bench.device)
+    work = least_work(*case, dtype)
+    sets = [with_dense_mask(make_inputs(*case, dtype, bench.device)) for _ in range(bench.num_sets(work["nbytes"]))]
 
     def verify(call):
         for inputs in sets[:2]:
-            difference = (call(inputs).float() - ours(inputs, "reference").float()).abs().max().item()
-            assert difference <= TOLERANCE[dtype], f"differs from the reference by {difference}"
+            check_output(call(inputs), ours(inputs, "reference"))
 
     ours_and_eager = [
         Provider("triton", lambda inputs: ours(inputs, "triton"), kernel=True),
@@ -146,7 +158,7 @@ def measure(bench: Bench, case: tuple[int, ...]) -> None:
     peers = [bench.made(peer, partial(make, bench.device, sets[0])) for peer, make in PEERS.items() if bench.compiled]
     shapes = {"B": batch, "Hq": query_heads, "Hkv": kv_heads, "D": head_dim, "context": context, "N": nodes}
     for provider in peers or ours_and_eager:
-        bench.measure(provider, shapes, name, sets, verify, nbytes=nbytes, flops=flops, count=context <= 1024)
+        bench.measure(provider, shapes, name, sets, verify, **work, count=context <= 1024)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Tree attention with other tiles, warps, stages and splits than its defaults: what `kernels/_common.py` chooses from.
+"""Times tree attention with other tiles, warps, stages and splits than its defaults in `kernels/_common.py`.
 
     python bench/tune_tree_attention.py [--warm] [--out FOLDER] [--budget SECONDS] [--rehearse]
 
@@ -8,6 +8,7 @@ time: it is done first, by several processes. `--compile 3` does the fourth proc
 of them are done.
 """
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 from _common import ROOT, Bench, Provider
-from bench_tree_attention import LLAMA, TOLERANCE, make_inputs, ours
+from bench_tree_attention import LLAMA, check_output, dtype_of, least_work, make_inputs, ours
 
 from specdec_triton.kernels import _common as kernels
 
@@ -27,12 +28,13 @@ TILES = {
     64: [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 3), (32, 8, 3)],
     128: [(64, 8, 2), (64, 8, 3), (32, 8, 3), (32, 8, 4)],
 }
-PROGRAMS = (1, 2, 3)  # planned for a multiprocessor, also with fewer row tiles: what the default does not do
+PROGRAMS = (1, 2, 3)  # planned for a multiprocessor; the default never plans more than there are row tiles
 LEAST_ROWS = (1, 2, 4)  # a split has this many times the rows of a tile, at least
 SHORT = 1024  # contexts that one split may cover
 CASES = [(context, nodes) for context in (2048, 8192, 1024, 32768, 512) for nodes in (128, 64, 32, 16, 1)]
 REHEARSED = [(60, 2)]
 COMPILERS = 12
+PLANNED_BY = ("attention_config", "SHORT_SLOTS", "MIN_SPLIT_ROWS", "MIN_SPLIT_SLOTS", "PROGRAMS_A_ROW_TILE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,25 +70,21 @@ def candidates(context: int, nodes: int) -> Iterator[Candidate]:
 def measure(bench: Bench, case: tuple[int, int]) -> None:
     context, nodes = case
     heads, kv_heads, dim = LLAMA if bench.size == "gpu" else (4, 2, 64)
-    name, dtype = ("fp32", torch.float32) if bench.device.type == "cpu" else ("bf16", torch.bfloat16)
-    keys = context + nodes
-    nbytes = dtype.itemsize * dim * (2 * keys * kv_heads + 2 * nodes * heads)
-    flops = 4 * keys * nodes * heads * dim
-    sets = [
-        make_inputs(1, heads, kv_heads, dim, context, nodes, dtype, bench.device) for _ in range(bench.num_sets(nbytes))
-    ]
-    wanted = ours(sets[0], "reference").float()
+    name, dtype = dtype_of(bench.device)
+    sizes = 1, heads, kv_heads, dim, context, nodes
+    work = least_work(*sizes, dtype)
+    sets = [make_inputs(*sizes, dtype, bench.device) for _ in range(bench.num_sets(work["nbytes"]))]
+    wanted = ours(sets[0], "reference")
 
     def call(inputs: dict) -> torch.Tensor:
         return ours(inputs, "triton")
 
     def verify(call) -> None:
-        difference = (call(sets[0]).float() - wanted).abs().max().item()
-        assert difference <= TOLERANCE[dtype], f"differs from the reference by {difference}"
+        check_output(call(sets[0]), wanted)
 
     shapes = {"context": context, "N": nodes, "Hq": heads, "Hkv": kv_heads, "D": dim}
-    with defaults():
-        bench.measure(Provider("default", call, kernel=True), shapes, name, sets, verify, nbytes=nbytes, flops=flops)
+    with plans_restored():
+        bench.measure(Provider("default", call, kernel=True), shapes, name, sets, verify, **work)
         seen = set()
         for candidate in list(candidates(context, nodes))[: None if bench.size == "gpu" else 2]:
             candidate.use()
@@ -97,19 +95,17 @@ def measure(bench: Bench, case: tuple[int, int]) -> None:
             seen.add(tried)
             block_m, block_n, warps, stages, *_ = candidate.config
             label = f"m{block_m} n{block_n} w{warps} s{stages}, {grid[1]} splits"
-            bench.measure(Provider(label, call, kernel=True), shapes, name, sets, verify, nbytes=nbytes, flops=flops)
+            bench.measure(Provider(label, call, kernel=True), shapes, name, sets, verify, **work)
 
 
-class defaults:
-    """A context that ends with the kernels' own planning."""
-
-    NAMES = ("attention_config", "SHORT_SLOTS", "MIN_SPLIT_ROWS", "MIN_SPLIT_SLOTS", "PROGRAMS_A_ROW_TILE")
-
-    def __enter__(self):
-        self.before = {name: getattr(kernels, name) for name in self.NAMES}
-
-    def __exit__(self, *_):
-        for name, value in self.before.items():
+@contextlib.contextmanager
+def plans_restored() -> Iterator[None]:
+    """After the context, calls are planned by the kernels' own configurations and constants again."""
+    before = {name: getattr(kernels, name) for name in PLANNED_BY}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
             setattr(kernels, name, value)
         kernels.attention_plan.cache_clear()
 
@@ -125,6 +121,7 @@ def plan_of(inputs: dict):
 def compile_share(share: int) -> None:
     """Launch each configuration of this share once, which fills Triton's cache."""
     device = torch.device("cuda")
+    # in one split, rows above 32 are never tried
     todo = {(tiles, width, split) for width in TILES for tiles in TILES[width] for split in (True, width > 32)}
     for number, ((slots, warps, stages), width, split) in enumerate(sorted(todo)):
         if number % COMPILERS == share:

@@ -1,5 +1,5 @@
-"""Philox4x32-10 and what is made of its words, in Triton: the same integers as `specdec_triton.ops.noise`, the same
-floats to a few units in the last place.
+"""Philox4x32-10, and uniform and Gumbel noise from its words, in Triton: the same integers as
+`specdec_triton.ops.noise`, the same floats to a few units in the last place.
 
 A token's number is lane token % 4 of counter block token // 4.
 """

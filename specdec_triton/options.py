@@ -90,14 +90,14 @@ class Options:
 
 def with_known_options(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, with a `TypeError` for an unknown keyword that names the nearest one."""
-    known = [name for name, each in inspect.signature(function).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    parameters, owner = inspect.signature(function).parameters, function.__qualname__.removesuffix(".__init__")
+    known = [name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY]
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs.keys() - set(inspect.signature(function).parameters):
+        for name in kwargs.keys() - parameters.keys():
             nearest = difflib.get_close_matches(name, known, 1, 0.4)
             hint = f", did you mean {nearest[0]}?" if nearest else ""
-            owner = function.__qualname__.removesuffix(".__init__")
             raise TypeError(f"{owner}: options must be among {', '.join(known)}, got {name}{hint}")
         return function(*args, **kwargs)
 

@@ -352,12 +352,12 @@ def accept_sample(
     if draft_logits is not None and not draft_logits.shape[1]:
         draft_logits, draft_row, sampling = None, None, "none"
     compute = resolve(op, impl, logits.device)
-    by_reference = compute is reference.accept_sample  # the operator takes tensors alone
+    # the operator takes tensors alone
+    both = (filters, draft_filters) if compute is reference.accept_sample else (filters.tensors, draft_filters.tensors)
     return Acceptance(
         *compute(
-            logits, tokens, parents, rule, seeds, position, filters if by_reference else filters.tensors, max_depth,
-            budget, eos_ids, sampling, draft_logits, draft_row,
-            draft_filters if by_reference else draft_filters.tensors,
+            logits, tokens, parents, rule, seeds, position, both[0], max_depth, budget, eos_ids,
+            sampling, draft_logits, draft_row, both[1],
         )
     )  # fmt: skip
 

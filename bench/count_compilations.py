@@ -79,7 +79,7 @@ def pretend(counter: Counter, arch: int) -> None:
     """Launches are counted, ops take CPU tensors, the references compute nothing; graphs replay nothing."""
     triton.runtime.driver.set_active(Driver(arch))
     JITFunction._do_compile = lambda function, *arguments, **options: counter.compile(function, *arguments, **options)
-    impls = {op: getattr(torch.ops.specdec_triton, op).default for op in ops.KERNELS}
+    impls = {op: getattr(torch.ops.specdec_triton, op).default for op in ops.OPS}
     ops.resolve = lambda op, impl, device: getattr(reference, op) if impl == "reference" else impls[op]
     reference.tree_attention, reference.compact_kv = ops._fake_tree_attention, ops._fake_compact_kv
 

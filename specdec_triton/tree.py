@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .ops.arguments import ANY_FLOAT, Check
 from .ops.filters import Filters
 from .ops.reference import WORD_BITS
 from .ops.rules import SAMPLING
@@ -211,12 +212,7 @@ class DraftTree:
         cls, topology: Topology, tokens: torch.Tensor, has_nan: torch.Tensor | None = None
     ) -> "DraftTree":
         """Tokens [B, N] int64 in a fixed shape; the shape's tensors are made once a device."""
-        batch, num_nodes = tokens.shape
-        if num_nodes != topology.num_nodes or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"DraftTree: tokens must be torch.int64 [B, {topology.num_nodes}], got {tokens.dtype} "
-                f"{list(tokens.shape)}"
-            )
+        batch, _ = Check("DraftTree", N=topology.num_nodes)("tokens", tokens, "B?, N", torch.int64)
         parents, depth, ancestors = topology_tensors(topology, tokens.device)
         return cls(
             tokens=tokens,
@@ -260,13 +256,9 @@ class DraftTree:
         Raises:
             ValueError: a shape, dtype or device is not the one above. `check` looks at the contents.
         """
-        if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.shape[1]:
-            raise ValueError(f"DraftTree: tokens must be torch.int64 [B, N], got {tokens.dtype} {list(tokens.shape)}")
-        if parents.shape != tokens.shape or parents.dtype != torch.int32 or parents.device != tokens.device:
-            raise ValueError(
-                f"DraftTree: parents must be torch.int32 {list(tokens.shape)} on {tokens.device}, "
-                f"got {parents.dtype} {list(parents.shape)} on {parents.device}"
-            )
+        check = Check("DraftTree")
+        check("tokens", tokens, "B?, N", torch.int64)
+        check("parents", parents, "B?, N", torch.int32)
         member = _ancestor_matrix(parents)
         return cls(
             tokens=tokens,
@@ -297,13 +289,13 @@ class DraftTree:
             probs: [B, D, K] float. Their probabilities, in [0, 1].
             num_nodes: N, root included; at most the number of nodes of the full tree.
         """
-        batch, max_depth, width = candidates.shape
+        check = Check("DraftTree.best_first")
+        (batch,) = check("root", root, "B", torch.int64)
+        _, max_depth, width = check("candidates", candidates, "B, D?, K", torch.int64)
+        check("probs", probs, "B, D, K", *ANY_FLOAT)
         full = sum(width**depth for depth in range(max_depth + 1))
-        if probs.shape != candidates.shape or root.shape != (batch,) or not 1 <= num_nodes <= full:
-            raise ValueError(
-                f"DraftTree.best_first: wanted root [B], candidates and probs [B, D, K] and 1 to {full} nodes, got "
-                f"{list(root.shape)}, {list(candidates.shape)}, {list(probs.shape)} and {num_nodes}"
-            )
+        if not 1 <= num_nodes <= full:
+            raise ValueError(f"DraftTree.best_first: num_nodes must be 1 to {full}, got {num_nodes}")
         tokens, mass = [root[:, None]], [torch.ones(batch, 1, dtype=probs.dtype, device=probs.device)]
         parents = [torch.full((batch, 1), -1, dtype=torch.int64, device=root.device)]
         first = 0  # of the last level among all nodes so far
@@ -354,24 +346,12 @@ class DraftTree:
         Raises:
             ValueError: a shape, dtype, device or name is not the one above.
         """
-        batch, num_nodes = self.tokens.shape
         if sampling not in SAMPLING[1:]:
             raise ValueError(f'DraftTree.drawn: sampling must be "with" or "without", got {sampling!r}')
-        if draft_logits.dim() != 3 or draft_logits.shape[0] != batch or not draft_logits.is_floating_point():
-            raise ValueError(
-                f"DraftTree.drawn: draft_logits must be float [{batch}, P, V], got {draft_logits.dtype} "
-                f"{list(draft_logits.shape)}"
-            )
-        if draft_row.shape != (batch, num_nodes) or draft_row.dtype != torch.int32:
-            raise ValueError(
-                f"DraftTree.drawn: draft_row must be torch.int32 [{batch}, {num_nodes}], got {draft_row.dtype} "
-                f"{list(draft_row.shape)}"
-            )
-        if not draft_logits.device == draft_row.device == self.tokens.device:
-            raise ValueError(
-                f"DraftTree.drawn: draft_logits and draft_row must be on {self.tokens.device}, got "
-                f"{draft_logits.device} and {draft_row.device}"
-            )
+        batch, num_nodes = self.tokens.shape
+        check = Check("DraftTree.drawn", self.tokens.device, B=batch, N=num_nodes)
+        check("draft_logits", draft_logits, "B, P?, V", *ANY_FLOAT)
+        check("draft_row", draft_row, "B, N", torch.int32)
         return replace(
             self,
             sampling=sampling,
@@ -428,20 +408,12 @@ class DraftTree:
         Raises:
             ValueError: names `source` and what is wrong.
         """
-        shape = (len(root), self.num_nodes)
         words = -(-self.num_nodes // WORD_BITS)
-        for name, dtype, wanted in (
-            ("tokens", torch.int64, shape),
-            ("parents", torch.int32, shape),
-            ("depth", torch.int64, shape),
-            ("ancestors", torch.int64, (*shape, words)),
-        ):
-            got = getattr(self, name)
-            if got.dtype != dtype or got.shape != wanted or got.device != root.device:
-                raise ValueError(
-                    f"{source}: malformed draft tree: {name} must be {dtype} {list(wanted)} on {root.device}, got "
-                    f"{got.dtype} {list(got.shape)} on {got.device}"
-                )
+        check = Check(f"{source}: malformed draft tree", root.device, B=len(root), N=self.num_nodes, W=words)
+        check("tokens", self.tokens, "B, N", torch.int64)
+        check("parents", self.parents, "B, N", torch.int32)
+        check("depth", self.depth, "B, N", torch.int64)
+        check("ancestors", self.ancestors, "B, N, W", torch.int64)
         drawn = self.sampling != "none"
         if (
             self.sampling not in SAMPLING

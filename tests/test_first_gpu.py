@@ -16,7 +16,7 @@ from first_gpu import MOST, covering, turns
 from specdec_triton import ops
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = {op: importlib.import_module(f"test_kernel_{op}") for op in sorted(ops.KERNELS)}
+MODULES = {op: importlib.import_module(f"test_kernel_{op}") for op in sorted(ops.OPS)}
 MODULES["library"] = importlib.import_module("test_library")
 CHOSEN = {"test_on_gpu", "test_real_sizes"}  # of these some cells, of others all
 DTYPES = {torch.bfloat16, torch.float16, torch.float32}
@@ -54,7 +54,7 @@ def first(module):
 
 def test_there_are_few_of_each_kernel():
     counts = {name: len(first(module)) for name, module in MODULES.items()}
-    assert sum(counts.values()) <= MOST and min(counts.values()) >= len(ops.KERNELS)
+    assert sum(counts.values()) <= MOST and min(counts.values()) >= len(ops.OPS)
 
 
 def test_only_large_crosses_are_cut():

@@ -467,6 +467,7 @@ VALID = {
         ({"position": torch.zeros(1, dtype=torch.int64, device="meta")}, "position must be on cpu"),
         ({"filters": (None, None, None, None)}, "filters must be a Filters, got tuple"),
         ({"filters": Filters(temperature=torch.ones(1).double())}, r"filters.temperature must be torch.float32 \[1\]"),
+        ({"filters": Filters(top_k=[2])}, "filters.top_k must be a tensor, got list"),
         ({"filters": Filters(top_k=torch.ones(2).long())}, r"filters.top_k must be torch.int64 \[1\]"),
         ({"filters": Filters(most=2)}, "filters.most must be None, or at least 1 beside a top_k, got 2"),
         ({"filters": Filters(top_k=torch.ones(1).long(), most=0)}, "filters.most must be None, or at least 1"),

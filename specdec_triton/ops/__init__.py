@@ -14,22 +14,18 @@ slots, D head dim of keys, Dv of values, V vocabulary, P cache planes (in `accep
 
 import functools
 import importlib.util
-import inspect
-import itertools
 import os
-import typing
 from collections.abc import Callable, Sequence
 
 import torch
 
 from . import reference
+from .arguments import ANY_FLOAT, FLOAT_DTYPES, Check, is_number, typed
 from .filters import Filters
 from .reference import TREE_FIELDS, WORD_BITS, Acceptance
 from .rules import WEIGHING_RULES, check_legal
 
 OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
-# an op whose file is not there yet runs as its reference
-KERNELS = frozenset(op for op in OPS if importlib.util.find_spec(f"specdec_triton.kernels.{op}"))
 FILTER_DTYPES = {
     "temperature": torch.float32,
     "top_k": torch.int64,
@@ -41,7 +37,6 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # of tree_attention's kernel by bytes an element: a program holds whole heads, and has neither registers nor shared
 # memory for wider ones
 MAX_HEAD_DIMS = {2: 512, 4: 256}
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
@@ -53,16 +48,8 @@ def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
         raise ValueError(f"implementation: op must be one of {', '.join(OPS)}, got {op!r}")
     device = torch.device(device)
     if device.type != "cuda":
-        reason = f"tensors on {device.type}: Triton kernels run on CUDA GPUs"
-    elif op not in KERNELS:
-        reason = f"{op} has no Triton kernel yet"
-    else:
-        reason = "tensors on cuda" if HAS_TRITON else "triton is not installed"
-    return _default(op, device), reason
-
-
-def _default(op: str, device: torch.device) -> str:
-    return "triton" if device.type == "cuda" and HAS_TRITON and op in KERNELS else "reference"
+        return "reference", f"tensors on {device.type}: Triton kernels run on CUDA GPUs"
+    return ("triton", "tensors on cuda") if HAS_TRITON else ("reference", "triton is not installed")
 
 
 def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
@@ -72,13 +59,11 @@ def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
         ValueError: `impl` is unknown, or "triton" was asked for where it cannot run.
     """
     if impl is None:
-        impl = _default(op, device)
+        impl, _ = implementation(op, device)
     elif impl not in ("triton", "reference"):
         raise ValueError(f'{op}: impl must be None, "triton" or "reference", got {impl!r}')
     if impl == "reference":
         return getattr(reference, op)
-    if op not in KERNELS:
-        raise ValueError(f'{op}: impl="triton" was asked for, and {op} has no Triton kernel yet')
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f'{op}: impl="triton" needs tensors on a CUDA GPU (or TRITON_INTERPRET=1 set before triton is first '
@@ -87,52 +72,7 @@ def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
     return getattr(torch.ops.specdec_triton, op).default
 
 
-def _is_number(value: typing.Any, kinds: type | tuple[type, ...]) -> bool:
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        return False
-    return -(2.0**63) <= value < 2.0**63  # type: ignore[operator]
-
-
-# annotation -> what an argument must be, in words, and whether a value is
-KINDS = {
-    torch.Tensor: ("a tensor", lambda value: isinstance(value, torch.Tensor)),
-    int: ("an integer of 64 bits", lambda value: isinstance(value, torch.SymInt) or _is_number(value, int)),
-    float: ("a finite number", lambda value: _is_number(value, (int, float))),
-    str: ("a string", lambda value: isinstance(value, str)),
-    Sequence[int]: (
-        "a list of integers",
-        lambda value: isinstance(value, (list, tuple)) and all(_is_number(each, int) for each in value),
-    ),
-}
-
-
-def _typed(op: Callable) -> Callable:
-    """Refuse an argument that is not of its annotation's kind, before anything looks into it."""
-    kinds = {}
-    for name, annotation in typing.get_type_hints(op).items():
-        (plain, *_), optional = (
-            (typing.get_args(annotation) or (annotation,)),
-            type(None) in typing.get_args(annotation),
-        )
-        wanted, fits = KINDS.get(annotation) or KINDS.get(plain) or (None, None)
-        if wanted:
-            kinds[name] = (wanted + " or None" if optional else wanted), fits, optional
-    names = tuple(inspect.signature(op).parameters)
-
-    @functools.wraps(op)
-    def checked(*arguments, **options):
-        for name, value in itertools.chain(zip(names, arguments, strict=False), options.items()):
-            if name in kinds:
-                wanted, fits, optional = kinds[name]
-                if not fits(value) and not (optional and value is None):
-                    got = repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
-                    raise ValueError(f"{op.__name__}: {name} must be {wanted}, got {got}")
-        return op(*arguments, **options)
-
-    return checked
-
-
-@_typed
+@typed
 def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -177,43 +117,34 @@ def tree_attention(
         ValueError: a shape, dtype, device or option is not the one above.
     """
     op = "tree_attention"
-    if query.dim() != 4 or query.dtype not in FLOAT_DTYPES or not query.numel():
-        raise _refusal(op, "query", "fp32, bf16 or fp16 [B, Hq, N, D], none of them 0", query)
-    batch, query_heads, rows, head_dim = query.shape
-    if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != head_dim or key.dtype != query.dtype:
-        raise _refusal(op, "key", f"{query.dtype} [{batch}, Hkv, S, {head_dim}]", key)
-    _, kv_heads, slots, _ = key.shape
-    if not kv_heads or query_heads % kv_heads:
-        raise _refusal(op, "key", f"of a number of heads that divides {query_heads}", key)
-    if value.dim() != 4 or value.shape[:3] != key.shape[:3] or not value.shape[3] or value.dtype != query.dtype:
-        raise _refusal(op, "value", f"{query.dtype} [{batch}, {kv_heads}, {slots}, Dv]", value)
-    if packed_tree.dtype != torch.int64 or packed_tree.dim() != 3 or packed_tree.shape[0] != batch:
-        raise _refusal(op, "packed_tree", f"torch.int64 [{batch}, T, W + {TREE_FIELDS}]", packed_tree)
-    _, nodes, fields = packed_tree.shape
+    check = Check(op)
+    _, query_heads, rows, head_dim = check("query", query, "B, Hq, N, D", *FLOAT_DTYPES)
+    _, kv_heads, slots, _ = check("key", key, "B, Hkv, S, D", query.dtype)
+    if query_heads % kv_heads:
+        raise check.refusal("key", f"of a number of heads that divides {query_heads}", key)
+    *_, value_dim = check("value", value, "B, Hkv, S, Dv", query.dtype)
+    _, nodes, fields = check("packed_tree", packed_tree, "B, T, W + 3", torch.int64)
     if not rows <= nodes <= slots or fields != -(-nodes // WORD_BITS) + TREE_FIELDS:
         wanted = f"{rows} to {slots} nodes of ceil(T/{WORD_BITS}) + {TREE_FIELDS} fields"
-        raise _refusal(op, "packed_tree", wanted, packed_tree)
-    _check_device(op, query, key=key, value=value, packed_tree=packed_tree)
+        raise check.refusal("packed_tree", wanted, packed_tree)
     for name, option in (("sliding_window", sliding_window), ("chunk_size", chunk_size), ("softcap", softcap)):
         if option is not None and not option > 0:
             raise ValueError(f"{op}: {name} must be None or positive, got {option}")
     if sinks is not None:
-        if sinks.shape != (query_heads,) or not sinks.is_floating_point():
-            raise _refusal(op, "sinks", f"float [{query_heads}]", sinks)
-        _check_device(op, query, sinks=sinks)
+        check("sinks", sinks, "Hq", *ANY_FLOAT)
     widest = MAX_HEAD_DIMS[query.element_size()]
-    if max(head_dim, value.shape[3]) > widest:
+    if max(head_dim, value_dim) > widest:
         if impl == "triton":
             name, tensor = ("key", key) if head_dim > widest else ("value", value)
             wanted = f'of a head dim up to {widest} for impl="triton" (impl=None takes the reference for more)'
-            raise _refusal(op, name, wanted, tensor)
+            raise check.refusal(name, wanted, tensor)
         impl = impl or "reference"
     compute = resolve(op, impl, query.device)
     scale = head_dim**-0.5 if scale is None else scale
     return compute(query, key, value, packed_tree, scale, sliding_window, chunk_size, softcap, sinks)
 
 
-@_typed
+@typed
 def accept_greedy(
     logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -251,11 +182,11 @@ def accept_greedy(
         ValueError: a shape, dtype, device or option is not the one above.
     """
     op = "accept_greedy"
-    budget = _check_acceptance(op, logits, tokens, parents, max_depth, budget, eos_ids)
+    budget = _check_acceptance(Check(op), logits, tokens, parents, max_depth, budget, eos_ids)
     return Acceptance(*resolve(op, impl, logits.device)(logits, tokens, parents, max_depth, budget, eos_ids))
 
 
-@_typed
+@typed
 def accept_sample(
     logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -322,29 +253,20 @@ def accept_sample(
         check_legal(rule, sampling, is_chain=True)
     except ValueError as refusal:
         raise ValueError(f"{op}: {refusal}") from None
-    budget = _check_acceptance(op, logits, tokens, parents, max_depth, budget, eos_ids)
-    batch, nodes, vocab = logits.shape
-    for name, tensor in (("seeds", seeds), ("position", position)):
-        if tensor.shape != (batch,) or tensor.dtype != torch.int64:
-            raise _refusal(op, name, f"torch.int64 [{batch}]", tensor)
-    _check_device(op, logits, seeds=seeds, position=position)
-    _check_filters(op, "filters", filters, logits)
-    _check_filters(op, "draft_filters", draft_filters, logits)
+    check = Check(op)
+    budget = _check_acceptance(check, logits, tokens, parents, max_depth, budget, eos_ids)
+    check("seeds", seeds, "B", torch.int64)
+    check("position", position, "B", torch.int64)
+    _check_filters(check, "filters", filters)
+    _check_filters(check, "draft_filters", draft_filters)
     if (draft_logits is None) != (draft_row is None):
         raise ValueError(f"{op}: draft_logits and draft_row come together, got one of them")
     if draft_logits is not None and draft_row is not None:
         if sampling == "none":
             raise ValueError(f'{op}: draft_logits are of trees that were drawn, got them with sampling="none"')
-        if (
-            draft_logits.dim() != 3
-            or draft_logits.dtype not in FLOAT_DTYPES
-            or draft_logits.shape[::2] != (batch, vocab)
-        ):
-            raise _refusal(op, "draft_logits", f"fp32, bf16 or fp16 [{batch}, P, {vocab}]", draft_logits)
-        if draft_row.shape != (batch, nodes) or draft_row.dtype != torch.int32:
-            raise _refusal(op, "draft_row", f"torch.int32 [{batch}, {nodes}]", draft_row)
-        _check_device(op, logits, draft_logits=draft_logits, draft_row=draft_row)
-    elif sampling != "none" and rule in WEIGHING_RULES and nodes > 1:
+        check("draft_logits", draft_logits, "B, P?, V", *FLOAT_DTYPES)
+        check("draft_row", draft_row, "B, N", torch.int32)
+    elif sampling != "none" and rule in WEIGHING_RULES and tokens.shape[1] > 1:
         raise ValueError(
             f'{op}: rule "{rule}" weighs the tokens of a tree drawn {sampling} replacement by their draft '
             "probabilities, and draft_logits is None"
@@ -362,45 +284,33 @@ def accept_sample(
     )  # fmt: skip
 
 
-def _check_acceptance(op, logits, tokens, parents, max_depth, budget, eos_ids) -> torch.Tensor:
+def _check_acceptance(check: Check, logits, tokens, parents, max_depth, budget, eos_ids) -> torch.Tensor:
     """What the acceptance ops have in common; the budget, which may be None, comes back as a tensor."""
-    if logits.dim() != 3 or logits.dtype not in FLOAT_DTYPES or not logits.numel():
-        raise _refusal(op, "logits", "fp32, bf16 or fp16 [B, N, V], none of them 0", logits)
-    batch, nodes, _ = logits.shape
-    if tokens.shape != (batch, nodes) or tokens.dtype != torch.int64:
-        raise _refusal(op, "tokens", f"torch.int64 [{batch}, {nodes}]", tokens)
-    if parents.shape != (batch, nodes) or parents.dtype != torch.int32:
-        raise _refusal(op, "parents", f"torch.int32 [{batch}, {nodes}]", parents)
+    batch, nodes, _ = check("logits", logits, "B, N, V", *FLOAT_DTYPES)
+    check("tokens", tokens, "B, N", torch.int64)
+    check("parents", parents, "B, N", torch.int32)
     if not 0 <= max_depth < nodes:
-        raise ValueError(f"{op}: max_depth must be 0 to {nodes - 1} for {nodes} nodes, got {max_depth}")
+        raise ValueError(f"{check.owner}: max_depth must be 0 to {nodes - 1} for {nodes} nodes, got {max_depth}")
     if budget is None:
         budget = torch.full((batch,), max_depth + 1, dtype=torch.int64, device=logits.device)
-    if budget.shape != (batch,) or budget.dtype != torch.int64:
-        raise _refusal(op, "budget", f"torch.int64 [{batch}]", budget)
-    _check_device(op, logits, tokens=tokens, parents=parents, budget=budget)
+    check("budget", budget, "B", torch.int64)
     if eos_ids is not None:
-        if eos_ids.dim() != 1 or eos_ids.dtype != torch.int64:
-            raise _refusal(op, "eos_ids", "torch.int64 [E]", eos_ids)
-        _check_device(op, logits, eos_ids=eos_ids)
+        check("eos_ids", eos_ids, "E?", torch.int64)
     return budget
 
 
-def _check_filters(op: str, name: str, filters: Filters, logits: torch.Tensor) -> None:
+def _check_filters(check: Check, name: str, filters: Filters) -> None:
     if not isinstance(filters, Filters):
-        raise ValueError(f"{op}: {name} must be a Filters, got {type(filters).__name__}")
+        raise ValueError(f"{check.owner}: {name} must be a Filters, got {type(filters).__name__}")
     for field, dtype in FILTER_DTYPES.items():
         option = getattr(filters, field)
         if option is not None:
-            if not isinstance(option, torch.Tensor):
-                raise ValueError(f"{op}: {name}.{field} must be a tensor or None, got {type(option).__name__}")
-            if option.shape != logits.shape[:1] or option.dtype != dtype:
-                raise _refusal(op, f"{name}.{field}", f"{dtype} [{logits.shape[0]}]", option)
-            _check_device(op, logits, **{f"{name}.{field}": option})
-    if filters.most is not None and (filters.top_k is None or not _is_number(filters.most, int) or filters.most < 1):
-        raise ValueError(f"{op}: {name}.most must be None, or at least 1 beside a top_k, got {filters.most!r}")
+            check(f"{name}.{field}", option, "B", dtype)
+    if filters.most is not None and (filters.top_k is None or not is_number(filters.most, int) or filters.most < 1):
+        raise ValueError(f"{check.owner}: {name}.most must be None, or at least 1 beside a top_k, got {filters.most!r}")
 
 
-@_typed
+@typed
 def compact_kv(
     storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor, path: torch.Tensor, *, impl: str | None = None
 ) -> None:
@@ -422,33 +332,19 @@ def compact_kv(
         ValueError: a shape, dtype, device or option is not the one above.
     """
     op = "compact_kv"
+    check = Check(op, storage.device)
     if storage.dim() != 1 or not storage.is_contiguous() or not storage.numel():
-        raise _refusal(op, "storage", "contiguous [B * S * sum(widths)], none of them 0", storage)
-    if base.dim() != 1 or base.dtype != torch.int64:
-        raise _refusal(op, "base", "torch.int64 [B]", base)
-    batch = base.shape[0]
-    if path.dim() != 2 or path.shape[0] != batch or path.dtype != torch.int32:
-        raise _refusal(op, "path", f"torch.int32 [{batch}, D]", path)
+        raise check.refusal("storage", "contiguous [B * S * sum(widths)], none of them 0", storage)
+    (batch,) = check("base", base, "B?", torch.int64)
+    check("path", path, "B?, D?", torch.int32)
     slot_elements = sum(widths)
     if batch == 0 or slot_elements == 0 or min(widths) <= 0 or storage.numel() % (batch * slot_elements):
         raise ValueError(
             f"{op}: widths must be positive and B * sum(widths) = {batch * slot_elements} must divide the storage's "
             f"{storage.numel()} elements, got {len(widths)} widths from {min(widths, default=0)}"
         )
-    _check_device(op, storage, base=base, path=path)
     if path.shape[1]:
         resolve(op, impl, storage.device)(storage, widths, base, path)
-
-
-def _refusal(op: str, argument: str, wanted: str, got: torch.Tensor) -> ValueError:
-    strides = "" if got.is_contiguous() else f" with strides {list(got.stride())}"
-    return ValueError(f"{op}: {argument} must be {wanted}, got {got.dtype} {list(got.shape)} on {got.device}{strides}")
-
-
-def _check_device(op: str, like: torch.Tensor, **tensors: torch.Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.device != like.device:
-            raise _refusal(op, name, f"on {like.device}", tensor)
 
 
 # Library.define and impl rather than torch.library.custom_op: 3 µs of the host's time a call instead of 15 to 25

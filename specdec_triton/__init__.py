@@ -4,49 +4,32 @@ import specdec_triton as sdt
 
 sdt.patch(model)
 model.generate(**inputs, prompt_lookup_num_tokens=10)
+
+The public names are those of `_api`. They are imported when the first of them is used: transformers takes seconds to
+import, and `specdec_triton.ops` does not need it.
 """
 
-from . import ops
-from ._patch import SpeculativeGenerate, patch, patched, stats, unpatch
-from ._stats import Stats
-from .drafters import (
-    DraftContext,
-    Drafter,
-    DraftSession,
-    EarlyExitDrafter,
-    ModelDrafter,
-    OracleDrafter,
-    PromptLookupDrafter,
-)
-from .forward.cache import TreeCache
-from .options import Options
-from .tree import DraftTree, DynamicTree, Topology
-from .tree_choice.costs import Costs
-from .tree_choice.search import expected_tokens, optimal_topology
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Costs",
-    "DraftContext",
-    "DraftSession",
-    "DraftTree",
-    "Drafter",
-    "DynamicTree",
-    "EarlyExitDrafter",
-    "ModelDrafter",
-    "Options",
-    "OracleDrafter",
-    "PromptLookupDrafter",
-    "SpeculativeGenerate",
-    "Stats",
-    "Topology",
-    "TreeCache",
-    "expected_tokens",
-    "ops",
-    "optimal_topology",
-    "patch",
-    "patched",
-    "stats",
-    "unpatch",
-]
+if TYPE_CHECKING:
+    from ._api import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a module of the package."""
+        if not name.startswith("__"):
+            try:
+                return import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":
+                    raise
+        api = import_module(f"{__name__}._api")
+        if name == "__all__" or name in api.__all__:
+            return getattr(api, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return [*globals(), *__getattr__("__all__")]

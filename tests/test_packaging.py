@@ -29,7 +29,8 @@ ARROWS = {
     "_stats": set(),
     "engine": {"_stats", "drafters", "forward", "ops", "options", "processors", "tree", "tree_choice"},
     "_patch": {"_stats", "drafters", "engine", "forward", "options", "tree_choice"},
-    "specdec_triton": {"_patch", "_stats", "drafters", "forward", "ops", "options", "tree", "tree_choice"},
+    "_api": {"_patch", "_stats", "drafters", "forward", "ops", "options", "tree", "tree_choice"},
+    "specdec_triton": {"_api"},
     # these use the library as any user would: `import specdec_triton`
     "tools": {"drafters", "engine", "forward", "kernels", "ops", "specdec_triton", "tree", "tree_choice"},
 }
@@ -210,3 +211,21 @@ def test_a_real_kernels_package_wins_over_our_folder(tmp_path):
 @pytest.mark.parametrize("place", [1, 2], ids=["root", "elsewhere"])
 def test_kernels_import_from_the_root_and_from_elsewhere(found, place):
     assert len(found) == 3 and Path(found[place]).resolve() == ROOT / "kernels"
+
+
+def test_the_package_imports_what_is_used():
+    """The package alone imports neither torch nor transformers, and its ops not transformers. All public names come."""
+    code = """
+import sys
+import specdec_triton as sdt
+assert "torch" not in sys.modules
+sdt.ops.accept_greedy
+assert "transformers" not in sys.modules
+try:
+    sdt.patches
+except AttributeError as error:
+    print(error)
+from specdec_triton import *
+print(sorted(set(sdt.__all__) - set(globals())), set(sdt.__all__) <= set(dir(sdt)), ops is sdt.ops)
+"""
+    assert python(code).splitlines() == ["module 'specdec_triton' has no attribute 'patches'", "[] True True"]

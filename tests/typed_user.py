@@ -30,3 +30,4 @@ def refused(model: PreTrainedModel) -> None:
     sdt.patch(model, tree="best")  # type: ignore[arg-type]
     sdt.SpeculativeGenerate(cuda_graphs="always")  # type: ignore[arg-type]
     sdt.patch(model, None)  # type: ignore[call-arg]
+    sdt.patch_all(model)  # type: ignore[attr-defined]

@@ -1,0 +1,50 @@
+"""The public names: `specdec_triton.<name>` is each of these."""
+
+from . import ops
+from ._patch import SpeculativeGenerate, patch, patched, stats, unpatch
+from ._stats import Stats
+from .drafters import (
+    DraftContext,
+    Drafter,
+    DraftSession,
+    EarlyExitDrafter,
+    ModelDrafter,
+    NoDrafter,
+    OracleDrafter,
+    PromptLookupDrafter,
+)
+from .forward.cache import TreeCache
+from .ops.filters import Filters
+from .ops.reference import Acceptance
+from .options import Options
+from .tree import DraftTree, DynamicTree, Topology
+from .tree_choice.costs import Costs
+from .tree_choice.search import expected_tokens, optimal_topology
+
+__all__ = [
+    "Acceptance",
+    "Costs",
+    "DraftContext",
+    "DraftSession",
+    "DraftTree",
+    "Drafter",
+    "DynamicTree",
+    "EarlyExitDrafter",
+    "Filters",
+    "ModelDrafter",
+    "NoDrafter",
+    "Options",
+    "OracleDrafter",
+    "PromptLookupDrafter",
+    "SpeculativeGenerate",
+    "Stats",
+    "Topology",
+    "TreeCache",
+    "expected_tokens",
+    "ops",
+    "optimal_topology",
+    "patch",
+    "patched",
+    "stats",
+    "unpatch",
+]

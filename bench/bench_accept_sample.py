@@ -9,7 +9,7 @@ last two use random numbers of their own, so only the range of their answers is 
 logits.
 
 Trees are best-first, chains for rejection and block; tokens are drawn from a draft that is near the target, or, for
-coupled and typical, chosen without chance: the target agrees with the first four first candidates.
+coupled and typical, chosen without sampling: the target agrees with the first four first candidates.
 """
 
 import sys

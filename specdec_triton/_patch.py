@@ -3,8 +3,9 @@
 `generate` looks `_assisted_decoding` and `_sample` up on the model's class. A patched instance gets a subclass of its
 class with the same name, made once per class, and carries its options.
 
-There are no locks: a child process would inherit one held. Each change is a single assignment, `_settle` makes the
-class follow, and whoever is interrupted in between takes the change back or ends it.
+There are no locks: a child process would inherit one held. Each change is a single assignment, and `_update_class` then
+gives the model the class that follows from it. A caller that is interrupted in between undoes the change or completes
+it.
 """
 
 import copyreg
@@ -28,7 +29,7 @@ from .engine.call import Call
 from .engine.generate import Generation
 from .engine.stages import cannot_capture
 from .forward.checks import check_generate, check_supported, graph_hazard
-from .forward.preparation import says_nothing
+from .forward.preparation import is_neutral
 from .forward.versions import CACHE, warn_if_untested
 from .forward.wrappers import unwrap
 from .options import Options, Seed, Tree, with_known_options
@@ -144,7 +145,7 @@ def unpatch(model: PreTrainedModel) -> None:
     """
     target = unwrap(model)
     state = _state(target)
-    if not isinstance(target, SpeculativeModel) or (_in_force(target) is None and (state.base or state.blocks)):
+    if not isinstance(target, SpeculativeModel) or (_current_options(target) is None and (state.base or state.blocks)):
         raise ValueError(f"unpatch: model must be patched, got an unpatched {type(target).__name__}")
     if not _is_ours(type(target)):
         raise ValueError(
@@ -189,7 +190,7 @@ def patched(
             state.blocks.append(block)
             vars(target)[STATE] = state  # should another thread have ended the last block just now
             _open_blocks.set((*(other for other in _open_blocks.get() if not other.closed), block))
-            _settle(target)
+            _update_class(target)
             yield model
         finally:
             _close(target, block)
@@ -209,7 +210,7 @@ def _close(model: PreTrainedModel, block: _Block) -> None:
             f"patched: the model's class must be the one that patch gave it, got {type(model).__name__}: undo what "
             "changed it, then call unpatch"
         )
-    _settle(model)
+    _update_class(model)
 
 
 def _replace(what: str, model: PreTrainedModel, options: Options | None) -> None:
@@ -222,13 +223,13 @@ def _replace(what: str, model: PreTrainedModel, options: Options | None) -> None
             block.options = options
         else:
             _state(model, make=True).base = options
-        _settle(model)
+        _update_class(model)
     except BaseException:
         if block:
             block.options = before
         else:
             _state(model, make=True).base = before
-        _settle(model)
+        _update_class(model)
         raise
 
 
@@ -242,14 +243,14 @@ def _own_block(model: PreTrainedModel) -> _Block | None:
     return next((block for block in reversed(_open_blocks.get()) if block in open_here), None)
 
 
-def _in_force(model: PreTrainedModel) -> Options | None:
+def _current_options(model: PreTrainedModel) -> Options | None:
     """The options of a call made here: of the caller's own block, else of the latest that is open, else of `patch`."""
     state = _state(model)
     block = _own_block(model) or next(reversed(state.blocks), None)
     return block.options if block else state.base
 
 
-def _settle(model: PreTrainedModel) -> None:
+def _update_class(model: PreTrainedModel) -> None:
     """Give the model the class that its state asks for. It may be called at any time, and again."""
     while True:
         state = _state(model)
@@ -342,7 +343,7 @@ class SpeculativeModel(GenerationMixin):
     """Mixed into the class of a patched model, before the class itself."""
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        asked, options = _asked(generation_config, generation_mode_kwargs), _in_force(self)
+        asked, options = _asked(generation_config, generation_mode_kwargs), _current_options(self)
         if options is None or (not asked and options.drafter is None):
             return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         drafter = options.drafter
@@ -371,10 +372,10 @@ class SpeculativeModel(GenerationMixin):
         **model_kwargs,
     ):
         call = input_ids, logits_processor, stopping_criteria, generation_config
-        options = _in_force(self)
+        options = _current_options(self)
         if options is None:
             plain = super()._assisted_decoding
-            _settle(self)
+            _update_class(self)
             return plain(
                 *call, synced_gpus=synced_gpus, streamer=streamer, assistant_model=assistant_model, **model_kwargs
             )
@@ -402,10 +403,10 @@ class SpeculativeModel(GenerationMixin):
         **model_kwargs,
     ):
         call = input_ids, logits_processor, stopping_criteria, generation_config
-        options = _in_force(self)
+        options = _current_options(self)
         if options is None or options.drafter is None:
             plain = super()._sample
-            _settle(self)  # should an interrupt have left it half unpatched
+            _update_class(self)  # should an interrupt have left it half unpatched
             return plain(*call, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return _speculate(self, options, *call, model_kwargs, streamer)
 
@@ -491,7 +492,7 @@ def _speculate(
         raise ValueError("generate: input_ids must hold a prompt with speculative decoding, got inputs_embeds alone")
     model_kwargs.pop("tokenizer", None)  # the stopping criteria have it
     unknown = sorted(
-        name for name, value in model_kwargs.items() if name not in MODEL_ARGUMENTS and not says_nothing(name, value)
+        name for name, value in model_kwargs.items() if name not in MODEL_ARGUMENTS and not is_neutral(name, value)
     )
     if unknown:
         raise ValueError(

@@ -95,7 +95,7 @@ class Topology:
             best = max(frontier, key=lambda path: frontier[path])
             mass = frontier.pop(best)
             paths.append(best)
-            frontier |= {(*best, rank): mass * chance for rank, chance in enumerate(rank_acceptance)}
+            frontier |= {(*best, rank): mass * share for rank, share in enumerate(rank_acceptance)}
         return cls.from_paths(paths)
 
     @property
@@ -186,10 +186,10 @@ class DraftTree:
         ancestors: [B, N, W] int64. Bit j % 64 of word j // 64: node j is node i or an ancestor of it.
         max_depth: D, known on the host.
         is_chain: every node but padding continues the one before, in every sequence: accepted slots are in place.
-        sampling: how the tokens came about: "none", chosen without chance (ranked, cut, reordered as one likes); or
+        sampling: how the tokens came about: "none", chosen without sampling (ranked, cut, reordered as one likes); or
             siblings drawn from the draft's probabilities "with" or "without" replacement, in index order, into a
             shape that was fixed before (see `drawn`).
-        draft_logits: [B, P, V] fp32, bf16 or fp16. The draft's logits at its P expanded nodes; None without chance.
+        draft_logits: [B, P, V] fp32, bf16 or fp16. The draft's logits at its P expanded nodes; None without sampling.
         draft_row: [B, N] int32. The row of `draft_logits` that a node's children were drawn from; -1 for none.
         draft_filters: the `Filters` with which they were drawn.
         has_nan: [B] bool or None. The logits that the row's tokens were drafted from hold a NaN.

@@ -217,7 +217,7 @@ def test_a_nan_of_the_draft_is_an_error_that_names_the_row():
         ),
         (
             lambda: sdt.patch(build("llama"), drafter=sdt.ModelDrafter(build("llama"), tree=TREE), rule="block"),
-            'ModelDrafter: rule "block" takes a chain, got a tree of tokens chosen without chance',
+            'ModelDrafter: rule "block" takes a chain, got a tree of tokens chosen without sampling',
         ),
         (
             lambda: sdt.ModelDrafter(build("llama", vocab_size=4), tree=sdt.DynamicTree(3, 5, 1)).start(

@@ -410,7 +410,7 @@ def test_an_interrupt_at_any_line_of_patching(action, patched_before):
 
 
 def in_force(model):
-    return sdt._patch._in_force(model)
+    return sdt._patch._current_options(model)
 
 
 def test_an_interrupt_at_any_line_around_a_verify_forward():

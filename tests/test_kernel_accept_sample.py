@@ -495,7 +495,7 @@ def test_chances_are_the_references(monkeypatch, sampling, kind):
     monkeypatch.setattr(kernel, "walk_kernel", Spy())
     run(arguments)
     log_probs = filtered_log_probs(arguments["logits"], arguments["filters"])
-    round = rules.Round(
+    round = rules.SampledRound(
         tokens=arguments["tokens"],
         parents=arguments["parents"].long(),
         max_depth=9,

@@ -230,14 +230,14 @@ def test_the_bound_of_each_row_moves_with_its_luck():
     now = context([[1], [2], [3]], budget=40)
     length = ChainLength(now, LengthRule(5, 0.0, config))
     assert (length.next_round(), length.limit.tolist()) == (5, [5, 5, 5])
-    length.heard([5, 5, 2], [6, 3, 3])  # whole, not, and whole if shorter
+    length.observe_on_host([5, 5, 2], [6, 3, 3])  # whole, not, and whole if shorter
     assert (length.next_round(), length.limit.tolist()) == (7, [7, 4, 7])
     now.host_budget[:] = 4, 20, 0
-    length.heard([7, 4, 0], [1, 1, 0])
+    length.observe_on_host([7, 4, 0], [1, 1, 0])
     assert (length.next_round(), length.limit.tolist()) == (3, [3, 3, 0])
     now.host_budget[:] = 0
     assert config.num_assistant_tokens is None
-    length.heard([3, 3, 0], [4, 1, 0])
+    length.observe_on_host([3, 3, 0], [4, 1, 0])
     assert config.num_assistant_tokens == (8 + 2 + 7) // 3
 
 
@@ -253,7 +253,7 @@ def test_captured_rounds_are_of_few_lengths_and_follow_what_was_heard_late():
         if len(on_its_way) > 1:  # a round late
             limit = on_its_way.pop(0)
             # sure of all that it drafts, and right, then of nothing
-            length.heard(*(([limit], [limit + 1]) if number < 30 else ([1], [1])))
+            length.observe_on_host(*(([limit], [limit + 1]) if number < 30 else ([1], [1])))
     assert levels[0] == 4 and levels[29] == 20 and levels[-1] == 1
     assert set(levels) <= {in_steps(step, 20) for step in range(1, 99)} == {1, 2, 4, 8, 16, 20}
 

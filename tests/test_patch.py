@@ -356,7 +356,7 @@ def test_another_threads_patched_block_is_not_disturbed(model):
                 with pytest.raises(ValueError, match="must not be inside another thread's `with patched"):
                     pool.submit(call).result()
             pool.submit(model.generate, **prompt(), **OPTIONS, prompt_lookup_num_tokens=3).result()
-            assert sdt._patch._in_force(model).tree == 5
+            assert sdt._patch._current_options(model).tree == 5
         pool.submit(sdt.patch, model).result()
         pool.submit(sdt.unpatch, model).result()
 
@@ -476,9 +476,9 @@ def test_blocks_of_tasks_may_overlap_and_end_in_any_order(model):
             enter.set()
             await asyncio.sleep(0)
             assert torch.equal(model.generate(**prompt(), **OPTIONS), plain)
-            seen[name] = sdt._patch._in_force(model).drafter.num_tokens
+            seen[name] = sdt._patch._current_options(model).drafter.num_tokens
             await leave.wait()
-            seen[name, "at the end"] = sdt._patch._in_force(model).drafter.num_tokens
+            seen[name, "at the end"] = sdt._patch._current_options(model).drafter.num_tokens
 
     async def overlap():
         first_in, second_in, first_may_leave, second_may_leave, go = (asyncio.Event() for _ in range(5))
@@ -512,10 +512,10 @@ def test_a_patched_block_may_be_left_by_another_thread(model):
 def test_leaving_a_patched_block_checks_nothing_again(model):
     draft = build("llama", seed=1)
     with sdt.patched(model, drafter=sdt.ModelDrafter(draft)):
-        outer = sdt._patch._in_force(model)
+        outer = sdt._patch._current_options(model)
         with sdt.patched(model, tree=5):
             draft.to("meta")  # the outer drafter would be refused now
-        assert sdt._patch._in_force(model) is outer
+        assert sdt._patch._current_options(model) is outer
     assert type(model) is transformers.LlamaForCausalLM
 
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
-from specdec_triton.forward.preparation import next_step, says_nothing
+from specdec_triton.forward.preparation import is_neutral, next_step
 from specdec_triton.forward.versions import CACHE
 from test_families import perturbed
 from test_patch import snapshot
@@ -127,7 +127,7 @@ def test_constants_and_token_types_go_to_every_forward():
 def test_arguments_that_say_nothing():
     nothing = [("mm_encoder_outputs", {}), ("x", None), ("x", []), ("x", False), ("token_type_ids", torch.zeros(1, 2))]
     something = [("x", {"a": 1}), ("x", 0.5), ("token_type_ids", torch.ones(1, 2)), ("pixel_values", torch.zeros(1))]
-    assert all(says_nothing(*each) for each in nothing) and not any(says_nothing(*each) for each in something)
+    assert all(is_neutral(*each) for each in nothing) and not any(is_neutral(*each) for each in something)
 
 
 def _vision(**options):

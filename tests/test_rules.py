@@ -202,11 +202,11 @@ def test_nothing_left_by_rounding():
         chance, drawn = rules.acceptance(nothing, torch.ones(MANY).long())
         assert bool(drawn.all()) and not chance.any()
         nodes = torch.zeros(MANY, 1, dtype=torch.int64)
-        round = rules.Round(
+        round = rules.SampledRound(
             tokens=nodes, parents=nodes - 1, max_depth=0, log_probs=lambda node: target.log(), draft_probs=None,
             draft_row=None, replaces=True, seeds=torch.arange(MANY), position=torch.full((MANY,), 3),
         )  # fmt: skip
-        assert bool(rules.passes(round, round.roots, rules.chance_of(nothing)).all())
+        assert bool(rules.passes(round, round.roots, rules.leaf_accept_prob(nothing)).all())
         following = torch.bincount(rules.next_token(round, round.roots, nothing), minlength=4) / MANY
         assert following.tolist() == pytest.approx([0.25, 0.75, 0, 0], **NEAR)
 
@@ -495,7 +495,7 @@ def test_legal_trees():
         if rule not in rules.CHAIN_RULES:
             rules.check_legal(rule, sampling, is_chain=False)
     for rule, (sampling, words) in itertools.product(
-        rules.CHAIN_RULES, {"none": "chosen without chance", "with": "with rep", "without": "without rep"}.items()
+        rules.CHAIN_RULES, {"none": "chosen without sampling", "with": "with rep", "without": "without rep"}.items()
     ):
         with pytest.raises(ValueError, match=f'rule "{rule}" takes a chain, got a tree .*{words}'):
             rules.check_legal(rule, sampling, is_chain=False)

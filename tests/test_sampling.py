@@ -112,7 +112,7 @@ def small(seed=0):
 
 
 def shapes(rule):
-    """Drafters for a rule: chain and tree, drawn with and without replacement, and chosen without chance."""
+    """Drafters for a rule: chain and tree, drawn with and without replacement, and chosen without sampling."""
     draft = small(seed=1)
     made = [sdt.ModelDrafter(draft, num_tokens=2), sdt.EarlyExitDrafter(1, num_tokens=3), sdt.PromptLookupDrafter(3)]
     if rule not in CHAIN_RULES:

@@ -71,7 +71,7 @@ def test_criteria_copy_each_token_to_the_device_once_and_wait_for_no_round(monke
         input_ids[:] = -1  # its own copy
         return torch.zeros(3, dtype=torch.bool)
 
-    monkeypatch.setattr(transcript.Transcript, "_aside", lambda self: Aside())
+    monkeypatch.setattr(transcript.Output, "_aside", lambda self: Aside())
     monkeypatch.setattr(torch, "from_numpy", copying)
     options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": NEVER}
     plain = model.generate(**inputs, **options)
@@ -227,7 +227,7 @@ def teacher_forced(model, inputs, output, options):
 
 def test_without_anything_kept_rows_that_ended_cost_nothing(monkeypatch):
     """No forward more, and none of its reads."""
-    monkeypatch.setattr(sdt.engine.finished_rows.EndedRows, "run", None)
+    monkeypatch.setattr(sdt.engine.finished_rows.FinishedRows, "run", None)
     model, inputs = build("llama"), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD}
     free = model.generate(**inputs, **options, eos_token_id=NEVER)

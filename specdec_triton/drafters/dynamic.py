@@ -18,7 +18,7 @@ from .model_session import ModelSession
 
 
 class DynamicSession(ModelSession):
-    """A model that drafts a `DynamicTree`: tokens chosen without chance, by their probability after the call's filters.
+    """A model that drafts a `DynamicTree`. Tokens are chosen, not sampled, by their probability after filters.
 
     Under "coupled" the noise that the target will have is added first, and a node's score is the log-softmax of the
     sum. That is a heuristic: the order of siblings is the target's own where the two models agree, but how sure a

@@ -74,8 +74,8 @@ class ChainLength:
 
     A row's stop depends on tokens that it has drawn already and on earlier rounds, never on the token that would come
     next: given the tokens before it, every token that is drawn has the draft's distribution. That is all that
-    "rejection" and "block" ask of a draft: the former judges one token after the other; the latter gives every prefix
-    its chance from the last token backwards, which holds whatever the prefix at which a draft ends. ("coupled" and
+    "rejection" and "block" ask of a draft: the former tests one token after the other; the latter tests every prefix
+    from the last token backwards, which holds whatever the prefix at which a draft ends. ("coupled" and
     "greedy" do not look at how tokens came about.)
 
     Attributes:
@@ -92,7 +92,7 @@ class ChainLength:
         self._bound = np.full(batch, rule.tokens)
         guesses = rule.confidence > 0 and context.fixed_shapes
         self._guess = np.full(batch, float(FIRST_GUESS)) if guesses else None
-        self._rounds: deque[np.ndarray] = deque()  # the limits of rounds that the host has not heard of
+        self._rounds: deque[np.ndarray] = deque()  # the limits of rounds whose reports the host has not read
 
     def next_round(self) -> int:
         """Set the rows' limits: the levels that the round may take."""
@@ -114,21 +114,21 @@ class ChainLength:
         """[B] bool: the rows that draft a first token."""
         return self.limit > 0
 
-    def goes_on(self, going: torch.Tensor, depth: int, tokens: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    def goes_on(self, going: torch.Tensor, depth: int, tokens: torch.Tensor, draft_prob: torch.Tensor) -> torch.Tensor:
         """[B] bool: the rows that draft another token, of those that were `going`.
 
         Args:
             depth: tokens drafted.
             tokens: [B] int64, the last of them.
-            chance: [B] fp32, its draft probability.
+            draft_prob: [B] fp32, its draft probability.
         """
-        going = going & (self.limit > depth) & (chance >= self._rule.confidence)
+        going = going & (self.limit > depth) & (draft_prob >= self._rule.confidence)
         if self._context.eos_ids is not None:
             going = going & (tokens[:, None] != self._context.eos_ids).all(1)
         return going
 
-    def heard(self, drafted: list[int], emitted: list[int]) -> None:
-        """See `DraftSession.heard`."""
+    def observe_on_host(self, drafted: list[int], emitted: list[int]) -> None:
+        """See `DraftSession.observe_on_host`."""
         limit, rule = self._rounds.popleft(), self._rule
         drafted, emitted = np.array(drafted), np.array(emitted)
         live = emitted > 0

@@ -19,7 +19,7 @@ class ModelDrafter(Drafter):
     A node's children are what the call's acceptance rule has use for: the draft's likeliest tokens, by rank; under
     "coupled" the likeliest with the target's own noise added; under the rules that weigh a token by its draft
     probability, draws from the draft's distribution, filtered as the target's is. A `DynamicTree` is cut by value, so
-    it is made without chance under every rule, and those weigh its tokens as certain.
+    it is made without sampling under every rule, and those weigh its tokens as certain.
 
     The draft keeps its own tree cache through the call: a token's keys and values are computed once (the last one
     twice, to keep shapes fixed).

@@ -148,14 +148,14 @@ class ModelSession(DraftSession):
             depth, ancestors = (part.expand(len(first), *part.shape[1:]) for part in (level.depth, level.ancestors))
             logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
             logits = logits[:, -level.num_parents :, : context.vocab_size]
-            best, children, chance = self._children(level, logits)
+            best, children, draft_prob = self._children(level, logits)
             is_nan = best.isnan().any(1)
             has_nan |= is_nan if going is None else is_nan & going  # a row that stopped is fed anything
             tokens.append(children)
             fed = children[:, level.expanded]
             drawn_from.append(logits)
             if stops is not None:
-                going = stops.goes_on(going, level.depth_below, children[:, 0], chance[:, 0])
+                going = stops.goes_on(going, level.depth_below, children[:, 0], draft_prob[:, 0])
                 drafted = drafted + going
                 if stops.looks and not going.any():
                     break
@@ -217,14 +217,14 @@ class ModelSession(DraftSession):
         if not (weighs and self._replacement):
             best, candidates = scores.topk(num_wanted, dim=-1)
             best, tokens = best[:, :, 0], candidates[:, level.parent_rows, places]
-        chance = None
+        draft_prob = None
         if self._stops is not None:
-            chance = log_probs[:, level.parent_rows].gather(-1, tokens[..., None]).squeeze(-1).exp()
-        return best, tokens, chance
+            draft_prob = log_probs[:, level.parent_rows].gather(-1, tokens[..., None]).squeeze(-1).exp()
+        return best, tokens, draft_prob
 
-    def heard(self, drafted, emitted):
+    def observe_on_host(self, drafted, emitted):
         if self._length is not None:
-            self._length.heard(drafted, emitted)
+            self._length.observe_on_host(drafted, emitted)
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
         if self._shares_cache or tree.is_chain or tree.max_depth == 0:

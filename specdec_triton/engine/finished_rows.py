@@ -13,12 +13,12 @@ import torch
 
 from ..drafters import DraftContext
 from ..tree import DraftTree, Topology
-from .output import Transcript
+from .output import Output
 
 CHUNK = 64  # columns a forward at most
 
 
-class EndedRows:
+class FinishedRows:
     """The rows of one call that ended.
 
     Each is taken further by the columns that were asked for: its root, in the context, is the next pad token to feed,
@@ -26,16 +26,16 @@ class EndedRows:
 
     Args:
         context: the call's sequences; `length`, `tokens` and `host_length` of rows that ended move on.
-        transcript: knows which rows ended, and where.
+        output: knows which rows ended, and where.
     """
 
-    def __init__(self, context: DraftContext, transcript: Transcript):
-        self._context, self._transcript = context, transcript
+    def __init__(self, context: DraftContext, output: Output):
+        self._context, self._output = context, output
         self._begun = np.zeros(len(context.host_length), dtype=bool)
 
     def reached(self) -> np.ndarray:
         """[B] int64. Columns whose keys and values are in the cache, in rows that ended."""
-        return np.where(self._begun, self._context.host_length, self._transcript.length)
+        return np.where(self._begun, self._context.host_length, self._output.length)
 
     def run(self, rows: list[int], count: int) -> Iterator[tuple[DraftTree, torch.Tensor, torch.Tensor, np.ndarray]]:
         """Feed `count` further tokens, fewer where a row's columns end; to be consumed whole, and not between a
@@ -49,7 +49,7 @@ class EndedRows:
             a chain of n tokens, the logits [B, n, V] after each, [B] int64 the column of the first, and [B] int64 on
             the host: how many of them `rows` have columns for. Other rows' are of no text.
         """
-        context, end, pad = self._context, self._transcript.length, self._transcript.pad_id
+        context, end, pad = self._context, self._output.length, self._output.pad_id
         device = context.length.device
         index = torch.tensor(rows, device=device)
         # a row that a criterion stopped had gone on
@@ -71,7 +71,7 @@ class EndedRows:
             width = 1 << (wanted - 1).bit_length()  # few shapes
             fed = context.tokens.new_full((len(base), width), pad)
             if not done:
-                last = self._transcript.tokens[rows, context.host_length[rows]]
+                last = self._output.tokens[rows, context.host_length[rows]]
                 fed[index, 0] = torch.from_numpy(last).to(device)
             tree = DraftTree.from_topology(Topology.chain(width - 1), fed)
             logits = context.target.forward(tree.tokens, tree.depth, tree.ancestors, base + done)

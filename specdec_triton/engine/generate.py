@@ -23,8 +23,8 @@ from ..tree import DraftTree, Topology
 from ..tree_choice.controller import AdaptiveTree
 from .auto_tree import controller, most_nodes
 from .call import Call
-from .finished_rows import EndedRows
-from .output import Transcript
+from .finished_rows import FinishedRows
+from .output import Output
 from .round import Round
 from .scores import Scores
 from .stages import LAG, Reports, Stages
@@ -46,7 +46,7 @@ class Generation:
         self.call = call
         batch, prompt_length = call.input_ids.shape
         self.stats = Stats(rule=call.rule, lossless=call.rule not in LOSSY_RULES)
-        self.transcript = Transcript(
+        self.output = Output(
             call.input_ids,
             call.max_length,
             eos_ids=[] if call.eos_ids is None else call.eos_ids.tolist(),
@@ -70,7 +70,7 @@ class Generation:
             tokens=torch.nn.functional.pad(call.input_ids, (0, call.max_length + 1 - prompt_length)),
             start=call.start,
             length=torch.full((batch,), prompt_length - 1, device=call.device),
-            host_tokens=self.transcript.tokens,
+            host_tokens=self.output.tokens,
             host_length=np.full(batch, prompt_length - 1),
             host_budget=np.full(batch, call.max_length - prompt_length),
             max_length=call.max_length,
@@ -84,11 +84,11 @@ class Generation:
             fixed_shapes=fixed,
             compiled=compiled,
         )
-        self.ended = EndedRows(self.context, self.transcript)
-        self.scores = Scores(call, self.context, self.transcript, self.ended)
+        self.finished = FinishedRows(self.context, self.output)
+        self.scores = Scores(call, self.context, self.output, self.finished)
         self.lockstep: Lockstep | None = None
         if not all(map(is_stateless, call.processors)):
-            self.lockstep = Lockstep(call.processors, self.context, self.transcript, self.ended)
+            self.lockstep = Lockstep(call.processors, self.context, self.output, self.finished)
         budget = torch.full((batch,), call.max_length - prompt_length, device=call.device)
         by_default = impl is None and ops.implementation("tree_attention", call.device)[0] == "reference"
         plain_steps = by_default and not fixed and not compiled and not call.start.any()
@@ -108,10 +108,10 @@ class Generation:
             accepted, kept = self.round.accept(tree, self.prefill())
             self.reports.put(self.round.emit(tree, accepted), kept, (0, None, {}))
             self.read()
-            if not self.transcript.done:
+            if not self.output.done:
                 self.start_drafter()
                 self.start_controller()
-            while not self.transcript.done:
+            while not self.output.done:
                 # unless what is on its way is all that may still be emitted
                 if self.context.host_budget.max() > len(self.reports) or not self.reports:
                     self.step()
@@ -126,7 +126,7 @@ class Generation:
         self.stages.forget()
         if self.call.streamer is not None:
             self.call.streamer.end()
-        return self.output()
+        return self.result()
 
     @property
     def session(self) -> DraftSession:
@@ -166,13 +166,13 @@ class Generation:
         if asked and not self.context.fixed_shapes:
             asked = asked.limited(self.context.useful_depth)
         self.stages.worthwhile = self.context.host_budget.max() >= WORTH_CAPTURING
-        self.prepare_ended()  # which moves rows on
+        self.prepare_finished_rows()  # it may move rows on
         shape, run = self.prepare(asked), self.stages.run
         if self.drafts_on_device:
             tree = run("draft", shape, self.round.draft)
             report, kept = run("verify", shape, lambda: self.round.after_draft(tree))
         else:  # its Python comes between, and a replay would not run it
-            shape, tree = self.in_place(self.round.draft())
+            shape, tree = self.at_fixed_addresses(self.round.draft())
             accepted, kept = run("verify", shape, lambda: self.round.verify_accept_compact(tree))
             self.session.observe(tree, accepted)
             report = run("emit", shape, lambda: self.round.emit(tree, accepted))
@@ -194,13 +194,12 @@ class Generation:
         return shape
 
     @timed("accept")
-    def prepare_ended(self) -> None:
+    def prepare_finished_rows(self) -> None:
         if self.lockstep:
             self.lockstep.prepare(self.session.max_depth)
 
-    def in_place(self, tree: DraftTree) -> tuple[Hashable, DraftTree]:
-        """The shape of a tree that was drafted on the host; and the tree, in tensors that captured stages can read in
-        every round."""
+    def at_fixed_addresses(self, tree: DraftTree) -> tuple[Hashable, DraftTree]:
+        """The shape of a tree that was drafted on the host, and the tree in the tensors that captured stages read."""
         shape = tree.shape, self.runner.cache.slots
         if not self.stages.captures("verify", shape):
             return shape, tree
@@ -212,14 +211,14 @@ class Generation:
 
     @timed("emit")
     def read(self) -> None:
-        """The host's look at the oldest round it has not seen: the one read of a round."""
+        """Read the oldest report that the host has not read: the one read of a round."""
         report, kept, (number, verified, spent) = self.reports.take()
-        if not self.transcript.done or self.lockstep:  # else it was, while a processor raised
-            self.take_in(report, kept, number, verified, spent)
-        if self.transcript.done:
+        if not self.output.done or self.lockstep:  # it may be done already: a processor raised after the last token
+            self.process_report(report, kept, number, verified, spent)
+        if self.output.done:
             self.complete_cache()
 
-    def take_in(
+    def process_report(
         self,
         report: list[list[int]],
         kept: dict[str, torch.Tensor],
@@ -229,7 +228,7 @@ class Generation:
     ) -> None:
         context, batch = self.context, len(report)
         counts, drafted, budget, has_nan, draft_nan = ([row[field] for row in report] for field in range(-5, 0))
-        # a row that a criterion stopped may have gone on until the device heard of it
+        # a row that a criterion stopped may have gone on until the device got the new budget
         counts, budget, has_nan, draft_nan = (
             [0 if stopped else number for number, stopped in zip(numbers, self.stopped, strict=True)]
             for numbers in (counts, budget, has_nan, draft_nan)
@@ -248,32 +247,32 @@ class Generation:
         if number:
             self.stats.add_round(counts, drafted)
             if verified is not None:
-                self.learn(verified, report, counts, drafted, spent)
+                self.update_controller(verified, report, counts, drafted, spent)
         context.host_length += counts
         context.host_budget[:] = budget
         if self.lockstep:
             stopped = self.lockstep.stopped
         else:
-            stopped = self.transcript.append(report, counts, kept, self.scores.after_end)
+            stopped = self.output.append(report, counts, kept, self.scores.after_end)
         if stopped:
             self.stopped[stopped] = True
             context.host_budget[stopped] = 0
             self.round.budget[stopped] = 0
         if number:
-            self.session.heard(drafted, counts)
+            self.session.observe_on_host(drafted, counts)
 
     def complete_cache(self) -> None:
         """If the caller gets the cache, rows that ended have the keys and values of the pad tokens after it."""
-        lacking = self.transcript.column - 1 - self.ended.reached()
-        rows = np.flatnonzero(self.transcript.ended & (lacking > 0)).tolist()
+        lacking = self.output.column - 1 - self.finished.reached()
+        rows = np.flatnonzero(self.output.ended & (lacking > 0)).tolist()
         is_wanted = self.call.config.return_dict_in_generate or self.call.callers_cache is not None
-        if rows and is_wanted and self.transcript.pad_id is not None:
-            deque(self.ended.run(rows, int(lacking[rows].max())), maxlen=0)
+        if rows and is_wanted and self.output.pad_id is not None:
+            deque(self.finished.run(rows, int(lacking[rows].max())), maxlen=0)
 
-    def learn(
+    def update_controller(
         self, verified: Topology, report: list[list[int]], counts: list[int], drafted: list[int], spent: dict
     ) -> None:
-        """Tell what chooses the trees what became of one."""
+        """Report a verified tree and its accepted paths to the controller."""
         depth = (len(report[0]) - 6) // 2
         live = [row for row, count in enumerate(counts) if count]
         paths = [report[row][depth + 1 : depth + counts[row]] for row in live]
@@ -291,15 +290,15 @@ class Generation:
         if stages.replayed:
             stats.seconds["replay"] = stages.replay_seconds
 
-    def output(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        sequences = self.transcript.sequences
+    def result(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        sequences = self.output.sequences
         as_dict, cache = self.call.config.return_dict_in_generate, None
         if as_dict or self.call.callers_cache is not None:
             # plain `generate` does not run the last token either
             cache = self.runner.cache.to_dynamic(sequences.shape[1] - 1, self.call.callers_cache)
         if not as_dict:
             return sequences
-        kept = self.transcript.columns_kept
+        kept = self.output.columns_kept
         return GenerateDecoderOnlyOutput(
             sequences=sequences, scores=kept.get("scores"), logits=kept.get("logits"), **{CACHE: cache}
         )

@@ -1,8 +1,8 @@
-"""The host's side of a generation: tokens as they arrive, streamed and judged exactly as plain `generate` would.
+"""The texts on the host: tokens as they arrive, passed to stopping criteria and streamers as plain `generate` does.
 
 Sequences of a batch emit different numbers of tokens a round. Stopping criteria and streamers of transformers expect
-whole columns, one step at a time, so the transcript advances column by column, and only over columns that every
-sequence has reached: each call gets the very batch that plain decoding would have passed.
+whole columns, one step at a time. So `Output` advances column by column, and only over columns that every sequence has
+reached: each call gets the batch that plain decoding would have passed.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-# (rows that ended, how many columns) -> name -> [B, at most so many, V] scores of their next columns
+# (finished rows, how many columns) -> name -> [B, at most so many, V] scores of their next columns
 More = Callable[[list[int], int], dict[str, torch.Tensor]]
-AHEAD = 32  # columns of rows that ended which criteria will see, computed at once
+AHEAD = 32  # columns of finished rows, for criteria, that are computed at once
 
 
-class Transcript:
-    """See the module.
+class Output:
+    """The texts of one call.
 
     Args:
         input_ids: [B, T] int64. The prompt, padding included.
@@ -36,7 +36,7 @@ class Transcript:
         tokens: [B, max_length] int64 on the host; what no row has reached is padding.
         length: [B] int64. Column of each row's last token.
         ended: [B] bool. The row emits nothing more.
-        column: the next one to judge.
+        column: the next one that criteria and streamer get.
         done: every row has stopped.
         columns_kept: name -> the scores kept, a [B, V] for each column; complete once `done`.
     """
@@ -77,7 +77,7 @@ class Transcript:
             tokens: [B][>= count] emitted tokens.
             counts: [B] how many of them.
             kept: name -> [B, >= count, V] scores of those tokens.
-            more: asked for scores of rows that ended, where they were not given to `keep`.
+            more: gives scores of finished rows that `keep` did not get.
 
         Returns:
             Rows that a criterion has stopped just now and that must emit no more.
@@ -91,18 +91,18 @@ class Transcript:
                 self.keep([row], {name: scores[:, :count] for name, scores in kept.items()})
         stopped = []
         while not self.done and np.all(self.ended | (self.length >= self.column)):
-            stopped += self._judge_column(more)
+            stopped += self._finish_column(more)
         if self.done:
             self._keep_columns(more)
         return stopped
 
     def keep(self, rows: list[int], kept: dict[str, torch.Tensor]) -> None:
-        """Take in scores [B, n, V] by name: those of the next n columns of `rows`, whether they go on or ended."""
+        """Take in scores [B, n, V] by name: those of the next n columns of `rows`, finished or not."""
         for name, scores in kept.items():
             for row in rows:
                 self._kept[name][row] += scores[row].clone().unbind()  # a view would hold all of scores
 
-    def _judge_column(self, more: More | None) -> list[int]:
+    def _finish_column(self, more: More | None) -> list[int]:
         column, before = self.column, self.unfinished.copy()
         self.column += 1
         at_end = column + 1 == self.max_length
@@ -135,7 +135,7 @@ class Transcript:
         return torch.cuda.stream(self._stream)
 
     def _columns(self) -> torch.Tensor:
-        """[B, columns judged] int64 on the device; only what is new is copied there, without a wait."""
+        """[B, columns finished] int64 on the device; only new columns are copied there, without a wait."""
         if self._copied is None:
             self._copied = torch.empty(self.tokens.shape, dtype=torch.int64, device=self.device)
         new = torch.from_numpy(self.tokens[:, self._known : self.column].copy())
@@ -146,8 +146,8 @@ class Transcript:
         return self._copied[:, : self.column].clone()
 
     def _keep_columns(self, more: More | None) -> None:
-        """Put together the kept scores up to the last column judged. Criteria may get them at each column; where none
-        does, rows that ended are asked for all of theirs at once."""
+        """Put together the kept scores up to the last finished column. Criteria may get them at each column; if there
+        are none, the scores of finished rows are computed all at once."""
         if not self._kept:
             return
         had, rows = next(iter(self.columns_kept.values())), next(iter(self._kept.values()))
@@ -161,5 +161,5 @@ class Transcript:
 
     @property
     def sequences(self) -> torch.Tensor:
-        """[B, columns judged] int64 on the device."""
+        """[B, columns finished] int64 on the device."""
         return torch.from_numpy(self.tokens[:, : self.column].copy()).to(self.device)

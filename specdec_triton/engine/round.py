@@ -29,30 +29,19 @@ Kept = dict[str, torch.Tensor]  # scores to keep [B, D + 1, V], by name
 
 @dataclass(eq=False)
 class Round:
-    """The rounds of one call.
-
-    Attributes:
-        call: the call; never changes.
-        context: its sequences, updated in place.
-        budget: [B] int64. Tokens that each row may still emit, updated in place.
-        scores: the call's logits processors.
-        lockstep: those that must get plain `generate`'s calls, or None.
-        plain_steps: a lone root may be run by the model's own decoding step.
-        stats: gets the time of each step.
-        session: the drafter's, once it has started.
-    """
+    """The rounds of one call."""
 
     call: Call
-    context: DraftContext
-    budget: torch.Tensor
-    scores: Scores
-    lockstep: Lockstep | None
-    plain_steps: bool
-    stats: Stats
-    session: DraftSession | None = None
+    context: DraftContext  # the call's sequences, updated in place
+    budget: torch.Tensor  # [B] int64: tokens that each row may still emit, updated in place
+    scores: Scores  # the call's logits processors
+    lockstep: Lockstep | None  # processors that must get plain `generate`'s calls
+    plain_steps: bool  # the model's own decoding step may run a lone root
+    stats: Stats  # gets the time of each step
+    session: DraftSession | None = None  # the drafter's, once it has started
 
     def after_draft(self, tree: DraftTree) -> tuple[torch.Tensor, Kept]:
-        """All that follows the draft: the round's report to the host, and the scores to keep."""
+        """All steps after the draft: the round's report to the host, and the scores to keep."""
         accepted, kept = self.verify_accept_compact(tree)
         self.session.observe(tree, accepted)
         return self.emit(tree, accepted), kept

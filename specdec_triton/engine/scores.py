@@ -15,8 +15,8 @@ from ..processors.device import process_nodes
 from ..processors.host import first_choice, process_each, process_path
 from ..tree import DraftTree
 from .call import ONE_CHOICE_RULES, Call
-from .finished_rows import EndedRows
-from .output import Transcript
+from .finished_rows import FinishedRows
+from .output import Output
 
 
 class Scores:
@@ -25,12 +25,12 @@ class Scores:
     Args:
         call: its processors, rule and filters.
         context: the call's sequences.
-        transcript: knows which scores are kept, and takes in tokens that were chosen before a processor raised.
-        ended: computes the logits of rows that ended.
+        output: says which scores are kept, and gets tokens that were chosen before a processor raised.
+        finished: computes the logits of finished rows.
     """
 
-    def __init__(self, call: Call, context: DraftContext, transcript: Transcript, ended: EndedRows):
-        self._call, self._context, self._transcript, self._ended = call, context, transcript, ended
+    def __init__(self, call: Call, context: DraftContext, output: Output, finished: FinishedRows):
+        self._call, self._context, self._output, self._finished = call, context, output, finished
 
     def process(self, tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Processed scores [B, N, V], and parents [B, N] for acceptance: nodes that were not processed are padding.
@@ -49,7 +49,7 @@ class Scores:
             return process_nodes(call.processors, tree, logits, context.tokens, context.length), tree.parents
         scores = logits.to(torch.float32, copy=True)
         chosen = [[] for _ in logits]
-        host = context.host_tokens, context.host_length, context.host_budget, self._transcript.eos_ids
+        host = context.host_tokens, context.host_length, context.host_budget, self._output.eos_ids
         if call.rule not in ONE_CHOICE_RULES:
             process_each(call.processors, tree, scores, *host)
             return scores, tree.parents
@@ -59,7 +59,7 @@ class Scores:
                     chosen[row].append(choice)
         except BaseException as error:
             self._hand_on(tree, scores, logits, chosen)
-            if not (self._transcript.done and isinstance(error, Exception)):
+            if not (self._output.done and isinstance(error, Exception)):
                 raise
             chosen = [[] for _ in logits]  # nothing is left to accept
         walked = np.zeros(tree.tokens.shape, dtype=bool)
@@ -68,7 +68,7 @@ class Scores:
         return scores, torch.where(torch.from_numpy(walked).to(logits.device), tree.parents, -1)
 
     def _hand_on(self, tree: DraftTree, scores: torch.Tensor, logits: torch.Tensor, chosen: list[list]) -> None:
-        """Give the transcript the (node, token) pairs that were `chosen` in each row."""
+        """Give the output the (node, token) pairs that were `chosen` in each row."""
         counts = [len(row) for row in chosen]
         if not max(counts):
             return
@@ -79,7 +79,7 @@ class Scores:
         if not tree.is_chain:  # rows that end here may be taken further
             path = nodes[:, 1:].where(torch.arange(1, max(counts)) < torch.tensor(counts)[:, None], -1)
             self._context.target.cache.compact(self._context.length, path.int(), self._call.options.impl)
-        self._transcript.append(tokens, counts, kept, self.after_end)
+        self._output.append(tokens, counts, kept, self.after_end)
 
     def choose(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
         """The tokens that greedy decoding or `rules.coupled` takes, from processed scores [R, V] at these depths of
@@ -93,7 +93,7 @@ class Scores:
 
     def at(self, nodes: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """The scores to keep of `nodes` [B, K]: [B, K, V] by name."""
-        if not self._transcript.columns_kept:
+        if not self._output.columns_kept:
             return {}
         places = nodes[:, :, None].expand(-1, -1, logits.shape[-1])
         return self.kept(scores.gather(1, places), logits.gather(1, places))
@@ -101,7 +101,7 @@ class Scores:
     def kept(self, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is kept of processed scores and logits [..., V], by name."""
         sources = {"scores": scores, "logits": logits}
-        kept = {name: sources[name].float() for name in self._transcript.columns_kept}
+        kept = {name: sources[name].float() for name in self._output.columns_kept}
         if "scores" in kept and self._call.warpers:
             kept["scores"] = self._call.warpers(None, kept["scores"].flatten(0, -2)).view_as(scores)
         return kept
@@ -109,7 +109,7 @@ class Scores:
     def after_end(self, rows: list[int], count: int) -> dict[str, torch.Tensor]:
         """The scores to keep [B, n <= count, V] of the next columns of `rows`, which ended."""
         call, context, parts = self._call, self._context, []
-        for tree, logits, base, counts in self._ended.run(rows, count):
+        for tree, logits, base, counts in self._finished.run(rows, count):
             scores = logits
             if call.over_nodes:
                 scores = process_nodes(call.processors, tree, logits, context.tokens, base)
@@ -123,4 +123,4 @@ class Scores:
 
     def _pads(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
         """The tokens that a row goes on with after it ended."""
-        return [self._transcript.pad_id] * len(rows)
+        return [self._output.pad_id] * len(rows)

@@ -1,8 +1,9 @@
 """Logits processors that are not known to be functions of their arguments: exactly plain `generate`'s calls.
 
 All rows go down their trees together, a column at a time: the processors get the texts and scores of all B rows, rows
-that ended with pad tokens and the scores after them; each unfinished row's token is chosen, the column is judged, and
-the walk goes on as long as every unfinished row has a draft token for it. So after a round rows are of one length.
+that ended with pad tokens and the scores after them. Each unfinished row's token is chosen, and the stopping criteria
+get the column. The walk goes on as long as every unfinished row has a draft token for it. So after a round all rows are
+of one length.
 
 Letters: B sequences, N tree nodes, D edges on the longest path, V vocabulary.
 """
@@ -18,8 +19,8 @@ from ..drafters import DraftContext
 from ..ops.reference import Acceptance
 from ..processors.host import Choose, children_of
 from ..tree import DraftTree
-from .finished_rows import CHUNK, EndedRows
-from .output import Transcript
+from .finished_rows import CHUNK, FinishedRows
+from .output import Output
 
 Keep = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
@@ -30,35 +31,33 @@ class Lockstep:
     Args:
         processors: as `generate` prepared them.
         context: the call's sequences.
-        transcript: takes in each column as its tokens are chosen.
-        ended: computes the logits of rows that ended.
+        output: gets each column as its tokens are chosen.
+        finished: computes the logits of finished rows.
 
     Attributes:
         stopped: rows that a criterion stopped in the last round.
     """
 
-    def __init__(
-        self, processors: LogitsProcessorList, context: DraftContext, transcript: Transcript, ended: EndedRows
-    ):
-        self._processors, self._context, self._transcript, self._ended = processors, context, transcript, ended
+    def __init__(self, processors: LogitsProcessorList, context: DraftContext, output: Output, finished: FinishedRows):
+        self._processors, self._context, self._output, self._finished = processors, context, output, finished
         self._ahead = [deque() for _ in context.host_length]  # by row that ended: logits [V] of its next columns
         self.stopped: list[int] = []
 
     def prepare(self, max_depth: int) -> None:
         """Before a round of at most `max_depth` edges is verified: the logits that rows which ended will need."""
         context, columns = self._context, max_depth + 1
-        ended = self._transcript.ended & (self._ended.reached() < context.max_length - 1)
+        ended = self._output.ended & (self._finished.reached() < context.max_length - 1)
         rows = [row for row in np.flatnonzero(ended).tolist() if len(self._ahead[row]) < columns]
         if rows:
-            for _, logits, _, counts in self._ended.run(rows, max(columns, CHUNK)):
+            for _, logits, _, counts in self._finished.run(rows, max(columns, CHUNK)):
                 for row in rows:
                     self._ahead[row] += logits[row, : counts[row]].to(torch.float32, copy=True).unbind()
 
     def accept(self, tree: DraftTree, logits: torch.Tensor, choose: Choose, keep: Keep) -> Acceptance:
         """The paths that the rows go together, and each one's own token after them.
 
-        The transcript has the round's tokens, and criteria and streamer have heard of them, column by column, before
-        the processors are called again. Where a token cannot be chosen (NaN), the walk stops before its column.
+        Output, criteria and streamer get the round's tokens column by column, before the processors are called again.
+        If a token cannot be chosen (NaN), the walk stops before its column.
 
         Args:
             tree: N nodes.
@@ -66,7 +65,7 @@ class Lockstep:
             choose: (processed scores [R, V], their R rows in the batch, the R nodes' depths) -> R tokens.
             keep: (processed scores [B, V], logits [B, V]) -> the scores to keep [B, V] by name.
         """
-        transcript, device = self._transcript, logits.device
+        output, device = self._output, logits.device
         live, batch = np.flatnonzero(self._context.host_budget).tolist(), len(logits)
         ended = sorted({*range(batch)} - {*live})
         children, rows, at = children_of(tree), torch.arange(batch, device=device), np.zeros(batch, dtype=np.int64)
@@ -77,18 +76,18 @@ class Lockstep:
             given = logits[rows, torch.from_numpy(at).to(device)].to(torch.float32, copy=True)
             for row in ended:
                 given[row] = self._ahead[row].popleft()
-            processed = self._processors(transcript.sequences, given)
+            processed = self._processors(output.sequences, given)
             best = processed[live].amax(-1)
             has_nan[live] = (best.isnan() if self._context.rule == "greedy" else ~best.isfinite()).tolist()
             if has_nan.any():
                 break
             next_ids[live] = choose(processed[live], live, [depth] * len(live))
             kept = {name: scores[:, None] for name, scores in keep(processed, given).items()}
-            transcript.keep(ended, kept)
+            output.keep(ended, kept)
             counts = [int(row in live) for row in range(batch)]
-            self.stopped += transcript.append(next_ids[:, None].tolist(), counts, kept)
+            self.stopped += output.append(next_ids[:, None].tolist(), counts, kept)
             following = [children[row].get((int(at[row]), int(next_ids[row]))) for row in live]
-            if transcript.done or transcript.ended[live].any() or None in following:
+            if output.done or output.ended[live].any() or None in following:
                 break
             at[live] = path[live, depth] = following
             depth += 1

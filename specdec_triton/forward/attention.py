@@ -31,17 +31,17 @@ NAMES = {
 SETTING = "_attn_implementation_internal"  # where a config keeps the name of its attention function
 
 # our function's name, and the ids of the configs that are to answer with it
-_in_force: ContextVar[tuple[str | None, frozenset[int]]] = ContextVar("specdec_triton_attention", default=(None, ()))
+_current: ContextVar[tuple[str | None, frozenset[int]]] = ContextVar("specdec_triton_attention", default=(None, ()))
 
 
 @torch.compiler.assume_constant_result  # Dynamo cannot trace a context variable; graphs differ by their mask anyway
-def _name_in_force() -> str | None:
-    return _in_force.get()[0]
+def _current_name() -> str | None:
+    return _current.get()[0]
 
 
 def _get_setting(config: PreTrainedConfig) -> str | None:
-    name = _name_in_force()
-    if name is not None and (torch.compiler.is_compiling() or id(config) in _in_force.get()[1]):
+    name = _current_name()
+    if name is not None and (torch.compiler.is_compiling() or id(config) in _current.get()[1]):
         return name
     try:
         return config.__dict__[SETTING]
@@ -84,7 +84,7 @@ def call_with_tree_attention(
         all_keys: plain decoding would have all keys, see `window_of_cache`.
     """
     context = copy_context()
-    context.run(_in_force.set, (NAMES[impl, all_keys], configs))
+    context.run(_current.set, (NAMES[impl, all_keys], configs))
     return context.run(call, **arguments)
 
 

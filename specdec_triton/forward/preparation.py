@@ -41,7 +41,7 @@ class NextStep:
         return columns - self.origin[..., None]
 
 
-def says_nothing(name: str, value: Any) -> bool:
+def is_neutral(name: str, value: Any) -> bool:
     """Whether a forward does the same with and without this argument."""
     if name in TOKEN_TYPES and isinstance(value, torch.Tensor):
         return not value.any()
@@ -72,7 +72,7 @@ def next_step(model: PreTrainedModel, input_ids: torch.Tensor, outputs: ModelOut
     constants = {
         name: value
         for name, value in prepared.items()
-        if name not in _OWN and name not in _UNUSED and not says_nothing(name, value)
+        if name not in _OWN and name not in _UNUSED and not is_neutral(name, value)
     }
     strange = sorted(name for name, value in constants.items() if not isinstance(value, (bool, int, float, str)))
     if strange:

@@ -205,7 +205,7 @@ def accept_sample(
     draft_filters: Filters = NO_FILTERS,
     impl: str | None = None,
 ) -> Acceptance:
-    """Accept draft tokens by chance, so that what is emitted is distributed as the target's own samples.
+    """Accept draft tokens at random, such that the emitted tokens have the distribution of the target's own samples.
 
     Temperature, top-k, top-p and min-p are applied here, to the target's logits and to the draft's. The rules are
     functions of `rules`, each citing its paper. All noise is a function of the row's seed, of `position` and of the
@@ -231,7 +231,7 @@ def accept_sample(
         max_depth: D, edges on the longest path.
         budget: [B] int64. Tokens a row may still emit; 0 freezes the row. Default: no limit.
         eos_ids: [E] int64, or None.
-        sampling: how the tokens came about: "none" (chosen without chance), or siblings drawn from the draft's
+        sampling: how the tokens came about: "none" (chosen without sampling), or siblings drawn from the draft's
             filtered probabilities "with" or "without" replacement, nothing cut or reordered by value.
         draft_logits: [B, P, V] fp32, bf16 or fp16. For drawn trees: the draft's logits at its P expanded nodes.
         draft_row: [B, N] int32. The row of `draft_logits` that a node's children were drawn from, -1 for none. That

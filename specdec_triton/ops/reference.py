@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .filters import Filters, filtered_log_probs
-from .rules import RULES, Round
+from .rules import RULES, SampledRound
 
 WORD_BITS = 64
 TREE_FIELDS = 3  # columns of a packed tree after its W ancestor words: depth, start, length
@@ -186,12 +186,12 @@ def accept_sample(
         def log_probs(node):
             return _row(all_log_probs, node).squeeze(1)
 
-    # The root's token is not looked up. Padding is a node whose token the target does not know, and the child of a node
-    # without a distribution: so that node is judged as a leaf, by its own token's chance, and no NaN decides anything.
+    # The root's token is not looked up. A node is padding if the target does not know its token, or its parent has no
+    # distribution: the parent is then tested as a leaf, by its own token's probability, and no NaN decides anything.
     vocab, parents = logits.shape[2], parents.long()
     has_distribution = logits.amax(-1).isfinite()
     is_real = (tokens >= 0) & (tokens < vocab) & has_distribution.gather(1, parents.clamp(min=0))
-    round = Round(
+    round = SampledRound(
         tokens=tokens.clamp(0, vocab - 1),
         parents=torch.where(is_real, parents, -1),
         max_depth=max_depth,
@@ -207,7 +207,7 @@ def accept_sample(
 
 def _emitted(
     has_distribution: torch.Tensor,
-    round: Round,
+    round: SampledRound,
     last: torch.Tensor,
     next_ids: torch.Tensor,
     budget: torch.Tensor,

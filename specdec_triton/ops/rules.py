@@ -1,18 +1,18 @@
 """Acceptance rules: which draft tokens of a sampled round stay, and which token follows them.
 
-Each rule is one function, to be read beside its paper. It sees a `Round` and gives `(last, next_ids)`: the last
+Each rule is one function, to be read beside its paper. It sees a `SampledRound` and gives `(last, next_ids)`: the last
 accepted node and the token after it. Cutting that at EOS and at a row's budget is common to all, in
 `reference.accept_sample`. All rules but `typical` leave the target's distribution as it is.
 
 What the papers have in common is here, too. At a node whose children are tried one after the other, the *residual* is
 what the target's probabilities still have to give, unnormalised. It starts as the target's own probabilities. A child
-token x that was drawn from the draft's probabilities is accepted with chance residual(x) / draft(x); when it is
+token x that was drawn from the draft's probabilities is accepted with probability residual(x) / draft(x). If it is
 rejected, the draft's probabilities are subtracted from the residual, and what falls below zero is cut. A token that
-was chosen without chance is a draw from a one-hot distribution: subtracting that takes the token out.
+was chosen without sampling is a draw from a one-hot distribution: subtracting that takes the token out.
 
 A child that its draft could not have drawn (probability 0: the support was exhausted, or the draft's logits hold NaN)
-counts as padding. So do the children of a node whose target logits make no distribution: that node is judged as a leaf,
-by the chance of its own token. A row that ends there is reported, and one that does not never learns of it.
+counts as padding. So do the children of a node whose target logits make no distribution: that node is tested as a leaf,
+by the acceptance probability of its own token. A row that ends there is reported; in all others the node has no effect.
 
 Letters: B sequences, N tree nodes, P expanded nodes, D edges on the longest path, V vocabulary.
 """
@@ -37,7 +37,7 @@ def check_legal(rule: str, sampling: str, is_chain: bool) -> None:
 
     Args:
         rule: "greedy" or a name in `RULES`.
-        sampling: how the tree's tokens came about: "none" (chosen without chance: top-k, n-gram), or drawn from the
+        sampling: how the tree's tokens came about: "none" (chosen without sampling: top-k, n-gram), or drawn from the
             draft's probabilities "with" or "without" replacement among siblings.
         is_chain: every node continues the one before.
 
@@ -50,7 +50,7 @@ def check_legal(rule: str, sampling: str, is_chain: bool) -> None:
         raise ValueError(f'rule "{rule}": sampling must be one of {", ".join(SAMPLING)}, got {sampling!r}')
     if rule in CHAIN_RULES and not is_chain:
         drawn = {
-            "none": "a tree of tokens chosen without chance",
+            "none": "a tree of tokens chosen without sampling",
             "with": "a tree drawn with replacement",
             "without": "a tree drawn without replacement",
         }
@@ -61,14 +61,14 @@ def check_legal(rule: str, sampling: str, is_chain: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Round:
+class SampledRound:
     """What a rule sees of one round.
 
     Attributes:
         tokens, parents: [B, N] int64.
         max_depth: D.
         log_probs: nodes [B] int64 -> [B, V] fp32, the target's filtered log-probabilities after each row's node.
-        draft_probs: [B, P, V] fp32, the draft's filtered probabilities; None for tokens chosen without chance.
+        draft_probs: [B, P, V] fp32, the draft's filtered probabilities; None for tokens chosen without sampling.
         draft_row: [B, N] int64, the row of `draft_probs` that a node's children were drawn from; -1 for none.
         replaces: siblings were drawn with replacement.
         seeds, position: [B] int64; the position is the root's.
@@ -94,7 +94,7 @@ class Round:
         return self.log_probs(node).exp()
 
     def draft(self, node: torch.Tensor) -> torch.Tensor | None:
-        """[B] nodes -> [B, V] fp32: what their children were drawn from, zeros for none; None without chance."""
+        """[B] nodes -> [B, V] fp32: what their children were drawn from, zeros for none; None without sampling."""
         if self.draft_probs is None:
             return None
         row = self.draft_row.gather(1, node[:, None])
@@ -108,71 +108,72 @@ class Siblings(NamedTuple):
     Attributes:
         residual: [B, V] fp32. What the target still has to give, unnormalised.
         mass: [B] fp32. Its sum.
-        short: [B] fp32. What the node's weight lacks of 1: the residual is normalised by mass + short.
-        draft: [B, V] fp32. The draft's probabilities of what can still be drawn, unnormalised; None without chance.
-        left: [B] fp32. Their sum.
+        missing_mass: [B] fp32. 1 - the node's weight: the residual is normalised by mass + missing_mass.
+        draft: [B, V] fp32. The draft's probabilities of what can still be drawn, unnormalised; None without sampling.
+        draft_mass: [B] fp32. Their sum.
         tried: [B] bool. A child was tried.
     """
 
     residual: torch.Tensor
     mass: torch.Tensor
-    short: torch.Tensor
+    missing_mass: torch.Tensor
     draft: torch.Tensor | None
-    left: torch.Tensor
+    draft_mass: torch.Tensor
     tried: torch.Tensor
 
 
-def first_of(round: Round, node: torch.Tensor, weight: torch.Tensor) -> Siblings:
-    """Before any child of `node` [B] is tried; `weight` [B] is the chance that the node has so far."""
+def first_of(round: SampledRound, node: torch.Tensor, weight: torch.Tensor) -> Siblings:
+    """Before any child of `node` [B] is tried; `weight` [B] is the node's probability so far."""
     return Siblings(
         residual=weight[:, None] * round.probs(node),
         mass=weight,
-        short=1 - weight,
+        missing_mass=1 - weight,
         draft=round.draft(node),
-        left=torch.ones_like(weight),
+        draft_mass=torch.ones_like(weight),
         tried=torch.zeros_like(node).bool(),
     )
 
 
 def acceptance(siblings: Siblings, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B] fp32 chance that the next child, `token` [B], is accepted; [B] bool, whether it could be drawn at all.
+    """[B] fp32 probability that the next child, `token` [B], is accepted; [B] bool, whether it could be drawn at all.
 
     min(1, residual(token) / draft(token)), both normalised; 0 where the residual is, even if nothing is left of it.
     """
-    wanted, total = _at(siblings.residual, token), siblings.mass + siblings.short
+    wanted, total = _at(siblings.residual, token), siblings.mass + siblings.missing_mass
     if siblings.draft is None:
         ratio, drawn = wanted / total, torch.ones_like(siblings.tried)
     else:
         offered = _at(siblings.draft, token)
-        ratio, drawn = wanted * siblings.left / (total * offered), offered > 0
+        ratio, drawn = wanted * siblings.draft_mass / (total * offered), offered > 0
     return torch.where(wanted == 0, 0.0, ratio.clamp(max=1)), drawn
 
 
-def chance_of(siblings: Siblings) -> torch.Tensor:
-    """[B] fp32 chance of a node itself, once its children are rejected: its weight, if none was tried.
+def leaf_accept_prob(siblings: Siblings) -> torch.Tensor:
+    """[B] fp32 acceptance probability of a node itself, once its children are rejected: its weight, if none was tried.
 
-    Nothing is short at the root, so its chance is 1 (or 0/0, which passes: see `passes`).
+    No mass is missing at the root, so its probability is 1 (or 0/0, which passes: see `passes`).
     """
-    return siblings.mass / (siblings.mass + siblings.short)
+    return siblings.mass / (siblings.mass + siblings.missing_mass)
 
 
 def rejected(siblings: Siblings, token: torch.Tensor, replaces: bool) -> Siblings:
     """After the child `token` [B] was rejected: residual <- max(residual - draft, 0), and the token leaves the draft.
 
-    The rejected token's own residual is zero by this rule (its chance was below 1), so it is set to exactly that.
+    The rejected token's own residual is zero by this rule, since its acceptance probability was below 1. It is set to
+    exactly that.
     """
-    residual, mass, short, draft, left, _ = siblings
+    residual, mass, missing_mass, draft, draft_mass, _ = siblings
     if draft is not None:
-        residual = (residual - ((mass + short) / left)[:, None] * draft).clamp(min=0)
+        residual = (residual - ((mass + missing_mass) / draft_mass)[:, None] * draft).clamp(min=0)
         if not replaces:
             draft = _without(draft, token)
             # summed anew: 1 minus the mass of likely tokens would keep no digit of a small remainder
-            left = draft.sum(-1)
+            draft_mass = draft.sum(-1)
     residual = _without(residual, token)
-    return Siblings(residual, residual.sum(-1), short, draft, left, torch.ones_like(siblings.tried))
+    return Siblings(residual, residual.sum(-1), missing_mass, draft, draft_mass, torch.ones_like(siblings.tried))
 
 
-def next_token(round: Round, node: torch.Tensor, siblings: Siblings) -> torch.Tensor:
+def next_token(round: SampledRound, node: torch.Tensor, siblings: Siblings) -> torch.Tensor:
     """[B] int64: a recovered token from the residual at `node` [B], the bonus token where no child was tried.
 
     A residual of no mass can only come from rounding; the target's own distribution stands in for it.
@@ -183,15 +184,15 @@ def next_token(round: Round, node: torch.Tensor, siblings: Siblings) -> torch.Te
     return (scores + noise.gumbel(round.seeds, round.position, node, purpose, scores.shape[-1])).argmax(-1)
 
 
-def passes(round: Round, node: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """[B] bool: each row's `node` [B] passes a test of `chance` [B], by the node's own number in this round.
+def passes(round: SampledRound, node: torch.Tensor, accept_prob: torch.Tensor) -> torch.Tensor:
+    """[B] bool: each row's `node` [B] passes with probability `accept_prob` [B], by the node's own random number.
 
-    A chance of NaN passes.
+    A probability of NaN passes.
     """
-    return ~(noise.uniform(round.seeds, round.position, node, noise.ACCEPT) >= chance)
+    return ~(noise.uniform(round.seeds, round.position, node, noise.ACCEPT) >= accept_prob)
 
 
-def coupled(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
+def coupled(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
     """The target samples every node with noise that only (seed, position, token) decide; a child that matches stays.
 
     The text is the one that the target alone would sample with this noise, whatever was drafted. Siblings share their
@@ -212,8 +213,8 @@ def coupled(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
     return last, next_ids
 
 
-def rejection(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
-    """Down a chain: each token is accepted with chance min(1, target/draft), until one is not.
+def rejection(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
+    """Down a chain: each token is accepted with probability min(1, target/draft), until one is not.
 
     Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding" (2023), algorithm 1;
     Chen et al., "Accelerating large language model decoding with speculative sampling" (2023), algorithm 2.
@@ -222,20 +223,20 @@ def rejection(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
     siblings = first_of(round, last, torch.ones_like(walking).float())
     for node in range(1, round.tokens.shape[1]):
         token, child = round.tokens[:, node], torch.full_like(last, node)
-        chance, drawn = acceptance(siblings, token)
+        accept_prob, drawn = acceptance(siblings, token)
         walking = walking & drawn & (round.parents[:, node] == node - 1)
-        accepted = walking & passes(round, child, chance)
+        accepted = walking & passes(round, child, accept_prob)
         siblings = _where(walking & ~accepted, rejected(siblings, token, replaces=True), siblings)
         walking = accepted
-        siblings = _where(accepted, first_of(round, child, torch.ones_like(chance)), siblings)
+        siblings = _where(accepted, first_of(round, child, torch.ones_like(accept_prob)), siblings)
         last = torch.where(accepted, child, last)
     return last, next_token(round, last, siblings)
 
 
-def block(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
-    """A chain judged as a whole: the longest prefix that passes its own test stays.
+def block(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
+    """A chain tested as a whole: the longest prefix that passes its own test stays.
 
-    weight_i = min(1, weight_{i-1} target/draft) is the chance that prefix i may have. The last one passes with its
+    weight_i = min(1, weight_{i-1} target/draft) is the probability that prefix i may have. The last one passes with its
     weight, prefix i before it with S / (S + 1 - weight_i), where S is the mass of max(weight_i target - draft, 0):
     the residual, should it be the longest. Sun et al., "Block verification accelerates speculative decoding" (2024),
     algorithm 2.
@@ -248,20 +249,20 @@ def block(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
         end = node == round.tokens.shape[1]
         if not end:
             token = round.tokens[:, node]
-            chance, drawn = acceptance(siblings, token)
+            accept_prob, drawn = acceptance(siblings, token)
             child_follows = goes_on & drawn & (round.parents[:, node] == node - 1)
             siblings = _where(child_follows, rejected(siblings, token, replaces=True), siblings)
-        # node - 1 is judged once it is known whether a child follows it: its residual is what the child leaves
+        # node - 1 is tested once it is known whether a child follows it: its residual is what the child leaves
         here = torch.full_like(last, node - 1)
-        passed = goes_on & passes(round, here, chance_of(siblings))
+        passed = goes_on & passes(round, here, leaf_accept_prob(siblings))
         last, kept = torch.where(passed, here, last), _where(passed, siblings, kept)
         if not end:
-            goes_on, weight = child_follows, chance
+            goes_on, weight = child_follows, accept_prob
             siblings = first_of(round, torch.full_like(last, node), weight)
     return last, next_token(round, last, kept)
 
 
-def multi_round(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
+def multi_round(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
     """Down a tree: sibling after sibling, each against the residual that the last one left.
 
     With replacement: Miao et al., "SpecInfer" (2024), algorithm 2. Without, the rejected token leaves the draft's
@@ -273,25 +274,25 @@ def multi_round(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
     siblings = first_of(round, last, certain)
     for node in range(1, round.tokens.shape[1]):
         token, child = round.tokens[:, node], torch.full_like(last, node)
-        chance, drawn = acceptance(siblings, token)
+        accept_prob, drawn = acceptance(siblings, token)
         is_tried = drawn & (round.parents[:, node] == last)
-        accepted = is_tried & passes(round, child, chance)
+        accepted = is_tried & passes(round, child, accept_prob)
         siblings = _where(is_tried, rejected(siblings, token, round.replaces), siblings)
         siblings = _where(accepted, first_of(round, child, certain), siblings)
         last = torch.where(accepted, child, last)
     return last, next_token(round, last, siblings)
 
 
-def traversal(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leaves first: a node is judged when all below it were rejected, by the chance of its whole path.
+def traversal(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leaves first: a node is tested when all below it were rejected, by the probability of its whole path.
 
-    A node's weight is the chance that it has when its turn comes: min(1, residual/draft) at its parent, whose
+    A node's weight is its probability when its turn comes: min(1, residual/draft) at its parent, whose
     residual began with the parent's own weight. Its children take theirs from it; what they leave, S, passes with
-    chance S / (S + 1 - weight), a leaf with its weight. If a node fails, its parent's residual loses the draft's
+    probability S / (S + 1 - weight), a leaf with its weight. If a node fails, its parent's residual loses the draft's
     probabilities, and the next sibling has its turn. Weng et al., "Traversal verification for speculative tree
     decoding" (arXiv 2505.12398), algorithm 1. On a chain this is `block`.
 
-    A step enters a child or judges a node, so 2N - 1 of them end in every tree.
+    A step enters a child or tests a node, so 2N - 1 of them end in every tree.
     """
     batch, num_nodes = round.tokens.shape
     nodes = torch.arange(num_nodes, device=round.tokens.device)
@@ -304,26 +305,26 @@ def traversal(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
         siblings = _pick(stack, here)
         waiting = (round.parents == here[:, None]) & ~entered
         child = waiting.int().argmax(1)
-        chance, drawn = acceptance(siblings, _at(round.tokens, child))
+        accept_prob, drawn = acceptance(siblings, _at(round.tokens, child))
         has_child = waiting.any(1) & ~done
         enters = has_child & drawn
         entered = entered | ((nodes == child[:, None]) & has_child[:, None])
 
-        judged = ~has_child & ~done
-        passed = judged & passes(round, here, chance_of(siblings))
-        failed = judged & ~passed
+        tested = ~has_child & ~done
+        passed = tested & passes(round, here, leaf_accept_prob(siblings))
+        failed = tested & ~passed
         done = done | passed
 
         parent = _at(round.parents, here).clamp(min=0)
         back = rejected(_pick(stack, parent), _at(round.tokens, here), round.replaces)
         following = torch.where(enters, child, torch.where(failed, parent, here))
-        after = _where(enters, first_of(round, child, chance), _where(failed, back, siblings))
+        after = _where(enters, first_of(round, child, accept_prob), _where(failed, back, siblings))
         _put(stack, following, after)
         here = following
     return here, next_token(round, here, _pick(stack, here))
 
 
-def typical(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
+def typical(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
     """LOSSY: a token stays if the target's probability of it exceeds min(epsilon, delta exp(-entropy)); deepest wins.
 
     Cai et al., "Medusa" (2024), section 2.3.1. Of equally deep paths the one whose last node comes first is taken.
@@ -344,7 +345,7 @@ def typical(round: Round) -> tuple[torch.Tensor, torch.Tensor]:
     return last, next_token(round, last, first_of(round, last, torch.ones_like(last).float()))
 
 
-RULES: dict[str, Callable[[Round], tuple[torch.Tensor, torch.Tensor]]] = {
+RULES: dict[str, Callable[[SampledRound], tuple[torch.Tensor, torch.Tensor]]] = {
     "coupled": coupled,
     "rejection": rejection,
     "block": block,

@@ -84,8 +84,8 @@ class _TracingSession(DraftSession):
         self._session.observe(tree, accepted)
         self._observed = time.perf_counter()
 
-    def heard(self, drafted: list[int], emitted: list[int]) -> None:
-        self._session.heard(drafted, emitted)
+    def observe_on_host(self, drafted: list[int], emitted: list[int]) -> None:
+        self._session.observe_on_host(drafted, emitted)
 
     def _rows(self, tree: DraftTree, paths: list, lengths: list, next_ids: list) -> Iterator[dict]:
         tokens, parents, depths = tree.tokens.tolist(), tree.parents.tolist(), tree.depth.tolist()
@@ -197,7 +197,7 @@ def replay(calls: TracedCall | Iterable[TracedCall], topology: Topology) -> Repl
     calls = [calls] if isinstance(calls, TracedCall) else list(calls)
     drawn = {line["sampling"] for call in calls for line in call.rounds} - {"none"}
     if drawn:
-        raise ValueError(f"replay: trees must be chosen without chance (sampling none), got {', '.join(sorted(drawn))}")
+        raise ValueError(f"replay: trees must be chosen without sampling (sampling none), got {', '.join(sorted(drawn))}")
     texts = [ranks for call in calls for ranks in call.ranks if ranks]
     if not texts:
         raise ValueError("replay: the trace must hold at least one round, got none")

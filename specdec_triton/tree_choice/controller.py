@@ -260,12 +260,12 @@ class _Seen:
         means, above = [], None
         # lists: of so few numbers, faster than arrays
         for start, tried, taken in zip(self._start.tolist(), self._tried.tolist(), self._taken.tolist(), strict=True):
-            expected = [chance * hoped for chance in start]
+            expected = [prob * hoped for prob in start]
             if above is not None:
                 # the prior's course from one depth to the next, from where the depth above has been found to be
                 expected = [
-                    CAUTION * mean * chance / before if before else 0.0
-                    for mean, chance, before in zip(means[-1], start, above, strict=True)
+                    CAUTION * mean * prob / before if before else 0.0
+                    for mean, prob, before in zip(means[-1], start, above, strict=True)
                 ]
                 expected = _at_most_1(expected)
             above = start
@@ -275,8 +275,8 @@ class _Seen:
             room = (1 - first) / (1 - expected[0]) if expected[0] < 1 else 1.0
             scale = PRIOR_WEIGHT * min(room, math.sqrt(fall * room))
             others = [
-                (hits + scale * chance) / (tries + PRIOR_WEIGHT)
-                for tries, hits, chance in zip(tried[1:], taken[1:], expected[1:], strict=True)
+                (hits + scale * prob) / (tries + PRIOR_WEIGHT)
+                for tries, hits, prob in zip(tried[1:], taken[1:], expected[1:], strict=True)
             ]
             means.append(_at_most_1([first, *others]))
         means = np.array(means).reshape(self._start.shape)
@@ -285,9 +285,9 @@ class _Seen:
         return means
 
 
-def _at_most_1(chances: list[float]) -> list[float]:
-    total = sum(chances)
-    return chances if total <= 1 else [chance / total for chance in chances]
+def _at_most_1(probs: list[float]) -> list[float]:
+    total = sum(probs)
+    return probs if total <= 1 else [prob / total for prob in probs]
 
 
 @lru_cache(maxsize=256)

@@ -85,8 +85,8 @@ class Search:
         self._tokens[0] = 1.0
         level, mass, first = np.array([0]), np.array([1.0]), 0  # the last level's nodes, likeliest first
         nodes, likeliest = level, mass
-        for limit, chances in enumerate(acceptance[:depth], start=1):
-            children = (mass[:, None] * chances).ravel()
+        for limit, by_rank in enumerate(acceptance[:depth], start=1):
+            children = (mass[:, None] * by_rank).ravel()
             order = np.argsort(-children, kind="stable")[: max_nodes - 1]
             self._parents.append(level[order // ranks])
             self._ranks.append(order % ranks)

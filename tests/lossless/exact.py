@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass
 class Tree:
-    """parents and tokens: N numbers. target and draft: N arrays [V]; draft None where tokens came without chance."""
+    """parents and tokens: N numbers. target and draft: N arrays [V]; draft None where tokens came without sampling."""
 
     parents: list
     tokens: list

@@ -19,24 +19,21 @@ from functools import cache
 from typing import Literal
 from weakref import WeakKeyDictionary
 
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from ._stats import Stats
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .engine.call import Call
 from .engine.generate import Generation
+from .engine.inputs import asked_assistance, check_call, check_drafter
 from .engine.stages import cannot_capture
 from .forward.checks import check_generate, check_supported, graph_hazard
-from .forward.preparation import is_neutral
-from .forward.versions import CACHE, warn_if_untested
+from .forward.versions import warn_if_untested
 from .forward.wrappers import unwrap
 from .options import Options, Seed, Tree, with_known_options
 from .tree_choice.costs import Costs
 
-ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
-MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "position_ids", "use_cache", CACHE}
 STATE = "_specdec_triton"  # a patched model's attribute
 
 _stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
@@ -110,18 +107,9 @@ def _checked(owner: str, model: PreTrainedModel, options: Options) -> Options:
     check_generate(model)
     check_supported(model)
     if options.drafter is not None:
-        _check_drafter(owner, model, options.drafter, options.rule, options.tree)
+        check_drafter(owner, model, options.drafter, options.rule, options.tree)
     _check_graphs(owner, model, options)
     return options
-
-
-def _check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: str | None, tree: Tree) -> None:
-    if tree == "auto" and not drafter.resizable:
-        raise ValueError(
-            f'{owner}: tree="auto" must have a drafter that drafts what it is asked for, got {type(drafter).__name__}: '
-            "give a tree, or for prompt lookup branches=1"
-        )
-    drafter.check(model, rule, None if tree == "auto" else tree)
 
 
 def _check_graphs(owner: str, model: PreTrainedModel, options: Options) -> None:
@@ -327,10 +315,10 @@ class SpeculativeGenerate:
         )
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        asked = _asked(generation_config, model_kwargs)
+        asked = asked_assistance(generation_config, model_kwargs)
         if asked:
             raise ValueError(f"SpeculativeGenerate: assistance must be given as its drafter, got {', '.join(asked)}")
-        _check_call(model, generation_config, {}, self.options)
+        check_call(model, generation_config, {}, self.options)
         warn_if_untested()
         check_supported(model)
         options = self.options if self.options.drafter else replace(self.options, drafter=NoDrafter())
@@ -343,7 +331,7 @@ class SpeculativeModel(GenerationMixin):
     """Mixed into the class of a patched model, before the class itself."""
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        asked, options = _asked(generation_config, generation_mode_kwargs), _current_options(self)
+        asked, options = asked_assistance(generation_config, generation_mode_kwargs), _current_options(self)
         if options is None or (not asked and options.drafter is None):
             return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         drafter = options.drafter
@@ -358,7 +346,7 @@ class SpeculativeModel(GenerationMixin):
                 f"generate: speculative decoding must run greedy search or sampling, got {generation_mode.value} "
                 f"(num_beams={generation_config.num_beams}): call it without assistance, or with num_beams=1"
             )
-        _check_call(self, generation_config, generation_mode_kwargs, options)
+        check_call(self, generation_config, generation_mode_kwargs, options)
 
     def _assisted_decoding(
         self,
@@ -429,119 +417,12 @@ def _is_ours(cls: type) -> bool:
     return cls.__bases__[0] is SpeculativeModel
 
 
-def _asked(generation_config: GenerationConfig, arguments: dict) -> list[str]:
-    """The assistance that a call asks for, by argument name."""
-    asked = [name for name in ("assistant_model", "assistant_tokenizer") if arguments.get(name) is not None]
-    for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"):
-        if getattr(generation_config, name, None) not in (None, False):
-            asked.append(name)
-    if getattr(generation_config, "speculation_type", None) not in (None, "assistant"):
-        asked.append("speculation_type")
-    return asked
-
-
-def _check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict, options: Options) -> None:
-    """Refuse, by name, what a speculative call cannot honour; override, with a warning, what the model's saved
-    generation config says about the cache."""
-    asked = _asked(config, arguments)
-    unsupported = sorted(set(asked) - set(ASSISTANCE))
-    if unsupported:
-        raise ValueError(
-            f"generate: assistance must be one of {', '.join(ASSISTANCE)} on a patched model, got "
-            f"{', '.join(unsupported)}: unpatch the model to use transformers' own"
-        )
-    if len(asked) > 1:
-        raise ValueError(f"generate: one kind of assistance must be asked for, got {', '.join(asked)}")
-    if config.do_sample and options.rule == "greedy":
-        raise ValueError(
-            'generate: rule must be None or a sampling rule with do_sample=True, got "greedy": set do_sample=False, or '
-            "patch the model with another rule"
-        )
-    if (config.num_beams or 1) > 1:
-        raise ValueError(
-            f"generate: num_beams must be 1 with speculative decoding, got {config.num_beams}: search beams without it"
-        )
-    for name, wanted, accepted in (
-        ("use_cache", "True", (True, None)),
-        ("cache_implementation", "None or 'dynamic'", (None, "dynamic", "dynamic_full")),
-    ):
-        value = getattr(config, name)
-        if value in accepted:
-            continue
-        if value != getattr(model.generation_config, name):
-            raise ValueError(
-                f"generate: {name} must be {wanted} with speculative decoding, got {value!r}: the cache is made here"
-            )
-        warnings.warn(
-            f"generate: {name}={value!r} of the model's generation config is not used with speculative decoding, which "
-            "makes its own cache",
-            stacklevel=4,
-        )
-        setattr(config, name, accepted[0])
-    for name in ("output_attentions", "output_hidden_states"):
-        if config.return_dict_in_generate and getattr(config, name):
-            raise ValueError(f"generate: {name} must be False with speculative decoding, got True")
-    if arguments.get("synced_gpus"):
-        raise ValueError("generate: synced_gpus must be False with speculative decoding, got True")
-
-
 def _speculate(
     model, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer=None
 ):
-    if not input_ids.shape[1]:
-        raise ValueError("generate: input_ids must hold a prompt with speculative decoding, got inputs_embeds alone")
-    model_kwargs.pop("tokenizer", None)  # the stopping criteria have it
-    unknown = sorted(
-        name for name, value in model_kwargs.items() if name not in MODEL_ARGUMENTS and not is_neutral(name, value)
-    )
-    if unknown:
-        raise ValueError(
-            f"generate: model arguments must be among {', '.join(sorted(MODEL_ARGUMENTS))} with speculative decoding, "
-            f"got {', '.join(unknown)}: images and other media are decoded without speculation"
-        )
-    embeds = model_kwargs.get("inputs_embeds")
-    if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
-        raise ValueError(
-            f"generate: inputs_embeds must be those of the {input_ids.shape[1]} input_ids with speculative decoding, "
-            f"got {embeds.shape[1]}"
-        )
-    model_kwargs[CACHE] = _callers_cache(model_kwargs.get(CACHE), input_ids)
-    rule = (options.rule or "coupled") if generation_config.do_sample else "greedy"
-    _check_drafter("generate", model, options.drafter, rule, options.tree)
     call = Call.of(
-        model,
-        replace(options, rule=rule),
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        streamer,
-        model_kwargs,
+        model, options, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
     )
     generation = Generation(call)
     _stats[model] = generation.stats
     return generation.run()
-
-
-def _callers_cache(cache, input_ids) -> DynamicCache | None:
-    """The cache that the caller gave, if it can be used; None: `generate` made it.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if cache is None or not getattr(cache, "_is_user_defined", False):
-        return None
-    known = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
-    layers = cache.layers if known else []
-    if not known or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        raise ValueError(
-            f"generate: {CACHE} must be None or a DynamicCache of keys and values with speculative decoding, got "
-            f"{type(cache).__name__}"
-        )
-    held, columns = cache.get_seq_length(), input_ids.shape[1]
-    if held >= columns:
-        raise ValueError(
-            f"generate: {CACHE} must hold fewer columns than the {columns} of input_ids, the whole conversation, got "
-            f"{held}: crop it to what both have in common"
-        )
-    return cache

@@ -97,7 +97,7 @@ def test_drawn_trees_carry_their_entropy_and_are_not_replayed(pair, tmp_path):
     decode(target, TracingDrafter(sdt.ModelDrafter(draft, tree=WIDE), file), tokens=8, **options)
     row = json.loads(file.read_text().splitlines()[1])["rows"][0]
     assert len(row["entropy"]) == 10 and 0 < row["entropy"][0] < 6  # the nodes that have children
-    with pytest.raises(ValueError, match=r"replay: trees must be chosen without sampling .* got without"):
+    with pytest.raises(ValueError, match=r"replay: trees must be chosen without sampling, got without"):
         replay(read_trace(file), WIDE)
 
 

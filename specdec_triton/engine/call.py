@@ -15,7 +15,7 @@ from ..ops.filters import Filters
 from ..options import Options
 from ..processors.device import is_vectorised
 from ..processors.host import check_stateless, split_processors
-from .inputs import left_padding, row_seeds_of
+from .inputs import callers_cache, check_drafter, check_model_arguments, left_padding, row_seeds_of
 from .stages import cannot_capture
 
 ONE_CHOICE_RULES = ("greedy", "coupled")  # which look at one node of each depth
@@ -82,7 +82,7 @@ class Call:
 
         Args:
             model: the target.
-            options: what the caller of `patch` asked for, with a drafter, and with a rule if the call samples.
+            options: those that the caller of `patch` asked for, with a drafter.
             input_ids: [B, T] int64.
             logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as `generate` prepared them.
 
@@ -90,6 +90,11 @@ class Call:
             ValueError: a batch that is padded elsewhere than on the left, or an argument that speculation cannot
                 honour.
         """
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "tokenizer"}  # criteria have it
+        check_model_arguments(input_ids, model_kwargs)
+        model_kwargs[CACHE] = callers_cache(model_kwargs.get(CACHE), input_ids)
+        rule = (options.rule or "coupled") if generation_config.do_sample else "greedy"
+        check_drafter("generate", model, options.drafter, rule, options.tree)
         # both may have changed since `patch`
         check_forward(model, "the model")
         check_attention(model, "the model")
@@ -100,14 +105,14 @@ class Call:
             )
         input_ids = input_ids.to(model.device).long()
         batch, prompt_length = input_ids.shape
-        rule, seeds, filters, warpers, processors = "greedy", None, Filters(), LogitsProcessorList(), logits_processor
+        seeds, filters, warpers, processors = None, Filters(), LogitsProcessorList(), logits_processor
         if generation_config.do_sample:
             if (generation_config.temperature or 1.0) < LEAST_TEMPERATURE:
                 raise ValueError(
                     f"generate: temperature must be at least {LEAST_TEMPERATURE} with speculative decoding, got "
                     f"{generation_config.temperature}: logits divided by it would overflow; use do_sample=False"
                 )
-            rule, seeds = options.rule, row_seeds_of(options.seed, batch).to(model.device)
+            seeds = row_seeds_of(options.seed, batch).to(model.device)
             processors, filters, warpers = split_processors(logits_processor, batch, model.device)
         if rule not in ONE_CHOICE_RULES:
             check_stateless(processors, rule)

@@ -1,10 +1,142 @@
-"""What a call brings, checked: where its rows begin, and their seeds."""
+"""The arguments of a `generate` call: which are refused by name, and the tensors made of them."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..drafters import Drafter
+from ..forward.preparation import is_neutral
+from ..forward.versions import CACHE
 from ..ops.noise import row_seeds
+from ..options import Options, Tree
+
+ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
+MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "position_ids", "use_cache", CACHE}
+
+
+def asked_assistance(generation_config: GenerationConfig, arguments: dict) -> list[str]:
+    """The assistance that a call asks for, by argument name."""
+    asked = [name for name in ("assistant_model", "assistant_tokenizer") if arguments.get(name) is not None]
+    for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"):
+        if getattr(generation_config, name, None) not in (None, False):
+            asked.append(name)
+    if getattr(generation_config, "speculation_type", None) not in (None, "assistant"):
+        asked.append("speculation_type")
+    return asked
+
+
+def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict, options: Options) -> None:
+    """Refuse, by name, options of the call that speculation cannot honour. Options of the cache that the model's saved
+    generation config has are overridden, with a warning.
+
+    Raises:
+        ValueError: names the option.
+    """
+    asked = asked_assistance(config, arguments)
+    unsupported = sorted(set(asked) - set(ASSISTANCE))
+    if unsupported:
+        raise ValueError(
+            f"generate: assistance must be one of {', '.join(ASSISTANCE)} on a patched model, got "
+            f"{', '.join(unsupported)}: unpatch the model to use transformers' own"
+        )
+    if len(asked) > 1:
+        raise ValueError(f"generate: one kind of assistance must be asked for, got {', '.join(asked)}")
+    if config.do_sample and options.rule == "greedy":
+        raise ValueError(
+            'generate: rule must be None or a sampling rule with do_sample=True, got "greedy": set do_sample=False, or '
+            "patch the model with another rule"
+        )
+    if (config.num_beams or 1) > 1:
+        raise ValueError(
+            f"generate: num_beams must be 1 with speculative decoding, got {config.num_beams}: search beams without it"
+        )
+    for name, wanted, accepted in (
+        ("use_cache", "True", (True, None)),
+        ("cache_implementation", "None or 'dynamic'", (None, "dynamic", "dynamic_full")),
+    ):
+        value = getattr(config, name)
+        if value in accepted:
+            continue
+        if value != getattr(model.generation_config, name):
+            raise ValueError(
+                f"generate: {name} must be {wanted} with speculative decoding, got {value!r}: the cache is made here"
+            )
+        warnings.warn(
+            f"generate: {name}={value!r} of the model's generation config is not used with speculative decoding, which "
+            "makes its own cache",
+            stacklevel=4,
+        )
+        setattr(config, name, accepted[0])
+    for name in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, name):
+            raise ValueError(f"generate: {name} must be False with speculative decoding, got True")
+    if arguments.get("synced_gpus"):
+        raise ValueError("generate: synced_gpus must be False with speculative decoding, got True")
+
+
+def check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: str | None, tree: Tree) -> None:
+    """Refuse a drafter that cannot draft for this model, rule and tree.
+
+    Raises:
+        ValueError: names `owner` or the drafter.
+    """
+    if tree == "auto" and not drafter.resizable:
+        raise ValueError(
+            f'{owner}: tree="auto" must have a drafter that drafts what it is asked for, got {type(drafter).__name__}: '
+            "give a tree, or for prompt lookup branches=1"
+        )
+    drafter.check(model, rule, None if tree == "auto" else tree)
+
+
+def check_model_arguments(input_ids: torch.Tensor, model_kwargs: dict) -> None:
+    """Refuse arguments of the forward that speculation cannot pass on.
+
+    Raises:
+        ValueError: there is no prompt, an unknown argument has a meaning, or `inputs_embeds` is not `input_ids`' own.
+    """
+    if not input_ids.shape[1]:
+        raise ValueError("generate: input_ids must hold a prompt with speculative decoding, got inputs_embeds alone")
+    unknown = sorted(
+        name for name, value in model_kwargs.items() if name not in MODEL_ARGUMENTS and not is_neutral(name, value)
+    )
+    if unknown:
+        raise ValueError(
+            f"generate: model arguments must be among {', '.join(sorted(MODEL_ARGUMENTS))} with speculative decoding, "
+            f"got {', '.join(unknown)}: images and other media are decoded without speculation"
+        )
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
+        raise ValueError(
+            f"generate: inputs_embeds must be those of the {input_ids.shape[1]} input_ids with speculative decoding, "
+            f"got {embeds.shape[1]}"
+        )
+
+
+def callers_cache(cache, input_ids) -> DynamicCache | None:
+    """The cache that the caller gave, if it can be used; None: `generate` made it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if cache is None or not getattr(cache, "_is_user_defined", False):
+        return None
+    known = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+    layers = cache.layers if known else []
+    if not known or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise ValueError(
+            f"generate: {CACHE} must be None or a DynamicCache of keys and values with speculative decoding, got "
+            f"{type(cache).__name__}"
+        )
+    held, columns = cache.get_seq_length(), input_ids.shape[1]
+    if held >= columns:
+        raise ValueError(
+            f"generate: {CACHE} must hold fewer columns than the {columns} of input_ids, the whole conversation, got "
+            f"{held}: crop it to what both have in common"
+        )
+    return cache
 
 
 def row_seeds_of(seed: int | Sequence[int] | None, batch: int) -> torch.Tensor:

@@ -197,7 +197,7 @@ def replay(calls: TracedCall | Iterable[TracedCall], topology: Topology) -> Repl
     calls = [calls] if isinstance(calls, TracedCall) else list(calls)
     drawn = {line["sampling"] for call in calls for line in call.rounds} - {"none"}
     if drawn:
-        raise ValueError(f"replay: trees must be chosen without sampling (sampling none), got {', '.join(sorted(drawn))}")
+        raise ValueError(f"replay: trees must be chosen without sampling, got {', '.join(sorted(drawn))}")
     texts = [ranks for call in calls for ranks in call.ranks if ranks]
     if not texts:
         raise ValueError("replay: the trace must hold at least one round, got none")

@@ -51,7 +51,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton's first import
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-from specdec_triton.tools import calibration  # noqa: E402
+from specdec_triton.tools import calibration, roofline  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +300,7 @@ class Bench:
             method, times = calibration.timed(provider.call, sets, self.device, self.seconds, graph=False)
             method += ", since it cannot be captured"
         p20, p50, p80 = (1e6 * quantile for quantile in calibration.quantiles(times))
-        floor = 1e6 * calibration.floor_seconds(self.ceilings, nbytes, flops)
+        floor = 1e6 * roofline.floor_seconds(self.ceilings, nbytes, flops)
         return {
             "method": method,
             "calls": len(times),

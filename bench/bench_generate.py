@@ -39,6 +39,7 @@ from _rows import CONTROLLED, REPLAYED, RESULTS
 import specdec_triton as sdt
 from specdec_triton.engine.generate import WORTH_CAPTURING
 from specdec_triton.tools import calibration, profiling
+from specdec_triton.tools.roofline import efficiency_bytes, floor_seconds, shape_of
 
 GAP = 1.0  # logits
 SEEDS, NEAR = 5, 0.05  # tried for the oracle; how near to the wanted or replayed acceptance length is enough
@@ -502,9 +503,9 @@ def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates:
     round_seconds = case.batch * new_tokens(case) / statistics.median(rates) / max(rounds, 1)
     context = case.context + sum(case.tokens) / 2
     forwards = DRAFT_TOKENS if way.draft is not None else 0
-    nbytes = profiling.efficiency_bytes(target, case.batch, context, way.draft, forwards)
+    nbytes = efficiency_bytes(shape_of(target), case.batch, context, way.draft and shape_of(way.draft), forwards)
     found["round_ms"] = round(1e3 * round_seconds, 4)
-    found["eta"] = round(calibration.floor_seconds(bench.ceilings, nbytes) / round_seconds, 4)
+    found["eta"] = round(floor_seconds(bench.ceilings, nbytes) / round_seconds, 4)
     if way.ours and bench.device.type == "cuda" and case.batch <= PROFILED_BATCH:
         long = case.tokens[1]
         calls = [functools.partial(way.call, tokens) for tokens in (long, min(PROFILED_TOKENS, long))]

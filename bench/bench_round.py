@@ -17,6 +17,7 @@ from _rows import CONTROLLED
 from bench_generate import EAGER_ROUNDS, GRAPHS, Case, check, make_oracle, make_way, pair, plain_text
 
 from specdec_triton.tools import profiling
+from specdec_triton.tools.roofline import efficiency_bytes, round_work, shape_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,8 @@ def profiled(bench: Bench, cell: Cell, case: Case, way, target) -> dict:
     calls = [functools.partial(way.call, tokens) for tokens in (cell.tokens, cell.tokens // 2)]
     seen = profiling.profile_rounds(calls[0], bench.device, shorter=calls[1])
     context = cell.context + cell.tokens / 2
-    work = profiling.round_work(target, cell.batch, cell.nodes, context)
-    nbytes = profiling.efficiency_bytes(target, cell.batch, context)
+    work = round_work(shape_of(target), cell.batch, cell.nodes, context)
+    nbytes = efficiency_bytes(shape_of(target), cell.batch, context)
     found["stages"] = profiling.stage_rows(seen, work, bench.ceilings)
     return found | profiling.summary_row(seen, nbytes, bench.ceilings)
 

@@ -17,6 +17,7 @@ from _common import Bench, Provider, absent_unless_importable
 
 from specdec_triton import ops
 from specdec_triton.ops.reference import visible_slots
+from specdec_triton.tools.roofline import attention_work
 from specdec_triton.tree import DraftTree, Topology
 
 # B, Hq, Hkv, D, context, N: Llama 3.1 8B's heads; then Gemma 2's head dim, plain multi-head attention, batches
@@ -46,11 +47,9 @@ def make_inputs(batch, query_heads, kv_heads, head_dim, context, nodes, dtype, d
     return {"query": query, "key": key, "value": value, "packed_tree": tree.pack(torch.zeros_like(length), length)}
 
 
-def least_work(batch, query_heads, kv_heads, head_dim, context, nodes, dtype) -> dict[str, int]:
-    """Bytes of keys, values, queries and outputs, each moved once, and floating-point operations of both products."""
-    keys = batch * (context + nodes)
-    nbytes = dtype.itemsize * head_dim * (2 * keys * kv_heads + 2 * batch * nodes * query_heads)
-    return {"nbytes": nbytes, "flops": 4 * keys * nodes * query_heads * head_dim}
+def least_work(batch, query_heads, kv_heads, head_dim, context, nodes, dtype) -> dict[str, float]:
+    """`nbytes` and `flops`."""
+    return attention_work(batch, query_heads, kv_heads, head_dim, context, nodes, dtype.itemsize)._asdict()
 
 
 def dtype_of(device: torch.device) -> tuple[str, torch.dtype]:

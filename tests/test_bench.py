@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specdec_triton import ops
-from specdec_triton.tools import calibration
+from specdec_triton.tools import calibration, roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -228,7 +228,7 @@ def test_ceilings_are_kept_for_an_hour_on_the_same_machine(tmp_path, monkeypatch
 
 
 def test_clocks_quantiles_and_floors():
-    clocked, quantiles, floor_seconds = calibration.clocked, calibration.quantiles, calibration.floor_seconds
+    clocked, quantiles, floor_seconds = calibration.clocked, calibration.quantiles, roofline.floor_seconds
     assert quantiles([3.0]) == (3.0, 3.0, 3.0) and quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
     assert floor_seconds(CEILINGS, 4e10, 1e11) == 2.0 and floor_seconds(CEILINGS, 0, 5e11) == 5.0
     calls = []

@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 from specdec_triton.tools import cli, plan
-from specdec_triton.tools.gpus import CARDS
-from specdec_triton.tools.plan import Ceilings, Engine, Request, datasheet
+from specdec_triton.tools.plan import Engine, Request
+from specdec_triton.tools.roofline import CARDS, Ceilings, datasheet
 from specdec_triton.tree_choice.costs import Costs
 from specdec_triton.tree_choice.search import LADDER
 
@@ -16,7 +16,7 @@ H100 = datasheet("h100", "bf16")
 
 
 def shape(name):
-    return plan.shape_of(plan.load_config(name), name)
+    return plan.planned_shape(plan.load_config(name), name)
 
 
 def engine(batch=1, context=0, bits=16, draft_bits=16, overhead=0.0):
@@ -237,8 +237,8 @@ def test_calibration_and_config_file(tmp_path, capsys):
     assert cli.main([*command, "--calibration", str(file), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert "measured on NVIDIA H100" in report["ceilings"] and "3.00 TB/s" in report["ceilings"]
-    weights, kv = 2 * shape("llama-3.1-8b").weights, 2049 * 128 * 1024
-    assert report["plain_seconds"] == pytest.approx((weights + kv) / 3e12 + 32 * 10 * 0.5e-6)
+    weights, kv, logits = 2 * shape("llama-3.1-8b").weights, 2049 * 128 * 1024, 2 * 128256
+    assert report["plain_seconds"] == pytest.approx((weights + kv + logits) / 3e12 + 32 * 10 * 0.5e-6)
     assert cli.main(command) == 0
     assert "datasheet of H100" in capsys.readouterr().out
     assert cli.main([*command[:-3], "l4", "--acceptance", "0.6", "--calibration", str(file)]) == 2

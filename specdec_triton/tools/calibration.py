@@ -148,15 +148,3 @@ def _queueing_clock(call: Callable, inputs: Any) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return _host_clock(call, inputs)
-
-
-def floor_seconds(ceilings: dict[str, float], nbytes: float, flops: float = 0) -> float:
-    """The least time in which so much can be moved and computed.
-
-    Args:
-        ceilings: from `calibrate`.
-        nbytes: that must be read or written once.
-        flops: that must be computed.
-    """
-    bandwidth = max(ceilings["copy_bytes_s"], ceilings["read_bytes_s"])
-    return max(nbytes / bandwidth, flops / ceilings["matmul_flops_s"])

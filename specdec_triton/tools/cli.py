@@ -23,7 +23,7 @@ from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
 from . import inspection, models, plan, profiling, prompts
 from .calibration import calibrate
 from .check_distribution import exact_law, prove
-from .gpus import CARDS
+from .roofline import CARDS, efficiency_bytes, round_work, shape_of
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "gguf", "platformdirs", "rich")
 PROMPT_LOOKUP = 10
@@ -276,8 +276,9 @@ def _profile_report(model, draft, found: profiling.Profile, prompt_length: int) 
     context = prompt_length + stats.emitted / 2
     forwards = found.depth if draft else 0.0
     # both drafters make chains, whose accepted keys are in place
-    work = profiling.round_work(model, 1, found.nodes, context, draft=draft, draft_forwards=forwards)
-    nbytes = profiling.efficiency_bytes(model, 1, context, draft, forwards)
+    target, draft = shape_of(model), draft and shape_of(draft)
+    work = round_work(target, 1, found.nodes, context, draft=draft, draft_forwards=forwards)
+    nbytes = efficiency_bytes(target, 1, context, draft, forwards)
     report = {
         "device": _describe(found.device),
         **{name: _version(name) for name in ("torch", "triton", "transformers")},
@@ -400,7 +401,7 @@ def _add_plan(commands) -> None:
     planner.add_argument(
         "--overhead-us", type=_positive, default=0.0, metavar="US", help="of a round, beside its forwards (%(default)s)"
     )
-    planner.add_argument("--calibration", type=pathlib.Path, metavar="FILE", help="of bench/calibrate.py")
+    planner.add_argument("--calibration", type=pathlib.Path, metavar="FILE", help="of specdec_triton.tools.calibration")
     planner.add_argument("--json", action="store_true", help="on standard output, nothing else")
     planner.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="speedup against acceptance, by batch")
     planner.set_defaults(run=_plan)

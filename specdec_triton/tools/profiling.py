@@ -18,13 +18,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from ..engine.generate import Generation
 from ..engine.round import Round as EngineRound
 from ..engine.stages import Stages
-from .calibration import floor_seconds, quantiles
+from .calibration import quantiles
 from .host_sync import HostWaits, count_host_reads, time_host_waits
+from .roofline import Work, floor_seconds
 
 STAGES = ("draft", "verify", "accept", "compact", "emit")
 LABEL = "round: "  # before a stage's name in traces
@@ -383,99 +383,12 @@ def _millijoules(device: torch.device) -> int | None:
     return None if failed else count.value
 
 
-@dataclass(frozen=True)
-class Work:
-    """The least that a stage of one round must move and compute."""
-
-    nbytes: float = 0.0
-    flops: float = 0.0
-
-
-def streamed_weights(model: PreTrainedModel) -> tuple[int, int]:
-    """(bytes, numbers) of the weights that a forward of a dense model reads whole: all but an input embedding that is
-    not the head as well."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    left_out = {id(parameter) for parameter in embedding.parameters()}
-    left_out -= {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    kept = [parameter for parameter in model.parameters() if id(parameter) not in left_out]
-    return sum(p.numel() * p.element_size() for p in kept), sum(p.numel() for p in kept)
-
-
-def kv_bytes(model: PreTrainedModel) -> int:
-    """Bytes of keys and values that one token adds, all layers."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * _head_dim(config) * model.dtype.itemsize
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def forward_work(model: PreTrainedModel, batch: int, nodes: float, context: float) -> Work:
-    """One forward of `nodes` rows a sequence over `context` tokens: weights and keys read once, logits written."""
-    config = model.config.get_text_config()
-    nbytes, numbers = streamed_weights(model)
-    rows = batch * nodes
-    attention = 4 * rows * (context + nodes) * config.num_hidden_layers * config.num_attention_heads * _head_dim(config)
-    return Work(
-        nbytes + batch * (context + nodes) * kv_bytes(model) + rows * config.vocab_size * model.dtype.itemsize,
-        2 * rows * numbers + attention,
-    )
-
-
-def round_work(
-    model: PreTrainedModel,
-    batch: int,
-    nodes: float,
-    context: float,
-    accepted: float = 0.0,
-    draft: PreTrainedModel | None = None,
-    draft_forwards: float = 0.0,
-) -> dict[str, Work]:
-    """The floor of every stage of a round of dense models.
-
-    Args:
-        model: the target.
-        batch: B.
-        nodes: N, the root included.
-        context: tokens in the cache, on average.
-        accepted: draft tokens accepted a sequence, whose keys and values move; 0 where paths are in place (a chain).
-        draft: the draft model, and how often it runs in a round. None: drafting costs nothing.
-    """
-    logits = batch * nodes * model.config.get_text_config().vocab_size * model.dtype.itemsize
-    drafting = Work()
-    if draft is not None:
-        one = forward_work(draft, batch, 1, context)
-        drafting = Work(draft_forwards * one.nbytes, draft_forwards * one.flops)
-    return {
-        "draft": drafting,
-        "verify": forward_work(model, batch, nodes, context),
-        "accept": Work(logits),
-        "compact": Work(2 * batch * accepted * kv_bytes(model)),
-        "emit": Work(),
-    }
-
-
-def efficiency_bytes(
-    model: PreTrainedModel,
-    batch: int,
-    context: float,
-    draft: PreTrainedModel | None = None,
-    draft_forwards: float = 0.0,
-) -> float:
-    """What the round efficiency counts: the target's weights, its keys and values, and the draft's weights once for
-    each of its forwards."""
-    drafting = 0 if draft is None else draft_forwards * streamed_weights(draft)[0]
-    return streamed_weights(model)[0] + batch * context * kv_bytes(model) + drafting
-
-
 def stage_rows(found: Profile, work: dict[str, Work], ceilings: dict[str, float]) -> dict[str, dict[str, float]]:
     """By stage: us and host_us (medians), bytes, flops, and floor_us, the least time that the ceilings allow.
 
     Args:
         found: from `profile_rounds`.
-        work: from `round_work`.
+        work: from `roofline.round_work`.
         ceilings: from `calibrate`.
     """
     return {
@@ -495,7 +408,7 @@ def summary_row(found: Profile, nbytes: float, ceilings: dict[str, float]) -> di
 
     Args:
         found: from `profile_rounds`.
-        nbytes: from `efficiency_bytes`.
+        nbytes: from `roofline.efficiency_bytes`.
         ceilings: from `calibrate`.
     """
     p20, p50, p80 = quantiles(found.round_seconds())

@@ -8,7 +8,7 @@
    may differ where the target's logits are near-ties (see bench_generate).
 4. recovery: after a capture that failed on purpose, the stream, the allocator, the random generator and the next call.
 
-Rehearsed on a CPU, rounds are captured by the tests' simulated graphs.
+Rehearsed on a CPU, rounds are captured by simulated graphs.
 """
 
 import contextlib
@@ -32,12 +32,8 @@ from bench_tree_attention import LLAMA, TOLERANCE
 import specdec_triton as sdt
 from specdec_triton import ops
 from specdec_triton.engine import graphs
-
-sys.path.insert(0, str(ROOT / "tests"))
-from families import NEVER, build, prompt  # noqa: E402
-from test_families import perturbed  # noqa: E402
-from test_generate import TREES, oracle  # noqa: E402
-from test_kernel_tree_attention import random_trees  # noqa: E402
+from specdec_triton.tools import support
+from specdec_triton.tree import DraftTree
 
 TESTS = ("kernel_compact_kv", "kernel_accept_greedy", "kernel_accept_sample", "kernel_tree_attention", "library")
 TESTS = [f"tests/test_{name}.py" for name in (*TESTS, "families")]
@@ -45,6 +41,9 @@ PROCESSES, TESTS_SECONDS = 14, 120
 SUMMARY = re.compile(r"\d+ (passed|failed|errors?|tests? collected)|\d+/\d+ tests collected")
 TOKENS = 48
 FEW_TOKENS = 28  # on a CPU
+MODELS = {"llama": "LlamaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gpt_oss": "GptOssForCausalLM"}
+SEED = 2  # of weights whose greedy texts have no near tie
+TREE = sdt.Topology.from_widths([3, 2, 1])
 DRAFTERS = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early", "skip")
 SAMPLED = (("do_sample", True), ("temperature", 0.8))
 FILTERED = (*SAMPLED, ("top_k", 20), ("top_p", 0.9), ("min_p", 0.02))
@@ -150,7 +149,9 @@ def attention(device: torch.device, case: Case) -> dict:
         torch.randn(2, size, heads, dim, device=device, generator=random).to(dtype).transpose(1, 2)
         for size, heads in ((nodes, query_heads), (slots, kv_heads), (slots, kv_heads))
     )
-    tree = random_trees(2, nodes, torch.Generator().manual_seed(1))
+    parents = (torch.rand(2, nodes, generator=torch.Generator().manual_seed(1)) * torch.arange(nodes)).int()
+    parents[:, 0] = -1
+    tree = DraftTree.from_parents(torch.zeros(2, nodes, dtype=torch.int64), parents)
     packed = tree.pack(torch.tensor([0, 7]), torch.tensor([slots - nodes, slots // 3])).to(device)
 
     def call(impl: str = "triton") -> torch.Tensor:
@@ -181,22 +182,30 @@ def attention(device: torch.device, case: Case) -> dict:
     return {"said": f"worst difference {worst:.1e}"}
 
 
-def capturable(model):
-    """The model, its experts, if it has any, as one product: in fp32 a grouped one cannot be captured."""
-    if any("grouped_mm" == experts for experts in model.get_experts_implementation().values()):
-        model.set_experts_implementation("batched_mm")
+def made(family: str, device: torch.device, noise: float = 0.0):
+    """A tiny model; with noise on its weights, a draft that is sometimes right."""
+    model = support.build(support.Kind(family, MODELS[family], "causal"), SEED)
+    model = support.noisy(model, noise).to(device)
+    if family == "gemma2":
+        model.set_attn_implementation("eager")  # some releases drop the softcap under sdpa
+    if "grouped_mm" in model.get_experts_implementation().values():
+        model.set_experts_implementation("batched_mm")  # in fp32 a grouped product cannot be captured
     return model
 
 
+def oracle(plain: torch.Tensor, errors: float = 0.3) -> sdt.OracleDrafter:
+    return sdt.OracleDrafter(torch.nn.functional.pad(plain, (0, TOKENS)), errors, tree=TREE)
+
+
 def drafter_of(name: str, family: str, plain: torch.Tensor) -> sdt.Drafter | None:
-    """Draft models are the target with some noise: they are sometimes right."""
+    draft = functools.partial(made, family, plain.device, 0.05)
     return {
         "none": lambda: None,
-        "model": lambda: sdt.ModelDrafter(capturable(perturbed(family)), num_tokens=3),
-        "tree": lambda: sdt.ModelDrafter(capturable(perturbed(family)), tree=TREES["wide"]),
-        "dynamic": lambda: sdt.ModelDrafter(capturable(perturbed(family)), tree=sdt.DynamicTree(9, 3, 3)),
+        "model": lambda: sdt.ModelDrafter(draft(), num_tokens=3),
+        "tree": lambda: sdt.ModelDrafter(draft(), tree=TREE),
+        "dynamic": lambda: sdt.ModelDrafter(draft(), tree=sdt.DynamicTree(9, 3, 3)),
         "lookup": lambda: sdt.PromptLookupDrafter(branches=2),
-        "oracle": lambda: oracle(plain, tree=TREES["wide"]),
+        "oracle": lambda: oracle(plain),
         "early": lambda: sdt.EarlyExitDrafter(1, num_tokens=3),
         "skip": lambda: sdt.EarlyExitDrafter(skip=[1], num_tokens=3),
     }[name]()
@@ -209,9 +218,9 @@ def tokens_on(device: torch.device) -> int:
 @functools.lru_cache(maxsize=1)
 def target_of(family: str, device: torch.device) -> tuple:
     """The model, arguments of `generate`, and the greedy text of transformers."""
-    model = capturable(build(family).to(device))
-    inputs = {name: tensor.to(device) for name, tensor in prompt(batch=3).items()}
-    inputs |= {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": tokens_on(device)}
+    model = made(family, device)
+    inputs = {name: tensor.to(device) for name, tensor in support.padded_prompt(3).items()}
+    inputs |= support.GREEDY | {"max_new_tokens": tokens_on(device)}
     return model, inputs, model.generate(**inputs)
 
 
@@ -254,11 +263,7 @@ def rounded_text(device: torch.device, case: Case) -> dict:
     ids = prompts(2, 40, target.config.vocab_size, device)
     inputs = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": tokens_on(device)}
     plain = target.generate(ids, **inputs)
-    drafter = {
-        "none": lambda: None,
-        "tree": lambda: sdt.ModelDrafter(draft, tree=TREES["wide"]),
-        "oracle": lambda: oracle(plain, 0.2, tree=TREES["wide"]),
-    }[case.drafter]()
+    drafter = {"none": None, "tree": sdt.ModelDrafter(draft, tree=TREE), "oracle": oracle(plain, 0.2)}[case.drafter]
     found = target.generate(ids, **inputs, custom_generate=sdt.SpeculativeGenerate(drafter=drafter))
     said = graphs_said(sdt.stats(target))["said"]
     compared = check(target, found, plain, ids.shape[1])

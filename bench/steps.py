@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 
-from _common import DEAD, INTERPRETED, ROOT
+from _common import DEAD
 from _rows import COMPILED
 
 QUICK = ("--seconds", "0.05")
@@ -54,15 +54,10 @@ def main() -> int:
     options = parser.parse_args()
     if (options.part is None) == (options.step is None):
         parser.error("give first, second or rest, or steps")
-    if options.rehearse and INTERPRETED:
-        sys.path.append(str(ROOT / "tests"))
-        from quick_interpreter import quicken
-
-        quicken()
     until, steps = time.perf_counter() + options.budget, options.step or STEPS[options.part]
     shared = sum(share for _, _, share in steps)
     common = ["--out", str(options.out), *(["--rehearse"] if options.rehearse else [])]
-    counts, status = Counts(), run("calibrate", common[:2])
+    counts, status = Counts(), run("specdec_triton.tools.calibration", common[:2])
     for script, arguments, share in steps:
         budget = max(0.0, until - time.perf_counter()) * share / shared
         shared -= share

@@ -5,13 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _goals
+import _rows
 import pytest
+import report
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-import _goals  # noqa: E402
-import _rows  # noqa: E402
-import report  # noqa: E402
 
 ORIGIN = {"device": "Card 1", "driver": "1", "torch": "2", "triton": "3", "transformers": "5", "commit": "abc"}
 ORIGIN |= {"date": "2026-01-01T00:00:00+00:00"}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _rows
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -16,8 +17,6 @@ import tiny
 from specdec_triton.tools import cli, models
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-import _rows  # noqa: E402
 
 FIRST = ("correct", "calls", "tree_attention", "accept", "accept_sample", "compact", "round")
 SECOND = ("generate", "tree_attention compiled")

@@ -1,11 +1,22 @@
 """Clocks, and the ceilings of the machine in hand as they measure them: no fraction is quoted of a datasheet.
 
+    python -m specdec_triton.tools.calibration [--out FOLDER]  # writes calibration.json
+    python -m specdec_triton.tools.calibration --where  # prints the folder under bench/results of this machine's rows
+
+Ceilings are bandwidth of reads and copies, matrix products, launches, graph replays and host reads. The benches quote
+fractions of those in `calibration.json` if it is less than an hour old.
+
 On a GPU a call is timed in a captured CUDA graph that runs once over all sets of inputs, or, where it waits for the
 host, between CUDA events; on a CPU by the host's clock.
 """
 
+import argparse
+import datetime
 import functools
+import json
+import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +24,9 @@ from typing import Any
 import torch
 
 from ..engine.graphs import capture
+from .provenance import provenance, results_folder
+
+FILE, HOURS = "calibration.json", 1
 
 BUSY_CYCLES = 100_000  # some 50 us, longer than it takes to launch a graph
 EAGER_LAUNCHES = 200  # queued in one go: far fewer than a stream holds before it makes the host wait
@@ -148,3 +162,39 @@ def _queueing_clock(call: Callable, inputs: Any) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return _host_clock(call, inputs)
+
+
+def ceilings(device: torch.device, folder: pathlib.Path | None = None) -> dict[str, float]:
+    """This machine's ceilings: read from `FILE` in the folder if it is of this machine and fresh, else measured now and
+    written there."""
+    file, origin = folder and folder / FILE, provenance(device)
+    if file and file.exists():
+        found = json.loads(file.read_text())
+        age = datetime.datetime.fromisoformat(origin["date"]) - datetime.datetime.fromisoformat(found["date"])
+        same = all(found[name] == origin[name] for name in ("device", "driver"))
+        if same and age < datetime.timedelta(hours=HOURS):
+            return found["ceilings"]
+    measured = calibrate(device)
+    if file:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"ceilings": measured, **origin}, indent=1) + "\n")
+    return measured
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, help="folder (default: bench/results/DEVICE)")
+    parser.add_argument("--where", action="store_true", help="print that folder, measure nothing")
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = options.out or results_folder(device)
+    if options.where:
+        print(folder)
+        return 0
+    (folder / FILE).unlink(missing_ok=True)
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in ceilings(device, folder).items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

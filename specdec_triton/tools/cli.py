@@ -1,7 +1,6 @@
 """The command `specdec-triton`: demo, generate, prove, bench, profile, inspect, plan, models, doctor."""
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import pathlib
@@ -23,9 +22,11 @@ from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
 from . import inspection, models, plan, profiling, prompts
 from .calibration import calibrate
 from .check_distribution import exact_law, prove
+from .provenance import version
 from .roofline import CARDS, efficiency_bytes, round_work, shape_of
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "gguf", "platformdirs", "rich")
+MISSING = "not installed"
 PROMPT_LOOKUP = 10
 INTERRUPTED = 130
 PROOF_ROWS = 500  # sampled in a batch
@@ -281,7 +282,7 @@ def _profile_report(model, draft, found: profiling.Profile, prompt_length: int) 
     nbytes = efficiency_bytes(target, 1, context, draft, forwards)
     report = {
         "device": _describe(found.device),
-        **{name: _version(name) for name in ("torch", "triton", "transformers")},
+        **{name: version(name, MISSING) for name in ("torch", "triton", "transformers")},
         "ceilings": ceilings,
         "nodes": round(found.nodes, 2),
         "acceptance_length": round(stats.acceptance_length, 3),
@@ -331,8 +332,8 @@ def _stats_lines(stats) -> str:
 
 def _doctor(args: argparse.Namespace) -> int:
     device = models.default_device()
-    rows = [("python", platform.python_version()), ("specdec-triton", _version("specdec-triton"))]
-    rows += [(name, _version(name)) for name in PACKAGES]
+    rows = [("python", platform.python_version()), ("specdec-triton", version("specdec-triton", MISSING))]
+    rows += [(name, version(name, MISSING)) for name in PACKAGES]
     rows.append(("device", _describe(device)))
     rows.append(("demo's model", models.find_default_model()))
     for op in ops.OPS:
@@ -467,13 +468,6 @@ def _describe(device: torch.device) -> str:
     return (
         f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def positive_int(text: str) -> int:

@@ -39,6 +39,7 @@ from _rows import CONTROLLED, REPLAYED, RESULTS
 import specdec_triton as sdt
 from specdec_triton.engine.generate import WORTH_CAPTURING
 from specdec_triton.tools import calibration, profiling
+from specdec_triton.tools.host_sync import count_forwards
 from specdec_triton.tools.roofline import efficiency_bytes, floor_seconds, shape_of
 
 GAP = 1.0  # logits
@@ -387,12 +388,11 @@ def measure(bench: Bench, case: Case) -> None:
         else:
             row["absent"] = way.absent
     ready = [place for place, row in enumerate(found) if "identical" in row]
-    for turn in range(case.turns):
-        for place in ready if turn % 2 == 0 else reversed(ready):
-            bench.check_time()
-            times[place].append(tuple(clocked(ways[place], tokens, target, device) for tokens in case.tokens))
-            if ways[place].ours:
-                found[place]["seconds"] = {name: round(spent, 5) for name, spent in sdt.stats(target).seconds.items()}
+    for place in calibration.in_turn(ready, case.turns):
+        bench.check_time()
+        times[place].append(tuple(clocked(ways[place], tokens, target, device) for tokens in case.tokens))
+        if ways[place].ours:
+            found[place]["seconds"] = {name: round(spent, 5) for name, spent in sdt.stats(target).seconds.items()}
     if dict(case.options).get("cuda_graphs"):
         for place in [place for place in ready if ways[place].ours]:
             with bench.guarded(found[place]):
@@ -465,7 +465,7 @@ def try_out(bench: Bench, way: Way, target, case: Case) -> Tried:
     rounds, row_rounds, accepted = [], [], []
     for tokens in case.tokens:
         bench.check_time()
-        with counted_forwards(target if way.name in COUNTED else None) as forwards:
+        with count_forwards(target) if way.name in COUNTED else contextlib.nullcontext() as forwards:
             text = way.call(tokens)
         if way.ours:
             stats = sdt.stats(target)
@@ -477,18 +477,6 @@ def try_out(bench: Bench, way: Way, target, case: Case) -> Tried:
         return Tried(text, between, new_tokens(case) / max(between, 1))
     row_rounds = row_rounds[1] - row_rounds[0]
     return Tried(text, between, (accepted[1] - accepted[0] + row_rounds) / max(row_rounds, 1))
-
-
-@contextlib.contextmanager
-def counted_forwards(target):
-    """A list that gets an entry for each forward of the target inside; None is not counted."""
-    forwards = []
-    hook = None if target is None else target.register_forward_pre_hook(lambda *_: forwards.append(None))
-    try:
-        yield forwards
-    finally:
-        if hook is not None:
-            hook.remove()
 
 
 def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates: list[float]) -> dict:

@@ -87,19 +87,21 @@ REHEARSED += [Case("text", "llama", "tree", FILTERED, "coupled"), TEXTS[-1], LAS
 
 
 class Tests:
-    """The selection, running in the background. Only collected in a rehearsal."""
+    """The selection, running in the background. In a rehearsal, those of one file are collected."""
 
     def __init__(self, bench: Bench):
         self.log = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m", "first_gpu"]
-        if bench.size == "gpu":
-            if importlib.util.find_spec("xdist"):
-                command += ["-n", str(PROCESSES), "--dist", "worksteal"]
-        else:
-            command += ["--collect-only"]
+        tests, command = (
+            TESTS,
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m", "first_gpu"],
+        )
+        if bench.size != "gpu":
+            command, tests = [*command, "--collect-only"], TESTS[:1]
+        elif importlib.util.find_spec("xdist"):
+            command += ["-n", str(PROCESSES), "--dist", "worksteal"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         self.process = subprocess.Popen(
-            [*command, *TESTS], cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT,
+            [*command, *tests], cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         self.until = time.perf_counter() + TESTS_SECONDS

@@ -13,6 +13,7 @@ goes on with the next case.
 import argparse
 import importlib
 import math
+import os
 import pathlib
 import shlex
 import sys
@@ -21,6 +22,8 @@ import traceback
 
 from _common import DEAD
 from _rows import COMPILED
+
+from quick_interpreter import quicken
 
 QUICK = ("--seconds", "0.05")
 # script, its arguments, and its share of the time in seconds, as expected on an H100; what matters most comes first
@@ -54,6 +57,8 @@ def main() -> int:
     options = parser.parse_args()
     if (options.part is None) == (options.step is None):
         parser.error("give first, second or rest, or steps")
+    if options.rehearse and os.environ.get("TRITON_INTERPRET") == "1":
+        quicken()
     until, steps = time.perf_counter() + options.budget, options.step or STEPS[options.part]
     shared = sum(share for _, _, share in steps)
     common = ["--out", str(options.out), *(["--rehearse"] if options.rehearse else [])]

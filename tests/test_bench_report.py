@@ -162,8 +162,8 @@ def test_a_peer_that_leaves_no_room_is_not_held_against_us():
     for found in rows:
         if found["provider"] == "flex_attention" and found["shapes"]["context"] == 32768:
             found["p50_us"] /= 1.4  # as fast as we are, and we are at 86% of the roofline
-    assert _goals.against("flex_attention", 0.85)(_goals.Rows(rows)) == pytest.approx(_goals.PEER_RATIO)
-    assert _goals.against("flex_attention")(_goals.Rows(rows)) == pytest.approx(1.0)
+    assert min(_goals.against("flex_attention", 0.85)(_goals.Rows(rows))) == pytest.approx(_goals.PEER_RATIO)
+    assert min(_goals.against("flex_attention")(_goals.Rows(rows))) == pytest.approx(1.0)
 
 
 def written(folder, rows, size="gpu"):

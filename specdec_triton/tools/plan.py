@@ -39,7 +39,8 @@ _LLAMA = {"model_type": "llama", "hidden_act": "silu"}
 _QWEN = {"model_type": "qwen2", "hidden_act": "silu"}
 
 
-def _dense(family, layers, hidden, intermediate, heads, kv_heads, vocab, tied=False):
+def dense(layers, hidden, intermediate, heads, kv_heads, vocab, tied=False, family=_LLAMA) -> dict[str, Any]:
+    """Sizes by their names in a config."""
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab}
     return family | sizes | {"tie_word_embeddings": tied}
@@ -47,20 +48,20 @@ def _dense(family, layers, hidden, intermediate, heads, kv_heads, vocab, tied=Fa
 
 # from the models' own config.json
 SHAPES = {
-    "llama-2-7b": _dense(_LLAMA, 32, 4096, 11008, 32, 32, 32000),
-    "llama-2-13b": _dense(_LLAMA, 40, 5120, 13824, 40, 40, 32000),
-    "llama-33b": _dense(_LLAMA, 60, 6656, 17920, 52, 52, 32000),
-    "llama-2-70b": _dense(_LLAMA, 80, 8192, 28672, 64, 8, 32000),
-    "llama-3.1-8b": _dense(_LLAMA, 32, 4096, 14336, 32, 8, 128256),
-    "llama-3.1-70b": _dense(_LLAMA, 80, 8192, 28672, 64, 8, 128256),
-    "llama-3.2-1b": _dense(_LLAMA, 16, 2048, 8192, 32, 8, 128256, tied=True) | {"head_dim": 64},
-    "llama-3.2-3b": _dense(_LLAMA, 28, 3072, 8192, 24, 8, 128256, tied=True) | {"head_dim": 128},
-    "qwen2.5-0.5b": _dense(_QWEN, 24, 896, 4864, 14, 2, 151936, tied=True),
-    "qwen2.5-1.5b": _dense(_QWEN, 28, 1536, 8960, 12, 2, 151936, tied=True),
-    "qwen2.5-7b": _dense(_QWEN, 28, 3584, 18944, 28, 4, 152064),
-    "qwen2.5-32b": _dense(_QWEN, 64, 5120, 27648, 40, 8, 152064),
-    "smollm2-135m": _dense(_LLAMA, 30, 576, 1536, 9, 3, 49152, tied=True),
-    "smollm2-1.7b": _dense(_LLAMA, 24, 2048, 8192, 32, 32, 49152, tied=True),
+    "llama-2-7b": dense(32, 4096, 11008, 32, 32, 32000),
+    "llama-2-13b": dense(40, 5120, 13824, 40, 40, 32000),
+    "llama-33b": dense(60, 6656, 17920, 52, 52, 32000),
+    "llama-2-70b": dense(80, 8192, 28672, 64, 8, 32000),
+    "llama-3.1-8b": dense(32, 4096, 14336, 32, 8, 128256),
+    "llama-3.1-70b": dense(80, 8192, 28672, 64, 8, 128256),
+    "llama-3.2-1b": dense(16, 2048, 8192, 32, 8, 128256, tied=True) | {"head_dim": 64},
+    "llama-3.2-3b": dense(28, 3072, 8192, 24, 8, 128256, tied=True) | {"head_dim": 128},
+    "qwen2.5-0.5b": dense(24, 896, 4864, 14, 2, 151936, tied=True, family=_QWEN),
+    "qwen2.5-1.5b": dense(28, 1536, 8960, 12, 2, 151936, tied=True, family=_QWEN),
+    "qwen2.5-7b": dense(28, 3584, 18944, 28, 4, 152064, family=_QWEN),
+    "qwen2.5-32b": dense(64, 5120, 27648, 40, 8, 152064, family=_QWEN),
+    "smollm2-135m": dense(30, 576, 1536, 9, 3, 49152, tied=True),
+    "smollm2-1.7b": dense(24, 2048, 8192, 32, 32, 49152, tied=True),
 }
 
 

@@ -32,7 +32,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from _common import Bench, absent_unless_importable, first_line, named_cases, simulate_graphs
+from _common import Bench, first_line, named_cases, simulate_graphs
 from _models import SHAPES, error_rate, prompts, spider, synthetic, wrong_after
 from _rows import CONTROLLED, REPLAYED, RESULTS
 
@@ -108,13 +108,7 @@ COUNTED = (ASSISTED, THEIR_LOOKUP)  # they emit several tokens a forward of the 
 CASES = [
     Case("drafts", (PLAIN, DRAFTED, EAGER, ASSISTED), oracle=((64, 4.5),), options=GRAPHS, turns=2),
     Case(
-        "replayed pair",
-        (PLAIN, DRAFTED, ASSISTED),
-        tokens=(32, 222),
-        options=GRAPHS,
-        turns=2,
-        pair="qwen",
-        seconds=40,
+        "replayed pair", (PLAIN, DRAFTED, ASSISTED), tokens=(32, 222), options=GRAPHS, turns=2, pair="qwen", seconds=40
     ),
     Case("batch of 16", (PLAIN,), 16, oracle=((8, 3.0),), options=GRAPHS, turns=2, seconds=50),
     Case(
@@ -127,7 +121,6 @@ CASES = [
     Case("nodes", (PLAIN,), oracle=((4, 2.0), (8, 2.0), (32, 2.0), (64, 2.0)), options=GRAPHS),
     Case("without graphs", (PLAIN, DRAFTED), oracle=((64, 4.5),), options=EAGER_ROUNDS),
     Case("static cache", (EAGER, STATIC), turns=2),
-    Case("engines", ("flashspec", "flashinfer")),
 ]
 
 
@@ -139,7 +132,7 @@ def scaled(case: Case, batch: int, graphs: tuple = (), **sizes) -> Case:
 
 SMALL = [scaled(case, 4, context=64, tokens=(4, 36)) for case in CASES if case.options != EAGER_ROUNDS]
 REHEARSED = [
-    scaled(case, 2, EAGER_ROUNDS, context=12, tokens=(2, 14), turns=1)
+    scaled(case, 2, EAGER_ROUNDS, context=12, tokens=(2, 10), turns=1)
     for case in CASES
     # "without graphs" would be a part of "drafts" once more
     if case.name not in ("acceptance", "batch of 64", "nodes", "without graphs")
@@ -261,9 +254,6 @@ def make_way(name: str, case: Case, large: bool, device: torch.device) -> Way:
     replay = replay_of(case)
     ids = prompts(case.batch, case.context, target.config.vocab_size, device, case.repeats)
     run = functools.partial(generate, target, ids)
-    if name in ("flashspec", "flashinfer"):
-        absent = absent_unless_importable(name, f"{name}-python")
-        return Way(name, None, False, absent=absent or "installed; decodes no transformers model end to end")
     if name == STATIC:
         absent = None if device.type == "cuda" else "compiled on a GPU only"
         return Way(name, functools.partial(run, cache_implementation="static"), False, absent=absent)

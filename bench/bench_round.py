@@ -35,7 +35,7 @@ NODES = (1, 64, 128, 8, 32)
 CELLS = [Cell(nodes) for nodes in NODES] + [Cell(nodes, options=EAGER_ROUNDS) for nodes in (64, 1)]
 CELLS += [Cell(1, 16), Cell(8, 16), Cell(1, 64, tokens=64), Cell(4, 64, tokens=64)]
 SMALL = [Cell(nodes, batch, 64, 48, ()) for batch in (1, 4) for nodes in (1, 8, 32)]
-REHEARSED = [Cell(1, 1, 12, 24, ()), Cell(8, 2, 12, 24, ()), Cell(8, 1, 12, 24, EAGER_ROUNDS), Cell(8, 1, 12, 24)]
+REHEARSED = [Cell(1, 1, 12, 20, ()), Cell(8, 2, 12, 20, ()), Cell(8, 1, 12, 20, EAGER_ROUNDS), Cell(8, 1, 12, 20)]
 
 
 def measure(bench: Bench, cell: Cell) -> None:

@@ -37,10 +37,7 @@ STEPS = {
         ("bench_compact", QUICK, 15),
         ("bench_round", (), 75),
     ],
-    "second": [
-        ("bench_generate", (), 125),
-        ("bench_tree_attention", (*QUICK, "--compiled"), 75),
-    ],
+    "second": [("bench_generate", (), 125), ("bench_tree_attention", (*QUICK, "--compiled"), 75)],
 }
 STEPS["rest"] = [*STEPS["first"], *STEPS["second"], ("bench_accept_sample", (*QUICK, "--compiled"), 45)]
 

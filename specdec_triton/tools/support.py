@@ -31,10 +31,8 @@ from .shrink import PAD, WORDS, tiny_config
 
 MAPPINGS = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING", "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"}
 EXACT, REFUSED, WRONG, CRASH = "exact", "refused in patch", "wrong", "crash"
-LATE, NOT_BUILT = (
-    "refused after patch",
-    "not built",
-)  # after `patch` had accepted it; or its plain `generate` does not run
+# after `patch` had accepted it; or its plain `generate` does not run
+LATE, NOT_BUILT = "refused after patch", "not built"
 FAULTS = (WRONG, CRASH, LATE)
 
 PROMPT, PADDING, NEW_TOKENS = 9, 3, 16  # together beyond every window and chunk of a tiny config
@@ -64,10 +62,6 @@ class Outcome(NamedTuple):
 
     word: str
     reason: str = ""
-
-
-class NotBuilt(Exception):
-    """There is no plain text that speculation could be held against; the message is the reason."""
 
 
 def kinds(mapping: str = "all", having: str = "") -> list[Kind]:

@@ -62,8 +62,8 @@ def acceptance_length(flags, short):
 def test_a_replaying_draft_errs_where_the_trace_says_and_nowhere_else():
     device = torch.device("cpu")
     flags = bench_generate.flags_of(bench_generate.replay_of(REPLAY))
-    _, _, draft = bench_generate.pair(False, device, REPLAY)
-    text = bench_generate.plain_text(REPLAY, False, device)
+    setup = bench_generate.Setup(REPLAY, False, device)
+    draft, text = setup.draft, setup.plain
     with torch.no_grad():
         chosen = draft(text).logits[0, REPLAY.context - 1 : -1].argmax(-1)
     assert (chosen == text[0, REPLAY.context :]).int().tolist() == flags

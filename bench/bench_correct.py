@@ -27,13 +27,12 @@ import torch
 from _common import ROOT, Bench, named_cases, simulate_graphs
 from _models import prompts, synthetic
 from bench_generate import check
-from bench_tree_attention import LLAMA, TOLERANCE
+from bench_tree_attention import LLAMA, TOLERANCE, dtype_of, make_inputs, ours
 
 import specdec_triton as sdt
 from specdec_triton import ops
 from specdec_triton.engine import graphs
 from specdec_triton.tools import support
-from specdec_triton.tree import DraftTree
 
 TESTS = ("kernel_compact_kv", "kernel_accept_greedy", "kernel_accept_sample", "kernel_tree_attention", "library")
 TESTS = [f"tests/test_{name}.py" for name in (*TESTS, "families")]
@@ -144,42 +143,32 @@ def measure(bench: Bench, case: Case, tests: Tests | None) -> None:
 
 def attention(device: torch.device, case: Case) -> dict:
     """Captured once, replayed with other lengths."""
-    nodes, slots, query_heads, kv_heads, dim = case.sizes
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    random = torch.Generator(device).manual_seed(0)
-    query, key, value = (
-        torch.randn(2, size, heads, dim, device=device, generator=random).to(dtype).transpose(1, 2)
-        for size, heads in ((nodes, query_heads), (slots, kv_heads), (slots, kv_heads))
-    )
-    parents = (torch.rand(2, nodes, generator=torch.Generator().manual_seed(1)) * torch.arange(nodes)).int()
-    parents[:, 0] = -1
-    tree = DraftTree.from_parents(torch.zeros(2, nodes, dtype=torch.int64), parents)
-    packed = tree.pack(torch.tensor([0, 7]), torch.tensor([slots - nodes, slots // 3])).to(device)
-
-    def call(impl: str = "triton") -> torch.Tensor:
-        return ops.tree_attention(query, key, value, packed, impl=impl)
+    nodes, slots, *heads = case.sizes
+    dtype, room = dtype_of(device)[1], slots - nodes
+    inputs = make_inputs(2, *heads, room, nodes, dtype, device)
+    packed = inputs["packed_tree"]
 
     def call_without_waits() -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return call()
+            return ours(inputs, "triton")
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    out = call()
+    out = ours(inputs, "triton")
     if device.type == "cuda":
         graph, out = graphs.capture(call_without_waits)
         replay = graph.replay
     else:
 
         def replay() -> None:
-            out.copy_(call())
+            out.copy_(ours(inputs, "triton"))
 
-    worst, room = 0.0, slots - nodes
+    worst = 0.0
     for lengths in ((room, room // 3), (min(64, room), min(65, room)), (1, room // 2), (0, room)):
         packed[..., -2], packed[..., -1] = 0, torch.tensor(lengths, device=device)[:, None]
         replay()
-        worst = max(worst, (out.float() - call("reference").float()).abs().max().item())
+        worst = max(worst, (out.float() - ours(inputs, "reference").float()).abs().max().item())
     assert worst <= TOLERANCE[dtype], f"differs from the reference by {worst}"
     return {"said": f"worst difference {worst:.1e}"}
 
@@ -303,6 +292,7 @@ def recovery(device: torch.device, case: Case) -> dict:
 def main() -> int:
     bench = Bench("correct", __doc__, named_cases)
     simulate_graphs(bench)
+    torch.manual_seed(0)
     names = bench.options.cases
     wanted = repr(LAST) not in bench.state["done"] and (names is None or LAST.name in names)
     tests = Tests(bench) if wanted else None

@@ -11,11 +11,12 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -24,7 +25,7 @@ from ..engine.round import Round as EngineRound
 from ..engine.stages import Stages
 from .calibration import quantiles
 from .host_sync import HostWaits, count_host_reads, time_host_waits
-from .roofline import Work, floor_seconds
+from .roofline import Work, floor_seconds, measured
 
 STAGES = ("draft", "verify", "accept", "compact", "emit")
 LABEL = "round: "  # before a stage's name in traces
@@ -148,22 +149,16 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
 
         return run
 
-    wrapped = {
-        (Generation, "step"): whole,
-        (Generation, "read"): look,
-        **{(EngineRound, name): partial(stage, name) for name in STAGES},
-        (Stages, "run"): replay,
-    }
-    methods = {(owner, name): vars(owner)[name] for owner, name in wrapped}
-    try:
-        for (owner, name), wrap in wrapped.items():
-            setattr(owner, name, wrap(methods[owner, name]))
-        yield rounds
-    finally:
-        for (owner, name), method in methods.items():
-            setattr(owner, name, method)
-        if on_gpu:
-            torch.cuda.synchronize(device)
+    wrapped = [(Generation, "step", whole), (Generation, "read", look), (Stages, "run", replay)]
+    wrapped += [(EngineRound, name, partial(stage, name)) for name in STAGES]
+    with ExitStack() as patches:
+        for owner, name, wrap in wrapped:
+            patches.enter_context(mock.patch.object(owner, name, wrap(vars(owner)[name])))
+        try:
+            yield rounds
+        finally:
+            if on_gpu:
+                torch.cuda.synchronize(device)
 
 
 @dataclass
@@ -393,14 +388,18 @@ def stage_rows(found: Profile, work: dict[str, Work], ceilings: dict[str, float]
     """
     return {
         name: {
-            "us": round(1e6 * statistics.median(found.stage_seconds(name)), 2),
-            "host_us": round(1e6 * statistics.median(found.stage_seconds(name, host=True)), 2),
+            "us": _us(statistics.median(found.stage_seconds(name))),
+            "host_us": _us(statistics.median(found.stage_seconds(name, host=True))),
             "bytes": work[name].nbytes,
             "flops": work[name].flops,
-            "floor_us": round(1e6 * floor_seconds(ceilings, work[name].nbytes, work[name].flops), 3),
+            "floor_us": _us(measured(ceilings).seconds(work[name]), digits=3),
         }
         for name in found.stages
     }
+
+
+def _us(seconds: float, digits: int = 2) -> float:
+    return round(1e6 * seconds, digits)
 
 
 def summary_row(found: Profile, nbytes: float, ceilings: dict[str, float]) -> dict[str, float | None]:
@@ -411,20 +410,18 @@ def summary_row(found: Profile, nbytes: float, ceilings: dict[str, float]) -> di
         nbytes: from `roofline.efficiency_bytes`.
         ceilings: from `calibrate`.
     """
-    p20, p50, p80 = quantiles(found.round_seconds())
+    times = quantiles(found.round_seconds())
     count = len(found.rounds)
     return {
         "rounds": count,
-        "p20_us": round(1e6 * p20, 2),
-        "p50_us": round(1e6 * p50, 2),
-        "p80_us": round(1e6 * p80, 2),
-        "eta": round(floor_seconds(ceilings, nbytes) / p50, 4),
-        "host_us": None if found.host_seconds is None else round(1e6 * found.host_seconds, 2),
+        **{f"{name}_us": _us(seconds) for name, seconds in zip(("p20", "p50", "p80"), times, strict=True)},
+        "eta": round(floor_seconds(ceilings, nbytes) / times[1], 4),
+        "host_us": None if found.host_seconds is None else _us(found.host_seconds),
         "waits": round(found.waits.count / count, 2),
-        "wait_us": round(1e6 * statistics.median(found.wait_seconds or [0.0]), 2),
+        "wait_us": _us(statistics.median(found.wait_seconds or [0.0])),
         "kernels": found.kernels,
         "kernel_us": [
-            {"name": name[:KERNEL_NAME], "launches": round(launches, 2), "us": round(1e6 * seconds, 2)}
+            {"name": name[:KERNEL_NAME], "launches": round(launches, 2), "us": _us(seconds)}
             for name, launches, seconds in found.kernel_times[:MOST_KERNELS]
         ],
         "idle_share": found.idle_share,

@@ -16,7 +16,7 @@ from _common import Bench, first_line, simulate_graphs
 from bench_generate import EAGER_ROUNDS, GRAPHS, PLAIN, Case, Setup, Way, check
 
 from specdec_triton.tools import profiling
-from specdec_triton.tools.roofline import efficiency_bytes, round_work, shape_of
+from specdec_triton.tools.roofline import shape_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,8 @@ def profiled(bench: Bench, cell: Cell, setup: Setup, way: Way) -> dict:
     bench.check_time()
     calls = [functools.partial(way.call, tokens) for tokens in (cell.tokens, cell.tokens // 2)]
     seen = profiling.profile_rounds(calls[0], bench.device, shorter=calls[1])
-    context = cell.context + cell.tokens / 2
-    shape = shape_of(setup.target)
-    work = round_work(shape, cell.batch, cell.nodes, context)
-    nbytes = efficiency_bytes(shape, cell.batch, context)
-    found["stages"] = profiling.stage_rows(seen, work, bench.ceilings)
-    return found | profiling.summary_row(seen, nbytes, bench.ceilings)
+    context, shape = cell.context + cell.tokens / 2, shape_of(setup.target)
+    return found | profiling.summary_row(seen, bench.ceilings, shape, cell.batch, cell.nodes, context)
 
 
 def main() -> int:

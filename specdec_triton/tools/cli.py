@@ -22,7 +22,7 @@ from . import inspection, models, plan, profiling, prompts
 from .calibration import calibrate
 from .check_distribution import exact_law, prove
 from .provenance import version
-from .roofline import CARDS, efficiency_bytes, round_work, shape_of
+from .roofline import CARDS, shape_of
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "gguf", "platformdirs", "rich")
 MISSING = "not installed"
@@ -213,22 +213,17 @@ def _profile(args: argparse.Namespace) -> int:
 def _profile_report(model, draft, found: profiling.Profile, prompt_length: int) -> dict:
     stats, ceilings = sdt.stats(model), calibrate(found.device)
     context = prompt_length + stats.emitted / 2
-    forwards = found.depth if draft else 0.0
-    # both drafters make chains, whose accepted keys are in place
-    target, draft = shape_of(model), draft and shape_of(draft)
-    work = round_work(target, 1, found.nodes, context, draft=draft, draft_forwards=forwards)
-    nbytes = efficiency_bytes(target, 1, context, draft, forwards)
-    report = {
+    drafting = (shape_of(draft), found.depth) if draft else ()
+    return {
         "device": _describe(found.device),
         **{name: version(name, MISSING) for name in ("torch", "triton", "transformers")},
         "ceilings": ceilings,
         "nodes": round(found.nodes, 2),
         "acceptance_length": round(stats.acceptance_length, 3),
-        **profiling.summary_row(found, nbytes, ceilings),
-        "stages": profiling.stage_rows(found, work, ceilings),
+        # both drafters make chains, whose accepted keys are in place
+        **profiling.summary_row(found, ceilings, shape_of(model), 1, found.nodes, context, *drafting),
+        "tokens_per_joule": found.joules and round(stats.emitted / found.joules, 4),
     }
-    report["tokens_per_joule"] = found.joules and round(stats.emitted / found.joules, 4)
-    return report
 
 
 def _profile_text(report: dict) -> str:

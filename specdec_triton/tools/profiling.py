@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,7 +26,7 @@ from ..engine.round import Round as EngineRound
 from ..engine.stages import Stages
 from .calibration import quantiles
 from .host_sync import HostWaits, count_host_reads, time_host_waits
-from .roofline import Work, floor_seconds, measured
+from .roofline import Shape, Work, efficiency_bytes, floor_seconds, measured, round_work
 
 STAGES = ("draft", "verify", "accept", "compact", "emit")
 LABEL = "round: "  # before a stage's name in traces
@@ -378,14 +379,12 @@ def _millijoules(device: torch.device) -> int | None:
     return None if failed else count.value
 
 
-def stage_rows(found: Profile, work: dict[str, Work], ceilings: dict[str, float]) -> dict[str, dict[str, float]]:
-    """By stage: us and host_us (medians), bytes, flops, and floor_us, the least time that the ceilings allow.
+def _us(seconds: float, digits: int = 2) -> float:
+    return round(1e6 * seconds, digits)
 
-    Args:
-        found: from `profile_rounds`.
-        work: from `roofline.round_work`.
-        ceilings: from `calibrate`.
-    """
+
+def stage_rows(found: Profile, work: dict[str, Work], ceilings: dict[str, float]) -> dict[str, dict[str, float]]:
+    """By stage: us and host_us (medians), bytes, flops, and floor_us, the least time that the ceilings allow."""
     return {
         name: {
             "us": _us(statistics.median(found.stage_seconds(name))),
@@ -398,21 +397,29 @@ def stage_rows(found: Profile, work: dict[str, Work], ceilings: dict[str, float]
     }
 
 
-def _us(seconds: float, digits: int = 2) -> float:
-    return round(1e6 * seconds, digits)
-
-
-def summary_row(found: Profile, nbytes: float, ceilings: dict[str, float]) -> dict[str, float | None]:
-    """A round as a whole: its time (p50_us and its spread), eta, and what the host and the GPU did in it.
+def summary_row(
+    found: Profile,
+    ceilings: dict[str, float],
+    target: Shape,
+    batch: int,
+    nodes: float,
+    context: float,
+    draft: Shape | None = None,
+    draft_forwards: float = 0.0,
+) -> dict[str, Any]:
+    """A round as a whole: its stages, its time (p50_us and its spread), eta, and what the host and the GPU did in it.
 
     Args:
         found: from `profile_rounds`.
-        nbytes: from `roofline.efficiency_bytes`.
         ceilings: from `calibrate`.
+        target, batch, nodes, context, draft, draft_forwards: as for `roofline.round_work`.
     """
+    work = round_work(target, batch, nodes, context, draft=draft, draft_forwards=draft_forwards)
+    nbytes = efficiency_bytes(target, batch, context, draft, draft_forwards)
     times = quantiles(found.round_seconds())
     count = len(found.rounds)
     return {
+        "stages": stage_rows(found, work, ceilings),
         "rounds": count,
         **{f"{name}_us": _us(seconds) for name, seconds in zip(("p20", "p50", "p80"), times, strict=True)},
         "eta": round(floor_seconds(ceilings, nbytes) / times[1], 4),

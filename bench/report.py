@@ -8,6 +8,7 @@ and never count.
 """
 
 import argparse
+import collections
 import importlib.util
 import json
 import pathlib
@@ -156,16 +157,14 @@ def kernels_table(rows: list[dict]) -> list[str]:
 
 def unmeasured(rows: list[dict]) -> list[str]:
     """What was wrong, what failed and what was absent, with the reason; alike ones together."""
-    lines = []
-    for kind in ("wrong", "failed", "absent", "untimed"):
-        groups: dict[tuple, int] = {}
-        for row in rows:
-            if kind in row:
-                key = (row["bench"], row["provider"], row[kind][:LONGEST_REASON])
-                groups[key] = groups.get(key, 0) + 1
-        lines += [
-            [f"**{kind}**" if kind in ("wrong", "failed") else kind, *key, count] for key, count in groups.items()
-        ]
+    kinds = ("wrong", "failed", "absent", "untimed")
+    counts = collections.Counter(
+        (f"**{kind}**" if kind in kinds[:2] else kind, row["bench"], row["provider"], row[kind][:LONGEST_REASON])
+        for kind in kinds
+        for row in rows
+        if kind in row
+    )
+    lines = [[*key, count] for key, count in counts.items()]
     return ["## Not measured", "", *table(["", "bench", "provider", "why", "rows"], lines)] if lines else []
 
 
@@ -205,12 +204,11 @@ def report(folder: pathlib.Path) -> None:
 
 def learned(rows: list[dict]) -> list[str]:
     """A line for each thing that was learned, alike ones together; faults are listed elsewhere."""
-    lines, texts = [], {}
+    lines, texts = [], collections.defaultdict(list)
     for row in rows:
         shapes = row["shapes"]
         if row["bench"] == "correct":
-            family = shapes.get("family", "")
-            texts.setdefault((row["provider"], family), []).append(row)
+            texts[row["provider"], shapes.get("family", "")].append(row)
         elif row["bench"] == "calls" and "said" in row:
             graphs = "" if shapes["cuda_graphs"] == "auto" else ", no graphs"
             lines.append(f"calls: {row['provider']}, {shapes['tokens']} tokens{graphs}: {row['said']}")
@@ -255,13 +253,13 @@ def _is_a_goals(bench: str, shapes: dict) -> bool:
 
 def short(rows: list[dict], steps: dict[str, dict]) -> list[str]:
     """At most `MOST_LINES` lines. A terminal shows the last ones: goals and faults are there."""
-    faults = []
-    for kind in ("wrong", "failed"):
-        for row in rows:
-            if kind in row:
-                where = ", ".join(filter(None, (row["bench"], row["provider"], shown(row))))
-                faults.append(f"{kind}: {where}: {row[kind]}"[:LONGEST_FAULT])
-    faults = list(dict.fromkeys(faults))
+    faults = dict.fromkeys(
+        f"{kind}: {', '.join(filter(None, (row['bench'], row['provider'], shown(row))))}: {row[kind]}"[:LONGEST_FAULT]
+        for kind in ("wrong", "failed")
+        for row in rows
+        if kind in row
+    )
+    faults = list(faults)
     lines = [*summary(rows, steps), *faults[:MOST_FAULTS]]
     if len(faults) > MOST_FAULTS:
         lines.append(f"and {len(faults) - MOST_FAULTS} more of these in report.md")
@@ -333,20 +331,15 @@ def bandwidth_plot(rows: list[dict], axes) -> bool:
     if on_gpu:
         found = [row for row in found if all(row["shapes"][name] == size for name, size in LLAMA.items())]
     ours = "triton" if on_gpu else "reference"
-    lines: dict[tuple, list[dict]] = {}
+    lines = collections.defaultdict(list)
     for row in found:
         if row["provider"] == ours or row["shapes"]["N"] == 32:
-            lines.setdefault((row["provider"], row["shapes"]["N"]), []).append(row)
+            lines[row["provider"], row["shapes"]["N"]].append(row)
     for (provider, nodes), line in sorted(lines.items(), key=lambda item: (item[0][0] != ours, item[0])):
         line.sort(key=lambda row: row["shapes"]["context"])
         style = "o-" if provider == ours else "x--"
-        axes.plot(
-            [row["shapes"]["context"] for row in line],
-            [100 * row["of_ceiling"] for row in line],
-            style,
-            label=f"{provider}, N = {nodes}",
-            markersize=4,
-        )
+        points = [(row["shapes"]["context"], 100 * row["of_ceiling"]) for row in line]
+        axes.plot(*zip(*points, strict=True), style, label=f"{provider}, N = {nodes}", markersize=4)
     if not lines:
         return False
     axes.set_xscale("log", base=2)
@@ -364,15 +357,15 @@ def bandwidth_plot(rows: list[dict], axes) -> bool:
 def speedup_plot(rows: list[dict], axes) -> bool:
     """Speedup over our own plain decoding against acceptance length; what free rounds would give."""
     over = "ours, plain"
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines = collections.defaultdict(list)
     for row in rows:
         if row["bench"] == "generate" and over in row.get("ratio", {}) and row["provider"].startswith("ours"):
             shapes = row["shapes"]
             name = f"{row['provider'].removeprefix('ours, ')}, batch {shapes['B']}, N = {shapes['N']}"
-            name += " ".join(["", *(option for option in ("compile",) if shapes.get(option))])
+            name += " compile" * bool(shapes.get("compile"))
             name += ", no graphs" if shapes.get("cuda_graphs") is False else ""
             name += ", replayed" * (row["inputs"] == REPLAYED)
-            lines.setdefault(name, []).append((row["acceptance_length"], row["ratio"][over]))
+            lines[name].append((row["acceptance_length"], row["ratio"][over]))
     if not lines:
         return False
     for place, (name, points) in enumerate(lines.items()):

@@ -26,7 +26,7 @@ from ..engine.round import Round as EngineRound
 from ..engine.stages import Stages
 from .calibration import quantiles
 from .host_sync import HostWaits, count_host_reads, time_host_waits
-from .roofline import Shape, Work, efficiency_bytes, floor_seconds, measured, round_work
+from .roofline import Shape, efficiency_bytes, floor_seconds, measured, round_work
 
 STAGES = ("draft", "verify", "accept", "compact", "emit")
 LABEL = "round: "  # before a stage's name in traces
@@ -383,20 +383,6 @@ def _us(seconds: float, digits: int = 2) -> float:
     return round(1e6 * seconds, digits)
 
 
-def stage_rows(found: Profile, work: dict[str, Work], ceilings: dict[str, float]) -> dict[str, dict[str, float]]:
-    """By stage: us and host_us (medians), bytes, flops, and floor_us, the least time that the ceilings allow."""
-    return {
-        name: {
-            "us": _us(statistics.median(found.stage_seconds(name))),
-            "host_us": _us(statistics.median(found.stage_seconds(name, host=True))),
-            "bytes": work[name].nbytes,
-            "flops": work[name].flops,
-            "floor_us": _us(measured(ceilings).seconds(work[name]), digits=3),
-        }
-        for name in found.stages
-    }
-
-
 def summary_row(
     found: Profile,
     ceilings: dict[str, float],
@@ -407,7 +393,8 @@ def summary_row(
     draft: Shape | None = None,
     draft_forwards: float = 0.0,
 ) -> dict[str, Any]:
-    """A round as a whole: its stages, its time (p50_us and its spread), eta, and what the host and the GPU did in it.
+    """A round: its stages (medians, and the least that each must take), its time (p50_us and its spread), eta, and what
+    the host and the GPU did in it.
 
     Args:
         found: from `profile_rounds`.
@@ -416,10 +403,20 @@ def summary_row(
     """
     work = round_work(target, batch, nodes, context, draft=draft, draft_forwards=draft_forwards)
     nbytes = efficiency_bytes(target, batch, context, draft, draft_forwards)
+    stages = {
+        name: {
+            "us": _us(statistics.median(found.stage_seconds(name))),
+            "host_us": _us(statistics.median(found.stage_seconds(name, host=True))),
+            "bytes": work[name].nbytes,
+            "flops": work[name].flops,
+            "floor_us": _us(measured(ceilings).seconds(work[name]), digits=3),
+        }
+        for name in found.stages
+    }
     times = quantiles(found.round_seconds())
     count = len(found.rounds)
     return {
-        "stages": stage_rows(found, work, ceilings),
+        "stages": stages,
         "rounds": count,
         **{f"{name}_us": _us(seconds) for name, seconds in zip(("p20", "p50", "p80"), times, strict=True)},
         "eta": round(floor_seconds(ceilings, nbytes) / times[1], 4),

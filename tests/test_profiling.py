@@ -174,14 +174,14 @@ def test_a_tied_head_is_read_with_its_embedding(model):
 
 def test_a_plan_counts_what_a_profile_counts(model):
     """Of the same forward: the config alone, as `plan` reads it, and the model, as `profile` does."""
-    planned, shape = planned_shape(model.config, ""), shape_of(model)
-    assert planned.stored(32, 4) == shape
-    under = Ceilings(1.0, float("inf"), 0.0, "a byte a second")
-    seconds, _ = forward_seconds(planned, 5, 32, Engine(3, 10, 4, 32, 32, 0.0), under)
+    planned, shape = planned_shape(model.config, "").stored(32, 4), shape_of(model)
+    assert planned == shape
+    engine, ceilings = Engine(3, 10), Ceilings(1.0, float("inf"), 0.0, "a byte a second")
+    seconds, _ = forward_seconds(planned, 5, engine, ceilings)
     assert seconds == round_work(shape, batch=3, nodes=5, context=10)["verify"].nbytes
-    costs = predicted_costs(planned, planned, Engine(3, 10, 4, 32, 32, 0.0), under)
-    found = make_plan(costs, [0.9], Engine(3, 10, 4, 32, 32, 0.0), planned, planned, under)
-    assert found.eta * found.round_seconds == efficiency_bytes(shape, 3, 10, shape, found.depth)
+    costs = predicted_costs(planned, planned, engine, ceilings)
+    found = make_plan(costs, [0.9], engine, planned, planned, ceilings)
+    assert found.eta * found.round_seconds == pytest.approx(efficiency_bytes(shape, 3, 10, shape, found.depth))
 
 
 def test_captured_rounds_have_two_stages_and_the_hosts_look(monkeypatch):

@@ -125,27 +125,24 @@ def planned_shape(config: Any, name: str) -> Shape:
 
 
 class Engine(NamedTuple):
-    """How a pair runs: sequences, tokens in the cache, bytes an element of keys and values, bits a weight."""
+    """How a pair runs: sequences, tokens in the cache, and what a round takes beside its forwards, in seconds."""
 
     batch: int
     context: int
-    kv_bytes: int
-    target_bits: float
-    draft_bits: float
-    overhead: float  # seconds a round
+    overhead: float = 0.0
 
 
-def forward_seconds(shape: Shape, rows: int, bits: float, engine: Engine, ceilings: Ceilings) -> tuple[float, str]:
+def forward_seconds(shape: Shape, rows: int, engine: Engine, ceilings: Ceilings) -> tuple[float, str]:
     """Seconds of a forward over `rows` rows of each sequence, and whether memory or compute is the limit."""
-    work = forward_work(shape.stored(bits, engine.kv_bytes), engine.batch, rows, engine.context)
+    work = forward_work(shape, engine.batch, rows, engine.context)
     launches = KERNELS_A_LAYER * shape.layers * ceilings.kernel_seconds
     return ceilings.seconds(work) + launches, ceilings.limiter(work)
 
 
 def predicted_costs(target: Shape, draft: Shape | None, engine: Engine, ceilings: Ceilings) -> Costs:
     """What rounds take under `ceilings`."""
-    verify = tuple((n, forward_seconds(target, n, engine.target_bits, engine, ceilings)[0]) for n in LADDER)
-    step = 0.0 if draft is None else forward_seconds(draft, 1, engine.draft_bits, engine, ceilings)[0]
+    verify = tuple((n, forward_seconds(target, n, engine, ceilings)[0]) for n in LADDER)
+    step = 0.0 if draft is None else forward_seconds(draft, 1, engine, ceilings)[0]
     return Costs(verify, tuple((depth, depth * step) for depth in (1, MAX_DEPTH)), engine.overhead)
 
 
@@ -202,7 +199,7 @@ def make_plan(
         costs: what a round takes.
         acceptance: probability that the child of each rank is accepted, at every depth; one number: a chain.
         engine: how the pair runs.
-        target, draft: for the bytes in eta; draft None: drafting is free (prompt lookup).
+        target, draft: as they are stored, for the bytes in eta; draft None: drafting is free (prompt lookup).
         ceilings: None where the costs were measured.
         max_depth: of the tree.
 
@@ -219,11 +216,9 @@ def make_plan(
     plain, seconds = costs.round_seconds(1, 0), costs.round_seconds(nodes, depth)
     eta, limiter = None, "measured"
     if ceilings:
-        drafting = draft and draft.stored(engine.draft_bits, engine.kv_bytes)
-        stored = target.stored(engine.target_bits, engine.kv_bytes)
-        nbytes = efficiency_bytes(stored, engine.batch, engine.context, drafting, depth)
+        nbytes = efficiency_bytes(target, engine.batch, engine.context, draft, depth)
         eta = nbytes / ceilings.bandwidth / seconds
-        limiter = forward_seconds(target, nodes, engine.target_bits, engine, ceilings)[1]
+        limiter = forward_seconds(target, nodes, engine, ceilings)[1]
     return Plan(
         plain_rate=engine.batch / plain,
         rate=engine.batch * tokens / seconds,
@@ -268,14 +263,14 @@ class Planner:
 
     def __init__(self, request: Request):
         self.request = request
-        bits = 8 * DTYPES[request.dtype].itemsize
-        self.bits = request.target_bits or bits, request.draft_bits or bits
-        self.configs = [None if name == NO_DRAFT else load_config(name) for name in (request.target, request.draft)]
+        itemsize = DTYPES[request.dtype].itemsize
+        names, bits = (request.target, request.draft), (request.target_bits, request.draft_bits)
+        self.configs = [None if name == NO_DRAFT else load_config(name) for name in names]
         if self.configs[0] is None:
             raise ValueError("plan: target must be a model, got none")
         self.target, self.draft = (
-            None if config is None else planned_shape(config, name)
-            for config, name in zip(self.configs, (request.target, request.draft), strict=True)
+            config and planned_shape(config, name).stored(each or 8 * itemsize, itemsize)
+            for config, name, each in zip(self.configs, names, bits, strict=True)
         )
         self.ceilings = None
         if request.card != "cpu":
@@ -285,13 +280,11 @@ class Planner:
 
     def plan(self, batch: int | None = None, acceptance: Sequence[float] | None = None) -> Plan:
         request = self.request
-        dtype = DTYPES[request.dtype]
-        overhead = request.overhead_us / 1e6
-        engine = Engine(batch or request.batch, request.context, dtype.itemsize, *self.bits, overhead)
+        engine = Engine(batch or request.batch, request.context, request.overhead_us / 1e6)
         if self.ceilings:
             costs = predicted_costs(self.target, self.draft, engine, self.ceilings)
         else:
-            costs = measured_costs(*self.configs, engine, dtype)
+            costs = measured_costs(*self.configs, engine, DTYPES[request.dtype])
         return make_plan(
             costs, acceptance or request.acceptance, engine, self.target, self.draft, self.ceilings, request.max_depth
         )

@@ -249,7 +249,6 @@ class Bench:
         verify: Callable[[Callable], None],
         nbytes: float = 0,
         flops: float = 0,
-        inputs: str = "synthetic",
         count: bool = False,
     ) -> dict | None:
         """Add one row: a time only where the outputs are right. None, and no row, if the provider is another run's:
@@ -263,7 +262,6 @@ class Bench:
             verify: given `provider.call`, raises AssertionError where its outputs are wrong.
             nbytes: read and written once, at least; with `flops` it gives the floor of the time.
             flops: at least.
-            inputs: "synthetic", or where real ones came from.
             count: the launches of a kernel of ours are wanted: a run under the profiler.
 
         Raises:
@@ -284,7 +282,7 @@ class Bench:
                     found |= self._timed(provider, sets, nbytes, flops)
                     counts = count and provider.kernel and self.device.type == "cuda"
                     found["launches"] = launches(provider.call, sets[0]) if counts else None
-        return self.add(provider.name, shapes, dtype, found, inputs)
+        return self.add(provider.name, shapes, dtype, found)
 
     def _timed(self, provider: Provider, sets: Sequence, nbytes: float, flops: float) -> dict:
         try:

@@ -119,12 +119,8 @@ def _event_clock(call: Callable, inputs: Any, before: Callable[[], Any] = lambda
 
 
 @functools.lru_cache(maxsize=4)
-def calibrate(device: torch.device, seconds: float | None = None) -> dict[str, float]:
+def calibrate(device: torch.device) -> dict[str, float]:
     """This machine's ceilings, in this run, from random data.
-
-    Args:
-        device: to measure.
-        seconds: for each of them; default 0.3 on a GPU, 0.02 on a CPU.
 
     Returns:
         copy_bytes_s (read and written), read_bytes_s (the better of two reductions), matmul_flops_s (bf16 on a GPU,
@@ -133,7 +129,7 @@ def calibrate(device: torch.device, seconds: float | None = None) -> dict[str, f
         idle queue).
     """
     on_gpu = device.type == "cuda"
-    seconds = seconds or (0.3 if on_gpu else 0.02)
+    seconds = 0.3 if on_gpu else 0.02
     source = torch.randn(2**28 if on_gpu else 2**24, device=device)
     target = torch.empty_like(source)
     width, dtype = (8192, torch.bfloat16) if on_gpu else (256, torch.float32)

@@ -80,9 +80,9 @@ class Record:
         return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def run(model_name: str | None, dtype: str, max_new_tokens: int, console: Console | None = None) -> int:
+def run(model_name: str | None, dtype: str, max_new_tokens: int) -> int:
     """Load, compare on both prompts, print. Returns 0 if speculation left both texts as they were, else 1."""
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     name = models.find_default_model(model_name, dtype)
     model, tokenizer, description = models.load(
         name, dtype, lambda line: console.print(line, style="dim", markup=False)

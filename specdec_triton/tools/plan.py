@@ -146,18 +146,18 @@ def predicted_costs(target: Shape, draft: Shape | None, engine: Engine, ceilings
     return Costs(verify, tuple((depth, depth * step) for depth in (1, MAX_DEPTH)), engine.overhead)
 
 
-def measured_costs(target: Any, draft: Any, engine: Engine, dtype: torch.dtype, repeats: int = 5) -> Costs:
+def measured_costs(target: Any, draft: Any, engine: Engine, dtype: torch.dtype) -> Costs:
     """What rounds take on this CPU: forwards of models of these configs with random weights, timed.
 
     Raises:
         ValueError: the weights need more than half of this machine's memory.
     """
-    verify = _timed_forwards(target, engine, dtype, [n for n in LADDER if n <= CPU_NODES], repeats)
-    step = 0.0 if draft is None else _timed_forwards(draft, engine, dtype, [1], repeats)[0][1]
+    verify = _timed_forwards(target, engine, dtype, [n for n in LADDER if n <= CPU_NODES])
+    step = 0.0 if draft is None else _timed_forwards(draft, engine, dtype, [1])[0][1]
     return Costs(verify, tuple((depth, depth * step) for depth in (1, MAX_DEPTH)), engine.overhead)
 
 
-def _timed_forwards(config, engine, dtype, sizes, repeats):
+def _timed_forwards(config, engine, dtype, sizes):
     nbytes = planned_shape(config, "").weights * dtype.itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 2 * nbytes > memory:
@@ -181,7 +181,7 @@ def _timed_forwards(config, engine, dtype, sizes, repeats):
             else:
                 runner.forward_chain(tokens, length)
 
-        return measure_costs(forward, sizes, repeats=repeats)
+        return measure_costs(forward, sizes)
 
 
 def make_plan(

@@ -60,7 +60,7 @@ lint: $(READY) ## ruff: rules and format; mypy: types of the public modules
 	@$(PY) -m mypy
 
 bench: $(BENCH_READY) ## every benchmark that this machine can run; rows go to bench/results
-	@PY=$(PY) bash bench/gpu.sh $$($(PY) bench/calibrate.py --where)
+	@PY=$(PY) bash bench/gpu.sh $$($(PY) -m specdec_triton.tools.calibration --where)
 
 clean: ## remove .venv and everything built
 	@rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

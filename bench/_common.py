@@ -22,13 +22,10 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
-import platform
 import signal
 import sys
 import threading
@@ -37,11 +34,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from _rows import CALIBRATION, COMPILED, RESULTS, ROOT, Results, commit, output, slug
+from _rows import COMPILED, ROOT, Results
 
 COLD_BYTES = 200e6  # several times the largest L2 cache: what one call reads, the calls between it and the next evict
 MAX_SETS = 128
-CALIBRATION_HOURS = 1
 HANGS = 40  # seconds after its budget, in which a bench must come to its end
 TERMINATED, DEAD = 143, 3  # exit statuses: stopped, as a shell says it; the GPU is lost to this process
 UNTIMED = "Triton's interpreter: checked, has no speed"
@@ -49,9 +45,9 @@ UNTIMED = "Triton's interpreter: checked, has no speed"
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton's first import
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-from specdec_triton.tools import calibration  # noqa: E402
+from specdec_triton.tools import calibration, roofline  # noqa: E402
+from specdec_triton.tools.provenance import provenance, results_folder, version  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +104,7 @@ class Bench:
         self.provenance = provenance(self.device)
         folder = self.options.out
         if folder is None and not self.rehearse:
-            folder = RESULTS / slug(self.provenance["device"])
+            folder = results_folder(self.device)
         self.results = Results(folder)
         self.state = self.results.step(self.step, self.provenance["commit"], self.rehearse)
         if self.state["rehearsal"] != self.rehearse:
@@ -116,7 +112,7 @@ class Bench:
             parser.error(f"--out must be a folder of its own for rehearsals, got {folder} with {kept} of {self.step}")
         if self.state["complete"]:
             parser.exit(self.status, f"{self.step}: complete in {self.results.file}\n")
-        self.ceilings = ceilings(self.device, folder)
+        self.ceilings = calibration.ceilings(self.device, folder)
         self._case, self._dead = "", False
         self.on_exit: Callable[[], None] = lambda: None  # before the process is ended from outside, or for a hang
         self._before = self.state["seconds"]
@@ -253,7 +249,6 @@ class Bench:
         verify: Callable[[Callable], None],
         nbytes: float = 0,
         flops: float = 0,
-        inputs: str = "synthetic",
         count: bool = False,
     ) -> dict | None:
         """Add one row: a time only where the outputs are right. None, and no row, if the provider is another run's:
@@ -267,7 +262,6 @@ class Bench:
             verify: given `provider.call`, raises AssertionError where its outputs are wrong.
             nbytes: read and written once, at least; with `flops` it gives the floor of the time.
             flops: at least.
-            inputs: "synthetic", or where real ones came from.
             count: the launches of a kernel of ours are wanted: a run under the profiler.
 
         Raises:
@@ -288,7 +282,7 @@ class Bench:
                     found |= self._timed(provider, sets, nbytes, flops)
                     counts = count and provider.kernel and self.device.type == "cuda"
                     found["launches"] = launches(provider.call, sets[0]) if counts else None
-        return self.add(provider.name, shapes, dtype, found, inputs)
+        return self.add(provider.name, shapes, dtype, found)
 
     def _timed(self, provider: Provider, sets: Sequence, nbytes: float, flops: float) -> dict:
         try:
@@ -300,7 +294,7 @@ class Bench:
             method, times = calibration.timed(provider.call, sets, self.device, self.seconds, graph=False)
             method += ", since it cannot be captured"
         p20, p50, p80 = (1e6 * quantile for quantile in calibration.quantiles(times))
-        floor = 1e6 * calibration.floor_seconds(self.ceilings, nbytes, flops)
+        floor = 1e6 * roofline.floor_seconds(self.ceilings, nbytes, flops)
         return {
             "method": method,
             "calls": len(times),
@@ -358,9 +352,8 @@ def named_cases(parser: argparse.ArgumentParser) -> None:
 
 
 def simulate_graphs(bench: Bench) -> None:
-    """In a rehearsal on a CPU, rounds are captured by the graphs that the tests simulate, and read late."""
+    """In a rehearsal on a CPU, rounds are captured by simulated graphs, and read late."""
     if bench.size == "rehearsal" and bench.device.type == "cpu":
-        sys.path.append(str(ROOT / "tests"))
         from simulated_graph import SimulatedGraphs
         from specdec_triton.engine import stages
 
@@ -391,47 +384,8 @@ def launches(call: Callable, inputs: Any) -> int | None:
     return len(events) or None
 
 
-def ceilings(device: torch.device, folder: pathlib.Path | None = None) -> dict[str, float]:
-    """This machine's ceilings: what `calibration.json` in the folder says if it is of this machine and fresh, else
-    measured now, and written there."""
-    file = None if folder is None else folder / CALIBRATION
-    origin = provenance(device)
-    if file is not None and file.exists():
-        found = json.loads(file.read_text())
-        age = datetime.datetime.fromisoformat(origin["date"]) - datetime.datetime.fromisoformat(found["date"])
-        same = all(found[name] == origin[name] for name in ("device", "driver"))
-        if same and age < datetime.timedelta(hours=CALIBRATION_HOURS):
-            return found["ceilings"]
-    measured = calibration.calibrate(device)
-    if file is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"ceilings": measured, **origin}, indent=1) + "\n")
-    return measured
-
-
-def provenance(device: torch.device) -> dict[str, str]:
-    """What a row must say about where it was measured."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
-        if on_gpu
-        else "none",
-        **{package: _version(package) for package in ("torch", "triton", "transformers")},
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-    }
-
-
 def absent_unless_importable(*packages: str) -> str | None:
     """The reason for `Provider.absent`, or None where one of `packages` is installed."""
-    if any(_version(package) != "absent" for package in packages):
+    if any(version(package) != "absent" for package in packages):
         return None
     return f"{packages[0]} is not installed"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"

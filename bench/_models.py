@@ -11,77 +11,22 @@ Or it is wrong on chosen tokens, see `wrong_after`: it then replays the recorded
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from specdec_triton.tools import plan
 from specdec_triton.tree import Topology
 
+# Qwen's are made as Llamas: without the biases of queries, keys and values. A head of its own is read as a tied one is.
 SHAPES = {
-    "llama 8B": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "llama 1B": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    # Sizes of Qwen2.5 1.5B and 0.5B, made as Llamas: without the biases of queries, keys and values. A head of its own
-    # is read as a tied one is.
-    "qwen 1.5B": {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-    },
-    "qwen 0.5B": {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    },
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    },
-    "tiny draft": {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "tiny qwen": {  # as many query heads to a key head as Qwen2.5 has
-        "vocab_size": 512,
-        "hidden_size": 192,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-    },
-    "tiny qwen draft": {
-        "vocab_size": 512,
-        "hidden_size": 224,
-        "intermediate_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    },
+    "llama 8B": plan.SHAPES["llama-3.1-8b"],
+    "llama 1B": plan.SHAPES["llama-3.2-1b"],
+    "qwen 1.5B": plan.SHAPES["qwen2.5-1.5b"],
+    "qwen 0.5B": plan.SHAPES["qwen2.5-0.5b"],
+    "tiny": plan.dense(4, 128, 256, 8, 4, 512),
+    "tiny draft": plan.dense(1, 128, 128, 4, 2, 512),
+    # as many query heads to a key head as Qwen2.5 has
+    "tiny qwen": plan.dense(2, 192, 256, 12, 2, 512),
+    "tiny qwen draft": plan.dense(1, 224, 256, 14, 2, 512),
 }
 LAYER_STD = 0.02
 
@@ -121,15 +66,10 @@ def synthetic(
         device: where they are made.
         errors: 0 to 1; after so many of the tokens the model goes on with a wrong one. Or [V] bool: after which ones.
     """
-    config = LlamaConfig(
-        **SHAPES[shape],
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    own = {"model_type": "llama", "tie_word_embeddings": False, "max_position_embeddings": 131072}
+    own |= {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    config = AutoConfig.for_model(**(SHAPES[shape] | own))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device)

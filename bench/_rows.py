@@ -1,10 +1,7 @@
 """Where rows are kept. Needs no torch: reports are made from rows alone."""
 
 import json
-import os
 import pathlib
-import re
-import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -66,22 +63,3 @@ class Results:
 
 def _key(row: dict) -> tuple:
     return (*(row[name] for name in ("bench", "provider", "dtype", "inputs")), json.dumps(row["shapes"]))
-
-
-def slug(device: str) -> str:
-    """A device's name as that of a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def commit() -> str:
-    """Of the repository; BENCH_COMMIT says it where there is none."""
-    named = os.environ.get("BENCH_COMMIT")
-    return named or output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-
-
-def output(*command: str) -> str:
-    """What a command prints; "unknown" where it fails or is not there."""
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

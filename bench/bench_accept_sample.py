@@ -39,7 +39,7 @@ CASES += [
     for kind in KINDS
 ]
 SMALL = [(1, 4, 2048, rule, kind) for rule in RULES for kind in KINDS]
-REHEARSED = [(1, 3, 333, rule, KINDS[place % 2]) for place, rule in enumerate(RULES)]
+REHEARSED = [(1, 3, 70, rule, KINDS[place % 2]) for place, rule in enumerate(RULES)]
 # compiling takes long
 COMPILED = [(1, 32, 128256, rule, kind) for rule in ("coupled", "rejection") for kind in KINDS]
 CHAIN_RULES = ("rejection", "block")

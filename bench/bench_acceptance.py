@@ -69,43 +69,54 @@ def summary(rows: list[dict]) -> dict:
     return totals
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def pair_parser(description: str, count: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
-    parser.add_argument("draft")
-    parser.add_argument("--names", nargs=2, metavar=("TARGET", "DRAFT"), help="official names for the report")
+    parser.add_argument("draft", nargs="?")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="official ones of target and draft, for the report")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
-    arguments = parser.parse_args()
+    return parser
 
-    target, tokenizer, _ = models.load(arguments.target, arguments.dtype)
-    draft, _, _ = models.load(arguments.draft, arguments.dtype)
-    for model in (target, draft):
-        model.to(models.default_device())
-    lines = [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
-    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+
+def loaded(options: argparse.Namespace) -> tuple:
+    """The target, its tokenizer, the draft (None without one), and what a report says of them."""
+    target, tokenizer, _ = models.load(options.target, options.dtype)
+    draft = models.load(options.draft, options.dtype)[0].to(models.default_device()) if options.draft else None
+    names = options.names or [options.target, options.draft]
+    report = dict(zip(("target", "draft"), filter(None, names), strict=False))
+    report |= {"dtype": options.dtype, "max_new_tokens": options.max_new_tokens}
+    return target.to(models.default_device()), tokenizer, draft, report | provenance(models.default_device())
+
+
+def read_prompts(options: argparse.Namespace) -> list[dict]:
+    return [json.loads(line) for line in options.prompts.read_text().splitlines()]
+
+
+def rows_of(file: Path) -> list[dict]:
+    """Those of a run that is continued."""
+    return json.loads(file.read_text())["rows"] if file.exists() else []
+
+
+def write(file: Path, report: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main() -> None:
+    options = pair_parser(__doc__, count=12).parse_args()
+    target, tokenizer, draft, report = loaded(options)
+    rows = rows_of(options.out)
     done = {row["id"] for row in rows}
-    for prompt in track(one_per_task(lines, arguments.count), "prompts"):
-        if prompt["id"] in done:
-            continue
-        row = measure(target, draft, tokenizer, prompt["prompt"], arguments.max_new_tokens)
-        rows.append({"id": prompt["id"], "task": prompt["task"], **row})
-        names = arguments.names or [arguments.target, arguments.draft]
-        report = {
-            "what": "acceptance of a real pair, greedy, real inputs",
-            "target": names[0],
-            "draft": names[1],
-            "dtype": arguments.dtype,
-            "max_new_tokens": arguments.max_new_tokens,
-            **provenance(models.default_device()),
-            "summary": summary(rows),
-            "rows": rows,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    for prompt in track(one_per_task(read_prompts(options), options.count), "prompts"):
+        if prompt["id"] not in done:
+            row = measure(target, draft, tokenizer, prompt["prompt"], options.max_new_tokens)
+            rows.append({"id": prompt["id"], "task": prompt["task"], **row})
+            what = {"what": "acceptance of a real pair, greedy, real inputs"}
+            write(options.out, what | report | {"summary": summary(rows), "rows": rows})
     print(json.dumps(summary(rows), indent=1))
 
 

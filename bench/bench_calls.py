@@ -30,7 +30,7 @@ class Case:
 
 CASES = [Case("plain"), Case("oracle"), Case("auto", tokens=200), Case("plain", tokens=200)]
 CASES += [Case("oracle", tokens=200), Case("plain", False), Case("oracle", False)]
-REHEARSED = [dataclasses.replace(case, context=12, tokens=24) for case in CASES[:3]]
+REHEARSED = [dataclasses.replace(case, context=12, tokens=20) for case in CASES[:3]]
 NODES, DEPTH, ERRORS = 64, 7, 0.2
 
 

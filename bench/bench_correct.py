@@ -8,7 +8,7 @@
    may differ where the target's logits are near-ties (see bench_generate).
 4. recovery: after a capture that failed on purpose, the stream, the allocator, the random generator and the next call.
 
-Rehearsed on a CPU, rounds are captured by the tests' simulated graphs.
+Rehearsed on a CPU, rounds are captured by simulated graphs.
 """
 
 import contextlib
@@ -27,24 +27,22 @@ import torch
 from _common import ROOT, Bench, named_cases, simulate_graphs
 from _models import prompts, synthetic
 from bench_generate import check
-from bench_tree_attention import LLAMA, TOLERANCE
+from bench_tree_attention import LLAMA, TOLERANCE, dtype_of, make_inputs, ours
 
 import specdec_triton as sdt
 from specdec_triton import ops
 from specdec_triton.engine import graphs
-
-sys.path.insert(0, str(ROOT / "tests"))
-from families import NEVER, build, prompt  # noqa: E402
-from test_families import perturbed  # noqa: E402
-from test_generate import TREES, oracle  # noqa: E402
-from test_kernel_tree_attention import random_trees  # noqa: E402
+from specdec_triton.tools import support
 
 TESTS = ("kernel_compact_kv", "kernel_accept_greedy", "kernel_accept_sample", "kernel_tree_attention", "library")
 TESTS = [f"tests/test_{name}.py" for name in (*TESTS, "families")]
 PROCESSES, TESTS_SECONDS = 14, 120
 SUMMARY = re.compile(r"\d+ (passed|failed|errors?|tests? collected)|\d+/\d+ tests collected")
 TOKENS = 48
-FEW_TOKENS = 28  # on a CPU
+FEW_TOKENS = 22  # on a CPU
+MODELS = {"llama": "LlamaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gpt_oss": "GptOssForCausalLM"}
+SEED = 2  # of weights whose greedy texts have no near tie
+TREE = sdt.Topology.from_widths([3, 2, 1])
 DRAFTERS = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early", "skip")
 SAMPLED = (("do_sample", True), ("temperature", 0.8))
 FILTERED = (*SAMPLED, ("top_k", 20), ("top_p", 0.9), ("min_p", 0.02))
@@ -88,19 +86,21 @@ REHEARSED += [Case("text", "llama", "tree", FILTERED, "coupled"), TEXTS[-1], LAS
 
 
 class Tests:
-    """The selection, running in the background. Only collected in a rehearsal."""
+    """The selection, running in the background. In a rehearsal, those of one file are collected."""
 
     def __init__(self, bench: Bench):
         self.log = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m", "first_gpu"]
-        if bench.size == "gpu":
-            if importlib.util.find_spec("xdist"):
-                command += ["-n", str(PROCESSES), "--dist", "worksteal"]
-        else:
-            command += ["--collect-only"]
+        tests, command = (
+            TESTS,
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m", "first_gpu"],
+        )
+        if bench.size != "gpu":
+            command, tests = [*command, "--collect-only"], TESTS[:1]
+        elif importlib.util.find_spec("xdist"):
+            command += ["-n", str(PROCESSES), "--dist", "worksteal"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         self.process = subprocess.Popen(
-            [*command, *TESTS], cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT,
+            [*command, *tests], cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         self.until = time.perf_counter() + TESTS_SECONDS
@@ -143,60 +143,60 @@ def measure(bench: Bench, case: Case, tests: Tests | None) -> None:
 
 def attention(device: torch.device, case: Case) -> dict:
     """Captured once, replayed with other lengths."""
-    nodes, slots, query_heads, kv_heads, dim = case.sizes
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    random = torch.Generator(device).manual_seed(0)
-    query, key, value = (
-        torch.randn(2, size, heads, dim, device=device, generator=random).to(dtype).transpose(1, 2)
-        for size, heads in ((nodes, query_heads), (slots, kv_heads), (slots, kv_heads))
-    )
-    tree = random_trees(2, nodes, torch.Generator().manual_seed(1))
-    packed = tree.pack(torch.tensor([0, 7]), torch.tensor([slots - nodes, slots // 3])).to(device)
-
-    def call(impl: str = "triton") -> torch.Tensor:
-        return ops.tree_attention(query, key, value, packed, impl=impl)
+    nodes, slots, *heads = case.sizes
+    dtype, room = dtype_of(device)[1], slots - nodes
+    inputs = make_inputs(2, *heads, room, nodes, dtype, device)
+    packed = inputs["packed_tree"]
 
     def call_without_waits() -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return call()
+            return ours(inputs, "triton")
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    out = call()
+    out = ours(inputs, "triton")
     if device.type == "cuda":
         graph, out = graphs.capture(call_without_waits)
         replay = graph.replay
     else:
 
         def replay() -> None:
-            out.copy_(call())
+            out.copy_(ours(inputs, "triton"))
 
-    worst, room = 0.0, slots - nodes
+    worst = 0.0
     for lengths in ((room, room // 3), (min(64, room), min(65, room)), (1, room // 2), (0, room)):
         packed[..., -2], packed[..., -1] = 0, torch.tensor(lengths, device=device)[:, None]
         replay()
-        worst = max(worst, (out.float() - call("reference").float()).abs().max().item())
+        worst = max(worst, (out.float() - ours(inputs, "reference").float()).abs().max().item())
     assert worst <= TOLERANCE[dtype], f"differs from the reference by {worst}"
     return {"said": f"worst difference {worst:.1e}"}
 
 
-def capturable(model):
-    """The model, its experts, if it has any, as one product: in fp32 a grouped one cannot be captured."""
-    if any("grouped_mm" == experts for experts in model.get_experts_implementation().values()):
-        model.set_experts_implementation("batched_mm")
+def made(family: str, device: torch.device, noise: float = 0.0):
+    """A tiny model; with noise on its weights, a draft that is sometimes right."""
+    model = support.build(support.Kind(family, MODELS[family], "causal"), SEED)
+    model = support.noisy(model, noise).to(device)
+    if family == "gemma2":
+        model.set_attn_implementation("eager")  # some releases drop the softcap under sdpa
+    if "grouped_mm" in model.get_experts_implementation().values():
+        model.set_experts_implementation("batched_mm")  # in fp32 a grouped product cannot be captured
     return model
 
 
+def oracle(plain: torch.Tensor, errors: float = 0.3) -> sdt.OracleDrafter:
+    return sdt.OracleDrafter(torch.nn.functional.pad(plain, (0, TOKENS)), errors, tree=TREE)
+
+
 def drafter_of(name: str, family: str, plain: torch.Tensor) -> sdt.Drafter | None:
-    """Draft models are the target with some noise: they are sometimes right."""
+    draft = functools.partial(made, family, plain.device, 0.05)
     return {
         "none": lambda: None,
-        "model": lambda: sdt.ModelDrafter(capturable(perturbed(family)), num_tokens=3),
-        "tree": lambda: sdt.ModelDrafter(capturable(perturbed(family)), tree=TREES["wide"]),
-        "dynamic": lambda: sdt.ModelDrafter(capturable(perturbed(family)), tree=sdt.DynamicTree(9, 3, 3)),
+        "model": lambda: sdt.ModelDrafter(draft(), num_tokens=3),
+        "tree": lambda: sdt.ModelDrafter(draft(), tree=TREE),
+        "dynamic": lambda: sdt.ModelDrafter(draft(), tree=sdt.DynamicTree(9, 3, 3)),
         "lookup": lambda: sdt.PromptLookupDrafter(branches=2),
-        "oracle": lambda: oracle(plain, tree=TREES["wide"]),
+        "oracle": lambda: oracle(plain),
         "early": lambda: sdt.EarlyExitDrafter(1, num_tokens=3),
         "skip": lambda: sdt.EarlyExitDrafter(skip=[1], num_tokens=3),
     }[name]()
@@ -209,9 +209,9 @@ def tokens_on(device: torch.device) -> int:
 @functools.lru_cache(maxsize=1)
 def target_of(family: str, device: torch.device) -> tuple:
     """The model, arguments of `generate`, and the greedy text of transformers."""
-    model = capturable(build(family).to(device))
-    inputs = {name: tensor.to(device) for name, tensor in prompt(batch=3).items()}
-    inputs |= {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": tokens_on(device)}
+    model = made(family, device)
+    inputs = {name: tensor.to(device) for name, tensor in support.padded_prompt(3).items()}
+    inputs |= support.GREEDY | {"max_new_tokens": tokens_on(device)}
     return model, inputs, model.generate(**inputs)
 
 
@@ -254,11 +254,7 @@ def rounded_text(device: torch.device, case: Case) -> dict:
     ids = prompts(2, 40, target.config.vocab_size, device)
     inputs = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": tokens_on(device)}
     plain = target.generate(ids, **inputs)
-    drafter = {
-        "none": lambda: None,
-        "tree": lambda: sdt.ModelDrafter(draft, tree=TREES["wide"]),
-        "oracle": lambda: oracle(plain, 0.2, tree=TREES["wide"]),
-    }[case.drafter]()
+    drafter = {"none": None, "tree": sdt.ModelDrafter(draft, tree=TREE), "oracle": oracle(plain, 0.2)}[case.drafter]
     found = target.generate(ids, **inputs, custom_generate=sdt.SpeculativeGenerate(drafter=drafter))
     said = graphs_said(sdt.stats(target))["said"]
     compared = check(target, found, plain, ids.shape[1])
@@ -296,6 +292,7 @@ def recovery(device: torch.device, case: Case) -> dict:
 def main() -> int:
     bench = Bench("correct", __doc__, named_cases)
     simulate_graphs(bench)
+    torch.manual_seed(0)
     names = bench.options.cases
     wanted = repr(LAST) not in bench.state["done"] and (names is None or LAST.name in names)
     tests = Tests(bench) if wanted else None

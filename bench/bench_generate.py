@@ -32,13 +32,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from _common import Bench, absent_unless_importable, first_line, named_cases, simulate_graphs
+from _common import Bench, first_line, named_cases, simulate_graphs
 from _models import SHAPES, error_rate, prompts, spider, synthetic, wrong_after
 from _rows import CONTROLLED, REPLAYED, RESULTS
 
 import specdec_triton as sdt
 from specdec_triton.engine.generate import WORTH_CAPTURING
 from specdec_triton.tools import calibration, profiling
+from specdec_triton.tools.host_sync import count_forwards
+from specdec_triton.tools.roofline import efficiency_bytes, floor_seconds, shape_of
 
 GAP = 1.0  # logits
 SEEDS, NEAR = 5, 0.05  # tried for the oracle; how near to the wanted or replayed acceptance length is enough
@@ -48,7 +50,8 @@ LOOKUP = 10
 PROFILED_TOKENS = 24  # under torch's profiler, which takes longer to read than to make
 PROFILED_BATCH = 16  # larger ones take long over their prompts
 DEPTH = 7  # of the oracle's chains
-PLAIN, EAGER, ASSISTED = "ours, plain", "transformers eager", "transformers assisted"
+PLAIN, ORACLE = "ours, plain", "ours, oracle"
+EAGER, ASSISTED = "transformers eager", "transformers assisted"
 BASELINES = (PLAIN, EAGER, ASSISTED)
 
 
@@ -106,13 +109,7 @@ COUNTED = (ASSISTED, THEIR_LOOKUP)  # they emit several tokens a forward of the 
 CASES = [
     Case("drafts", (PLAIN, DRAFTED, EAGER, ASSISTED), oracle=((64, 4.5),), options=GRAPHS, turns=2),
     Case(
-        "replayed pair",
-        (PLAIN, DRAFTED, ASSISTED),
-        tokens=(32, 222),
-        options=GRAPHS,
-        turns=2,
-        pair="qwen",
-        seconds=40,
+        "replayed pair", (PLAIN, DRAFTED, ASSISTED), tokens=(32, 222), options=GRAPHS, turns=2, pair="qwen", seconds=40
     ),
     Case("batch of 16", (PLAIN,), 16, oracle=((8, 3.0),), options=GRAPHS, turns=2, seconds=50),
     Case(
@@ -125,7 +122,6 @@ CASES = [
     Case("nodes", (PLAIN,), oracle=((4, 2.0), (8, 2.0), (32, 2.0), (64, 2.0)), options=GRAPHS),
     Case("without graphs", (PLAIN, DRAFTED), oracle=((64, 4.5),), options=EAGER_ROUNDS),
     Case("static cache", (EAGER, STATIC), turns=2),
-    Case("engines", ("flashspec", "flashinfer")),
 ]
 
 
@@ -137,7 +133,7 @@ def scaled(case: Case, batch: int, graphs: tuple = (), **sizes) -> Case:
 
 SMALL = [scaled(case, 4, context=64, tokens=(4, 36)) for case in CASES if case.options != EAGER_ROUNDS]
 REHEARSED = [
-    scaled(case, 2, EAGER_ROUNDS, context=12, tokens=(2, 14), turns=1)
+    scaled(case, 2, EAGER_ROUNDS, context=12, tokens=(2, 10), turns=1)
     for case in CASES
     # "without graphs" would be a part of "drafts" once more
     if case.name not in ("acceptance", "batch of 64", "nodes", "without graphs")
@@ -206,19 +202,6 @@ def _made(names: tuple[str, str], large: bool, device: torch.device, replay: Rep
     return names[0], target, draft
 
 
-_TEXTS: dict[tuple, torch.Tensor] = {}
-
-
-def plain_text(case: Case, large: bool, device: torch.device) -> torch.Tensor:
-    """[B, context + tokens] int64. transformers' greedy text, which every way must give."""
-    key = (case.pair, large, device, case.batch, case.context, case.tokens[1], case.repeats)
-    if key not in _TEXTS:
-        _, target, _ = pair(large, device, case)
-        ids = prompts(case.batch, case.context, target.config.vocab_size, device, case.repeats)
-        _TEXTS[key] = generate(target, ids, case.tokens[1])
-    return _TEXTS[key]
-
-
 def generate(target, input_ids: torch.Tensor, tokens: int, **options) -> torch.Tensor:
     mask = torch.ones_like(input_ids)
     return target.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, **options)
@@ -232,80 +215,84 @@ class Way:
         call: a number of new tokens -> [B, T] int64.
         ours: it leaves `sdt.stats`.
         nodes: N, the root included.
+        draft: the model that drafts.
         wanted: acceptance length that the oracle was set to.
         calls: other calls like `call`, of which the one nearest to `wanted` becomes `call`.
-        draft: the model that drafts.
-        replay: the trace that the draft replays, or None.
+        inputs: as rows say it.
     """
 
     name: str
     call: Callable[[int], torch.Tensor] | None
     ours: bool = True
     nodes: int = 1
+    draft: object = None
     wanted: float | None = None
     calls: tuple[Callable[[int], torch.Tensor], ...] = ()
-    draft: object = None
-    replay: Replay | None = None
+    inputs: str = "synthetic"
     absent: str | None = None
 
-    @property
-    def inputs(self) -> str:
-        """As rows say it."""
-        return REPLAYED if self.replay else CONTROLLED if self.wanted or self.draft else "synthetic"
+
+_TEXTS: dict[tuple, torch.Tensor] = {}
 
 
-def make_way(name: str, case: Case, large: bool, device: torch.device) -> Way:
-    _, target, draft = pair(large, device, case)
-    replay = replay_of(case)
-    ids = prompts(case.batch, case.context, target.config.vocab_size, device, case.repeats)
-    run = functools.partial(generate, target, ids)
-    if name in ("flashspec", "flashinfer"):
-        absent = absent_unless_importable(name, f"{name}-python")
-        return Way(name, None, False, absent=absent or "installed; decodes no transformers model end to end")
-    if name == STATIC:
-        absent = None if device.type == "cuda" else "compiled on a GPU only"
-        return Way(name, functools.partial(run, cache_implementation="static"), False, absent=absent)
-    if name == EAGER:
-        return Way(name, run, False)
-    if name == ASSISTED:
-        call = functools.partial(run, assistant_model=draft)
-        return Way(name, call, False, DRAFT_TOKENS + 1, draft=draft, replay=replay)
-    if name == THEIR_LOOKUP:
-        return Way(name, functools.partial(run, prompt_lookup_num_tokens=LOOKUP), False, LOOKUP + 1)
-    drafter = {
-        DRAFTED: lambda: sdt.ModelDrafter(draft, num_tokens=DRAFT_TOKENS),
-        LOOKED_UP: lambda: sdt.PromptLookupDrafter(LOOKUP),
-        PLAIN: lambda: None,
-    }[name]()
-    nodes = {DRAFTED: DRAFT_TOKENS + 1, LOOKED_UP: LOOKUP + 1, PLAIN: 1}[name]
-    way = dataclasses.replace(ours(name, case, device, run, drafter), nodes=nodes)
-    return dataclasses.replace(way, draft=draft, replay=replay) if name == DRAFTED else way
+class Setup:
+    """What the ways of a case share.
 
+    Attributes:
+        replay: the text that the draft replays a trace on, or None.
+        model: the target's name.
+        target, draft: the models.
+        run: `generate` of the target after the prompt.
+        plain: [B, context + tokens] int64. transformers' greedy text, which every way must give.
+    """
 
-def make_oracle(nodes: int, wanted: float, case: Case, large: bool, device: torch.device) -> Way:
-    _, target, _ = pair(large, device, case)
-    topology = spider(nodes, min(DEPTH, nodes - 1))
-    rate = error_rate(topology, wanted)
-    if rate is None:
-        return Way("ours, oracle", None, nodes=nodes, wanted=wanted, absent=f"{nodes} nodes cannot accept so many")
-    text = plain_text(case, large, device)
-    ids = prompts(case.batch, case.context, target.config.vocab_size, device, case.repeats)
-    drafters = [sdt.OracleDrafter(text, rate, tree=topology, seed=seed) for seed in range(SEEDS)]
-    run = functools.partial(generate, target, ids)
-    first, *others = (ours("ours, oracle", case, device, run, drafter) for drafter in drafters)
-    return dataclasses.replace(first, nodes=nodes, wanted=wanted, calls=tuple(way.call for way in others))
+    def __init__(self, case: Case, large: bool, device: torch.device):
+        self.case, self.device, self.replay = case, device, replay_of(case)
+        self.model, self.target, self.draft = pair(large, device, case)
+        ids = prompts(case.batch, case.context, self.target.config.vocab_size, device, case.repeats)
+        self.run = functools.partial(generate, self.target, ids)
+        key = (case.pair, large, device, case.batch, case.context, case.tokens[1], case.repeats)
+        if key not in _TEXTS:
+            _TEXTS[key] = self.run(case.tokens[1])
+        self.plain = _TEXTS[key]
 
+    def way(self, name: str) -> Way:
+        drafted = {"draft": self.draft, "nodes": DRAFT_TOKENS + 1, "inputs": REPLAYED if self.replay else CONTROLLED}
+        if name == PLAIN:
+            return self.ours(name, None)
+        if name == DRAFTED:
+            return self.ours(name, sdt.ModelDrafter(self.draft, num_tokens=DRAFT_TOKENS), **drafted)
+        if name == LOOKED_UP:
+            return self.ours(name, sdt.PromptLookupDrafter(LOOKUP), nodes=LOOKUP + 1)
+        if name == EAGER:
+            return Way(name, self.run, False)
+        if name == ASSISTED:
+            return Way(name, functools.partial(self.run, assistant_model=self.draft), False, **drafted)
+        if name == THEIR_LOOKUP:
+            return Way(name, functools.partial(self.run, prompt_lookup_num_tokens=LOOKUP), False, LOOKUP + 1)
+        absent = None if self.device.type == "cuda" else "compiled on a GPU only"
+        return Way(name, functools.partial(self.run, cache_implementation="static"), False, absent=absent)
 
-def ours(name: str, case: Case, device: torch.device, run: Callable, drafter: sdt.Drafter | None) -> Way:
-    """Decoding through our engine; absent where an option is not to be had."""
-    options = dict(case.options)
-    if options.get("compile") and device.type != "cuda":
-        return Way(name, None, absent="compiled on a GPU only")
-    try:
-        custom = sdt.SpeculativeGenerate(drafter=drafter, **options)
-    except ValueError as refusal:
-        return Way(name, None, absent=first_line(refusal))
-    return Way(name, functools.partial(run, custom_generate=custom))
+    def oracle(self, nodes: int, wanted: float) -> Way:
+        known = {"nodes": nodes, "wanted": wanted, "inputs": CONTROLLED}
+        topology = spider(nodes, min(DEPTH, nodes - 1))
+        rate = error_rate(topology, wanted)
+        if rate is None:
+            return Way(ORACLE, None, **known, absent=f"{nodes} nodes cannot accept so many")
+        drafters = [sdt.OracleDrafter(self.plain, rate, tree=topology, seed=seed) for seed in range(SEEDS)]
+        first, *others = (self.ours(ORACLE, drafter, **known) for drafter in drafters)
+        return dataclasses.replace(first, calls=tuple(way.call for way in others))
+
+    def ours(self, name: str, drafter: sdt.Drafter | None, **fields) -> Way:
+        """Decoding through our engine; absent if an option is not to be had."""
+        options = dict(self.case.options)
+        if options.get("compile") and self.device.type != "cuda":
+            return Way(name, None, absent="compiled on a GPU only", **fields)
+        try:
+            custom = sdt.SpeculativeGenerate(drafter=drafter, **options)
+        except ValueError as refusal:
+            return Way(name, None, absent=first_line(refusal), **fields)
+        return Way(name, functools.partial(self.run, custom_generate=custom), **fields)
 
 
 def check(target, text: torch.Tensor, plain: torch.Tensor, context: int) -> dict:
@@ -373,25 +360,23 @@ def check_graphs(case: Case, turns: list[tuple[Call, Call]]) -> None:
 
 def measure(bench: Bench, case: Case) -> None:
     device, large = bench.device, bench.size == "gpu"
-    model, target, _ = pair(large, device, case)
-    plain = plain_text(case, large, device)
-    ways = [make_way(name, case, large, device) for name in case.ways]
-    ways += [make_oracle(*oracle, case, large, device) for oracle in case.oracle]
+    setup = Setup(case, large, device)
+    target = setup.target
+    ways = [*map(setup.way, case.ways), *(setup.oracle(*oracle) for oracle in case.oracle)]
     found, times = [{} for _ in ways], [[] for _ in ways]
     for way, row in zip(ways, found, strict=True):
         bench.check_time()
         if way.absent is None:
             with bench.guarded(row):
-                verify(bench, way, row, target, plain, case)
+                verify(bench, way, row, setup)
         else:
             row["absent"] = way.absent
     ready = [place for place, row in enumerate(found) if "identical" in row]
-    for turn in range(case.turns):
-        for place in ready if turn % 2 == 0 else reversed(ready):
-            bench.check_time()
-            times[place].append(tuple(clocked(ways[place], tokens, target, device) for tokens in case.tokens))
-            if ways[place].ours:
-                found[place]["seconds"] = {name: round(spent, 5) for name, spent in sdt.stats(target).seconds.items()}
+    for place in calibration.in_turn(ready, case.turns):
+        bench.check_time()
+        times[place].append(tuple(clocked(ways[place], tokens, target, device) for tokens in case.tokens))
+        if ways[place].ours:
+            found[place]["seconds"] = {name: round(spent, 5) for name, spent in sdt.stats(target).seconds.items()}
     if dict(case.options).get("cuda_graphs"):
         for place in [place for place in ready if ways[place].ours]:
             with bench.guarded(found[place]):
@@ -403,7 +388,7 @@ def measure(bench: Bench, case: Case) -> None:
     }
     for place, (way, row) in enumerate(zip(ways, found, strict=True)):
         if place in ready:
-            row |= summary(bench, case, way, row["rounds"], times[place], rates[place])
+            row |= summary(bench, setup, way, row["rounds"], times[place], rates[place])
             row["ratio"] = {
                 ways[other].name: round(
                     statistics.median(a / b for a, b in zip(rates[place], rates[other], strict=True)), 3
@@ -411,17 +396,9 @@ def measure(bench: Bench, case: Case) -> None:
                 for other in ready
                 if ways[other].name in BASELINES and other != place
             }
-        shapes = {
-            "case": case.name,
-            "model": model,
-            "B": case.batch,
-            "context": case.context,
-            "N": way.nodes,
-            "tau": way.wanted,
-        }
-        shapes |= {"repeats": case.repeats, **(dict(case.options) if way.ours else {})}
-        dtype = "bf16" if large else "fp32"
-        bench.add(way.name, shapes, dtype, row, way.inputs)
+        shapes = {"case": case.name, "model": setup.model, "B": case.batch, "context": case.context, "N": way.nodes}
+        shapes |= {"tau": way.wanted, "repeats": case.repeats, **(dict(case.options) if way.ours else {})}
+        bench.add(way.name, shapes, "bf16" if large else "fp32", row, way.inputs)
 
 
 def new_tokens(case: Case) -> int:
@@ -436,13 +413,13 @@ class Tried(NamedTuple):
     acceptance_length: float
 
 
-def verify(bench: Bench, way: Way, row: dict, target, plain: torch.Tensor, case: Case) -> None:
+def verify(bench: Bench, way: Way, row: dict, setup: Setup) -> None:
     """Warm up, and hold the text against plain's; a way that is refused is absent. An oracle keeps the errors whose
     acceptance length is nearest to the wanted one, the first that are near enough."""
     tried = {}
     try:
         for call in (way.call, *way.calls):
-            found = tried[call] = try_out(bench, dataclasses.replace(way, call=call), target, case)
+            found = tried[call] = try_out(bench, dataclasses.replace(way, call=call), setup)
             if way.wanted is None or abs(found.acceptance_length / way.wanted - 1) <= NEAR:
                 break
     except ValueError as refusal:
@@ -450,21 +427,22 @@ def verify(bench: Bench, way: Way, row: dict, target, plain: torch.Tensor, case:
         return
     if way.wanted is not None:
         way.call = min(tried, key=lambda call: abs(tried[call].acceptance_length / way.wanted - 1))
-    row |= check(target, tried[way.call].text, plain, case.context)
+    row |= check(setup.target, tried[way.call].text, setup.plain, setup.case.context)
     row["rounds"] = tried[way.call].rounds
     row["acceptance_length"] = round(tried[way.call].acceptance_length, 3)
-    if way.replay is not None:
-        row["replayed_length"] = length = round(replayed_length(way.replay), 3)
+    if way.inputs == REPLAYED:
+        row["replayed_length"] = length = round(replayed_length(setup.replay), 3)
         # transformers drafts the prompt's token as well: its rounds begin elsewhere
         near = not way.ours or abs(row["acceptance_length"] / length - 1) <= NEAR
         assert near, f"acceptance length {row['acceptance_length']}, the trace's is {length}"
 
 
-def try_out(bench: Bench, way: Way, target, case: Case) -> Tried:
+def try_out(bench: Bench, way: Way, setup: Setup) -> Tried:
+    target, case = setup.target, setup.case
     rounds, row_rounds, accepted = [], [], []
     for tokens in case.tokens:
         bench.check_time()
-        with counted_forwards(target if way.name in COUNTED else None) as forwards:
+        with count_forwards(target) if way.name in COUNTED else contextlib.nullcontext() as forwards:
             text = way.call(tokens)
         if way.ours:
             stats = sdt.stats(target)
@@ -478,21 +456,9 @@ def try_out(bench: Bench, way: Way, target, case: Case) -> Tried:
     return Tried(text, between, (accepted[1] - accepted[0] + row_rounds) / max(row_rounds, 1))
 
 
-@contextlib.contextmanager
-def counted_forwards(target):
-    """A list that gets an entry for each forward of the target inside; None is not counted."""
-    forwards = []
-    hook = None if target is None else target.register_forward_pre_hook(lambda *_: forwards.append(None))
-    try:
-        yield forwards
-    finally:
-        if hook is not None:
-            hook.remove()
-
-
-def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates: list[float]) -> dict:
+def summary(bench: Bench, setup: Setup, way: Way, rounds: int, times: list, rates: list[float]) -> dict:
     """The row of a way that was timed, its rounds profiled where there is a GPU."""
-    _, target, _ = pair(bench.size == "gpu", bench.device, case)
+    case, target = setup.case, setup.target
     found = {"turns": case.turns, "new_tokens": new_tokens(case)}
     for name, rate in zip(("p20", "p50", "p80"), calibration.quantiles(rates), strict=True):
         found[f"{name}_tokens_s"] = round(rate, 2)
@@ -502,9 +468,9 @@ def summary(bench: Bench, case: Case, way: Way, rounds: int, times: list, rates:
     round_seconds = case.batch * new_tokens(case) / statistics.median(rates) / max(rounds, 1)
     context = case.context + sum(case.tokens) / 2
     forwards = DRAFT_TOKENS if way.draft is not None else 0
-    nbytes = profiling.efficiency_bytes(target, case.batch, context, way.draft, forwards)
+    nbytes = efficiency_bytes(shape_of(target), case.batch, context, way.draft and shape_of(way.draft), forwards)
     found["round_ms"] = round(1e3 * round_seconds, 4)
-    found["eta"] = round(calibration.floor_seconds(bench.ceilings, nbytes) / round_seconds, 4)
+    found["eta"] = round(floor_seconds(bench.ceilings, nbytes) / round_seconds, 4)
     if way.ours and bench.device.type == "cuda" and case.batch <= PROFILED_BATCH:
         long = case.tokens[1]
         calls = [functools.partial(way.call, tokens) for tokens in (long, min(PROFILED_TOKENS, long))]

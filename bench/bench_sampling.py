@@ -8,13 +8,10 @@ measures it as well as a GPU; no times are reported. Cells in `--out` are kept, 
 between two batch sizes without any draft.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import torch
-from _common import provenance
-from bench_acceptance import one_per_task
+from bench_acceptance import loaded, one_per_task, pair_parser, read_prompts, rows_of, write
 from rich.progress import track
 
 import specdec_triton as sdt
@@ -90,48 +87,30 @@ def _differences(texts, others) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target")
-    parser.add_argument("draft", nargs="?")
-    parser.add_argument("--names", nargs="+", help="official names for the report")
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=8)
+    parser = pair_parser(__doc__, count=8)
     parser.add_argument("--max-prompt-tokens", type=int, default=160, help="longer ones are left out")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--flips", action="store_true")
-    arguments = parser.parse_args()
-
-    device = models.default_device()
-    target, tokenizer, _ = models.load(arguments.target, arguments.dtype)
-    target.to(device)
-    lines = [json.loads(line) for line in arguments.prompts.read_text().splitlines()]
-    short = [line for line in lines if len(tokenizer(line["prompt"])["input_ids"]) <= arguments.max_prompt_tokens]
-    inputs = encode(tokenizer, one_per_task(short, arguments.count), device)
-    names = arguments.names or [arguments.target, arguments.draft]
-    report = {"target": names[0], "dtype": arguments.dtype, "prompts": arguments.count}
-    report |= {"max_prompt_tokens": arguments.max_prompt_tokens}
-    report |= {"max_new_tokens": arguments.max_new_tokens, **provenance(device)}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.flips:
+    options = parser.parse_args()
+    target, tokenizer, draft, report = loaded(options)
+    lines = read_prompts(options)
+    short = [line for line in lines if len(tokenizer(line["prompt"])["input_ids"]) <= options.max_prompt_tokens]
+    inputs = encode(tokenizer, one_per_task(short, options.count), target.device)
+    report |= {"prompts": options.count, "max_prompt_tokens": options.max_prompt_tokens}
+    if options.flips:
         report["what"] = "tokens of coupled sampling that differ when verified with a draft, and alone (null)"
-        report |= flips(target, inputs, arguments.max_new_tokens, list(range(arguments.count)))
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        report |= flips(target, inputs, options.max_new_tokens, list(range(options.count)))
+        write(options.out, report)
         print(json.dumps(report, indent=1))
         return
 
-    draft, _, _ = models.load(arguments.draft, arguments.dtype)
-    draft.to(device)
-    report |= {"what": "acceptance of a real pair, sampled, real inputs", "draft": names[1]}
-    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    report["what"] = "acceptance of a real pair, sampled, real inputs"
+    rows = rows_of(options.out)
     done = {(row["rule"], row["shape"], row["temperature"]) for row in rows}
-    cells = [(rule, shape, temperature) for temperature in TEMPERATURES for rule, shape in DRAFTS]
+    cells = [(*kind, temperature) for temperature in TEMPERATURES for kind in DRAFTS]
     for rule, shape, temperature in track([cell for cell in cells if cell not in done], "cells"):
-        topology = DRAFTS[rule, shape]
-        found = measure(target, draft, inputs, rule, topology, temperature, arguments.max_new_tokens)
+        found = measure(target, draft, inputs, rule, DRAFTS[rule, shape], temperature, options.max_new_tokens)
         rows.append({"rule": rule, "shape": shape, "temperature": temperature, **found})
-        arguments.out.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
+        write(options.out, report | {"rows": rows})
     for row in rows:
         print(row)
 

@@ -8,12 +8,13 @@ and never count.
 """
 
 import argparse
+import collections
 import importlib.util
 import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from _goals import GOALS, LARGE, LLAMA, Rows
 from _rows import CALIBRATION, REPLAYED, REPORT, RESULTS, ROOT, ROWS, Results
@@ -21,18 +22,30 @@ from _rows import CALIBRATION, REPLAYED, REPORT, RESULTS, ROOT, ROWS, Results
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by bench/report.py: begin -->", "<!-- made by bench/report.py: end -->"
 STAGES = {"draft": "#9ecae1", "verify": "#3182bd", "accept": "#e6550d", "compact": "#31a354", "emit": "#756bb1"}
+ROUND_COLUMNS = {"kernels": "kernels", "host reads": "host_reads", "host µs": "host_us", "waiting µs": "wait_us"}
+ROUND_COLUMNS |= {"GPU idle": "idle_share"}
 REST = "#d9d9d9"
 MARKS = {"met": "met", "missed": "**missed**", "not measured": "not measured"}
 NO_PLOTS = "matplotlib is not installed: no plots. Make them elsewhere: python bench/report.py FOLDER"
+GOAL_HEADS = ("goal", "what", "wanted", "measured", "verdict")
 LONGEST_REASON = 160
 MOST_LINES, MOST_FAULTS, LONGEST_LINE, LONGEST_FAULT = 60, 10, 170, 320  # on the screen
 KERNELS = ("tree_attention", "accept", "accept_sample", "compact")
 
 
-def table(heads: list[str], lines: list[list]) -> list[str]:
-    """Markdown; the first column is text, the others are numbers."""
-    rule = ["---", *["---:"] * (len(heads) - 1)]
+def table(heads: Sequence[str], lines: Sequence[Sequence], text: Sequence[int] = (0,)) -> list[str]:
+    """Markdown; the columns `text` are text, the others are numbers."""
+    rule = ["---" if place in text else "---:" for place in range(len(heads))]
     return ["| " + " | ".join(map(str, line)) + " |" for line in (heads, rule, *lines)] + [""]
+
+
+def columns(rows: list[dict], heads: dict[str, Callable[[dict], object]]) -> list[str]:
+    """A table of rows: each column's head, and what it reads of a row."""
+    return table(list(heads), [[read(row) for read in heads.values()] for row in rows])
+
+
+def having(rows: list[dict], bench: str, name: str) -> list[dict]:
+    return [row for row in rows if row["bench"] == bench and name in row]
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -45,18 +58,15 @@ def goals_lines(rows: list[dict], size: str | None = None) -> list[list[str]]:
     """The goals; with `size`, those that rows of this size can meet."""
     lines = []
     for check in GOALS:
-        if size not in (None, check.size):
-            continue
-        value, verdict = check.judge(rows)
-        goal = f"{'≥' if check.sign == '>=' else '≤'} {check.bound:g}"
-        lines.append([check.goal, check.what, goal, number(value), MARKS[verdict]])
+        if size in (None, check.size):
+            value, verdict = check.judge(rows)
+            goal = f"{'≥' if check.sign == '>=' else '≤'} {check.bound:g}"
+            lines.append([check.goal, check.what, goal, number(value), MARKS[verdict]])
     return lines
 
 
 def goals_table(rows: list[dict], size: str | None = None) -> list[str]:
-    heads, rule = ["goal", "what", "wanted", "measured", "verdict"], ["---", "---", "---:", "---:", "---"]
-    lines = ["| " + " | ".join(line) + " |" for line in (heads, rule, *goals_lines(rows, size))]
-    return [*lines, ""]
+    return table(GOAL_HEADS, goals_lines(rows, size), text=(0, 1, 4))
 
 
 def origin(rows: list[dict]) -> str:
@@ -76,70 +86,60 @@ def shown(row: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in row["shapes"].items() if value not in (None, False))
 
 
+def share(value: float) -> str:
+    return f"{value:.0%}" if value <= 1 else number(value)
+
+
 def kernel_table(rows: list[dict], bench: str) -> list[str]:
     """Times of each provider: median µs, p20 to p80, share of the ceiling."""
-    lines = []
-    for row in rows:
-        if row["bench"] == bench and "p50_us" in row:
-            spread = f"{number(row['p20_us'])} to {number(row['p80_us'])}"
-            share = f"{row['of_ceiling']:.0%}" if row["of_ceiling"] <= 1 else number(row["of_ceiling"])
-            lines.append(
-                [
-                    f"{shown(row)}, {row['dtype']}",
-                    row["provider"],
-                    number(row["p50_us"]),
-                    spread,
-                    share,
-                    row["launches"] or "–",
-                ]
-            )
-    heads = ["sizes", "provider", "µs", "p20 to p80", "of the ceiling", "launches"]
-    return [f"### {bench}", "", *table(heads, lines)] if lines else []
+    found = having(rows, bench, "p50_us")
+    heads = {
+        "sizes": lambda row: f"{shown(row)}, {row['dtype']}",
+        "provider": lambda row: row["provider"],
+        "µs": lambda row: number(row["p50_us"]),
+        "p20 to p80": lambda row: f"{number(row['p20_us'])} to {number(row['p80_us'])}",
+        "of the ceiling": lambda row: (
+            f"{row['of_ceiling']:.0%}" if row["of_ceiling"] <= 1 else number(row["of_ceiling"])
+        ),
+        "launches": lambda row: row["launches"] or "–",
+    }
+    return [f"### {bench}", "", *columns(found, heads)] if found else []
 
 
 def generate_table(rows: list[dict]) -> list[str]:
-    lines = []
-    for row in rows:
-        if row["bench"] == "generate" and "p50_tokens_s" in row:
-            ratios = "; ".join(f"{ratio:.2f} × {name}" for name, ratio in row["ratio"].items())
-            lines.append(
-                [
-                    shown(row),
-                    row["provider"],
-                    number(row["p50_tokens_s"], 4),
-                    f"{number(row['p20_tokens_s'], 4)} to {number(row['p80_tokens_s'], 4)}",
-                    ratios or "–",
-                    row["acceptance_length"],
-                    row["inputs"],
-                    number(row["eta"]),
-                    number(row.get("host_us")),
-                    number(row.get("idle_share")),
-                    "yes" if row["identical"] else f"{row['flipped_rows']} rows, gap {row['worst_gap']}",
-                ]
-            )
-    heads = [
-        "case", "provider", "tokens/s", "p20 to p80", "ratio", "acceptance length", "inputs", "eta",
-        "host µs a round", "GPU idle", "text identical",
-    ]  # fmt: skip
+    found = having(rows, "generate", "p50_tokens_s")
+    heads = {
+        "case": shown,
+        "provider": lambda row: row["provider"],
+        "tokens/s": lambda row: number(row["p50_tokens_s"], 4),
+        "p20 to p80": lambda row: f"{number(row['p20_tokens_s'], 4)} to {number(row['p80_tokens_s'], 4)}",
+        "ratio": lambda row: "; ".join(f"{ratio:.2f} × {name}" for name, ratio in row["ratio"].items()) or "–",
+        "acceptance length": lambda row: row["acceptance_length"],
+        "inputs": lambda row: row["inputs"],
+        "eta": lambda row: number(row["eta"]),
+        "host µs a round": lambda row: number(row.get("host_us")),
+        "GPU idle": lambda row: number(row.get("idle_share")),
+        "text identical": lambda row: (
+            "yes" if row["identical"] else f"{row['flipped_rows']} rows, gap {row['worst_gap']}"
+        ),
+    }
     note = (
         "Rows with an oracle or a draft of set errors have *controlled acceptance*; the oracle's draft costs nothing. "
         "*Replayed acceptance*: random weights of a real pair's sizes; the draft is wrong where the real one was. "
         "tokens/s leave out the prompt and set-up."
     )
-    return ["### generate", "", note, "", *table(heads, lines)] if lines else []
+    return ["### generate", "", note, "", *columns(found, heads)] if found else []
 
 
 def round_table(rows: list[dict]) -> list[str]:
-    lines = []
-    for row in rows:
-        if row["bench"] == "round" and "stages" in row:
-            stages = [number(row["stages"][name]["us"]) if name in row["stages"] else "–" for name in STAGES]
-            rest = [number(row[name]) for name in ("kernels", "host_reads", "host_us", "wait_us", "idle_share")]
-            lines.append([shown(row), number(row["p50_us"]), *stages, *rest, number(row["peak_bytes"] / 2**20)])
-    heads = [
-        "round", "µs", *STAGES, "kernels", "host reads", "host µs", "waiting µs", "GPU idle", "peak MiB",
-    ]  # fmt: skip
-    return ["### round", "", "µs a round and of each stage, medians.", "", *table(heads, lines)] if lines else []
+    found = having(rows, "round", "stages")
+    heads = {"round": shown, "µs": lambda row: number(row["p50_us"])}
+    for stage in STAGES:
+        heads[stage] = lambda row, stage=stage: number(row["stages"].get(stage, {"us": None})["us"])
+    for head, name in ROUND_COLUMNS.items():
+        heads[head] = lambda row, name=name: number(row[name])
+    heads["peak MiB"] = lambda row: number(row["peak_bytes"] / 2**20)
+    return ["### round", "", "µs a round and of each stage, medians.", "", *columns(found, heads)] if found else []
 
 
 def kernels_table(rows: list[dict]) -> list[str]:
@@ -157,35 +157,24 @@ def kernels_table(rows: list[dict]) -> list[str]:
 
 def unmeasured(rows: list[dict]) -> list[str]:
     """What was wrong, what failed and what was absent, with the reason; alike ones together."""
-    lines = []
-    for kind in ("wrong", "failed", "absent", "untimed"):
-        groups: dict[tuple, int] = {}
-        for row in rows:
-            if kind in row:
-                key = (row["bench"], row["provider"], row[kind][:LONGEST_REASON])
-                groups[key] = groups.get(key, 0) + 1
-        lines += [
-            [f"**{kind}**" if kind in ("wrong", "failed") else kind, *key, count] for key, count in groups.items()
-        ]
-    if not lines:
-        return []
-    head = table(["", "bench", "provider", "why", "rows"], lines)
-    return ["## Not measured", "", *head]
+    kinds = ("wrong", "failed", "absent", "untimed")
+    counts = collections.Counter(
+        (f"**{kind}**" if kind in kinds[:2] else kind, row["bench"], row["provider"], row[kind][:LONGEST_REASON])
+        for kind in kinds
+        for row in rows
+        if kind in row
+    )
+    lines = [[*key, count] for key, count in counts.items()]
+    return ["## Not measured", "", *table(["", "bench", "provider", "why", "rows"], lines)] if lines else []
 
 
 def steps_table(steps: dict[str, dict]) -> list[str]:
+    heads = ("step", "complete", "cases left", "wrong", "failed", "seconds")
     lines = [
-        [
-            name,
-            "yes" if step["complete"] else "no",
-            step.get("left", "–"),
-            step["wrong"],
-            step["failed"],
-            step["seconds"],
-        ]
+        [name, "yes" if step["complete"] else "no", step.get("left", "–"), *(step[head] for head in heads[3:])]
         for name, step in steps.items()
     ]
-    return table(["step", "complete", "cases left", "wrong", "failed", "seconds"], lines) if lines else []
+    return table(heads, lines) if lines else []
 
 
 def report(folder: pathlib.Path) -> None:
@@ -198,11 +187,8 @@ def report(folder: pathlib.Path) -> None:
     file = folder / CALIBRATION
     if file.exists():
         ceilings = json.loads(file.read_text())["ceilings"]
-        lines += [
-            "## Ceilings",
-            "",
-            *table(["ceiling", "measured"], [[name, f"{value:.4g}"] for name, value in ceilings.items()]),
-        ]
+        measured = [[name, f"{value:.4g}"] for name, value in ceilings.items()]
+        lines += ["## Ceilings", "", *table(["ceiling", "measured"], measured)]
     said = learned(rows)
     lines += ["## What was learned", "", *(f"- {line}" for line in said), ""] if said else []
     lines += ["## Kernels", ""]
@@ -218,12 +204,11 @@ def report(folder: pathlib.Path) -> None:
 
 def learned(rows: list[dict]) -> list[str]:
     """A line for each thing that was learned, alike ones together; faults are listed elsewhere."""
-    lines, texts = [], {}
+    lines, texts = [], collections.defaultdict(list)
     for row in rows:
         shapes = row["shapes"]
         if row["bench"] == "correct":
-            family = shapes.get("family", "")
-            texts.setdefault((row["provider"], family), []).append(row)
+            texts[row["provider"], shapes.get("family", "")].append(row)
         elif row["bench"] == "calls" and "said" in row:
             graphs = "" if shapes["cuda_graphs"] == "auto" else ", no graphs"
             lines.append(f"calls: {row['provider']}, {shapes['tokens']} tokens{graphs}: {row['said']}")
@@ -268,13 +253,13 @@ def _is_a_goals(bench: str, shapes: dict) -> bool:
 
 def short(rows: list[dict], steps: dict[str, dict]) -> list[str]:
     """At most `MOST_LINES` lines. A terminal shows the last ones: goals and faults are there."""
-    faults = []
-    for kind in ("wrong", "failed"):
-        for row in rows:
-            if kind in row:
-                where = ", ".join(filter(None, (row["bench"], row["provider"], shown(row))))
-                faults.append(f"{kind}: {where}: {row[kind]}"[:LONGEST_FAULT])
-    faults = list(dict.fromkeys(faults))
+    faults = dict.fromkeys(
+        f"{kind}: {', '.join(filter(None, (row['bench'], row['provider'], shown(row))))}: {row[kind]}"[:LONGEST_FAULT]
+        for kind in ("wrong", "failed")
+        for row in rows
+        if kind in row
+    )
+    faults = list(faults)
     lines = [*summary(rows, steps), *faults[:MOST_FAULTS]]
     if len(faults) > MOST_FAULTS:
         lines.append(f"and {len(faults) - MOST_FAULTS} more of these in report.md")
@@ -346,20 +331,15 @@ def bandwidth_plot(rows: list[dict], axes) -> bool:
     if on_gpu:
         found = [row for row in found if all(row["shapes"][name] == size for name, size in LLAMA.items())]
     ours = "triton" if on_gpu else "reference"
-    lines: dict[tuple, list[dict]] = {}
+    lines = collections.defaultdict(list)
     for row in found:
         if row["provider"] == ours or row["shapes"]["N"] == 32:
-            lines.setdefault((row["provider"], row["shapes"]["N"]), []).append(row)
+            lines[row["provider"], row["shapes"]["N"]].append(row)
     for (provider, nodes), line in sorted(lines.items(), key=lambda item: (item[0][0] != ours, item[0])):
         line.sort(key=lambda row: row["shapes"]["context"])
         style = "o-" if provider == ours else "x--"
-        axes.plot(
-            [row["shapes"]["context"] for row in line],
-            [100 * row["of_ceiling"] for row in line],
-            style,
-            label=f"{provider}, N = {nodes}",
-            markersize=4,
-        )
+        points = [(row["shapes"]["context"], 100 * row["of_ceiling"]) for row in line]
+        axes.plot(*zip(*points, strict=True), style, label=f"{provider}, N = {nodes}", markersize=4)
     if not lines:
         return False
     axes.set_xscale("log", base=2)
@@ -377,15 +357,15 @@ def bandwidth_plot(rows: list[dict], axes) -> bool:
 def speedup_plot(rows: list[dict], axes) -> bool:
     """Speedup over our own plain decoding against acceptance length; what free rounds would give."""
     over = "ours, plain"
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines = collections.defaultdict(list)
     for row in rows:
         if row["bench"] == "generate" and over in row.get("ratio", {}) and row["provider"].startswith("ours"):
             shapes = row["shapes"]
             name = f"{row['provider'].removeprefix('ours, ')}, batch {shapes['B']}, N = {shapes['N']}"
-            name += " ".join(["", *(option for option in ("compile",) if shapes.get(option))])
+            name += " compile" * bool(shapes.get("compile"))
             name += ", no graphs" if shapes.get("cuda_graphs") is False else ""
             name += ", replayed" * (row["inputs"] == REPLAYED)
-            lines.setdefault(name, []).append((row["acceptance_length"], row["ratio"][over]))
+            lines[name].append((row["acceptance_length"], row["ratio"][over]))
     if not lines:
         return False
     for place, (name, points) in enumerate(lines.items()):
@@ -441,8 +421,7 @@ def readme_lines(folders: Iterator[pathlib.Path]) -> list[str]:
             if size == "gpu":
                 lines += [f"On {origin(measured)}:", "", *speed_table(measured), *goals_table(measured, size)]
             elif kept:
-                heads = ["goal", "what", "wanted", "measured", "verdict"]
-                lines += [f"On a CPU, {origin(measured)}:", "", *table(heads, kept)]
+                lines += [f"On a CPU, {origin(measured)}:", "", *table(GOAL_HEADS, kept)]
             lines += [*demo_table(measured), *cpu_ratios(measured)] if size == "cpu" else []
             lines += [f"All rows: [`{folder.relative_to(ROOT)}`]({folder.relative_to(ROOT)}).", ""]
     if not on_gpu:
@@ -452,65 +431,53 @@ def readme_lines(folders: Iterator[pathlib.Path]) -> list[str]:
 
 def speed_table(rows: list[dict]) -> list[str]:
     """Whole generations on a GPU: tokens a second, and how many times those of three others."""
-    against = ("ours, plain", "transformers eager", "transformers assisted")
-    lines = []
-    for row in Rows(rows, "gpu").find("generate"):
-        if "p50_tokens_s" in row:
-            shapes = row["shapes"]
-            way = row["provider"] + ", compiled" * bool(shapes.get("compile"))
-            way += f", batch {shapes['B']}" * (shapes["B"] > 1)
-            ratios = [f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "–" for name in against]
-            cells = [shapes["N"], f"{row['acceptance_length']:.2f}", number(row["p50_tokens_s"]), *ratios]
-            lines.append([f"{shapes['model']}, {way}", *cells])
-    if not lines:
-        return []
+
+    def way(row: dict) -> str:
+        shapes = row["shapes"]
+        more = ", compiled" * bool(shapes.get("compile")) + f", batch {shapes['B']}" * (shapes["B"] > 1)
+        return f"{shapes['model']}, {row['provider']}{more}"
+
+    found = having(Rows(rows, "gpu").rows, "generate", "p50_tokens_s")
+    heads = {"way": way, "N": lambda row: row["shapes"]["N"]}
+    heads |= {"tokens a round": lambda row: f"{row['acceptance_length']:.2f}"}
+    heads |= {"tokens/s": lambda row: number(row["p50_tokens_s"])}
+    for name in ("ours, plain", "transformers eager", "transformers assisted"):
+        ratio = lambda row, name=name: f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "–"  # noqa: E731
+        heads["× " + name.replace(",", "")] = ratio
     said = (
         "Decoding, bf16, greedy, batch 1 unless it is said, 2048 tokens of context, weights random and of the real "
         "shapes, acceptance controlled (a draft with set errors; the oracle's drafts cost nothing) or, for qwen, "
         "replayed from a recorded pair. Tokens a second without the prompt, and × three others in the same run:"
     )
-    heads = [
-        "way",
-        "N",
-        "tokens a round",
-        "tokens/s",
-        "× ours plain",
-        "× transformers eager",
-        "× transformers assisted",
-    ]
-    return [said, "", *table(heads, lines)]
+    return [said, "", *columns(found, heads)] if found else []
 
 
 def demo_table(rows: list[dict]) -> list[str]:
     """The demo's model on its prompts: what each way takes, and its speed against two others, with the extremes."""
-    found = [row for row in Rows(rows, "cpu").find("demo") if "ratio_plain_range" in row]
-    if not found:
-        return []
-    heads = ["prompt, new tokens", "way", "forwards", "rows", "host reads each", "× plain", "× transformers' lookup"]
 
     def ratio(row: dict, against: str) -> str:
         low, high = row[f"ratio_{against}_range"]
         return f"{row[f'ratio_{against}']:.2f} ({low:.2f} to {high:.2f})"
 
-    lines = [
-        [
-            f"{row['shapes']['prompt']}, {row['shapes']['new_tokens']}",
-            row["provider"],
-            row["forwards"],
-            row["rows"],
-            number(row["host_reads"]),
-            ratio(row, "plain"),
-            ratio(row, "lookup"),
-        ]
-        for row in found
-    ]
-    model = f"{found[0]['shapes']['model']}, {found[0]['dtype']}"
+    found = having(Rows(rows, "cpu").rows, "demo", "ratio_plain_range")
+    if not found:
+        return []
+    heads = {
+        "prompt, new tokens": lambda row: f"{row['shapes']['prompt']}, {row['shapes']['new_tokens']}",
+        "way": lambda row: row["provider"],
+        "forwards": lambda row: row["forwards"],
+        "rows": lambda row: row["rows"],
+        "host reads each": lambda row: number(row["host_reads"]),
+        "× plain": lambda row: ratio(row, "plain"),
+        "× transformers' lookup": lambda row: ratio(row, "lookup"),
+    }
+    model, pairs = f"{found[0]['shapes']['model']}, {found[0]['dtype']}", found[0]["pairs"]
     said = (
         f"{model}, greedy, batch 1, all texts plain's: the target's forwards and rows after the prompt's, and speed "
-        f"(median of {found[0]['pairs']} runs in turn, and the extremes). “no hope” is the chat prompt with a drafter "
-        "that is never right."
+        f"(median of {pairs} runs in turn, and the extremes). “no hope” is the chat prompt with a drafter that is "
+        "never right."
     )
-    return [said, "", *table(heads, lines)]
+    return [said, "", *columns(found, heads)]
 
 
 def cpu_ratios(rows: list[dict]) -> list[str]:

@@ -13,14 +13,17 @@ goes on with the next case.
 import argparse
 import importlib
 import math
+import os
 import pathlib
 import shlex
 import sys
 import time
 import traceback
 
-from _common import DEAD, INTERPRETED, ROOT
+from _common import DEAD
 from _rows import COMPILED
+
+from quick_interpreter import quicken
 
 QUICK = ("--seconds", "0.05")
 # script, its arguments, and its share of the time in seconds, as expected on an H100; what matters most comes first
@@ -34,10 +37,7 @@ STEPS = {
         ("bench_compact", QUICK, 15),
         ("bench_round", (), 75),
     ],
-    "second": [
-        ("bench_generate", (), 125),
-        ("bench_tree_attention", (*QUICK, "--compiled"), 75),
-    ],
+    "second": [("bench_generate", (), 125), ("bench_tree_attention", (*QUICK, "--compiled"), 75)],
 }
 STEPS["rest"] = [*STEPS["first"], *STEPS["second"], ("bench_accept_sample", (*QUICK, "--compiled"), 45)]
 
@@ -54,15 +54,12 @@ def main() -> int:
     options = parser.parse_args()
     if (options.part is None) == (options.step is None):
         parser.error("give first, second or rest, or steps")
-    if options.rehearse and INTERPRETED:
-        sys.path.append(str(ROOT / "tests"))
-        from quick_interpreter import quicken
-
+    if options.rehearse and os.environ.get("TRITON_INTERPRET") == "1":
         quicken()
     until, steps = time.perf_counter() + options.budget, options.step or STEPS[options.part]
     shared = sum(share for _, _, share in steps)
     common = ["--out", str(options.out), *(["--rehearse"] if options.rehearse else [])]
-    counts, status = Counts(), run("calibrate", common[:2])
+    counts, status = Counts(), run("specdec_triton.tools.calibration", common[:2])
     for script, arguments, share in steps:
         budget = max(0.0, until - time.perf_counter()) * share / shared
         shared -= share

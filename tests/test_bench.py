@@ -1,23 +1,23 @@
 """The benches' own promises: no time for a wrong answer, nothing absent in silence, and runs that go on."""
 
 import json
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 
+import _common
+import _rows
+import bench_accept
 import pytest
 import torch
+from _common import Bench, Provider
 
 from specdec_triton import ops
-from specdec_triton.tools import calibration
+from specdec_triton.tools import calibration, roofline
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-import _common  # noqa: E402
-import _rows  # noqa: E402
-import bench_accept  # noqa: E402
-from _common import Bench, Provider  # noqa: E402
 
 CEILINGS = {"copy_bytes_s": 1e10, "read_bytes_s": 2e10, "matmul_flops_s": 1e11, "launch_us": 1.0}
 
@@ -211,24 +211,32 @@ def test_rehearsals_have_folders_of_their_own(tmp_path):
 
 
 def test_a_rehearsal_without_a_folder_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(_common, "RESULTS", tmp_path)
+    monkeypatch.setattr(_common, "results_folder", lambda device: tmp_path)
     assert bench(None).run(measure_three, [], [], [1]) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ceilings_are_kept_for_an_hour_on_the_same_machine(tmp_path, monkeypatch):
     device = torch.device("cpu")
-    assert _common.ceilings(device, tmp_path) == CEILINGS
+    assert calibration.ceilings(device, tmp_path) == CEILINGS
     monkeypatch.setattr(calibration, "calibrate", lambda device: {"copy_bytes_s": 1.0})
-    assert _common.ceilings(device, tmp_path) == CEILINGS
-    file = tmp_path / _rows.CALIBRATION
+    assert calibration.ceilings(device, tmp_path) == CEILINGS
+    file = tmp_path / calibration.FILE
     for change in ({"date": "2020-01-01T00:00:00+00:00"}, {"device": "another"}):
         file.write_text(json.dumps({**json.loads(file.read_text()), "ceilings": CEILINGS, **change}))
-        assert _common.ceilings(device, tmp_path) == {"copy_bytes_s": 1.0}
+        assert calibration.ceilings(device, tmp_path) == {"copy_bytes_s": 1.0}
+
+
+def test_no_bench_imports_from_the_tests():
+    ours = {path.stem for path in (ROOT / "tests").iterdir()} | {"tests"}
+    for path in (ROOT / "bench").glob("*.py"):
+        text = path.read_text()
+        imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE))
+        assert not imported & ours and not re.search(r"sys\.path.*tests", text), path.name
 
 
 def test_clocks_quantiles_and_floors():
-    clocked, quantiles, floor_seconds = calibration.clocked, calibration.quantiles, calibration.floor_seconds
+    clocked, quantiles, floor_seconds = calibration.clocked, calibration.quantiles, roofline.floor_seconds
     assert quantiles([3.0]) == (3.0, 3.0, 3.0) and quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
     assert floor_seconds(CEILINGS, 4e10, 1e11) == 2.0 and floor_seconds(CEILINGS, 0, 5e11) == 5.0
     calls = []

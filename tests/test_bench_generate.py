@@ -2,22 +2,17 @@
 says, and nowhere else."""
 
 import json
-import sys
-from pathlib import Path
 
+import _rows
+import bench_generate
 import pytest
 import torch
+from _rows import REPLAYED
+from bench_generate import ASSISTED, DRAFTED, GRAPHS, PLAIN, Call, Case, check_graphs
 
+from test_bench import bench, rows
+from test_bench import quick as quick  # noqa: F401
 from test_engine import capture_here
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import _rows  # noqa: E402
-import bench_generate  # noqa: E402
-from _rows import REPLAYED  # noqa: E402
-from bench_generate import ASSISTED, DRAFTED, GRAPHS, PLAIN, Call, Case, check_graphs  # noqa: E402
-
-from test_bench import bench, rows  # noqa: E402
-from test_bench import quick as quick  # noqa: E402, F401
 
 SHORT = Case("graphs", (PLAIN,), context=12, tokens=(8, 40), turns=1, options=GRAPHS)
 
@@ -67,8 +62,8 @@ def acceptance_length(flags, short):
 def test_a_replaying_draft_errs_where_the_trace_says_and_nowhere_else():
     device = torch.device("cpu")
     flags = bench_generate.flags_of(bench_generate.replay_of(REPLAY))
-    _, _, draft = bench_generate.pair(False, device, REPLAY)
-    text = bench_generate.plain_text(REPLAY, False, device)
+    setup = bench_generate.Setup(REPLAY, False, device)
+    draft, text = setup.draft, setup.plain
     with torch.no_grad():
         chosen = draft(text).logits[0, REPLAY.context - 1 : -1].argmax(-1)
     assert (chosen == text[0, REPLAY.context :]).int().tolist() == flags

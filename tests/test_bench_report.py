@@ -5,13 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _goals
+import _rows
 import pytest
+import report
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-import _goals  # noqa: E402
-import _rows  # noqa: E402
-import report  # noqa: E402
 
 ORIGIN = {"device": "Card 1", "driver": "1", "torch": "2", "triton": "3", "transformers": "5", "commit": "abc"}
 ORIGIN |= {"date": "2026-01-01T00:00:00+00:00"}
@@ -163,8 +162,8 @@ def test_a_peer_that_leaves_no_room_is_not_held_against_us():
     for found in rows:
         if found["provider"] == "flex_attention" and found["shapes"]["context"] == 32768:
             found["p50_us"] /= 1.4  # as fast as we are, and we are at 86% of the roofline
-    assert _goals.against("flex_attention", 0.85)(_goals.Rows(rows)) == pytest.approx(_goals.PEER_RATIO)
-    assert _goals.against("flex_attention")(_goals.Rows(rows)) == pytest.approx(1.0)
+    assert min(_goals.against("flex_attention", 0.85)(_goals.Rows(rows))) == pytest.approx(_goals.PEER_RATIO)
+    assert min(_goals.against("flex_attention")(_goals.Rows(rows))) == pytest.approx(1.0)
 
 
 def written(folder, rows, size="gpu"):

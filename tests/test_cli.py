@@ -19,7 +19,7 @@ import tiny
 from specdec_triton import ops
 from specdec_triton.ops import rules
 from specdec_triton.ops.rules import RULES
-from specdec_triton.tools import cli, demo, models, prompts
+from specdec_triton.tools import cli, demo, host_sync, models, prompts
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def on_cpu(monkeypatch):
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(demo, "COUNTED_TOKENS", (2, 6))
+    monkeypatch.setattr(host_sync, "COUNTED_TOKENS", (2, 6))
     monkeypatch.setattr(prompts, "CODE_EDIT", "abcabcabc")
     monkeypatch.setattr(prompts, "CHAT", "xyz")
 

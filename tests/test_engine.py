@@ -8,7 +8,7 @@ import torch._dynamo
 
 import specdec_triton as sdt
 from families import FAMILIES, NEVER, VOCAB, build, prompt
-from simulated_graph import CUDA, HostRead, SimulatedGraphs, trace
+from simulated_graph import CUDA, HostRead, SimulatedGraphs
 from specdec_triton.drafters import Drafter, DraftSession
 from specdec_triton.drafters.model_session import ModelSession
 from specdec_triton.engine import generate, stages
@@ -17,6 +17,7 @@ from specdec_triton.forward import cache, checks, runner
 from specdec_triton.forward.attention import call_with_tree_attention, config_ids
 from specdec_triton.forward.runner import TreeRunner
 from specdec_triton.tree import DraftTree
+from stage_trace import trace
 from test_generate import TREES, eos_in_mid_row, oracle
 
 OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 24}

@@ -45,6 +45,7 @@ PACKAGES = {
     "tools.calibration": {"torch"},
     "tools.goodness_of_fit": {"numpy", "torch"},
     "tools.prompts": set(),
+    "tools.roofline": set(),
     "tools.shrink": {"transformers"},
 }
 # reached without an import statement: by the name of the op

@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 from specdec_triton.tools import cli, plan
-from specdec_triton.tools.gpus import CARDS
-from specdec_triton.tools.plan import Ceilings, Engine, Request, datasheet
+from specdec_triton.tools.plan import Engine, Request
+from specdec_triton.tools.roofline import CARDS, Ceilings, datasheet
 from specdec_triton.tree_choice.costs import Costs
 from specdec_triton.tree_choice.search import LADDER
 
@@ -15,12 +15,12 @@ WITHIN = 0.15
 H100 = datasheet("h100", "bf16")
 
 
-def shape(name):
-    return plan.shape_of(plan.load_config(name), name)
+def shape(name, bits=16):
+    return plan.planned_shape(plan.load_config(name), name).stored(bits, 2)
 
 
-def engine(batch=1, context=0, bits=16, draft_bits=16, overhead=0.0):
-    return Engine(batch, context, 2, bits, draft_bits, overhead)
+def engine(context=0):
+    return Engine(1, context)
 
 
 def request(**changes):
@@ -53,7 +53,7 @@ def test_gpt_fast_plain(case, published):
     name, bits = case
     rate, bandwidth = published
     ceilings = Ceilings(bandwidth, CARDS["a100"].tensor_flops, 0.0, "published")  # launches are in what was attained
-    seconds, limiter = plan.forward_seconds(shape(name), 1, bits, engine(context=100, bits=bits), ceilings)
+    seconds, limiter = plan.forward_seconds(shape(name, bits), 1, engine(context=100), ceilings)
     assert limiter == "memory"
     assert 1 / seconds == pytest.approx(rate, rel=WITHIN)
 
@@ -126,7 +126,7 @@ EAGLE3 = plan.Shape(
     layers=1,
     kv=2 * 8 * 128,
     attention=32 * 128,
-)
+).stored(16, 2)
 
 
 def test_vllm_eagle3():
@@ -140,8 +140,8 @@ def test_vllm_eagle3():
         assert predicted[k] == pytest.approx(each, rel=WITHIN)
     assert min(predicted, key=predicted.get) == min(VLLM, key=lambda k: VLLM[k][1]) == 4
     # the gap to the floors: the target at 0.65 of them, a draft step of 1 ms at a quarter
-    target_floor, _ = plan.forward_seconds(shape("llama-3.1-8b"), 1, 16, engine(context=512), H100)
-    draft_floor, _ = plan.forward_seconds(EAGLE3, 1, 16, engine(context=512), H100)
+    target_floor, _ = plan.forward_seconds(shape("llama-3.1-8b"), 1, engine(context=512), H100)
+    draft_floor, _ = plan.forward_seconds(EAGLE3, 1, engine(context=512), H100)
     assert target_floor / 7.07e-3 == pytest.approx(0.68, abs=0.05)
     assert draft_floor / (step * 1e-3) == pytest.approx(0.26, abs=0.05)
 
@@ -183,19 +183,19 @@ def test_weights_are_those_of_the_models():
 
 
 def test_forward():
-    target = plan.Shape("tiny", weights=1000, layers=2, kv=64, attention=32)
+    target = plan.Shape("tiny", weights=1000, layers=2, kv=64, attention=32).stored(8, 2)
     ceilings = Ceilings(1e6, 1e8, 1e-6, "by hand")
-    seconds, limiter = plan.forward_seconds(target, 4, 8, Engine(3, 10, 2, 8, 8, 0.0), ceilings)
+    seconds, limiter = plan.forward_seconds(target, 4, Engine(3, 10), ceilings)
     assert seconds == pytest.approx((1000 + 3 * 14 * 64 * 2) / 1e6 + 10 * 2 * 1e-6) and limiter == "memory"
     ceilings = Ceilings(1e9, 1e6, 0.0, "by hand")
-    seconds, limiter = plan.forward_seconds(target, 4, 8, Engine(3, 10, 2, 8, 8, 0.0), ceilings)
+    seconds, limiter = plan.forward_seconds(target, 4, Engine(3, 10), ceilings)
     assert seconds == pytest.approx((2 * 12 * 1000 + 4 * 12 * 14 * 32) / 1e6) and limiter == "compute"
 
 
 def test_chain_plan():
     """Leviathan et al. 2023, equation 1 and theorem 3.8: tokens of a chain, and its gain where rows are free."""
-    target = plan.Shape("target", weights=10**9, layers=0, kv=0, attention=0)
-    draft = plan.Shape("draft", weights=10**8, layers=0, kv=0, attention=0)
+    target = plan.Shape("target", weights=10**9, layers=0, kv=0, attention=0).stored(16, 2)
+    draft = plan.Shape("draft", weights=10**8, layers=0, kv=0, attention=0).stored(16, 2)
     ceilings = Ceilings(1e12, 1e18, 0.0, "by hand")
     setting = engine()
     found = plan.make_plan(
@@ -237,8 +237,8 @@ def test_calibration_and_config_file(tmp_path, capsys):
     assert cli.main([*command, "--calibration", str(file), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert "measured on NVIDIA H100" in report["ceilings"] and "3.00 TB/s" in report["ceilings"]
-    weights, kv = 2 * shape("llama-3.1-8b").weights, 2049 * 128 * 1024
-    assert report["plain_seconds"] == pytest.approx((weights + kv) / 3e12 + 32 * 10 * 0.5e-6)
+    weights, kv, logits = 2 * shape("llama-3.1-8b").weights, 2049 * 128 * 1024, 2 * 128256
+    assert report["plain_seconds"] == pytest.approx((weights + kv + logits) / 3e12 + 32 * 10 * 0.5e-6)
     assert cli.main(command) == 0
     assert "datasheet of H100" in capsys.readouterr().out
     assert cli.main([*command[:-3], "l4", "--acceptance", "0.6", "--calibration", str(file)]) == 2

@@ -13,7 +13,9 @@ import tiny
 from families import NEVER, build, prompt
 from specdec_triton.engine.round import Round
 from specdec_triton.tools import host_sync, profiling
+from specdec_triton.tools.plan import Engine, forward_seconds, make_plan, planned_shape, predicted_costs
 from specdec_triton.tools.profiling import record_rounds
+from specdec_triton.tools.roofline import Ceilings, efficiency_bytes, round_work, shape_of
 from test_engine import capture_here
 
 CPU = torch.device("cpu")
@@ -153,21 +155,33 @@ def test_the_floors_of_a_round_by_hand(model):
     vocab = len(tiny.TOKENS)
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
     numbers = 2 * layer + 64 + vocab * 64
-    assert profiling.streamed_weights(model) == (4 * numbers, numbers)
-    assert profiling.kv_bytes(model) == 2 * 2 * 32 * 4
-    work = profiling.round_work(model, batch=3, nodes=5, context=10, accepted=2, draft=model, draft_forwards=4)
+    shape = shape_of(model)
+    assert (shape.weight_bytes, shape.weights, shape.kv * shape.itemsize) == (4 * numbers, numbers, 2 * 2 * 32 * 4)
+    work = round_work(shape, batch=3, nodes=5, context=10, accepted=2, draft=shape, draft_forwards=4)
     assert work["verify"].nbytes == 4 * numbers + 3 * 15 * 512 + 15 * vocab * 4
     assert work["verify"].flops == 2 * 15 * numbers + 4 * 15 * 15 * 2 * 4 * 16
     assert work["accept"].nbytes == 15 * vocab * 4 and work["compact"].nbytes == 2 * 3 * 2 * 512
     assert work["draft"].nbytes == 4 * (4 * numbers + 3 * 11 * 512 + 3 * vocab * 4)
-    assert profiling.round_work(model, 1, 1, 10)["draft"].nbytes == 0
-    assert profiling.efficiency_bytes(model, 3, 10, model, 4) == 5 * 4 * numbers + 30 * 512
+    assert round_work(shape, 1, 1, 10)["draft"].nbytes == 0
+    assert efficiency_bytes(shape, 3, 10, shape, 4) == 5 * 4 * numbers + 30 * 512
 
 
 def test_a_tied_head_is_read_with_its_embedding(model):
     tied = tiny.model()
     tied.lm_head.weight = tied.model.embed_tokens.weight
-    assert profiling.streamed_weights(tied) == profiling.streamed_weights(model)
+    assert shape_of(tied) == shape_of(model)
+
+
+def test_a_plan_counts_what_a_profile_counts(model):
+    """Of the same forward: the config alone, as `plan` reads it, and the model, as `profile` does."""
+    planned, shape = planned_shape(model.config, "").stored(32, 4), shape_of(model)
+    assert planned == shape
+    engine, ceilings = Engine(3, 10), Ceilings(1.0, float("inf"), 0.0, "a byte a second")
+    seconds, _ = forward_seconds(planned, 5, engine, ceilings)
+    assert seconds == round_work(shape, batch=3, nodes=5, context=10)["verify"].nbytes
+    costs = predicted_costs(planned, planned, engine, ceilings)
+    found = make_plan(costs, [0.9], engine, planned, planned, ceilings)
+    assert found.eta * found.round_seconds == pytest.approx(efficiency_bytes(shape, 3, 10, shape, found.depth))
 
 
 def test_captured_rounds_have_two_stages_and_the_hosts_look(monkeypatch):

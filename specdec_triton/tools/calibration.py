@@ -1,18 +1,32 @@
 """Clocks, and the ceilings of the machine in hand as they measure them: no fraction is quoted of a datasheet.
 
+    python -m specdec_triton.tools.calibration [--out FOLDER]  # writes calibration.json
+    python -m specdec_triton.tools.calibration --where  # prints the folder under bench/results of this machine's rows
+
+Ceilings are bandwidth of reads and copies, matrix products, launches, graph replays and host reads. The benches quote
+fractions of those in `calibration.json` if it is less than an hour old.
+
 On a GPU a call is timed in a captured CUDA graph that runs once over all sets of inputs, or, where it waits for the
 host, between CUDA events; on a CPU by the host's clock.
 """
 
+import argparse
+import datetime
 import functools
+import json
+import pathlib
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..engine.graphs import capture
+from .provenance import provenance, results_folder
+
+FILE, HOURS = "calibration.json", 1
 
 BUSY_CYCLES = 100_000  # some 50 us, longer than it takes to launch a graph
 EAGER_LAUNCHES = 200  # queued in one go: far fewer than a stream holds before it makes the host wait
@@ -24,6 +38,12 @@ def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
         return (times[0],) * 3
     fifths = statistics.quantiles(times, n=5, method="inclusive")
     return fifths[0], statistics.median(times), fifths[3]
+
+
+def in_turn(ways: Sequence, turns: int) -> Iterator:
+    """Every way in each turn, every second turn in reverse order: a machine that slows down slows all of them."""
+    for turn in range(turns):
+        yield from ways if turn % 2 == 0 else reversed(ways)
 
 
 def timed(
@@ -99,12 +119,8 @@ def _event_clock(call: Callable, inputs: Any, before: Callable[[], Any] = lambda
 
 
 @functools.lru_cache(maxsize=4)
-def calibrate(device: torch.device, seconds: float | None = None) -> dict[str, float]:
+def calibrate(device: torch.device) -> dict[str, float]:
     """This machine's ceilings, in this run, from random data.
-
-    Args:
-        device: to measure.
-        seconds: for each of them; default 0.3 on a GPU, 0.02 on a CPU.
 
     Returns:
         copy_bytes_s (read and written), read_bytes_s (the better of two reductions), matmul_flops_s (bf16 on a GPU,
@@ -113,7 +129,7 @@ def calibrate(device: torch.device, seconds: float | None = None) -> dict[str, f
         idle queue).
     """
     on_gpu = device.type == "cuda"
-    seconds = seconds or (0.3 if on_gpu else 0.02)
+    seconds = 0.3 if on_gpu else 0.02
     source = torch.randn(2**28 if on_gpu else 2**24, device=device)
     target = torch.empty_like(source)
     width, dtype = (8192, torch.bfloat16) if on_gpu else (256, torch.float32)
@@ -150,13 +166,37 @@ def _queueing_clock(call: Callable, inputs: Any) -> float:
     return _host_clock(call, inputs)
 
 
-def floor_seconds(ceilings: dict[str, float], nbytes: float, flops: float = 0) -> float:
-    """The least time in which so much can be moved and computed.
+def ceilings(device: torch.device, folder: pathlib.Path | None = None) -> dict[str, float]:
+    """This machine's ceilings: read from `FILE` in the folder if it is of this machine and fresh, else measured now and
+    written there."""
+    file, origin = folder and folder / FILE, provenance(device)
+    if file and file.exists():
+        found = json.loads(file.read_text())
+        age = datetime.datetime.fromisoformat(origin["date"]) - datetime.datetime.fromisoformat(found["date"])
+        same = all(found[name] == origin[name] for name in ("device", "driver"))
+        if same and age < datetime.timedelta(hours=HOURS):
+            return found["ceilings"]
+    measured = calibrate(device)
+    if file:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"ceilings": measured, **origin}, indent=1) + "\n")
+    return measured
 
-    Args:
-        ceilings: from `calibrate`.
-        nbytes: that must be read or written once.
-        flops: that must be computed.
-    """
-    bandwidth = max(ceilings["copy_bytes_s"], ceilings["read_bytes_s"])
-    return max(nbytes / bandwidth, flops / ceilings["matmul_flops_s"])
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, help="folder (default: bench/results/DEVICE)")
+    parser.add_argument("--where", action="store_true", help="print that folder, measure nothing")
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = options.out or results_folder(device)
+    if options.where:
+        print(folder)
+        return 0
+    (folder / FILE).unlink(missing_ok=True)
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in ceilings(device, folder).items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,8 @@
 """The command `specdec-triton`: demo, generate, prove, bench, profile, inspect, plan, models, doctor."""
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import pathlib
 import platform
 import subprocess
 import sys
@@ -23,9 +21,11 @@ from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
 from . import inspection, models, plan, profiling, prompts
 from .calibration import calibrate
 from .check_distribution import exact_law, prove
-from .gpus import CARDS
+from .provenance import version
+from .roofline import CARDS, shape_of
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "gguf", "platformdirs", "rich")
+MISSING = "not installed"
 PROMPT_LOOKUP = 10
 INTERRUPTED = 130
 PROOF_ROWS = 500  # sampled in a batch
@@ -55,90 +55,40 @@ def _parser() -> argparse.ArgumentParser:
         prog="specdec-triton", description="Speculative decoding for Hugging Face models: the same text, sooner."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    model_help = "hub name, local folder or .gguf file"
-
-    demo = commands.add_parser("demo", help="a real model with and without speculation, side by side")
-    demo.add_argument("--model", help=f"{model_help} (default: SmolLM2-135M-Instruct, wherever it can be had)")
-    demo.add_argument(
-        "--max-new-tokens", type=positive_int, default=256, metavar="N", help="of the code edit (%(default)s)"
-    )
-    demo.add_argument("--dtype", choices=models.DTYPES, default="float32", help="of the weights (%(default)s)")
-    demo.set_defaults(run=_demo)
-
-    generate = commands.add_parser("generate", help="answer one prompt, streamed")
-    generate.add_argument("--model", required=True, help=model_help)
-    generate.add_argument("--prompt", required=True, help="the text, or - to read it from standard input")
-    how = _add_drafting(generate, model_help)
-    how.add_argument("--plain", action="store_true", help="no speculation")
-    generate.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="(%(default)s)")
-    generate.add_argument(
-        "--dtype", choices=["auto", *models.DTYPES], default="auto", help="auto: bfloat16 on a GPU, float32 without one"
-    )
-    generate.set_defaults(run=_generate)
-
-    proof = commands.add_parser(
-        "prove", help="sample with speculation and hold the counts against the exact distribution"
-    )
-    proof.add_argument(
-        "--rule", choices=[*RULES, "all"], default="coupled", help="acceptance rule (%(default)s); typical must fail"
-    )
-    proof.add_argument("--model", help=f"the target (default: a tiny random one): {model_help}")
-    proof.add_argument("--draft", help=f"drafts (default: the target's first half): {model_help}")
-    proof.add_argument("--prompt", default="The quick brown", help="what is continued (%(default)r)")
-    proof.add_argument("--tree", type=positive_int, default=5, metavar="N", help="nodes, the root too (%(default)s)")
-    proof.add_argument("--tokens", type=positive_int, default=3, metavar="L", help="to sample (%(default)s)")
-    proof.add_argument("--samples", type=positive_int, default=2000, metavar="N", help="(%(default)s)")
-    proof.add_argument("--temperature", type=float, default=1.0, help="(%(default)s)")
-    proof.add_argument("--top-k", type=positive_int, default=4, help="keeps the enumeration small (%(default)s)")
-    proof.add_argument("--top-p", type=float, default=1.0, help="(%(default)s)")
-    proof.add_argument("--min-p", type=float, help="(off)")
-    proof.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    proof.add_argument("--dtype", choices=models.DTYPES, default="float32", help="of the weights (%(default)s)")
-    proof.set_defaults(run=_prove)
-
-    bench = commands.add_parser("bench", help="the benchmarks of a checkout: kernels, generate, round")
-    bench.add_argument("what", choices=BENCHES)
-    bench.add_argument(
-        "--out", type=Path, default=Path("bench-results"), help="folder of rows and report (%(default)s)"
-    )
-    bench.add_argument("--budget", type=float, metavar="SECONDS", help="for each bench; then it can be continued")
-    bench.add_argument("--rehearse", action="store_true", help="tiny sizes, numbers that mean nothing")
-    bench.set_defaults(run=_bench)
-
-    profile = commands.add_parser("profile", help="where the time of a round goes, against its floor")
-    profile.add_argument("--model", help=f"the target (default: the demo's): {model_help}")
-    profile.add_argument("--prompt", help="the text, or - to read it from standard input (default: the demo's edit)")
-    _add_drafting(profile, model_help)
-    profile.add_argument("--max-new-tokens", type=positive_int, default=64, metavar="N", help="(%(default)s)")
-    profile.add_argument("--dtype", choices=["auto", *models.DTYPES], default="auto", help="as in generate")
-    profile.add_argument("--out", type=Path, metavar="FOLDER", help="for profile.json, and trace.json (for Perfetto)")
-    profile.add_argument("--json", action="store_true", help="nothing but JSON on standard output")
-    profile.set_defaults(run=_profile)
-
-    doctor = commands.add_parser("doctor", help="what is installed, and which implementation each op will use")
-    doctor.set_defaults(run=_doctor)
-
-    _add_inspect(commands)
-    _add_plan(commands)
-    _add_models(commands)
+    for name, (run, help, *options) in COMMANDS.items():
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(run=run)
+        for option in options:
+            exclusive = isinstance(option, list)
+            group = command.add_mutually_exclusive_group() if exclusive else command
+            for flag, settings in option if exclusive else [option]:
+                group.add_argument(flag, **settings)
     return parser
 
 
-def _add_drafting(command: argparse.ArgumentParser, model_help: str):
-    """The two ways to draft; the group that excludes one another."""
-    how = command.add_mutually_exclusive_group()
-    how.add_argument("--draft", metavar="MODEL", help=f"a smaller model that drafts: {model_help}")
-    how.add_argument(
-        "--prompt-lookup",
-        type=positive_int,
-        metavar="N",
-        help=f"draft up to N tokens from the text so far (the default, with N = {PROMPT_LOOKUP})",
-    )
-    return how
+def _option(flag: str, help: str = "", **settings) -> tuple[str, dict]:
+    """What `add_argument` takes; the help names a default."""
+    shows_default = settings.get("default") not in (None, "")
+    return flag, settings | {"help": f"{help} (%(default)s)".strip() if shows_default else help}
+
+
+def _count(flag: str, default: int, help: str = "", metavar: str = "N") -> tuple[str, dict]:
+    return _option(flag, help, type=positive_int, default=default, metavar=metavar)
 
 
 def _dtype(args: argparse.Namespace, device: torch.device) -> str:
     return args.dtype if args.dtype != "auto" else {"cuda": "bfloat16"}.get(device.type, "float32")
+
+
+def _load(role: str, name: str, dtype: str, device: torch.device, more: str = ""):
+    """The model on the device, and its tokenizer; what was loaded is said."""
+    model, tokenizer, description = models.load(name, dtype, _say)
+    _say(f"{role}: {description}{more}")
+    return model.to(device), tokenizer
+
+
+def _prompt(text: str) -> str:
+    return sys.stdin.read() if text == "-" else text
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -150,18 +100,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     device = models.default_device()
-    dtype = _dtype(args, device)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-
-    model, tokenizer, description = models.load(args.model, dtype, _say)
-    _say(f"model: {description}, {dtype}, {device}")
-    model.to(device)
+    dtype, prompt = _dtype(args, device), _prompt(args.prompt)
+    model, tokenizer = _load("model", args.model, dtype, device, f", {dtype}, {device}")
     options = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
     speculation = nullcontext()
     if args.draft:
-        draft, _, description = models.load(args.draft, dtype, _say)
-        _say(f"draft: {description}")
-        speculation = sdt.patched(model, drafter=sdt.ModelDrafter(draft.to(device)))
+        speculation = sdt.patched(model, drafter=sdt.ModelDrafter(_load("draft", args.draft, dtype, device)[0]))
     elif not args.plain:
         speculation = sdt.patched(model)
         options["prompt_lookup_num_tokens"] = args.prompt_lookup or PROMPT_LOOKUP
@@ -185,26 +129,23 @@ def _prove(args: argparse.Namespace) -> int:
         raise ValueError("--tree and --tokens must be at least 2: nothing would be drafted and verified otherwise")
     device = models.default_device()
     if args.model:
-        model, tokenizer, description = models.load(args.model, args.dtype, _say)
-        _say(f"target: {description}")
+        model, tokenizer = _load("target", args.model, args.dtype, device)
         input_ids = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
     else:
-        model, input_ids = models.tiny(), torch.tensor([[3, 4, 5, 3]], device=device)
+        model, input_ids = models.tiny().to(device), torch.tensor([[3, 4, 5, 3]], device=device)
         _say("target: a tiny random Llama (no --model)")
-    model.to(device)
-    draft = None
-    if args.draft:
-        draft, _, description = models.load(args.draft, args.dtype, _say)
-        draft.to(device)
     layers = max(model.config.get_text_config().num_hidden_layers // 2, 1)
-    _say(f"draft: {description if args.draft else f'the first {layers} layers of the target (no --draft)'}")
+    if args.draft:
+        draft, _ = _load("draft", args.draft, args.dtype, device)
+    else:
+        _say(f"draft: the first {layers} layers of the target (no --draft)")
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
     law = exact_law(model, input_ids, args.tokens, **options)
     print(f"{'rule':12}outcomes  total variation (of honest samples)   p-value  acceptance length")
     agrees = True
     for rule in RULES if args.rule == "all" else [args.rule]:
         tree = _bushy(args.tree) if rule not in CHAIN_RULES else args.tree
-        drafter = sdt.ModelDrafter(draft, tree=tree) if draft else sdt.EarlyExitDrafter(layers, tree=tree)
+        drafter = sdt.ModelDrafter(draft, tree=tree) if args.draft else sdt.EarlyExitDrafter(layers, tree=tree)
         found = prove(
             model, drafter, rule, input_ids,
             tokens=args.tokens, samples=args.samples, rows=PROOF_ROWS, seed=args.seed, law=law, **options,
@@ -245,15 +186,13 @@ def _bench(args: argparse.Namespace) -> int:
 def _profile(args: argparse.Namespace) -> int:
     device = models.default_device()
     dtype = _dtype(args, device)
-    model, tokenizer, description = models.load(models.find_default_model(args.model, dtype), dtype, _say)
-    _say(f"model: {description}, {dtype}, {device}")
-    model.to(device)
+    name = models.find_default_model(args.model, dtype)
+    model, tokenizer = _load("model", name, dtype, device, f", {dtype}, {device}")
     draft, drafter = None, sdt.PromptLookupDrafter(args.prompt_lookup or PROMPT_LOOKUP)
     if args.draft:
-        draft, _, description = models.load(args.draft, dtype, _say)
-        _say(f"draft: {description}")
-        drafter = sdt.ModelDrafter(draft.to(device))
-    prompt = prompts.CODE_EDIT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+        draft, _ = _load("draft", args.draft, dtype, device)
+        drafter = sdt.ModelDrafter(draft)
+    prompt = prompts.CODE_EDIT if args.prompt is None else _prompt(args.prompt)
     inputs = models.encode_chat(tokenizer, prompt, device)
     options = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
     if args.out:
@@ -274,21 +213,17 @@ def _profile(args: argparse.Namespace) -> int:
 def _profile_report(model, draft, found: profiling.Profile, prompt_length: int) -> dict:
     stats, ceilings = sdt.stats(model), calibrate(found.device)
     context = prompt_length + stats.emitted / 2
-    forwards = found.depth if draft else 0.0
-    # both drafters make chains, whose accepted keys are in place
-    work = profiling.round_work(model, 1, found.nodes, context, draft=draft, draft_forwards=forwards)
-    nbytes = profiling.efficiency_bytes(model, 1, context, draft, forwards)
-    report = {
+    drafting = (shape_of(draft), found.depth) if draft else ()
+    return {
         "device": _describe(found.device),
-        **{name: _version(name) for name in ("torch", "triton", "transformers")},
+        **{name: version(name, MISSING) for name in ("torch", "triton", "transformers")},
         "ceilings": ceilings,
         "nodes": round(found.nodes, 2),
         "acceptance_length": round(stats.acceptance_length, 3),
-        **profiling.summary_row(found, nbytes, ceilings),
-        "stages": profiling.stage_rows(found, work, ceilings),
+        # both drafters make chains, whose accepted keys are in place
+        **profiling.summary_row(found, ceilings, shape_of(model), 1, found.nodes, context, *drafting),
+        "tokens_per_joule": found.joules and round(stats.emitted / found.joules, 4),
     }
-    report["tokens_per_joule"] = found.joules and round(stats.emitted / found.joules, 4)
-    return report
 
 
 def _profile_text(report: dict) -> str:
@@ -330,8 +265,8 @@ def _stats_lines(stats) -> str:
 
 def _doctor(args: argparse.Namespace) -> int:
     device = models.default_device()
-    rows = [("python", platform.python_version()), ("specdec-triton", _version("specdec-triton"))]
-    rows += [(name, _version(name)) for name in PACKAGES]
+    rows = [("python", platform.python_version()), ("specdec-triton", version("specdec-triton", MISSING))]
+    rows += [(name, version(name, MISSING)) for name in PACKAGES]
     rows.append(("device", _describe(device)))
     rows.append(("demo's model", models.find_default_model()))
     for op in ops.OPS:
@@ -344,18 +279,6 @@ def _doctor(args: argparse.Namespace) -> int:
     for label, text in rows:
         print(f"{label:{width}}  {text}")
     return 0
-
-
-def _add_inspect(commands) -> None:
-    inspect = commands.add_parser(
-        "inspect", help="what the compiler makes of the kernels: registers, occupancy, instructions; needs no GPU"
-    )
-    inspect.add_argument("op", nargs="?", choices=inspection.OPS, help="(all)")
-    inspect.add_argument(
-        "--arch", choices=[f"sm_{arch}" for arch in inspection.ARCHES], default="sm_90", help="(%(default)s)"
-    )
-    inspect.add_argument("--json", action="store_true", help="rows on standard output, nothing else")
-    inspect.set_defaults(run=_inspect)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -378,34 +301,6 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_plan(commands) -> None:
-    planner = commands.add_parser("plan", help="does speculation pay for a pair on a card: predicted from shapes")
-    config_help = f"a model folder, a config.json, or one of {', '.join(plan.SHAPES)}"
-    planner.add_argument("--target", required=True, metavar="CONFIG", help=config_help)
-    planner.add_argument("--draft", required=True, metavar="CONFIG", help="the same, or none: drafting is free")
-    planner.add_argument("--card", required=True, choices=[*CARDS, "cpu"], help="cpu: forwards are timed here")
-    planner.add_argument(
-        "--acceptance", required=True, type=_numbers, metavar="P[,P...]",
-        help="probability that a draft token is accepted, its parent being so; several, by rank, allow a tree",
-    )  # fmt: skip
-    planner.add_argument("--batch", type=positive_int, default=1, metavar="N", help="sequences (%(default)s)")
-    planner.add_argument("--context", type=positive_int, default=2048, metavar="N", help="tokens (%(default)s)")
-    planner.add_argument("--dtype", choices=plan.DTYPES, default="bf16", help="(%(default)s)")
-    planner.add_argument(
-        "--max-depth", type=positive_int, default=plan.MAX_DEPTH, metavar="D", help="of the tree (%(default)s)"
-    )
-    for model in ("target", "draft"):
-        help = "a weight, scales included, where it is quantized"
-        planner.add_argument(f"--{model}-bits", type=_positive, metavar="BITS", help=help)
-    planner.add_argument(
-        "--overhead-us", type=_positive, default=0.0, metavar="US", help="of a round, beside its forwards (%(default)s)"
-    )
-    planner.add_argument("--calibration", type=pathlib.Path, metavar="FILE", help="of bench/calibrate.py")
-    planner.add_argument("--json", action="store_true", help="on standard output, nothing else")
-    planner.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="speedup against acceptance, by batch")
-    planner.set_defaults(run=_plan)
-
-
 def _plan(args: argparse.Namespace) -> int:
     planner = plan.Planner(plan.Request(*(getattr(args, name) for name in plan.Request._fields)))
     found = planner.plan()
@@ -422,18 +317,6 @@ def _plan(args: argparse.Namespace) -> int:
         planner.plot(args.plot)
         _say(f"plot: {args.plot}")
     return 0
-
-
-def _add_models(commands) -> None:
-    tried = commands.add_parser(
-        "models", help="try every model type of transformers, each built tiny; or make the page"
-    )
-    tried.add_argument("--mapping", choices=["causal", "image-text", "all"], default="all", help="(%(default)s)")
-    tried.add_argument("--filter", default="", metavar="NAME", help="only types and classes with this in their name")
-    tried.add_argument("--json", type=Path, metavar="FILE", help="for the rows")
-    tried.add_argument("--rows", type=Path, metavar="FOLDER", help="of files of rows: try nothing, make --page of them")
-    tried.add_argument("--page", type=Path, metavar="FILE", help="Markdown: exact, refused and why, by version")
-    tried.set_defaults(run=_models)
 
 
 def _models(args: argparse.Namespace) -> int:
@@ -468,13 +351,6 @@ def _describe(device: torch.device) -> str:
     )
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -497,6 +373,105 @@ def _say(line: str) -> None:
     # standard output carries the generated text and nothing else
     print(line, file=sys.stderr)
 
+
+MODEL = "hub name, local folder or .gguf file"
+CONFIG = f"a model folder, a config.json, or one of {', '.join(plan.SHAPES)}"
+BITS = "a weight, scales included, if it is quantized"
+AUTO_DTYPE = "auto: bfloat16 on a GPU, float32 without one"
+OWN_DTYPE = _option("--dtype", "of the weights", choices=models.DTYPES, default="float32")
+AUTOMATIC_DTYPE = _option("--dtype", AUTO_DTYPE, choices=["auto", *models.DTYPES], default="auto")
+DRAFTING = [
+    _option("--draft", f"a smaller model that drafts: {MODEL}", metavar="MODEL"),
+    _option(
+        "--prompt-lookup", f"draft up to N tokens from the text so far (the default, with N = {PROMPT_LOOKUP})",
+        type=positive_int, metavar="N",
+    ),
+]  # fmt: skip
+# name: what runs, what it is for, and its options; a list of options excludes one another
+COMMANDS = {
+    "demo": (
+        _demo, "a real model with and without speculation, side by side",
+        _option("--model", f"{MODEL} (default: SmolLM2-135M-Instruct, wherever it can be had)"),
+        _count("--max-new-tokens", 256, "of the code edit"),
+        OWN_DTYPE,
+    ),
+    "generate": (
+        _generate, "answer one prompt, streamed",
+        _option("--model", MODEL, required=True),
+        _option("--prompt", "the text, or - to read it from standard input", required=True),
+        [*DRAFTING, _option("--plain", "no speculation", action="store_true")],
+        _count("--max-new-tokens", 256),
+        AUTOMATIC_DTYPE,
+    ),
+    "prove": (
+        _prove, "sample with speculation and hold the counts against the exact distribution",
+        _option("--rule", "acceptance rule; typical must fail", choices=[*RULES, "all"], default="coupled"),
+        _option("--model", f"the target (default: a tiny random one): {MODEL}"),
+        _option("--draft", f"drafts (default: the target's first half): {MODEL}"),
+        _option("--prompt", "what is continued", default="The quick brown"),
+        _count("--tree", 5, "nodes, the root too"),
+        _count("--tokens", 3, "to sample", "L"),
+        _count("--samples", 2000),
+        _option("--temperature", type=float, default=1.0),
+        _count("--top-k", 4, "keeps the enumeration small", None),
+        _option("--top-p", type=float, default=1.0),
+        _option("--min-p", "(off)", type=float),
+        _option("--seed", type=int, default=0),
+        OWN_DTYPE,
+    ),
+    "bench": (
+        _bench, "the benchmarks of a checkout: kernels, generate, round",
+        _option("what", choices=BENCHES),
+        _option("--out", "folder of rows and report", type=Path, default=Path("bench-results")),
+        _option("--budget", "for each bench; then it can be continued", type=float, metavar="SECONDS"),
+        _option("--rehearse", "tiny sizes, numbers that mean nothing", action="store_true"),
+    ),
+    "profile": (
+        _profile, "where the time of a round goes, against its floor",
+        _option("--model", f"the target (default: the demo's): {MODEL}"),
+        _option("--prompt", "the text, or - to read it from standard input (default: the demo's edit)"),
+        DRAFTING,
+        _count("--max-new-tokens", 64),
+        AUTOMATIC_DTYPE,
+        _option("--out", "for profile.json, and trace.json (for Perfetto)", type=Path, metavar="FOLDER"),
+        _option("--json", "nothing but JSON on standard output", action="store_true"),
+    ),
+    "doctor": (_doctor, "what is installed, and which implementation each op will use"),
+    "inspect": (
+        _inspect, "what the compiler makes of the kernels: registers, occupancy, instructions; needs no GPU",
+        _option("op", "(all)", nargs="?", choices=inspection.OPS),
+        _option("--arch", choices=[f"sm_{arch}" for arch in inspection.ARCHES], default="sm_90"),
+        _option("--json", "rows on standard output, nothing else", action="store_true"),
+    ),
+    "plan": (
+        _plan, "does speculation pay for a pair on a card: predicted from shapes",
+        _option("--target", CONFIG, required=True, metavar="CONFIG"),
+        _option("--draft", "the same, or none: drafting is free", required=True, metavar="CONFIG"),
+        _option("--card", "cpu: forwards are timed here", required=True, choices=[*CARDS, "cpu"]),
+        _option(
+            "--acceptance", required=True, type=_numbers, metavar="P[,P...]",
+            help="probability that a draft token is accepted, its parent being so; several, by rank, allow a tree",
+        ),
+        _count("--batch", 1, "sequences"),
+        _count("--context", 2048, "tokens"),
+        _option("--dtype", choices=plan.DTYPES, default="bf16"),
+        _count("--max-depth", plan.MAX_DEPTH, "of the tree", "D"),
+        _option("--target-bits", BITS, type=_positive, metavar="BITS"),
+        _option("--draft-bits", BITS, type=_positive, metavar="BITS"),
+        _option("--overhead-us", "of a round, beside its forwards", type=_positive, default=0.0, metavar="US"),
+        _option("--calibration", "of specdec_triton.tools.calibration", type=Path, metavar="FILE"),
+        _option("--json", "on standard output, nothing else", action="store_true"),
+        _option("--plot", "speedup against acceptance, by batch", type=Path, metavar="FILE"),
+    ),
+    "models": (
+        _models, "try every model type of transformers, each built tiny; or make the page",
+        _option("--mapping", choices=["causal", "image-text", "all"], default="all"),
+        _option("--filter", "only types and classes with this in their name", default="", metavar="NAME"),
+        _option("--json", "for the rows", type=Path, metavar="FILE"),
+        _option("--rows", "of files of rows: try nothing, make --page of them", type=Path, metavar="FOLDER"),
+        _option("--page", "Markdown: exact, refused and why, by version", type=Path, metavar="FILE"),
+    ),
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,6 +9,8 @@ import statistics
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -22,24 +24,42 @@ from rich.text import Text
 import specdec_triton as sdt
 
 from . import host_sync, models, prompts
+from .calibration import in_turn
 
-PLAIN, THEIRS, OURS = WAYS = ("plain generate", "transformers' lookup", "specdec_triton")
-LOOKUP = 10
+PLAIN, THEIRS, OURS = "plain generate", "transformers' lookup", "specdec_triton"
+LOOKUP = {"prompt_lookup_num_tokens": 10}
 PAIRS = 2
 CHAT_TOKENS = 64
-# host reads a round: the difference between two lengths, so that prefill and set-up do not count
-COUNTED_TOKENS = (8, 40)
 SHOWN_LINES = 14
 # below this a speedup is not worth the name
 GAIN = 1.2
 
 
+class Way(NamedTuple):
+    """How to decode: options of `patched` (None: the model as it is) and arguments of `generate`."""
+
+    patched: dict[str, Any] | None
+    generate: dict[str, Any]
+
+
+WAYS = {PLAIN: Way(None, {}), THEIRS: Way(None, LOOKUP), OURS: Way({}, LOOKUP)}
+
+
 @dataclass(frozen=True)
 class Run:
-    """One call of generate: the emitted token ids, wall time, and target forwards (prefill included)."""
+    """One call of generate.
+
+    Attributes:
+        token_ids: that were emitted.
+        seconds: wall time.
+        rows: of each forward of the target that was not replayed from a CUDA graph, the prompt's first.
+        forwards: of the target, the prompt's included.
+        acceptance_length: tokens a round.
+    """
 
     token_ids: list[int]
     seconds: float
+    rows: list[int]
     forwards: int
     acceptance_length: float
 
@@ -60,9 +80,9 @@ class Record:
         return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def run(model_name: str | None, dtype: str, max_new_tokens: int, console: Console | None = None) -> int:
+def run(model_name: str | None, dtype: str, max_new_tokens: int) -> int:
     """Load, compare on both prompts, print. Returns 0 if speculation left both texts as they were, else 1."""
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     name = models.find_default_model(model_name, dtype)
     model, tokenizer, description = models.load(
         name, dtype, lambda line: console.print(line, style="dim", markup=False)
@@ -105,52 +125,30 @@ def compare(model, tokenizer, prompt: str, max_new_tokens: int, step) -> dict[st
     """
     inputs = models.encode_chat(tokenizer, prompt, model.device)
     records = {}
-    for way in WAYS:
-        with step(f"{way}: warming up"):
-            records[way] = Record(host_reads=_host_reads_a_forward(model, inputs, way))
-    for pair in range(PAIRS):
-        for way in WAYS if pair % 2 == 0 else reversed(WAYS):
-            with step(f"{way}: {pair + 1} of {PAIRS}"):
-                records[way].runs.append(_generate(model, inputs, way, max_new_tokens))
+    for name, way in WAYS.items():
+        with step(f"{name}: warming up"):
+            call = partial(generate, model, inputs, way)
+            reads = host_sync.host_reads_a_forward(lambda tokens, call=call: call(max_new_tokens=tokens).forwards)
+            records[name] = Record(reads)
+    for name in in_turn(list(WAYS), PAIRS):
+        with step(f"{name}: {len(records[name].runs) + 1} of {PAIRS}"):
+            records[name].runs.append(generate(model, inputs, WAYS[name], max_new_tokens=max_new_tokens))
     return records
 
 
-def _generate(model, inputs, way: str, max_new_tokens: int) -> Run:
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens}
-    if way != PLAIN:
-        options["prompt_lookup_num_tokens"] = LOOKUP
-    with sdt.patched(model) if way == OURS else nullcontext(), _counted_forwards(model) as forwards:
+def generate(model, inputs, way: Way, **options) -> Run:
+    """One greedy call."""
+    patched = nullcontext() if way.patched is None else sdt.patched(model, **way.patched)
+    with patched, host_sync.count_forwards(model) as rows:
         start = time.perf_counter()
-        output = model.generate(**inputs, **options)
+        output = model.generate(**inputs, do_sample=False, **options, **way.generate)
         # the copy to the host waits for the GPU
         token_ids = output[0, inputs["input_ids"].shape[1] :].tolist()
         seconds = time.perf_counter() - start
-    if way == OURS:
-        stats = sdt.stats(model)
-        return Run(token_ids, seconds, stats.rounds + 1, stats.acceptance_length)
-    return Run(token_ids, seconds, len(forwards), len(token_ids) / len(forwards))
-
-
-@contextmanager
-def _counted_forwards(model):
-    """Collect one entry for each forward of the model."""
-    forwards = []
-    hook = model.register_forward_pre_hook(lambda *_: forwards.append(None))
-    try:
-        yield forwards
-    finally:
-        hook.remove()
-
-
-def _host_reads_a_forward(model, inputs, way: str) -> float | None:
-    counts = []
-    for tokens in COUNTED_TOKENS:
-        with host_sync.count_host_reads() as reads:
-            done = _generate(model, inputs, way, tokens)
-        counts.append((reads.total, done.forwards))
-    (few_reads, few_forwards), (many_reads, many_forwards) = counts
-    # an answer that ends at once has no rounds to divide by
-    return (many_reads - few_reads) / (many_forwards - few_forwards) if many_forwards > few_forwards else None
+    if way.patched is None:
+        return Run(token_ids, seconds, rows, len(rows), len(token_ids) / len(rows))
+    stats = sdt.stats(model)
+    return Run(token_ids, seconds, rows, stats.rounds + 1, stats.acceptance_length)
 
 
 def _show(console: Console, tokenizer, title: str, records: dict[str, Record]) -> bool:

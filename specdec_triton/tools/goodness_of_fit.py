@@ -115,15 +115,13 @@ def benjamini_hochberg(p_values: Sequence[float], rate: float) -> list[bool]:
     return [index in rejected for index in range(len(order))]
 
 
-def null_bracket(
-    probs: torch.Tensor, samples: int, repeats: int = 20_000, seed: int = 0, confidence: float = 0.999
-) -> tuple[float, float]:
-    """Between which total variations honest samples lie: the target against itself, `repeats` times.
+def null_bracket(probs: torch.Tensor, samples: int, confidence: float = 0.999) -> tuple[float, float]:
+    """Between which total variations honest samples lie: the target against itself, 20,000 times.
 
     What is measured for a rule is to be read beside this: it is what sampling alone makes.
     """
     probs = probs.double().numpy()
-    drawn = np.random.default_rng(seed).multinomial(samples, probs / probs.sum(), size=repeats)
+    drawn = np.random.default_rng(0).multinomial(samples, probs / probs.sum(), size=20_000)
     distances = 0.5 * np.abs(drawn / samples - probs).sum(1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(distances, [tail, 1 - tail])

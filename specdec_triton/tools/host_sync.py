@@ -1,8 +1,8 @@
-"""What a decoding loop makes the host wait for: counted, and timed."""
+"""What a decoding loop makes the host wait for: counted, and timed. And the forwards of a model, counted."""
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -16,6 +16,7 @@ VALUE_METHODS = {
     "__format__", "__complex__", "equal",
 }  # fmt: skip
 WAITING_METHODS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+COUNTED_TOKENS = (8, 40)  # of two texts: what prompt and set-up cost is in both
 DATA_DEPENDENT = {"nonzero", "masked_select", "unique", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 
 
@@ -37,6 +38,37 @@ def count_host_reads() -> Iterator[HostReads]:
     reads = HostReads()
     with _Methods(reads), _Ops(reads):
         yield reads
+
+
+@contextmanager
+def count_forwards(model: torch.nn.Module) -> Iterator[list[int]]:
+    """A list that gets the rows a sequence of each forward of the model inside, in order. Replays of CUDA graphs are
+    not seen."""
+    rows = []
+
+    def count(module, args, named):
+        rows.append(named["input_ids"].shape[1])
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+def host_reads_a_forward(generate: Callable[[int], int]) -> float | None:
+    """Host reads that a longer text adds, for each of the forwards that it adds; None if it adds none.
+
+    Args:
+        generate: a call of so many tokens; returns the number of the target's forwards.
+    """
+    counted = []
+    for tokens in COUNTED_TOKENS:
+        with count_host_reads() as reads:
+            forwards = generate(tokens)
+        counted.append((reads.total, forwards))
+    (few_reads, few), (many_reads, many) = counted
+    return (many_reads - few_reads) / (many - few) if many > few else None
 
 
 class _Methods(TorchFunctionMode):

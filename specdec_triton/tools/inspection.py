@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from .gpus import CARDS, Card
+from .roofline import CARDS, Card
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent
 OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")

@@ -72,10 +72,10 @@ def load(
     return *_load_from_hub(str(name_or_path), dtype), f"{name_or_path} (from the hub)"
 
 
-def tiny(vocab_size: int = 6) -> PreTrainedModel:
+def tiny() -> PreTrainedModel:
     """A random Llama of a few tokens, in fp32: for experiments whose outcomes can be counted."""
     config = LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=6,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

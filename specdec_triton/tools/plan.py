@@ -4,15 +4,14 @@ A forward over N rows of each sequence takes at least
 
     max(bytes / bandwidth, flops / peak) + KERNELS_A_LAYER * layers * seconds a kernel
 
-where the bytes are the weights, once, and each sequence's keys and values; activations and logits are left out. A
-round is a verify forward, as many draft forwards of one row as the tree is deep, and `overhead`. Acceptance is the
-user's: by rank, the same at every depth. The tree is the one of most tokens a second under these costs.
+with the bytes and FLOPs of `roofline`. A round is a verify forward, as many draft forwards of one row as the tree is
+deep, and `overhead`. Acceptance is the user's: by rank, the same at every depth. The tree is the one of most tokens a
+second under these costs.
 
 On a CPU, where few rows already share little, the forwards are not predicted but timed, with random weights.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -26,11 +25,10 @@ from ..forward.runner import TreeRunner
 from ..tree_choice.costs import Costs, measure_costs
 from ..tree_choice.search import LADDER, expected_tokens, optimal_topology
 from .files import read_config, reading
-from .gpus import CARDS
+from .roofline import Ceilings, Shape, ceilings_of, efficiency_bytes, forward_work, shape_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS_A_LAYER = 10  # two norms, q/k/v, rope, cache write, attention, its output, gate and up, activation, down
-KERNEL_SECONDS = 1e-6  # from one kernel of a CUDA graph to the next, where nothing was measured
 MAX_DEPTH = 16
 CPU_NODES = 32
 NO_DRAFT = "none"
@@ -41,7 +39,8 @@ _LLAMA = {"model_type": "llama", "hidden_act": "silu"}
 _QWEN = {"model_type": "qwen2", "hidden_act": "silu"}
 
 
-def _dense(family, layers, hidden, intermediate, heads, kv_heads, vocab, tied=False):
+def dense(layers, hidden, intermediate, heads, kv_heads, vocab, tied=False, family=_LLAMA) -> dict[str, Any]:
+    """Sizes by their names in a config."""
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab}
     return family | sizes | {"tie_word_embeddings": tied}
@@ -49,49 +48,21 @@ def _dense(family, layers, hidden, intermediate, heads, kv_heads, vocab, tied=Fa
 
 # from the models' own config.json
 SHAPES = {
-    "llama-2-7b": _dense(_LLAMA, 32, 4096, 11008, 32, 32, 32000),
-    "llama-2-13b": _dense(_LLAMA, 40, 5120, 13824, 40, 40, 32000),
-    "llama-33b": _dense(_LLAMA, 60, 6656, 17920, 52, 52, 32000),
-    "llama-2-70b": _dense(_LLAMA, 80, 8192, 28672, 64, 8, 32000),
-    "llama-3.1-8b": _dense(_LLAMA, 32, 4096, 14336, 32, 8, 128256),
-    "llama-3.1-70b": _dense(_LLAMA, 80, 8192, 28672, 64, 8, 128256),
-    "llama-3.2-1b": _dense(_LLAMA, 16, 2048, 8192, 32, 8, 128256, tied=True) | {"head_dim": 64},
-    "llama-3.2-3b": _dense(_LLAMA, 28, 3072, 8192, 24, 8, 128256, tied=True) | {"head_dim": 128},
-    "qwen2.5-0.5b": _dense(_QWEN, 24, 896, 4864, 14, 2, 151936, tied=True),
-    "qwen2.5-1.5b": _dense(_QWEN, 28, 1536, 8960, 12, 2, 151936, tied=True),
-    "qwen2.5-7b": _dense(_QWEN, 28, 3584, 18944, 28, 4, 152064),
-    "qwen2.5-32b": _dense(_QWEN, 64, 5120, 27648, 40, 8, 152064),
-    "smollm2-135m": _dense(_LLAMA, 30, 576, 1536, 9, 3, 49152, tied=True),
-    "smollm2-1.7b": _dense(_LLAMA, 24, 2048, 8192, 32, 32, 49152, tied=True),
+    "llama-2-7b": dense(32, 4096, 11008, 32, 32, 32000),
+    "llama-2-13b": dense(40, 5120, 13824, 40, 40, 32000),
+    "llama-33b": dense(60, 6656, 17920, 52, 52, 32000),
+    "llama-2-70b": dense(80, 8192, 28672, 64, 8, 32000),
+    "llama-3.1-8b": dense(32, 4096, 14336, 32, 8, 128256),
+    "llama-3.1-70b": dense(80, 8192, 28672, 64, 8, 128256),
+    "llama-3.2-1b": dense(16, 2048, 8192, 32, 8, 128256, tied=True) | {"head_dim": 64},
+    "llama-3.2-3b": dense(28, 3072, 8192, 24, 8, 128256, tied=True) | {"head_dim": 128},
+    "qwen2.5-0.5b": dense(24, 896, 4864, 14, 2, 151936, tied=True, family=_QWEN),
+    "qwen2.5-1.5b": dense(28, 1536, 8960, 12, 2, 151936, tied=True, family=_QWEN),
+    "qwen2.5-7b": dense(28, 3584, 18944, 28, 4, 152064, family=_QWEN),
+    "qwen2.5-32b": dense(64, 5120, 27648, 40, 8, 152064, family=_QWEN),
+    "smollm2-135m": dense(30, 576, 1536, 9, 3, 49152, tied=True),
+    "smollm2-1.7b": dense(24, 2048, 8192, 32, 32, 49152, tied=True),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What a forward of a decoder reads and computes.
-
-    Attributes:
-        name: for reports.
-        weights: elements that a forward reads: all but input embeddings, which count where they are the head as well.
-        layers: number of decoder layers.
-        kv: elements of keys and values a token, all layers.
-        attention: query heads * head dim, all layers.
-    """
-
-    name: str
-    weights: int
-    layers: int
-    kv: int
-    attention: int
-
-
-class Ceilings(NamedTuple):
-    """bandwidth in bytes a second, flops a second in the dtype of the products, seconds a kernel, where from."""
-
-    bandwidth: float
-    flops: float
-    kernel_seconds: float
-    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +73,7 @@ class Plan:
         plain_rate, rate, speedup: without and with speculation, and their ratio.
         nodes, depth: of the best tree, root included; 1 and 0: no tree beats plain decoding.
         acceptance_length: tokens a round and sequence, in expectation.
-        eta: round efficiency: (weights and keys and values of target and draft) / bandwidth, of the round. None where
-            no bandwidth is known.
+        eta: round efficiency: the time of `efficiency_bytes` over the round's. None if no bandwidth is known.
         plain_seconds, round_seconds, verify_seconds, draft_seconds: of a plain step, a round, and its parts.
         limiter: of the verify forward: "memory", "compute", or "measured".
     """
@@ -144,113 +114,51 @@ def load_config(name: str) -> Any:
     return config
 
 
-def shape_of(config: Any, name: str) -> Shape:
-    """Count a model's weights, without allocating any, and its keys and values.
+def planned_shape(config: Any, name: str) -> Shape:
+    """The shape of a model of this config; no weights are allocated.
 
     Raises:
         ValueError: transformers has no causal language model for this config.
     """
     with reading(f"the config of {name}"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    weights = sum(parameter.numel() for parameter in model.parameters())  # a tied one counts once
-    if not config.tie_word_embeddings:
-        weights -= model.get_input_embeddings().weight.numel()
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Shape(name, weights, layers, 2 * kv_heads * head_dim * layers, heads * head_dim * layers)
-
-
-def datasheet(card: str, dtype: str) -> Ceilings:
-    """Ceilings of one of `cards.CARDS`."""
-    if card not in CARDS:
-        raise ValueError(f"plan: card must be one of {', '.join(CARDS)}, got {card!r}")
-    has = CARDS[card]
-    flops = has.fp32_flops if dtype == "fp32" else has.tensor_flops
-    return Ceilings(has.bandwidth, flops, KERNEL_SECONDS, f"datasheet of {has.name}")
-
-
-def calibrated(path: pathlib.Path, card: str, dtype: str) -> Ceilings:
-    """Ceilings that `bench/calibrate.py` measured; fp32 products are the datasheet's, since it measures bf16.
-
-    Raises:
-        ValueError: the file is not such a calibration, or not of this card.
-    """
-    try:
-        found = json.loads(path.read_text())
-        device, ceilings = found["device"], found["ceilings"]
-        bandwidth = max(ceilings["read_bytes_s"], ceilings["copy_bytes_s"])
-        flops, kernel_seconds = ceilings["matmul_flops_s"], ceilings["graph_kernel_us"] / 1e6
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"plan: {path} must be a calibration.json of bench/calibrate.py, got {error!r}") from None
-    if card not in _plain(device):
-        raise ValueError(f"plan: calibration must be of {card}, got one of {device!r}")
-    if dtype == "fp32":
-        flops = CARDS[card].fp32_flops
-    return Ceilings(bandwidth, flops, kernel_seconds, f"measured on {device}, {path}")
-
-
-def ceilings_of(card: str, dtype: str, calibration: pathlib.Path | None = None) -> Ceilings:
-    """Measured where `calibration`, or one for this card under bench/results, says so; else the datasheet's."""
-    if calibration is not None:
-        return calibrated(calibration, card, dtype)
-    results = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results"
-    for path in sorted(results.glob("*/calibration.json")):
-        if card in _plain(json.loads(path.read_text()).get("device", "")):
-            return calibrated(path, card, dtype)
-    return datasheet(card, dtype)
-
-
-def _plain(device: str) -> str:
-    return device.lower().replace(" ", "")
+        return shape_of(AutoModelForCausalLM.from_config(config), name)
 
 
 class Engine(NamedTuple):
-    """How a pair runs: sequences, tokens in the cache, bytes an element of keys and values, bits a weight."""
+    """How a pair runs: sequences, tokens in the cache, and what a round takes beside its forwards, in seconds."""
 
     batch: int
     context: int
-    kv_bytes: int
-    target_bits: float
-    draft_bits: float
-    overhead: float  # seconds a round
+    overhead: float = 0.0
 
 
-def forward_bytes(shape: Shape, rows: int, bits: float, engine: Engine) -> float:
-    """Bytes that a forward over `rows` rows of each sequence must read."""
-    return shape.weights * bits / 8 + engine.batch * (engine.context + rows) * shape.kv * engine.kv_bytes
-
-
-def forward_seconds(shape: Shape, rows: int, bits: float, engine: Engine, ceilings: Ceilings) -> tuple[float, str]:
+def forward_seconds(shape: Shape, rows: int, engine: Engine, ceilings: Ceilings) -> tuple[float, str]:
     """Seconds of a forward over `rows` rows of each sequence, and whether memory or compute is the limit."""
-    all_rows = engine.batch * rows
-    flops = 2 * all_rows * shape.weights + 4 * all_rows * (engine.context + rows) * shape.attention
-    memory = forward_bytes(shape, rows, bits, engine) / ceilings.bandwidth
-    compute = flops / ceilings.flops
+    work = forward_work(shape, engine.batch, rows, engine.context)
     launches = KERNELS_A_LAYER * shape.layers * ceilings.kernel_seconds
-    return max(memory, compute) + launches, "memory" if memory >= compute else "compute"
+    return ceilings.seconds(work) + launches, ceilings.limiter(work)
 
 
 def predicted_costs(target: Shape, draft: Shape | None, engine: Engine, ceilings: Ceilings) -> Costs:
     """What rounds take under `ceilings`."""
-    verify = tuple((n, forward_seconds(target, n, engine.target_bits, engine, ceilings)[0]) for n in LADDER)
-    step = 0.0 if draft is None else forward_seconds(draft, 1, engine.draft_bits, engine, ceilings)[0]
+    verify = tuple((n, forward_seconds(target, n, engine, ceilings)[0]) for n in LADDER)
+    step = 0.0 if draft is None else forward_seconds(draft, 1, engine, ceilings)[0]
     return Costs(verify, tuple((depth, depth * step) for depth in (1, MAX_DEPTH)), engine.overhead)
 
 
-def measured_costs(target: Any, draft: Any, engine: Engine, dtype: torch.dtype, repeats: int = 5) -> Costs:
+def measured_costs(target: Any, draft: Any, engine: Engine, dtype: torch.dtype) -> Costs:
     """What rounds take on this CPU: forwards of models of these configs with random weights, timed.
 
     Raises:
         ValueError: the weights need more than half of this machine's memory.
     """
-    verify = _timed_forwards(target, engine, dtype, [n for n in LADDER if n <= CPU_NODES], repeats)
-    step = 0.0 if draft is None else _timed_forwards(draft, engine, dtype, [1], repeats)[0][1]
+    verify = _timed_forwards(target, engine, dtype, [n for n in LADDER if n <= CPU_NODES])
+    step = 0.0 if draft is None else _timed_forwards(draft, engine, dtype, [1])[0][1]
     return Costs(verify, tuple((depth, depth * step) for depth in (1, MAX_DEPTH)), engine.overhead)
 
 
-def _timed_forwards(config, engine, dtype, sizes, repeats):
-    nbytes = shape_of(config, "").weights * dtype.itemsize
+def _timed_forwards(config, engine, dtype, sizes):
+    nbytes = planned_shape(config, "").weights * dtype.itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 2 * nbytes > memory:
         raise ValueError(
@@ -273,7 +181,7 @@ def _timed_forwards(config, engine, dtype, sizes, repeats):
             else:
                 runner.forward_chain(tokens, length)
 
-        return measure_costs(forward, sizes, repeats=repeats)
+        return measure_costs(forward, sizes)
 
 
 def make_plan(
@@ -291,7 +199,7 @@ def make_plan(
         costs: what a round takes.
         acceptance: probability that the child of each rank is accepted, at every depth; one number: a chain.
         engine: how the pair runs.
-        target, draft: for the bytes in eta; draft None: drafting is free (prompt lookup).
+        target, draft: as they are stored, for the bytes in eta; draft None: drafting is free (prompt lookup).
         ceilings: None where the costs were measured.
         max_depth: of the tree.
 
@@ -308,10 +216,9 @@ def make_plan(
     plain, seconds = costs.round_seconds(1, 0), costs.round_seconds(nodes, depth)
     eta, limiter = None, "measured"
     if ceilings:
-        nbytes = forward_bytes(target, nodes, engine.target_bits, engine)
-        nbytes += depth * forward_bytes(draft, 1, engine.draft_bits, engine) if draft else 0
+        nbytes = efficiency_bytes(target, engine.batch, engine.context, draft, depth)
         eta = nbytes / ceilings.bandwidth / seconds
-        limiter = forward_seconds(target, nodes, engine.target_bits, engine, ceilings)[1]
+        limiter = forward_seconds(target, nodes, engine, ceilings)[1]
     return Plan(
         plain_rate=engine.batch / plain,
         rate=engine.batch * tokens / seconds,
@@ -356,14 +263,14 @@ class Planner:
 
     def __init__(self, request: Request):
         self.request = request
-        bits = 8 * DTYPES[request.dtype].itemsize
-        self.bits = request.target_bits or bits, request.draft_bits or bits
-        self.configs = [None if name == NO_DRAFT else load_config(name) for name in (request.target, request.draft)]
+        itemsize = DTYPES[request.dtype].itemsize
+        names, bits = (request.target, request.draft), (request.target_bits, request.draft_bits)
+        self.configs = [None if name == NO_DRAFT else load_config(name) for name in names]
         if self.configs[0] is None:
             raise ValueError("plan: target must be a model, got none")
         self.target, self.draft = (
-            None if config is None else shape_of(config, name)
-            for config, name in zip(self.configs, (request.target, request.draft), strict=True)
+            config and planned_shape(config, name).stored(each or 8 * itemsize, itemsize)
+            for config, name, each in zip(self.configs, names, bits, strict=True)
         )
         self.ceilings = None
         if request.card != "cpu":
@@ -373,13 +280,11 @@ class Planner:
 
     def plan(self, batch: int | None = None, acceptance: Sequence[float] | None = None) -> Plan:
         request = self.request
-        dtype = DTYPES[request.dtype]
-        overhead = request.overhead_us / 1e6
-        engine = Engine(batch or request.batch, request.context, dtype.itemsize, *self.bits, overhead)
+        engine = Engine(batch or request.batch, request.context, request.overhead_us / 1e6)
         if self.ceilings:
             costs = predicted_costs(self.target, self.draft, engine, self.ceilings)
         else:
-            costs = measured_costs(*self.configs, engine, dtype)
+            costs = measured_costs(*self.configs, engine, DTYPES[request.dtype])
         return make_plan(
             costs, acceptance or request.acceptance, engine, self.target, self.draft, self.ceilings, request.max_depth
         )

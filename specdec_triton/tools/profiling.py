@@ -11,20 +11,22 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
-from transformers import PreTrainedModel
 
 from ..engine.generate import Generation
 from ..engine.round import Round as EngineRound
 from ..engine.stages import Stages
-from .calibration import floor_seconds, quantiles
+from .calibration import quantiles
 from .host_sync import HostWaits, count_host_reads, time_host_waits
+from .roofline import Shape, efficiency_bytes, floor_seconds, measured, round_work
 
 STAGES = ("draft", "verify", "accept", "compact", "emit")
 LABEL = "round: "  # before a stage's name in traces
@@ -148,22 +150,16 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
 
         return run
 
-    wrapped = {
-        (Generation, "step"): whole,
-        (Generation, "read"): look,
-        **{(EngineRound, name): partial(stage, name) for name in STAGES},
-        (Stages, "run"): replay,
-    }
-    methods = {(owner, name): vars(owner)[name] for owner, name in wrapped}
-    try:
-        for (owner, name), wrap in wrapped.items():
-            setattr(owner, name, wrap(methods[owner, name]))
-        yield rounds
-    finally:
-        for (owner, name), method in methods.items():
-            setattr(owner, name, method)
-        if on_gpu:
-            torch.cuda.synchronize(device)
+    wrapped = [(Generation, "step", whole), (Generation, "read", look), (Stages, "run", replay)]
+    wrapped += [(EngineRound, name, partial(stage, name)) for name in STAGES]
+    with ExitStack() as patches:
+        for owner, name, wrap in wrapped:
+            patches.enter_context(mock.patch.object(owner, name, wrap(vars(owner)[name])))
+        try:
+            yield rounds
+        finally:
+            if on_gpu:
+                torch.cuda.synchronize(device)
 
 
 @dataclass
@@ -383,135 +379,53 @@ def _millijoules(device: torch.device) -> int | None:
     return None if failed else count.value
 
 
-@dataclass(frozen=True)
-class Work:
-    """The least that a stage of one round must move and compute."""
-
-    nbytes: float = 0.0
-    flops: float = 0.0
+def _us(seconds: float, digits: int = 2) -> float:
+    return round(1e6 * seconds, digits)
 
 
-def streamed_weights(model: PreTrainedModel) -> tuple[int, int]:
-    """(bytes, numbers) of the weights that a forward of a dense model reads whole: all but an input embedding that is
-    not the head as well."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    left_out = {id(parameter) for parameter in embedding.parameters()}
-    left_out -= {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    kept = [parameter for parameter in model.parameters() if id(parameter) not in left_out]
-    return sum(p.numel() * p.element_size() for p in kept), sum(p.numel() for p in kept)
-
-
-def kv_bytes(model: PreTrainedModel) -> int:
-    """Bytes of keys and values that one token adds, all layers."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * _head_dim(config) * model.dtype.itemsize
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def forward_work(model: PreTrainedModel, batch: int, nodes: float, context: float) -> Work:
-    """One forward of `nodes` rows a sequence over `context` tokens: weights and keys read once, logits written."""
-    config = model.config.get_text_config()
-    nbytes, numbers = streamed_weights(model)
-    rows = batch * nodes
-    attention = 4 * rows * (context + nodes) * config.num_hidden_layers * config.num_attention_heads * _head_dim(config)
-    return Work(
-        nbytes + batch * (context + nodes) * kv_bytes(model) + rows * config.vocab_size * model.dtype.itemsize,
-        2 * rows * numbers + attention,
-    )
-
-
-def round_work(
-    model: PreTrainedModel,
+def summary_row(
+    found: Profile,
+    ceilings: dict[str, float],
+    target: Shape,
     batch: int,
     nodes: float,
     context: float,
-    accepted: float = 0.0,
-    draft: PreTrainedModel | None = None,
+    draft: Shape | None = None,
     draft_forwards: float = 0.0,
-) -> dict[str, Work]:
-    """The floor of every stage of a round of dense models.
-
-    Args:
-        model: the target.
-        batch: B.
-        nodes: N, the root included.
-        context: tokens in the cache, on average.
-        accepted: draft tokens accepted a sequence, whose keys and values move; 0 where paths are in place (a chain).
-        draft: the draft model, and how often it runs in a round. None: drafting costs nothing.
-    """
-    logits = batch * nodes * model.config.get_text_config().vocab_size * model.dtype.itemsize
-    drafting = Work()
-    if draft is not None:
-        one = forward_work(draft, batch, 1, context)
-        drafting = Work(draft_forwards * one.nbytes, draft_forwards * one.flops)
-    return {
-        "draft": drafting,
-        "verify": forward_work(model, batch, nodes, context),
-        "accept": Work(logits),
-        "compact": Work(2 * batch * accepted * kv_bytes(model)),
-        "emit": Work(),
-    }
-
-
-def efficiency_bytes(
-    model: PreTrainedModel,
-    batch: int,
-    context: float,
-    draft: PreTrainedModel | None = None,
-    draft_forwards: float = 0.0,
-) -> float:
-    """What the round efficiency counts: the target's weights, its keys and values, and the draft's weights once for
-    each of its forwards."""
-    drafting = 0 if draft is None else draft_forwards * streamed_weights(draft)[0]
-    return streamed_weights(model)[0] + batch * context * kv_bytes(model) + drafting
-
-
-def stage_rows(found: Profile, work: dict[str, Work], ceilings: dict[str, float]) -> dict[str, dict[str, float]]:
-    """By stage: us and host_us (medians), bytes, flops, and floor_us, the least time that the ceilings allow.
+) -> dict[str, Any]:
+    """A round: its stages (medians, and the least that each must take), its time (p50_us and its spread), eta, and what
+    the host and the GPU did in it.
 
     Args:
         found: from `profile_rounds`.
-        work: from `round_work`.
         ceilings: from `calibrate`.
+        target, batch, nodes, context, draft, draft_forwards: as for `roofline.round_work`.
     """
-    return {
+    work = round_work(target, batch, nodes, context, draft=draft, draft_forwards=draft_forwards)
+    nbytes = efficiency_bytes(target, batch, context, draft, draft_forwards)
+    stages = {
         name: {
-            "us": round(1e6 * statistics.median(found.stage_seconds(name)), 2),
-            "host_us": round(1e6 * statistics.median(found.stage_seconds(name, host=True)), 2),
+            "us": _us(statistics.median(found.stage_seconds(name))),
+            "host_us": _us(statistics.median(found.stage_seconds(name, host=True))),
             "bytes": work[name].nbytes,
             "flops": work[name].flops,
-            "floor_us": round(1e6 * floor_seconds(ceilings, work[name].nbytes, work[name].flops), 3),
+            "floor_us": _us(measured(ceilings).seconds(work[name]), digits=3),
         }
         for name in found.stages
     }
-
-
-def summary_row(found: Profile, nbytes: float, ceilings: dict[str, float]) -> dict[str, float | None]:
-    """A round as a whole: its time (p50_us and its spread), eta, and what the host and the GPU did in it.
-
-    Args:
-        found: from `profile_rounds`.
-        nbytes: from `efficiency_bytes`.
-        ceilings: from `calibrate`.
-    """
-    p20, p50, p80 = quantiles(found.round_seconds())
+    times = quantiles(found.round_seconds())
     count = len(found.rounds)
     return {
+        "stages": stages,
         "rounds": count,
-        "p20_us": round(1e6 * p20, 2),
-        "p50_us": round(1e6 * p50, 2),
-        "p80_us": round(1e6 * p80, 2),
-        "eta": round(floor_seconds(ceilings, nbytes) / p50, 4),
-        "host_us": None if found.host_seconds is None else round(1e6 * found.host_seconds, 2),
+        **{f"{name}_us": _us(seconds) for name, seconds in zip(("p20", "p50", "p80"), times, strict=True)},
+        "eta": round(floor_seconds(ceilings, nbytes) / times[1], 4),
+        "host_us": None if found.host_seconds is None else _us(found.host_seconds),
         "waits": round(found.waits.count / count, 2),
-        "wait_us": round(1e6 * statistics.median(found.wait_seconds or [0.0]), 2),
+        "wait_us": _us(statistics.median(found.wait_seconds or [0.0])),
         "kernels": found.kernels,
         "kernel_us": [
-            {"name": name[:KERNEL_NAME], "launches": round(launches, 2), "us": round(1e6 * seconds, 2)}
+            {"name": name[:KERNEL_NAME], "launches": round(launches, 2), "us": _us(seconds)}
             for name, launches, seconds in found.kernel_times[:MOST_KERNELS]
         ],
         "idle_share": found.idle_share,

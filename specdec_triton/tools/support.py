@@ -31,10 +31,8 @@ from .shrink import PAD, WORDS, tiny_config
 
 MAPPINGS = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING", "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"}
 EXACT, REFUSED, WRONG, CRASH = "exact", "refused in patch", "wrong", "crash"
-LATE, NOT_BUILT = (
-    "refused after patch",
-    "not built",
-)  # after `patch` had accepted it; or its plain `generate` does not run
+# after `patch` had accepted it; or its plain `generate` does not run
+LATE, NOT_BUILT = "refused after patch", "not built"
 FAULTS = (WRONG, CRASH, LATE)
 
 PROMPT, PADDING, NEW_TOKENS = 9, 3, 16  # together beyond every window and chunk of a tiny config
@@ -64,10 +62,6 @@ class Outcome(NamedTuple):
 
     word: str
     reason: str = ""
-
-
-class NotBuilt(Exception):
-    """There is no plain text that speculation could be held against; the message is the reason."""
 
 
 def kinds(mapping: str = "all", having: str = "") -> list[Kind]:
@@ -147,10 +141,8 @@ def _with_a_good_text(
     model: PreTrainedModel, model_of_seed: Callable[[int], PreTrainedModel], images: bool
 ) -> tuple[PreTrainedModel, list[Call]]:
     """The model of the first seed whose texts wander without a near tie, or else of the best, and its texts."""
-    ids = torch.randint(3, WORDS, (2, PROMPT), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[0, :PADDING], ids[0, :PADDING] = 0, PAD
-    batch, single = {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[1:], "attention_mask": mask[1:]}
+    batch = padded_prompt()
+    single = {name: tensor[1:] for name, tensor in batch.items()}
     tried = []
     for seed in range(SEEDS):
         model = model_of_seed(seed) if seed else model
@@ -163,10 +155,18 @@ def _with_a_good_text(
     *_, model, calls = tried[-1]
     added = set(TYPE_IDS) & set(inspect.signature(model.forward).parameters) if images else ()
     for name in sorted(added):
-        call = _plain(model, batch | {name: torch.zeros_like(ids)})
+        call = _plain(model, batch | {name: torch.zeros_like(batch["input_ids"])})
         # in some models zeros are a type like any other
         calls += [call] if torch.equal(call.text, calls[0].text) else []
     return model, calls
+
+
+def padded_prompt(batch: int = 2) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of random words; every row but the last is padded on the left."""
+    ids = torch.randint(3, WORDS, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:-1, :PADDING], ids[:-1, :PADDING] = 0, PAD
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _plain(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Call:
@@ -191,7 +191,7 @@ def _speculate(model: PreTrainedModel, calls: list[Call]) -> Outcome:
         return found
     noise = NOISE
     for _ in range(TRIES):
-        drafter = sdt.ModelDrafter(_noisy(model, noise), tree=TREE)
+        drafter = sdt.ModelDrafter(noisy(model, noise), tree=TREE)
         found = _with(model, batch, drafter)
         if found is None or found.word != NOT_BUILT:
             break
@@ -217,7 +217,8 @@ def _with(model: PreTrainedModel, call: Call, drafter: sdt.Drafter, must_draft: 
     return None
 
 
-def _noisy(model: PreTrainedModel, noise: float) -> PreTrainedModel:
+def noisy(model: PreTrainedModel, noise: float) -> PreTrainedModel:
+    """A copy with noise on its weights, a share of their spread: a draft that is sometimes right."""
     draft, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in draft.parameters():

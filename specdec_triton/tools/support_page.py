@@ -3,7 +3,6 @@
 import datetime
 import json
 import re
-import subprocess
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from .provenance import commit
 from .support import EXACT, MAPPINGS, NOT_BUILT, REFUSED, Kind, Outcome
 
 TITLES = {"causal": "Decoders", "image-text": "Vision-language models, with text alone"}
@@ -44,7 +44,7 @@ def record(found: Iterable[tuple[Kind, Outcome]], report: Callable[[str], None])
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "seconds": round(time.perf_counter() - start),
         "rows": rows,
     }
@@ -138,9 +138,3 @@ def _line(cells: list[str]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "none"

@@ -1,23 +1,22 @@
 """Expected acceptance length of each rule, exactly and as measured, on a small world; a table and a plot.
 
-    python bench/bench_rules.py bench/results/rules
+    python -m tests.lossless.acceptance bench/results/rules
 
-The world (a target and a draft of five tokens, as a table of logits) and the exact enumeration are those of
-tests/lossless: every draft that may be drawn and every outcome of chance, in float64. Measured: one round of the op's
+The world (a target and a draft of five tokens, as a table of logits) and the exact enumeration are those of the tests
+beside this file: every draft that may be drawn and every outcome of chance, in float64. Measured: one round of the op's
 reference on 20,000 rows. An acceptance length is accepted tokens + 1.
 """
 
 import argparse
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import torch
-from _common import ROOT, provenance
 
-sys.path.insert(0, str(ROOT / "tests"))
-from lossless import test_lossless as lossless  # noqa: E402
+from specdec_triton.tools.provenance import provenance
+
+from . import test_lossless as lossless
 
 WAYS = ("plain", "temperature", "top_k", "top_p", "min_p", "all")
 

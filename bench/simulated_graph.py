@@ -182,14 +182,14 @@ class Undo(TorchDispatchMode):
                 if torch.is_tensor(value) and argument.alias_info is not None and argument.alias_info.is_write:
                     self._save(value)
         results = func(*args, **kwargs)
-        given = {_storage(each) for each in tree_flatten((args, kwargs))[0] if torch.is_tensor(each)}
-        self._made |= {_storage(each) for each in tree_flatten(results)[0] if torch.is_tensor(each)} - given
+        given = {storage_of(each) for each in tree_flatten((args, kwargs))[0] if torch.is_tensor(each)}
+        self._made |= {storage_of(each) for each in tree_flatten(results)[0] if torch.is_tensor(each)} - given
         return results
 
     def _save(self, tensor):
-        if _storage(tensor) not in self._made and _storage(tensor) not in self._before:
+        if storage_of(tensor) not in self._made and storage_of(tensor) not in self._before:
             with _disable_current_modes():
-                self._before[_storage(tensor)] = tensor.untyped_storage(), tensor.untyped_storage().clone()
+                self._before[storage_of(tensor)] = tensor.untyped_storage(), tensor.untyped_storage().clone()
 
     def __exit__(self, *error):
         left = super().__exit__(*error)
@@ -199,32 +199,5 @@ class Undo(TorchDispatchMode):
         return left
 
 
-def _storage(tensor):
+def storage_of(tensor):
     return tensor.untyped_storage().data_ptr()
-
-
-def trace(stage):
-    """What a stage did, and its outputs: a line for each operation, its tensors by address where they were there before
-    and by the operation that made them otherwise. What a CUDA graph would hold, so equal lines are equal graphs."""
-    with Record() as record:
-        outputs = stage()
-    made, lines = {}, []
-
-    def named(value):
-        if not torch.is_tensor(value):
-            return value
-        place = made.get(_storage(value), value.data_ptr())
-        return place, value.storage_offset() if _storage(value) in made else 0, tuple(value.shape), value.stride()
-
-    for number, (func, args, kwargs, results) in enumerate(record.operations):
-        flat = tree_flatten((args, kwargs))[0]
-        if func.overloadpacket.__name__ == "lift_fresh":  # a number of the Python code
-            lines.append((str(func), args[0].tolist()))
-            made[_storage(args[0])] = f"result 0 of {number}"
-            continue
-        lines.append((str(func), *map(named, flat)))
-        given = {_storage(each) for each in flat if torch.is_tensor(each)}
-        for part, result in enumerate(tree_flatten(results)[0]):
-            if torch.is_tensor(result) and _storage(result) not in given:
-                made[_storage(result)] = f"result {part} of {number}"
-    return lines, outputs

@@ -214,13 +214,12 @@ def rows_kernel(
     place = batch * (N + P) + here
     target = row_distribution(row_of(logits, batch, here, V), statistics, place, batch, S, filters, BLOCK_S, BLOCK_V)
     tl.store(invalid_ptr + index, is_invalid(target))
-    tree = load_tree(inputs, batch, N, V, CHAIN, BLOCK_N)
     _store_distribution(distributions_ptr + NUMBERS * index, target)
     draft = target
     if SAMPLING != "none":
         draft_row = tl.load(drafts.rows + index)
         place = batch * (N + P) + N + tl.maximum(draft_row, 0)
-        row = _draft_row(drafts, batch, index, V)
+        row = row_of(drafts.logits, batch, tl.maximum(draft_row, 0), V)
         drawn = row_distribution(row, statistics, place, batch, S, draft_filters, BLOCK_S, BLOCK_V)
         absent = draft_row < 0  # a distribution that keeps nothing
         draft = Distribution(
@@ -230,6 +229,7 @@ def rows_kernel(
         )  # fmt: skip
         _store_distribution(distributions_ptr + NUMBERS * (tl.num_programs(1).to(tl.int64) * N + index), draft)
     if (RULE != "traversal") | (here == 0):
+        tree = load_tree(inputs, batch, N, V, CHAIN, BLOCK_N)
         weight = tl.full((), 1.0, tl.float32)
         _test_children(tests, target, draft, weight, tree, batch, here, N, RULE, SAMPLING, BLOCK_V)
 

@@ -23,12 +23,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 from specdec_triton import ops
 from specdec_triton.ops import reference
+from specdec_triton.tools.inspection import record_launches
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -47,38 +45,13 @@ class Counter:
     def pytest_runtest_logstart(self, nodeid):
         self.current = self.launches[nodeid] = []
 
-    def compile(self, function, key, signature, device, *_, **__):
-        """In place of JITFunction._do_compile: a kernel that does nothing but note that it was launched."""
-
-        def note(*_):
-            self.current.append((function.__module__, function.__name__, key))
-
-        kernel = types.SimpleNamespace(run=note, launch_metadata=lambda *_: None, function=None, packed_metadata=None)
-        kernel_cache, *_ = function.device_caches[device]
-        kernel_cache[key] = kernel
-        return kernel
-
-
-class Driver:
-    """Of a GPU that is not there."""
-
-    def __init__(self, arch):
-        self.arch = arch
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
+    def note(self, launch):
+        self.current.append((launch.function.__module__, launch.function.__name__, launch.key))
 
 
 def pretend(counter: Counter, arch: int) -> None:
     """Launches are counted, ops take CPU tensors, the references compute nothing; graphs replay nothing."""
-    triton.runtime.driver.set_active(Driver(arch))
-    JITFunction._do_compile = lambda function, *arguments, **options: counter.compile(function, *arguments, **options)
+    record_launches(arch, counter.note)
     impls = {op: getattr(torch.ops.specdec_triton, op).default for op in ops.OPS}
     ops.resolve = lambda op, impl, device: getattr(reference, op) if impl == "reference" else impls[op]
     reference.tree_attention, reference.compact_kv = ops._fake_tree_attention, ops._fake_compact_kv

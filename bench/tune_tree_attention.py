@@ -1,4 +1,4 @@
-"""Times tree attention with other tiles, warps, stages and splits than its defaults in `kernels/_common.py`.
+"""Times tree attention with other tiles, warps, stages and splits than its defaults in `kernels/tree_attention.py`.
 
     python bench/tune_tree_attention.py [--warm] [--out FOLDER] [--budget SECONDS] [--rehearse]
 
@@ -19,7 +19,7 @@ import torch
 from _common import ROOT, Bench, Provider
 from bench_tree_attention import LLAMA, check_output, dtype_of, least_work, make_inputs, ours
 
-from specdec_triton.kernels import _common as kernels
+from specdec_triton.kernels import tree_attention as kernels
 
 # rows a tile: slots a tile, warps, stages
 TILES = {

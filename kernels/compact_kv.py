@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import FP_FUSION, CompileCase, launching_on
+from ._launch import FP_FUSION, CompileCase, abstract, launching_on
 
 # Lanes and steps a program holds: two warps with one 128-bit unit of each of 8 steps a thread. At batch 1, 64 planes
 # of 2 KiB slots make 128 programs. Chosen by compile reports (no spill); timed on an H200, without alternatives: 2.7 us
@@ -57,7 +57,7 @@ def _compact_kv_kernel(
     while first < D:
         step = first + tl.arange(0, BLOCK_K)
         nodes = tl.load(path_ptr + row * D + step, mask=step < D, other=-1)
-        # nodes already in place stay (and where the path has ended, -1 is below every step)
+        # nodes already in place stay (and if the path has ended, -1 is below every step)
         moves = (nodes > step + 1)[:, None] & in_slot
         values = tl.load(columns_ptr + nodes.to(tl.int64)[:, None] * width, mask=moves)
         tl.debug_barrier()  # every thread has read before any writes
@@ -107,16 +107,13 @@ def _layout(
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every default configuration on a CUDA architecture; the same on all of them."""
+    """Every default configuration; the same on all architectures."""
+    base, path = abstract(torch.int64, 1), abstract(torch.int32, 1, 8)
     for unit_bytes in (16, 8, 4, 2, 1):
-        lane_bytes = min(unit_bytes, 8)
         yield CompileCase(
-            name=f"{unit_bytes}-byte units",
-            kernel=_compact_kv_kernel,
-            signature={"storage_ptr": f"*i{8 * lane_bytes}" + (":16" if unit_bytes == 16 else "")}
-            | {"planes_ptr": "*i64:16", "base_ptr": "*i64:16", "path_ptr": "*i32:16", "S": "i32", "D": "i32"},
-            constexprs={"UNIT": unit_bytes // lane_bytes, "BLOCK_C": BLOCK_C, "BLOCK_K": BLOCK_K},
-            options={"num_warps": NUM_WARPS, **FP_FUSION},
+            f"{unit_bytes}-byte units",
+            _compact_kv_kernel,
+            functools.partial(compact_kv, abstract(torch.int8, 512 * unit_bytes), [unit_bytes], base, path),
             wide_loads=unit_bytes == 16,
-            tile_bytes=2 * BLOCK_K * BLOCK_C * lane_bytes,
+            tile_bytes=2 * BLOCK_K * BLOCK_C * min(unit_bytes, 8),
         )

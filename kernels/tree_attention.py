@@ -16,25 +16,149 @@ that are not finite is read as 0, and rows that see the slot get a score of NaN.
 Reference: specdec_triton.ops.reference.tree_attention
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._common import (
+from ._launch import (
+    DTYPES,
+    FP_FUSION,
     INTERPRETED,
     CompileCase,
+    abstract,
     architecture,
-    attention_launches,
-    attention_plan,
     launching_on,
     multiprocessors,
+    pow2,
 )
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 WORD_BITS: tl.constexpr = tl.constexpr(64)
+
+
+class AttentionConfig(NamedTuple):
+    """How tree attention computes a shape: one entry of the tables below, which say what each rests on."""
+
+    block_m: int  # rows a program
+    block_n: int  # slots a tile
+    num_warps: int
+    num_stages: int
+    programs: int  # planned for a multiprocessor at a time, at most; 2 if the compile report says that 2 fit
+    most_rows: int = 0  # chosen for shapes of up to this many rows; 0: for one row tile
+
+
+# By bytes an element and head dim (`ops.MAX_HEAD_DIMS` are the greatest), narrowest first; the last entry also takes
+# more rows. Timed on an H200 with Triton 3.6, 2026-11-27 (bench/tune_tree_attention.py): head dim 128 in bf16, 4, 64,
+# 128 and 256 rows in several splits. The other entries rest on the compile report only.
+_ATTENTION = {
+    (2, 64): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2), (128, 64, 8, 3, 1)),
+    # 128 and 256 rows took 4 to 12% longer in row tiles of 128; 512 rows were not timed
+    (2, 128): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2, 256), (128, 64, 8, 3, 1)),
+    (2, 256): ((16, 32, 4, 3, 2), (32, 64, 8, 2, 1), (64, 32, 8, 2, 1)),
+    (2, 512): ((16, 16, 8, 2, 1),),
+    (4, 64): ((16, 16, 4, 2, 2),),
+    (4, 128): ((16, 16, 4, 2, 2),),
+    (4, 256): ((16, 16, 4, 2, 2),),
+}
+# The same where those spill (before sm_90, and with a window or chunks) or want more shared memory than sm_120 has.
+# None of these was timed.
+_ATTENTION_TIGHT = _ATTENTION | {
+    (2, 64): (_ATTENTION[2, 64][0], (32, 32, 4, 3, 2), (64, 32, 4, 3, 2), _ATTENTION[2, 64][3]),
+    (2, 128): (*_ATTENTION[2, 128][:2], (64, 32, 8, 3, 2), (128, 32, 8, 3, 1)),
+    (2, 256): (*_ATTENTION[2, 256][:2], (64, 16, 8, 2, 1)),
+    (4, 256): ((16, 16, 8, 2, 2),),
+}
+
+
+def attention_config(
+    arch: int, rows: int, head_dim: int, bytes: int, one_split: bool, limited: bool
+) -> AttentionConfig:
+    """For rows = nodes * heads a group, the greater head dim and the element size; limited: by a window or chunks."""
+    table = _ATTENTION_TIGHT if limited or not 90 <= arch < 120 else _ATTENTION
+    configs = [AttentionConfig(*entry) for entry in table[bytes, max(pow2(head_dim), 64)]]
+    if one_split:  # narrow row tiles fill the card, and the keys that they share stay in the L2 cache
+        rows = 16 if rows <= 64 else 32
+    return next((config for config in configs if max(config.block_m, config.most_rows) >= rows), configs[-1])
+
+
+# A capacity up to this, the tree's own slots left out, is one split: a prefix of 256 slots, in a cache that is rounded
+# up to a multiple of 128. On an H200 one split of 1024 slots took longer than 2048 slots in many (19 against 11 us).
+SHORT_SLOTS = 256 + 127
+# A split has at least this many slots, and this many times the rows of a row tile. For D = Dv and two bytes an element
+# a program then moves at most half as much for its partial results, written and read once, as for its keys and values.
+MIN_SPLIT_SLOTS = 128
+MIN_SPLIT_ROWS = 4
+# Programs planned for a multiprocessor at a time, for each row tile and up to the configuration's. On an H200 one row
+# tile of 8 KV heads was fastest with one (8192 slots, N = 16: 17.9 us in 15 splits, 21.7 in 33), more with two.
+PROGRAMS_A_ROW_TILE = 1
+MAX_WAVES = 4  # plans of up to this many waves are compared
+WAVE_TILES = 4  # what starting a program and merging its results costs, in tiles: an estimate
+MERGE_SPLITS = 16  # splits merged at a time
+MERGE_ROWS = 4  # rows a program of the merge: for every shape, so that a row's sums never depend on how many there are
+
+
+@functools.lru_cache(maxsize=1024)
+def attention_plan(
+    arch, multiprocessors, batch, kv_heads, group, rows, nodes, slots, head_dim, value_dim, bytes, limited
+):
+    """Grid (row tiles, splits, sequences * KV heads), tiles a split, compile-time arguments of tree attention and of
+    its merge.
+
+    Functions of shapes and of the device, never of lengths. A split's size follows the capacity and the number of row
+    tiles and KV heads; it does not depend on B, nor on an N with the same configuration and row
+    tiles, nor on T unless the slots that T leaves are few enough for one split.
+    """
+    one_split = slots - nodes <= SHORT_SLOTS
+    config = attention_config(arch, rows * group, max(head_dim, value_dim), bytes, one_split, limited)
+    block_m, block_n, num_warps, num_stages, programs, _ = config
+    row_tiles = triton.cdiv(rows * group, block_m)
+    tiles = triton.cdiv(slots, block_n) + 1  # as many as prefix and tree of any length may take
+    split_tiles = tiles
+    if not one_split:
+        least = max(MIN_SPLIT_ROWS * block_m, MIN_SPLIT_SLOTS) // block_n
+        at_a_time = multiprocessors * min(row_tiles * PROGRAMS_A_ROW_TILE, programs)
+        split_tiles = _split_tiles(tiles, least, row_tiles * kv_heads, at_a_time)
+    splits = triton.cdiv(triton.cdiv(slots - nodes, block_n) + triton.cdiv(nodes, block_n), split_tiles)
+    shared = {"G": group, "DV": value_dim, "BLOCK_N": block_n, "BLOCK_DV": max(pow2(value_dim), 16), **FP_FUSION}
+    blocks = {"D": head_dim, "BLOCK_M": block_m, "BLOCK_D": max(pow2(head_dim), 16)}
+    meta = shared | blocks | _attention_options(block_m, blocks["BLOCK_D"], bytes, num_warps, num_stages)
+    merge_meta = shared | _merge_blocks(splits, shared["BLOCK_DV"])
+    return (row_tiles, splits, batch * kv_heads), split_tiles, meta, merge_meta
+
+
+def _split_tiles(tiles: int, least: int, programs_a_split: int, at_a_time: int) -> int:
+    """Tiles a split, such that one sequence at full capacity fills whole waves of `at_a_time` programs."""
+
+    def size(waves):
+        return max(triton.cdiv(tiles, max(waves * at_a_time // programs_a_split, 1)), least)
+
+    def cost(size):
+        return triton.cdiv(programs_a_split * triton.cdiv(tiles, size), at_a_time) * (size + WAVE_TILES)
+
+    return min(map(size, range(1, MAX_WAVES + 1)), key=cost)
+
+
+def _attention_options(block_m: int, block_d: int, bytes: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if bytes == 4:  # spills more the more it is given
+        return options
+    # Left alone, the compiler aims at 128 or 168 registers and spills one or two. The narrowest tiles fit 168, with
+    # which three programs fit on a multiprocessor.
+    return options | {"maxnreg": 168 if block_m * block_d <= 1024 else 255}
+
+
+def _merge_blocks(splits: int, block_dv: int) -> dict[str, int]:
+    # a thread loads 128 bits of each split
+    warps = max(MERGE_ROWS * block_dv // 128, 1)
+    blocks = {"ROWS": MERGE_ROWS, "BLOCK_P": max(pow2(splits), MERGE_SPLITS), "MERGE_P": MERGE_SPLITS}
+    # left alone, the compiler aims at 128 registers, and spilled two of them with a window
+    return blocks | {"num_warps": warps, "maxnreg": min(168, 2048 // warps)}
 
 
 @triton.jit
@@ -123,9 +247,9 @@ def _attend(query, keys, values, visible, finite, mixed, peak, total, inner, out
 
 @triton.jit(do_not_specialize=["stride_tb", "stride_tn", "N", "T", "split_tiles"])
 def _tree_attention_kernel(
-    out_ptr,  # [B, N, Hq, Dv] query's dtype, contiguous, out; None where there are several splits
-    partial_ptr,  # [B, Hkv, P, N * G, Dv] fp32, out: sums of values; None where there is one split
-    stats_ptr,  # [B, Hkv, P, N * G, 2] fp32, out: peak (base 2) and sum of weights; None where there is one split
+    out_ptr,  # [B, N, Hq, Dv] query's dtype, contiguous, out; None if there are several splits
+    partial_ptr,  # [B, Hkv, P, N * G, Dv] fp32, out: sums of values; None if there is one split
+    stats_ptr,  # [B, Hkv, P, N * G, 2] fp32, out: peak (base 2) and sum of weights; None if there is one split
     query_ptr,  # [B, Hq, N, D] fp32, bf16 or fp16
     key_ptr,  # [B, Hkv, S, D] query's dtype
     value_ptr,  # [B, Hkv, S, Dv] query's dtype
@@ -382,13 +506,43 @@ def tree_attention(
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every default configuration; see kernels/_common.py."""
-    for name, arguments, options, cores in attention_launches(arch):
-        if name.startswith("merge"):
-            kernel, rows, width, itemsize = _merge_kernel, 0, arguments["DV"] + 1, 4
-            slots = arguments["MERGE_P"] * arguments["ROWS"]
-        else:
-            kernel, rows, slots = _tree_attention_kernel, arguments["BLOCK_M"], arguments["BLOCK_N"]
-            width, itemsize = arguments["BLOCK_D"] + arguments["BLOCK_DV"], 2 if cores else 4
-        tile = {"tile_bytes": slots * width * itemsize, "tile_flops": 2 * rows * slots * width if cores else 0}
-        yield CompileCase.of(name, kernel, arguments, options, tensor_cores=cores, **tile)
+    """Every configuration of tree attention for 4 query heads a group, with the features that change the code."""
+    features = {"": {}, " chunk": {"chunk_size": 8192}, " window softcap": {"sliding_window": 4096, "softcap": 50.0}}
+    features[" window sinks"] = {"sliding_window": 4096, "sinks": abstract(torch.bfloat16, 32)}
+
+    def call(dtype, dim, nodes, slots, kv_heads=8, feature=""):
+        query = abstract(DTYPES[dtype], 1, 4 * kv_heads, nodes, dim)
+        keys = abstract(DTYPES[dtype], 1, kv_heads, slots, dim)
+        tree = abstract(torch.int64, 1, nodes, triton.cdiv(nodes, WORD_BITS.value) + 3)
+        return functools.partial(tree_attention, query, keys, keys, tree, dim**-0.5, **features[feature])
+
+    shapes = [("bf16", dim, feature) for dim in (64, 128, 256, 512) for feature in features]
+    shapes += [("bf16", 80, ""), ("bf16", 192, ""), ("fp16", 128, "")]
+    shapes += [("fp32", dim, feature) for dim in (64, 128, 256) for feature in ("", " window softcap")]
+    for (dtype, dim, feature), one_split in itertools.product(shapes, (True, False)):
+        if one_split and feature not in ("", " window sinks"):
+            continue
+        itemsize = DTYPES[dtype].itemsize
+        chosen = {}  # the least rows of each configuration
+        for rows in (16, 32, 64, 128, 512):
+            chosen.setdefault(attention_config(arch, rows, dim, itemsize, one_split, feature != ""), rows)
+        for config, rows in chosen.items():
+            name = f"{dtype} d{dim} m{config.block_m} n{config.block_n} {'one' if one_split else 'split'}{feature}"
+            width, cores = 2 * pow2(dim), dtype != "fp32"
+            yield CompileCase(
+                name,
+                _tree_attention_kernel,
+                call(dtype, dim, rows // 4, SHORT_SLOTS if one_split else 8192, feature=feature),
+                tensor_cores=cores,
+                tile_bytes=config.block_n * width * itemsize,
+                tile_flops=2 * config.block_m * config.block_n * width if cores else 0,
+            )
+    merges = [(dim, splits, "") for dim in (64, 128, 256, 512) for splits in (16, 64)]
+    for dim, splits, feature in [*merges, (128, 16, " window sinks"), (256, 64, " window sinks")]:
+        yield CompileCase(
+            f"merge d{dim} p{splits}{feature}",
+            _merge_kernel,
+            # the fewer KV heads, the more splits fill the card
+            call("bf16", dim, 4, 8000, 8 if splits == 16 else 2, feature),
+            tile_bytes=MERGE_SPLITS * MERGE_ROWS * (dim + 1) * 4,
+        )

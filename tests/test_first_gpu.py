@@ -91,7 +91,7 @@ def test_each_feature_and_shape_of_attention():
             )
             assert pairs == wanted
     rows, slots = zip(*(cell["size"] for cell in chosen), strict=True)
-    assert max(rows) >= 200 and min(slots) <= attention._common.SHORT_SLOTS < max(slots)
+    assert max(rows) >= 200 and min(slots) <= attention.kernel.SHORT_SLOTS < max(slots)
     assert {"sliding_window", "chunk_size", "softcap", "sinks"} == set().union(*attention.OPTIONS) - {"scale"}
 
 

@@ -10,35 +10,37 @@ import pytest
 
 pytest.importorskip("triton")
 
-from specdec_triton.tools import cli, inspection
+from specdec_triton.tools import cli, compile_report, inspection
 from specdec_triton.tools.inspection import ARCHES, Instruction
+from test_compile import hold_rows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-import compile_report  # noqa: E402
-
-from test_compile import hold_rows  # noqa: E402
 
 # compiles a case as it is and on one warp, and adds what the tensor cores do in a pass of the hot loop
 DRIVER = """
 import json, re
 
-def tensor_flops(code, case):
-    warps = case.options["num_warps"]
+def tensor_flops(code, case, lanes):
+    warps = lanes // 32
     total = 0
-    for name, _ in inspection.hot_loop(code, case.tile_bytes, 32 * warps):
+    for name, _ in inspection.hot_loop(code, case.tile_bytes, lanes):
         if found := re.match(r"HGMMA[.](\\d+)x(\\d+)x(\\d+)", name):
             total += 2 * int(found[1]) * int(found[2]) * int(found[3]) * warps // 4
         elif name.startswith("HMMA.16816"):
             total += 2 * 16 * 8 * 16 * warps
     return total
 
-counts = inspection._tile
-def tile(case, code):
-    return counts(case, code) | {"counted_flops": tensor_flops(code, case)}
-inspection._tile = tile
+counts, launch_of = inspection._tile, inspection.launch_of
+inspection._tile = lambda *given: counts(*given) | {"counted_flops": tensor_flops(given[1], given[0], given[2])}
+
+def one_warp(case, arch):
+    launch = launch_of(case, arch)
+    narrow = case.name.endswith(" on one warp")
+    return launch._replace(options=launch.options | {"num_warps": 1}) if narrow else launch
+
+inspection.launch_of = one_warp
 found = list(inspection.cases(90, sys.argv[1]))
-narrow = [(name + " on one warp", case._replace(options=case.options | {"num_warps": 1})) for name, case in found[:1]]
+narrow = [(f"{name} on one warp", case._replace(name=f"{case.name} on one warp")) for name, case in found[:1]]
 print(json.dumps(inspection.measure(found + narrow, 90)))
 """
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from first_gpu import covering, marked, turns
 from specdec_triton import ops
-from specdec_triton.kernels import _chances, _law, _noise
+from specdec_triton.kernels import _filters, _noise, _rows, _tree, accept_coupled, accept_weighted
 from specdec_triton.kernels import accept_sample as kernel
 from specdec_triton.ops import noise, reference, rules
 from specdec_triton.ops.filters import Filters, filtered_log_probs
@@ -200,16 +200,17 @@ def test_the_constants_are_the_references():
     assert [purpose.value for purpose in (_noise.COUPLED, _noise.ACCEPT, _noise.RECOVER, _noise.BONUS)] == [
         noise.COUPLED, noise.ACCEPT, noise.RECOVER, noise.BONUS,
     ]  # fmt: skip
-    assert set(kernel.WEIGHING) == set(WEIGHING_RULES)
-    assert kernel.TYPICAL_EPSILON.value == rules.TYPICAL_EPSILON
-    assert kernel.TYPICAL_DELTA.value == rules.TYPICAL_DELTA
+    assert set(accept_weighted.RULES) == set(WEIGHING_RULES)
+    assert accept_weighted.CHAIN_RULES == rules.CHAIN_RULES
+    assert accept_coupled.TYPICAL_EPSILON.value == rules.TYPICAL_EPSILON
+    assert accept_coupled.TYPICAL_DELTA.value == rules.TYPICAL_DELTA
 
 
 @triton.jit
 def _depths_probe(out_ptr, parents_ptr, N, BLOCK_N: tl.constexpr):
     row = tl.program_id(0)
     node = tl.arange(0, BLOCK_N)
-    tl.store(out_ptr + row * N + node, _chances.depths_of(parents_ptr, row, N, BLOCK_N), mask=node < N)
+    tl.store(out_ptr + row * N + node, _tree.depths_of(parents_ptr, row, N, BLOCK_N), mask=node < N)
 
 
 def depths(parents):
@@ -253,8 +254,9 @@ def test_a_chain_takes_no_more_loads_than_a_star(monkeypatch, rule, kind):
     for name in ("create_load", "create_masked_load"):
         load = getattr(InterpreterBuilder, name)
         monkeypatch.setattr(InterpreterBuilder, name, lambda *given, load=load: (counts.append(1), load(*given))[1])
-    monkeypatch.setattr(kernel, "walk_kernel", Recorder("walk", []))
-    monkeypatch.setattr(kernel, "draws_kernel", Recorder("draws", []))
+    for family in (accept_coupled, accept_weighted):
+        monkeypatch.setattr(family, "walk_kernel", Recorder("walk", []))
+    monkeypatch.setattr(accept_weighted, "draws_kernel", Recorder("draws", []))
     arguments = case(rule, "none", batch=1, nodes=24, vocab=5, kind=kind, seed=3) | {"max_depth": 2}
     found = []
     for parents in (torch.arange(-1, 23), torch.zeros(24).index_fill(0, torch.tensor([0]), -1)):
@@ -266,43 +268,36 @@ def test_a_chain_takes_no_more_loads_than_a_star(monkeypatch, rule, kind):
 
 
 @triton.jit
-def _law_probe(
+def _log_probs_probe(
     out_ptr, logits_ptr, keys_ptr, sums_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V, S,
-    SHIFT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    law, _ = _law.law_of(
-        logits_ptr + row * V, keys_ptr + row * S, sums_ptr + row * S, row, 1, V, S,
-        temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, SHIFT, BLOCK_S, BLOCK_V,
-    )  # fmt: skip
+    filters = _filters.Filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr)
+    statistics = _rows.Statistics(keys_ptr, sums_ptr, None)
+    logits = _rows.Row(logits_ptr + row * V, 1, V)
+    distribution = _filters.row_distribution(logits, statistics, row, row, S, filters, BLOCK_S, BLOCK_V)
     for first in range(0, V, BLOCK_V):
         ids = first + tl.arange(0, BLOCK_V)
-        found = _law.log_probs(_law.load_logits(logits_ptr + row * V, 1, ids, V), ids, law)
-        tl.store(out_ptr + row * V + ids, found, mask=ids < V)
+        tl.store(out_ptr + row * V + ids, _filters.log_probs(distribution, ids), mask=ids < V)
 
 
-def laws(logits, filters):
+def kernel_log_probs(logits, filters):
     """[B, V] log-probabilities as the kernel has them, of logits [B, V]."""
     batch, vocab = logits.shape
-    tiles = triton.cdiv(vocab, kernel.BLOCK_V)
-    keys = torch.empty(batch, 1, tiles, dtype=torch.int64, device=DEVICE)
-    sums, zeros = torch.empty(batch, 1, tiles, device=DEVICE), torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-    kernel._statistics_kernel[(tiles, 1, batch)](
-        keys, sums, None, logits, None, zeros, zeros, zeros, filters.temperature, None,
-        vocab, vocab, 1, 0, 0, 0, 1, 0, vocab, tiles, NOISE=None, ROWS=1, BLOCK_N=None, BLOCK_V=kernel.BLOCK_V,
-    )  # fmt: skip
+    statistics = _rows.row_statistics(logits[:, None], filters.temperature)
     out = torch.empty(batch, vocab, device=DEVICE)
-    _law_probe[(batch,)](
-        out, logits, keys, sums, *filters.tensors, vocab, tiles,
-        SHIFT=kernel.SHIFTS[logits.dtype], BLOCK_S=16, BLOCK_V=kernel.BLOCK_V,
+    _log_probs_probe[(batch,)](
+        out, logits, statistics.keys, statistics.sums, *filters.tensors, vocab, statistics.keys.shape[2],
+        BLOCK_S=16, BLOCK_V=_rows.BLOCK_V,
     )  # fmt: skip
     return out
 
 
-def check_laws(logits, filters):
+def check_filters(logits, filters):
     filters = Filters(*(None if field is None else field.to(DEVICE) for field in filters))
     logits = logits.to(DEVICE)
-    got, want = laws(logits, filters), filtered_log_probs(logits[:, None], filters)[:, 0]
+    got, want = kernel_log_probs(logits, filters), filtered_log_probs(logits[:, None], filters)[:, 0]
     assert torch.equal(got == -INF, want == -INF), "other tokens are kept"
     torch.testing.assert_close(got, want, rtol=2e-6, atol=4e-6)
     return (got > -INF).sum(1).tolist()
@@ -322,7 +317,7 @@ def test_filters(kind, dtype):
     random = torch.Generator().manual_seed(3)
     logits = (3 * torch.randn(3, 301, generator=random)).to(dtype)
     logits[0, 5:200] = -INF
-    check_laws(logits, filters_of(kind, 3, random))
+    check_filters(logits, filters_of(kind, 3, random))
 
 
 # each alone, then together: with a nucleus of a part of a tie, and with more asked for than is finite
@@ -343,7 +338,7 @@ def skip_what_the_interpreter_cannot(palette, dtype):
 def check_by_hand_in_float64(logits, rows):
     """Kernel rows of one launch, each with filters of its own, against the filters one after the other."""
     given = made(**{name: [row.get(name, value) for row in rows] for name, value in OFF.items()})
-    found = laws(logits.to(DEVICE), Filters(*(option.to(DEVICE) for option in given.tensors))).cpu()
+    found = kernel_log_probs(logits.to(DEVICE), Filters(*(option.to(DEVICE) for option in given.tensors))).cpu()
     for row, options in enumerate(rows):
         check_by_hand(logits[row], found[row], **options)
 
@@ -369,43 +364,43 @@ def test_filters_by_hand_at_length(palette, dtype, data, seed, vocab):
 
 def test_filters_over_several_tiles():
     random = torch.Generator().manual_seed(4)
-    vocab = 2 * kernel.BLOCK_V + 3
+    vocab = 2 * _rows.BLOCK_V + 3
     logits = (2 * torch.randn(2, vocab, generator=random)).half()
-    check_laws(logits, Filters(top_k=torch.tensor([2, 700])))
+    check_filters(logits, Filters(top_k=torch.tensor([2, 700])))
     logits = torch.zeros(2, vocab, dtype=torch.bfloat16)
     # all tie, and ties are exact: 1,000 dropped of a power of two is a matter of integers
     logits[:, 4096:] = -INF
-    assert check_laws(logits, Filters(top_p=doubles(1 - 1000 / 4096, 0.5))) == [3096, 2048]
+    assert check_filters(logits, Filters(top_p=doubles(1 - 1000 / 4096, 0.5))) == [3096, 2048]
 
 
 def test_ties():
     logits = full(1, 3, 3, 2, 3, 2, 2, 0).repeat(6, 1)
-    kept = check_laws(logits, Filters(top_k=torch.tensor([1, 3, 4, 7, 8, 0])))
+    kept = check_filters(logits, Filters(top_k=torch.tensor([1, 3, 4, 7, 8, 0])))
     assert kept == [3, 3, 6, 7, 8, 8]
     even = torch.zeros(6, 8)
-    assert check_laws(even, Filters(top_p=doubles(0.25, 0.5, 0.26, 1.0, 0.0, -1.0))) == [2, 4, 3, 8, 1, 1]
+    assert check_filters(even, Filters(top_p=doubles(0.25, 0.5, 0.26, 1.0, 0.0, -1.0))) == [2, 4, 3, 8, 1, 1]
     logits = full(0, 5, 5, 5, 5, -30).repeat(3, 1)
-    assert check_laws(logits, Filters(top_k=torch.tensor([2, 2, 2]), top_p=doubles(0.5, 0.3, 0.9))) == [2, 2, 4]
+    assert check_filters(logits, Filters(top_k=torch.tensor([2, 2, 2]), top_p=doubles(0.5, 0.3, 0.9))) == [2, 2, 4]
     logits = full(-0.0, 0.0, -0.0, -1.0).repeat(2, 1)
-    assert check_laws(logits, Filters(top_k=torch.tensor([1, 2]))) == [3, 3]
-    assert check_laws(logits, Filters(min_p=full(1.0, 0.5))) == [3, 3]
+    assert check_filters(logits, Filters(top_k=torch.tensor([1, 2]))) == [3, 3]
+    assert check_filters(logits, Filters(min_p=full(1.0, 0.5))) == [3, 3]
 
 
 def test_greedy_rows_and_degenerate_ones():
     logits = full(1, 3, 3, -INF).repeat(4, 1)
-    kept = check_laws(logits, Filters(temperature=full(0, 1e-4, 1e4, 1), top_k=torch.tensor([3, 3, 0, 9])))
+    kept = check_filters(logits, Filters(temperature=full(0, 1e-4, 1e4, 1), top_k=torch.tensor([3, 3, 0, 9])))
     assert kept == [1, 3, 3, 3]
-    assert check_laws(logits[:1, :1], Filters(top_p=doubles(0.5), top_k=torch.tensor([1]), min_p=full(0.5))) == [1]
+    assert check_filters(logits[:1, :1], Filters(top_p=doubles(0.5), top_k=torch.tensor([1]), min_p=full(0.5))) == [1]
     lone = torch.full((2, 5), -INF)
     lone[:, 3] = torch.tensor([-3e38, 3e38])
-    assert check_laws(lone, Filters(top_p=doubles(0.9, 0.1), top_k=torch.tensor([2, 1]))) == [1, 1]
+    assert check_filters(lone, Filters(top_p=doubles(0.9, 0.1), top_k=torch.tensor([2, 1]))) == [1, 1]
     large = full(1e4, 1e4 + 2, -1e4)[None]
-    assert check_laws(large, Filters(min_p=full(0.2))) == [1]
+    assert check_filters(large, Filters(min_p=full(0.2))) == [1]
     # the threshold lies between two fp32 numbers
-    assert check_laws(full(1e6, 1e6 - 0.0625)[None], Filters(min_p=full(0.951))) == [1]
+    assert check_filters(full(1e6, 1e6 - 0.0625)[None], Filters(min_p=full(0.951))) == [1]
     extreme = Filters(temperature=full(1e-45, INF))
     for options in (extreme, extreme._replace(top_p=doubles(0.99, 0.99), min_p=full(0.5, 0.5))):
-        assert (laws(logits[:2], options).cpu() > -30).sum(1).tolist() == [2, 3]
+        assert (kernel_log_probs(logits[:2], options).cpu() > -30).sum(1).tolist() == [2, 3]
 
 
 # The whole
@@ -472,7 +467,7 @@ def test_siblings_one_after_the_other(rule, sampling):
 
 @pytest.mark.parametrize("kind", ["none", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampling", SAMPLING)
-def test_chances_are_the_references(monkeypatch, sampling, kind):
+def test_accept_probs_are_the_references(monkeypatch, sampling, kind):
     """Of every child, as if those before it had been rejected; most of them are hardly ever reached in a walk."""
     arguments = case("multi_round", sampling, batch=6, nodes=10, vocab=17, kind=kind, seed=31, spread=1.5)
     arguments["logits"] /= 4
@@ -486,13 +481,13 @@ def test_chances_are_the_references(monkeypatch, sampling, kind):
         tokens = arguments["tokens"].cpu()
         draw_tokens(tokens, arguments["parents"].cpu(), by_node, sampling, random)
         arguments["tokens"] = tokens.to(DEVICE)
-    seen, walk = [], kernel.walk_kernel
+    seen, walk = [], accept_weighted.walk_kernel
 
     class Spy:
         def __getitem__(self, grid):
-            return lambda *given, **options: (seen.append(given[4].clone()), walk[grid](*given, **options))
+            return lambda *given, **options: (seen.append(given[1].accept_prob.clone()), walk[grid](*given, **options))
 
-    monkeypatch.setattr(kernel, "walk_kernel", Spy())
+    monkeypatch.setattr(accept_weighted, "walk_kernel", Spy())
     run(arguments)
     log_probs = filtered_log_probs(arguments["logits"], arguments["filters"])
     round = rules.SampledRound(
@@ -523,28 +518,28 @@ def test_chances_are_the_references(monkeypatch, sampling, kind):
 
 @pytest.mark.parametrize("rule", ["coupled", "typical"])
 def test_tiles_of_unlike_height(rule):
-    arguments = case(rule, "none", batch=3, nodes=2, vocab=2 * kernel.BLOCK_V + 3, seed=22)
-    arguments["logits"][..., kernel.BLOCK_V :] -= 40
+    arguments = case(rule, "none", batch=3, nodes=2, vocab=2 * _rows.BLOCK_V + 3, seed=22)
+    arguments["logits"][..., _rows.BLOCK_V :] -= 40
     arguments["logits"][2] += 1e4
     got = check(arguments)
-    assert (got.next_ids < kernel.BLOCK_V).all()
+    assert (got.next_ids < _rows.BLOCK_V).all()
 
 
 @pytest.mark.parametrize("rule", ["rejection", "multi_round", "block", "traversal"])
 def test_a_tile_with_nothing_left(rule):
     """The drafted token has its tile to itself: once it is rejected, the next one is in the other tile."""
-    arguments = case(rule, "none", batch=8, nodes=2, vocab=kernel.BLOCK_V + 5, seed=23)
-    arguments["logits"][..., : kernel.BLOCK_V] = -INF
+    arguments = case(rule, "none", batch=8, nodes=2, vocab=_rows.BLOCK_V + 5, seed=23)
+    arguments["logits"][..., : _rows.BLOCK_V] = -INF
     arguments["logits"][:, 0, 7] = 3.0
     arguments["tokens"][:, 1] = 7
     got = check(arguments)
     assert 0 < int(got.length.sum()) < 8
-    assert (got.next_ids >= kernel.BLOCK_V).all()
+    assert (got.next_ids >= _rows.BLOCK_V).all()
 
 
 @pytest.mark.parametrize(("rule", "sampling"), [cell for cell in CELLS if cell[1] != "none"])
 def test_a_draft_that_is_the_target(rule, sampling):
-    """Every first child is accepted, and the residual is exactly nothing."""
+    """Every first child is accepted, and its residual is exactly nothing."""
     arguments = case(rule, sampling, nodes=6, spread=0.0, seed=5)
     got = check(arguments)
     for row in range(2):
@@ -552,8 +547,7 @@ def test_a_draft_that_is_the_target(rule, sampling):
         while (arguments["parents"][row] == node).any():
             node = int((arguments["parents"][row] == node).int().argmax())
             depth += 1
-        if rule in ("rejection", "multi_round"):
-            assert int(got.length[row]) == depth
+        assert int(got.length[row]) == depth
 
 
 QUICK_CELLS = [("typical", "none"), ("multi_round", "without"), ("block", "with"), ("traversal", "none")]
@@ -577,7 +571,7 @@ def test_what_cannot_be_said_is_never_said(rule, sampling):
     arguments |= on_device({"filters": filters, "draft_filters": filters})
     arguments["eos_ids"] = torch.tensor([0, 5], device=DEVICE)
     got = check(arguments)
-    assert not ((got.next_ids == 0) | (got.next_ids == 5)).any() or rule == "typical"
+    assert not ((got.next_ids == 0) | (got.next_ids == 5)).any()
 
 
 @pytest.mark.parametrize(
@@ -789,8 +783,10 @@ def cost(monkeypatch, rule, sampling="none", filtered=True, batch=8, nodes=64, v
             return made
 
     launches = []
-    for name in ("_statistics_kernel", "_laws_kernel", "_weights_kernel", "draws_kernel", "walk_kernel"):
-        monkeypatch.setattr(kernel, name, Recorder(name.strip("_").removesuffix("_kernel"), launches))
+    for module in (_rows, accept_coupled, accept_weighted):
+        for name in ("statistics", "noisy_statistics", "rows", "weights", "draws", "walk"):
+            if hasattr(module, f"{name}_kernel"):
+                monkeypatch.setattr(module, f"{name}_kernel", Recorder(name, launches))
 
     def of(*shape, dtype=torch.int64):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -817,5 +813,5 @@ def test_launches_and_memory(monkeypatch, rule, sampling, filtered):
     launches, nbytes = cost(monkeypatch, rule, sampling, filtered)
     most = {"coupled": 3 if filtered else 2, "typical": 3, "traversal": 4 + 7}.get(rule, 4)
     assert len(launches) == most
-    assert launches[0] == "statistics" and launches[-1] == "walk"
+    assert launches[0].endswith("statistics") and launches[-1] == "walk"
     assert 100_000 < nbytes < 4 * 2**20

@@ -18,7 +18,6 @@ from specdec_triton.ops.reference import visible_slots
 from specdec_triton.tree import DraftTree, Topology
 
 pytest.importorskip("triton")
-from specdec_triton.kernels import _common
 from specdec_triton.kernels import tree_attention as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,15 +117,15 @@ def poisoned_buffers(monkeypatch):
 @pytest.fixture
 def small_splits(monkeypatch):
     """Tiles of 16 rows and 32 slots, two a split, two splits merged at a time: every loop turns at small sizes."""
-    config = _common.AttentionConfig(16, 32, 4, 2, 10**9)
-    monkeypatch.setattr(_common, "attention_config", lambda *shape: config)
-    monkeypatch.setattr(_common, "SHORT_SLOTS", 0)
-    monkeypatch.setattr(_common, "MIN_SPLIT_SLOTS", 64)
-    monkeypatch.setattr(_common, "MIN_SPLIT_ROWS", 4)
-    monkeypatch.setattr(_common, "MERGE_SPLITS", 2)
-    _common.attention_plan.cache_clear()
+    config = kernel.AttentionConfig(16, 32, 4, 2, 10**9)
+    monkeypatch.setattr(kernel, "attention_config", lambda *shape: config)
+    monkeypatch.setattr(kernel, "SHORT_SLOTS", 0)
+    monkeypatch.setattr(kernel, "MIN_SPLIT_SLOTS", 64)
+    monkeypatch.setattr(kernel, "MIN_SPLIT_ROWS", 4)
+    monkeypatch.setattr(kernel, "MERGE_SPLITS", 2)
+    kernel.attention_plan.cache_clear()
     yield
-    _common.attention_plan.cache_clear()
+    kernel.attention_plan.cache_clear()
 
 
 @pytest.fixture
@@ -146,7 +145,7 @@ def ordered_products(monkeypatch):
 
     monkeypatch.setattr(np, "matmul", matmul)
     yield
-    assert calls or not _common.INTERPRETED.value, "the interpreter's product is no longer np.matmul"
+    assert calls or not kernel.INTERPRETED.value, "the interpreter's product is no longer np.matmul"
 
 
 OPTIONS = [
@@ -175,7 +174,7 @@ def test_one_split(options):
 @pytest.mark.parametrize("merged", [2, 16], ids=["in passes", "at once"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_several_splits(small_splits, monkeypatch, options, merged):
-    monkeypatch.setattr(_common, "MERGE_SPLITS", merged)
+    monkeypatch.setattr(kernel, "MERGE_SPLITS", merged)
     check(make_case(rows=4, slots=200, query_heads=3, kv_heads=1), **with_sinks(options, 3))
 
 
@@ -239,7 +238,7 @@ CONTEXTS, NODES = (2048, 8192, 32768), (1, 16, 32, 64, 128)
 
 def plan(nodes, slots, batch=1, kv_heads=8, group=4, head_dim=128, value_dim=128, multiprocessors=132):
     shape = batch, kv_heads, group, nodes, nodes, slots, head_dim, value_dim, 2, False
-    return _common.attention_plan(90, multiprocessors, *shape)
+    return kernel.attention_plan(90, multiprocessors, *shape)
 
 
 def working_programs(nodes, context, **shape):
@@ -254,7 +253,7 @@ def working_programs(nodes, context, **shape):
 
 def planned_programs(nodes, row_tiles):
     """On a multiprocessor at a time: one row tile was faster with one than with two (bench/tune_tree_attention.py)."""
-    return min(row_tiles, _common.attention_config(90, 4 * nodes, 128, 2, False, False).programs)
+    return min(row_tiles, kernel.attention_config(90, 4 * nodes, 128, 2, False, False).programs)
 
 
 @pytest.mark.parametrize("nodes", NODES)
@@ -349,7 +348,7 @@ def test_heads_too_wide_are_refused(no_launch):
         with pytest.raises(Launched):
             case.run()
     for itemsize, widest in ops.MAX_HEAD_DIMS.items():
-        assert widest == max(dim for size, dim in _common._ATTENTION if size == itemsize)
+        assert widest == max(dim for size, dim in kernel._ATTENTION if size == itemsize)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(512, 512), (320, 96), (64, 400)])
@@ -433,7 +432,7 @@ def test_a_row_is_its_own_in_the_merge(small_splits, ordered_products, monkeypat
     A chain at positions 155 to 167. Splits are 64 slots: with the window, rows from 167 on begin at the third split
     (slot 128), the others at the second; with chunks, rows from 160 on begin there, the others at the first.
     """
-    monkeypatch.setattr(_common, "MERGE_SPLITS", merged)
+    monkeypatch.setattr(kernel, "MERGE_SPLITS", merged)
     options = with_sinks(options, group)
     case = make_case(1, group, 1, rows=13, slots=200, lengths=[162], starts=[7])
     parents = torch.arange(-1, 12, dtype=torch.int32)[None]

@@ -49,7 +49,7 @@ PACKAGES = {
     "tools.shrink": {"transformers"},
 }
 # reached without an import statement: by the name of the op
-LATE = {("ops", "kernels")}
+LATE = {("ops", "kernels"), ("tools", "kernels")}
 
 
 def modules():

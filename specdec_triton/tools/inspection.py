@@ -1,9 +1,9 @@
 """What the compiler makes of every default configuration of every kernel, for GPUs that need not be there.
 
-A case is an entry of its module's `compile_cases` (see kernels/_common.py). Cases are compiled in processes of their
-own: Triton's interpreter and its compiler cannot share one. Registers, spills and shared memory are the compiler's,
-instructions are counted in the machine code; occupancy follows from them, and the limiter is an estimate for a
-multiprocessor that holds as many programs as fit.
+A case is an entry of its module's `compile_cases` (see kernels/_launch.py): a call of a launcher, of whose launches one
+is recorded and compiled. Cases are compiled in processes of their own: Triton's interpreter and its compiler cannot
+share one. Registers, spills and shared memory are the compiler's, instructions are counted in the machine code;
+occupancy follows from them, and the limiter is an estimate for a multiprocessor that holds as many programs as fit.
 """
 
 import collections
@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ def measure(some: Sequence[tuple[str, Any]], arch: int, progress: Callable[[str]
     """
     rows, codes = {}, []
     for name, case in some:
-        compiled = _compile(name, case, arch)
+        compiled = _compile(launch_of(case, arch), arch)
         with tempfile.TemporaryDirectory() as folder:
             cubin = pathlib.Path(folder) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
@@ -162,31 +163,75 @@ def measure(some: Sequence[tuple[str, Any]], arch: int, progress: Callable[[str]
         }
         progress(name)
     for (name, case), code in zip(some, _disassemble(codes, arch) if codes else (), strict=True):
-        rows[name] |= _counts(code) | {"tile": _tile(case, code)}
+        rows[name] |= _counts(code) | {"tile": _tile(case, code, WARP * rows[name]["warps"])}
     return rows
 
 
-def _compile(name, case, arch):
+class Launch(NamedTuple):
+    """A launch as Triton compiles it: arguments of `ASTSource`, and the key of its cache."""
+
+    function: Any
+    key: str
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+
+class _Recorder:
+    """Triton's driver of a GPU that is not there; the number of its device is its architecture."""
+
+    def __init__(self, arch: int, note: Callable[[Launch], None] | None = None):
+        self.arch, self.note = arch, note
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, WARP)
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def record_launches(arch: int, note: Callable[[Launch], None]) -> None:
+    """From now on launches compile and run nothing in this process: `note` is called with each, as sm_`arch` has it.
+
+    Triton's own rules specialise the arguments. Tensors may be on any device, "meta" included.
+    """
     import triton
-    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    def note_in_place_of_kernel(function, key, signature, device, constexprs, options, attrs, *_, **__):
+        launch = Launch(function, key, signature, constexprs, attrs, dict(options.__dict__))
+        kernel = types.SimpleNamespace(function=None, packed_metadata=None, launch_metadata=lambda *_: None)
+        kernel.run = lambda *_: triton.runtime.driver.active.note(launch)
+        kernel_cache, *_ = function.device_caches[device]
+        kernel_cache[key] = kernel
+        return kernel
+
+    triton.runtime.driver.set_active(_Recorder(arch, note))
+    JITFunction._do_compile = note_in_place_of_kernel
+
+
+def launch_of(case: Any, arch: int) -> Launch:
+    """The launch that a `CompileCase` means."""
+    launches: list[Launch] = []
+    record_launches(arch, launches.append)
+    case.call()
+    return next(launch for launch in launches if launch.function is case.kernel)
+
+
+def _compile(launch, arch):
+    import triton
     from triton.compiler import ASTSource
 
-    from ..kernels._common import FP_FUSION
-
-    names = case.kernel.arg_names
-    given = set(case.signature) | set(case.constexprs)
-    if given != set(names):
-        raise ValueError(f"{name}: arguments missing {set(names) - given}, unknown {given - set(names)}")
-    signature = {name: case.signature.get(name, "constexpr").removesuffix(":16") for name in names}
-    attrs = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if case.signature.get(name, "").endswith(":16")
-    }
     return triton.compile(
-        ASTSource(case.kernel, signature, case.constexprs, attrs),
-        target=GPUTarget("cuda", arch, WARP),
-        options={**FP_FUSION, **case.options},
+        ASTSource(launch.function, launch.signature, launch.constexprs, launch.attrs),
+        target=_Recorder(arch).get_current_target(),
+        options=launch.options,
     )
 
 
@@ -268,8 +313,7 @@ def hot_loop(code: Sequence[Instruction], tile_bytes: int, lanes: int) -> Sequen
     return code[begin:end]
 
 
-def _tile(case, code):
-    lanes = WARP * case.options["num_warps"]
+def _tile(case, code, lanes):
     loop = hot_loop(code, case.tile_bytes, lanes)
     fp32 = [next((flops for kind, flops in FP32.items() if re.match(kind, entry.name)), 0) for entry in loop]
     return {

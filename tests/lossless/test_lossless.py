@@ -146,9 +146,9 @@ def test_the_kernel_in_half_precision():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter sees what is patched")
 def test_a_threshold_of_the_wrong_bits_is_rejected(monkeypatch):
-    from specdec_triton.kernels import _law
+    from specdec_triton.kernels import _filters
 
-    monkeypatch.setattr(_law, "value_of_shifted", lambda shifted, SHIFT: _law.value_of(shifted << SHIFT))
+    monkeypatch.setattr(_filters, "value_of_shifted", lambda shifted, SHIFT: _filters.value_of(shifted << SHIFT))
     assert kernel_cell("coupled", "no draft", {"top_k": 3}, 1, 40).p_value < ALARM
 
 

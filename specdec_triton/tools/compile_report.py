@@ -1,8 +1,8 @@
-"""What the compiler makes of every default configuration of every kernel, for GPUs that need not be there.
+"""A checkout's tables of what the compiler makes of every default configuration of every kernel; needs no GPU.
 
-    python bench/compile_report.py                 # rewrites bench/results/compile/sm_80.json, sm_90.json, sm_100.json
-    python bench/compile_report.py --check         # compares with them instead; exit status 1 where they differ
-    python bench/compile_report.py --arch 90 --only "tree_attention/bf16 d128" --print
+    python -m specdec_triton.tools.compile_report            # rewrites bench/results/compile/sm_80.json, ...
+    python -m specdec_triton.tools.compile_report --check    # compares with them instead; exit status 1 if they differ
+    python -m specdec_triton.tools.compile_report --arch 90 --only "tree_attention/bf16 d128" --print
 
 The tables keep the compiler's numbers and the instructions that must not change unseen; `specdec-triton inspect` shows
 the rest of what `specdec_triton.tools.inspection` finds.
@@ -10,19 +10,15 @@ the rest of what `specdec_triton.tools.inspection` finds.
 
 import argparse
 import json
-import pathlib
 import re
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "compile"
+from .inspection import ARCHES, COUNTED, FOLDER, compile_table, faults
 
-sys.path.insert(0, str(ROOT))
-from specdec_triton.tools.inspection import ARCHES, COUNTED, compile_table, faults  # noqa: E402
-
+RESULTS = FOLDER.parent / "bench" / "results" / "compile"
 FIELDS = ("registers", "spill_bytes", "shared_bytes", "warps", "stages", *COUNTED, "instructions")
 FIELDS += ("tensor_cores", "wide_loads")
-# may differ between versions of the compiler; --check tells, and does not fail
+# may differ between versions of the compiler; --check does not fail for these
 ADVISORY = ("instructions",)
 
 
@@ -42,7 +38,7 @@ def versions() -> dict:
 
 
 def compare(rows: dict, expected: dict, whole: bool = True) -> list[str]:
-    """Where `rows` differ from the committed table; `whole`: nothing may be missing from either."""
+    """Differences of `rows` from the committed table; `whole`: nothing may be missing from either."""
     found = []
     for name, row in rows.items():
         if name not in expected:
@@ -56,6 +52,13 @@ def compare(rows: dict, expected: dict, whole: bool = True) -> list[str]:
     return sorted(found)
 
 
+def write(arch: int, rows: dict) -> None:
+    text = json.dumps({"versions": versions(), "rows": rows}, indent=0, sort_keys=True)
+    # one row a line
+    text = re.sub(r"(?<=[,{])\n(?=\"(?!rows|versions)\w+\":)", " ", text).replace("\n}", " }")
+    (RESULTS / f"sm_{arch}.json").write_text(text + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, choices=ARCHES, action="append", help="default: all")
@@ -67,28 +70,23 @@ def main() -> int:
     options = parser.parse_args()
     wrong = []
     for arch in options.arch or ARCHES:
-        rows = table(arch, options.only)
+        rows, expected = table(arch, options.only), committed(arch)
         wrong += [f"sm_{arch} {fault}" for name, row in rows.items() for fault in faults(name, row)]
         if options.print:
             for name, row in rows.items():
                 print(f"sm_{arch} {name}: " + " ".join(f"{field}={row[field]}" for field in row))
-        elif options.check:
-            expected = committed(arch)
-            if expected["versions"] != versions():
+            continue
+        same_versions = expected["versions"] == versions()
+        if options.check:
+            if not same_versions:
                 print(f"sm_{arch}: the table was made with {expected['versions']}, this is {versions()}")
             wrong += [f"sm_{arch} {found}" for found in compare(rows, expected["rows"], whole=not options.only)]
-        else:
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            if options.only:
-                expected = committed(arch)
-                if expected["versions"] != versions():
-                    parser.error(f"--only must have the table's {expected['versions']}, got {versions()}")
-                rows = expected["rows"] | rows
-            text = json.dumps({"versions": versions(), "rows": rows}, indent=0, sort_keys=True)
-            # one row a line
-            text = re.sub(r"(?<=[,{])\n(?=\"(?!rows|versions)\w+\":)", " ", text).replace("\n}", " }")
-            (RESULTS / f"sm_{arch}.json").write_text(text + "\n")
-            print(f"sm_{arch}: {len(rows)} configurations")
+            continue
+        if options.only and not same_versions:
+            parser.error(f"--only must have the table's {expected['versions']}, got {versions()}")
+        rows = expected["rows"] | rows if options.only else rows
+        write(arch, rows)
+        print(f"sm_{arch}: {len(rows)} configurations")
     print("\n".join(wrong), end="\n" if wrong else "")
     return bool(wrong)
 

@@ -1,0 +1,125 @@
+"""Rows of logits and their statistics, in Triton: the first launch of sampled acceptance reads each tile once.
+
+Letters: B sequences, N tree nodes, P expanded nodes, V vocabulary, S = ceil(V / BLOCK_V) tiles.
+"""
+
+from collections import namedtuple
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ._keys import NEG_INF, highest_logit
+from ._launch import COUNTS, FP_FUSION
+
+# One tile size in every launch of sampled acceptance, for every shape: a row's result depends on its own logits only.
+BLOCK_V = 2048
+NUM_WARPS = 4
+# Left alone, the compiler takes up to 215 registers. With 128, four programs fit on a multiprocessor; if V or a stride
+# allows only narrow loads, that spills.
+STATISTICS_REGISTERS, NARROW_REGISTERS = 128, 168
+# Of launches with a program a row. Left alone, the compiler aims at 128 registers and spills one or two.
+ROW_OPTIONS = {"num_warps": 8, "maxnreg": 168, **FP_FUSION}
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+SMALLEST: tl.constexpr = tl.constexpr(2.0**-126)  # of the numbers that no GPU takes for 0
+
+
+# an argument of kernels: [B, N, V] fp32, bf16 or fp16
+Logits = namedtuple("Logits", "ptr stride_b stride_n stride_v")
+# one row of them
+Row = namedtuple("Row", "ptr stride_v V")
+# An argument of kernels, of each tile of V: the key of its highest logit; its sum of exp((logit - that) / temperature);
+# the key of its highest noisy score, see `tile_scores`. [B, N + P, S] int64, fp32 and int64, or None.
+Statistics = namedtuple("Statistics", "keys sums noisy", defaults=(None,))
+
+
+@triton.jit
+def row_of(logits, batch, node, V):
+    return Row(logits.ptr + batch * logits.stride_b + node.to(tl.int64) * logits.stride_n, logits.stride_v, V)
+
+
+@triton.jit
+def load_raw(row, ids):
+    """A tile in the dtype of the logits; -inf beyond the vocabulary: probability 0."""
+    return tl.load(row.ptr + ids.to(tl.int64) * row.stride_v, mask=ids < row.V, other=NEG_INF)
+
+
+@triton.jit
+def load_logits(row, ids):
+    return load_raw(row, ids).to(tl.float32)
+
+
+@triton.jit
+def load_inverse_temperature(temperature_ptr, batch):
+    """1 / temperature (1 if that is 0), and whether it is 0."""
+    inverse, greedy = tl.full((), 1.0, tl.float32), tl.full((), 0, tl.int1)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + batch)
+        greedy = temperature == 0
+        # neither inf nor 0: times -inf or a difference of 0, those are NaN
+        inverse = tl.minimum(tl.maximum(1.0 / tl.where(greedy, 1.0, temperature), SMALLEST), LARGEST)
+    return inverse, greedy
+
+
+@triton.jit
+def tile_scores(logits, inverse_temperature, first_id, BLOCK_V: tl.constexpr):
+    """A tile's highest key, and its scores: relative to its highest logit, at the row's temperature."""
+    key, peak = highest_logit(logits, first_id, BLOCK_V)
+    # differences from the tile's highest logit keep their digits, however large the logits are
+    return key, tl.where(logits == NEG_INF, NEG_INF, (logits - peak) * inverse_temperature)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def statistics_kernel(
+    statistics,  # Statistics, out
+    logits,  # Logits [B, N, V]
+    draft_logits,  # Logits [B, P, V]; None: P is 0
+    temperature_ptr,  # [B] fp32, or None
+    draft_temperature_ptr,
+    N, P, V, S,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    tile, row = tl.program_id(0), tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    first_id = tile * BLOCK_V
+    ids = first_id + tl.arange(0, BLOCK_V)
+    out = (batch * (N + P) + row) * S + tile
+    inverse, _ = load_inverse_temperature(temperature_ptr, batch)
+    if draft_logits is None:
+        values = load_logits(row_of(logits, batch, row, V), ids)
+    else:
+        values = tl.full([BLOCK_V], NEG_INF, tl.float32)
+        if row >= N:
+            values = load_logits(row_of(draft_logits, batch, row - N, V), ids)
+            inverse, _ = load_inverse_temperature(draft_temperature_ptr, batch)
+        else:
+            values = load_logits(row_of(logits, batch, row, V), ids)
+    key, scores = tile_scores(values, inverse, first_id, BLOCK_V)
+    tl.store(statistics.keys + out, key)
+    tl.store(statistics.sums + out, tl.sum(tl.exp(scores), 0))
+
+
+def logits_argument(logits: torch.Tensor | None) -> Logits | None:
+    """As kernels take it."""
+    return None if logits is None else Logits(logits, *logits.stride())
+
+
+def row_statistics(logits, temperature, draft_logits=None, draft_temperature=None) -> Statistics:
+    """Launch `statistics_kernel` for logits [B, N, V] and draft logits [B, P, V]."""
+    batch, nodes, vocab = logits.shape
+    expanded, tiles = 0 if draft_logits is None else draft_logits.shape[1], triton.cdiv(vocab, BLOCK_V)
+    shape = batch, nodes + expanded, tiles
+    statistics = Statistics(logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32))
+    statistics_kernel[tiles, nodes + expanded, batch](
+        statistics, logits_argument(logits), logits_argument(draft_logits), temperature, draft_temperature,
+        nodes, expanded, vocab, tiles, BLOCK_V=BLOCK_V, **statistics_options(logits),
+    )  # fmt: skip
+    return statistics
+
+
+def statistics_options(logits: torch.Tensor) -> dict[str, Any]:
+    """Of launches that load logits once: fewer registers if Triton, by its rules, can load rows by 128 bits."""
+    multiples = logits.shape[2], *logits.stride()[:2], logits.data_ptr()
+    is_wide = logits.stride(2) == 1 and all(number % 16 == 0 for number in multiples)
+    return {"num_warps": NUM_WARPS, "maxnreg": STATISTICS_REGISTERS if is_wide else NARROW_REGISTERS, **FP_FUSION}

@@ -1,7 +1,6 @@
 """`specdec-triton inspect`: what is counted in the machine code, and what follows from it."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -18,7 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # compiles a case as it is and on one warp, and adds what the tensor cores do in a pass of the hot loop
 DRIVER = """
-import json, re
+import json, re, sys
+from specdec_triton.tools import inspection
 
 def tensor_flops(code, case, lanes):
     warps = lanes // 32
@@ -48,10 +48,8 @@ print(json.dumps(inspection.measure(found + narrow, 90)))
 @pytest.fixture(scope="module")
 def attention():
     """Rows of tree attention, the last of them made to spill."""
-    env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = inspection.PROCESS + DRIVER
-    command = [sys.executable, "-c", code, str(inspection.FOLDER), r"tree_attention/bf16 d128 m(16|32|128) n\d+ split$"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", DRIVER, r"tree_attention/bf16 d128 m(16|32|128) n\d+ split$"]
+    done = subprocess.run(command, cwd=ROOT, env=inspection.environment(), capture_output=True, text=True)
     assert not done.returncode, done.stderr[-2000:]
     return json.loads(done.stdout)
 

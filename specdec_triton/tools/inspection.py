@@ -28,14 +28,6 @@ FOLDER = pathlib.Path(__file__).resolve().parent.parent
 OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
 PROCESSES = os.cpu_count() or 1
 CASES_A_PROCESS = 8  # at least: a process takes seconds to start
-# imports neither the package nor transformers, which would take longer than several cases
-PROCESS = """
-import sys, types
-package = types.ModuleType("specdec_triton")
-package.__path__ = [sys.argv.pop(1)]
-sys.modules["specdec_triton"] = package
-from specdec_triton.tools import inspection
-"""
 INSTRUCTION_BYTES = 16
 WARP = 32
 TABLE_WIDTH = 176
@@ -120,13 +112,18 @@ def compile_table(
     return dict(item for items in itertools.zip_longest(*parts) for item in items if item)
 
 
+def environment() -> dict[str, str]:
+    """The environment of a process that compiles: this package, without the interpreter."""
+    path = os.pathsep.join([str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
+
+
 def _work(arch, only, which, parts, progress):
-    env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = PROCESS + "inspection.main(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(FOLDER), *map(str, (arch, only, which, parts))]
+    code = "import sys; from specdec_triton.tools import inspection; inspection.main(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, *map(str, (arch, only, which, parts))]
     line = ""
     with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             for line in process.stdout:
                 if not line.startswith("{"):
                     progress()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_engine import capture_here
+from helpers import capture_here
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import _rows  # noqa: E402

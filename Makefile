@@ -46,7 +46,7 @@ test-full: $(FULL_READY) ## every test that this machine can run
 	@$(PY) -m pytest -q --hypothesis-profile new
 
 test-newest: $(NEWEST_READY) ## some of them with the newest transformers that was tested
-	@$(call QUICK,.venv-newest/bin/python) tests/test_checks.py tests/test_conversation.py tests/test_preparation.py
+	@$(call QUICK,.venv-newest/bin/python) tests/test_checks.py tests/test_cache.py tests/test_preparation.py
 
 test-matrix: test $(OLDEST_READY) $(NEWEST_READY) ## the quick tests with the oldest supported versions and the newest that pip has
 	@$(call QUICK,.venv-oldest/bin/python)

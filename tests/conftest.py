@@ -16,12 +16,11 @@ hypothesis.settings.load_profile("same")
 LONG = (
     "test_bench_script",
     "test_kernel_accept_sample",
-    "test_engine",
     "test_lossless",
-    "test_sampling",
+    "test_stages",
     "test_families",
-    "test_wrappers",
-    "test_verify",
+    "test_sampling",
+    "test_faults",
     "test_packaging",
     "test_inspect",
 )
@@ -77,8 +76,6 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _captured(request, monkeypatch):
     if request.config.getoption("--captured"):
-        from simulated_graph import SimulatedGraphs
-        from specdec_triton.engine import stages
+        from helpers import capture_here
 
-        monkeypatch.setitem(stages.CAPTURES, "cpu", SimulatedGraphs)
-        monkeypatch.setitem(stages.LAG, "cpu", 1)
+        capture_here(monkeypatch, 1)

@@ -164,13 +164,32 @@ def build(family: str, seed: int = 0, **options) -> transformers.PreTrainedModel
     model_class, defaults, _ = (FAMILIES | REFUSED)[family]
     model_class = getattr(transformers, model_class)
     torch.manual_seed(seed)
-    model = model_class(model_class.config_class(**{**defaults, **options})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 2 / parameter.shape[-1] ** 0.5)
+    model = enlarge_weights(model_class(model_class.config_class(**{**defaults, **options})))
     if family == "gemma2":
         model.set_attn_implementation("eager")  # some releases drop the softcap under sdpa
+    return model
+
+
+def enlarge_weights(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Draw weights anew, large enough that greedy text does not fall into a loop of one token."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 2 / weight.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def perturbed(family: str, noise: float = 0.05, **options) -> transformers.PreTrainedModel:
+    """`build(family)` with noise of so many standard deviations on each weight: a draft that is sometimes right."""
+    return add_noise(build(family, **options), noise)
+
+
+def add_noise(model, noise: float, seed: int = 0):
+    """Change the weights of a model in place, each tensor by noise in proportion to its standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += noise * weight.std(correction=0) * torch.randn(weight.shape, generator=generator)
     return model
 
 

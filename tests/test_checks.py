@@ -12,8 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import specdec_triton as sdt
 from families import NEVER, WINDOW, build, prompt
+from helpers import snapshot
 from specdec_triton.forward.versions import CACHE
-from test_patch import snapshot
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": NEVER}
 LOOKUP = {**OPTIONS, "prompt_lookup_num_tokens": 3}

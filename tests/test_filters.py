@@ -14,8 +14,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from specdec_triton.ops import FILTER_DTYPES
-from specdec_triton.ops.filters import Filters, filtered_log_probs
+from by_hand import DTYPES, PALETTES, check_filters_by_hand, draw_filters, filters_of, paint
+from specdec_triton.ops.filters import filtered_log_probs
 
 INF, NAN = float("inf"), float("nan")
 WARPERS = {
@@ -26,14 +26,9 @@ WARPERS = {
 }
 
 
-def made(most=None, **options):
-    rows = {name: torch.tensor(values, dtype=FILTER_DTYPES[name]) for name, values in options.items()}
-    return Filters(**rows, most=most)
-
-
 def filtered(logits, **options):
     """Of one node: a list of numbers in, its log-probabilities out, whether the host knows a bound on top-k or not."""
-    given = made(**{name: [value] for name, value in options.items()})
+    given = filters_of(**{name: [value] for name, value in options.items()})
     logits = torch.tensor(logits)[None, None]
     result = filtered_log_probs(logits, given)
     if options.get("top_k"):
@@ -78,91 +73,18 @@ def test_each_row_has_its_own():
     logits = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
     options = {"temperature": [0.0, 1.0, 0.5, 2.0], "top_k": [5, 0, 3, 40], "top_p": [0.9, 1.0, 0.5, 0.8]}
     options["min_p"] = [0.0, 0.2, 0.0, 0.05]
-    together = filtered_log_probs(logits, made(**options))
+    together = filtered_log_probs(logits, filters_of(**options))
     for row in range(4):
-        alone = made(**{name: values[row : row + 1] for name, values in options.items()})
+        alone = filters_of(**{name: values[row : row + 1] for name, values in options.items()})
         assert torch.equal(together[row], filtered_log_probs(logits[row : row + 1], alone)[0])
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# what may go wrong with the bits of a threshold: values [V] of a dtype, from numbers that are drawn from a normal law
-PALETTES = {
-    "negative": lambda drawn, dtype: drawn - 9,
-    "tied": lambda drawn, dtype: drawn.round() / 4 - 1,
-    "all tied": lambda drawn, dtype: torch.full_like(drawn, -1.25),
-    "few finite": lambda drawn, dtype: torch.where(drawn.abs() < 1.5, -INF, drawn),
-    "denormal": lambda drawn, dtype: (
-        (drawn * 2).round() * 4 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    ),
-    "signed zeros": lambda drawn, dtype: torch.where(drawn > 1.5, -drawn, drawn.sign() * 0.0),
-    "large": lambda drawn, dtype: drawn * 2 + torch.finfo(torch.float16).max / 2,
-    "huge": lambda drawn, dtype: drawn * torch.finfo(dtype).max / 8,
-}
-
-
-def paint(palette, dtype, vocab, seed):
-    """[V], of which one at least is finite."""
-    drawn = torch.randn(vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    logits = PALETTES[palette](drawn, dtype).to(dtype)
-    if not (logits > -INF).any():
-        logits[vocab // 2] = -0.75
-    return logits
-
-
-def check_by_hand(logits, found, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """`found` [V] are log-probabilities of `logits` [V] under the filters: one after the other, in float64.
-
-    Rounding in fp32 may keep or drop a token that is as good as on the threshold; all others are held to it.
-    """
-    exact = logits.double()
-    peak, vocab = exact.max(), len(logits)
-    if temperature == 0:
-        assert found.tolist() == [0.0 if token == int(exact.argmax()) else -INF for token in range(vocab)]
-        return
-    below = (exact - peak) / temperature  # log of the ratio to the likeliest
-    slack = 1e-5 + 4e-7 * (exact / temperature).abs().clamp(max=1e300)
-    keeps, drops = exact > -INF, exact == -INF
-    if 0 < top_k < vocab:
-        drops = drops | (exact < exact.sort().values[vocab - top_k])
-        keeps = ~drops
-    if top_p < 1:
-        order = torch.where(drops, -INF, exact).argsort(stable=True)  # lower ids of equals first
-        mass = torch.where(drops, -INF, below).softmax(-1)[order].cumsum(-1)
-        rounding = 1e-5 + float((slack * below.exp()).nan_to_num(0).max())
-        outside, inside = mass <= 1 - top_p - rounding, mass > 1 - top_p + rounding
-        outside[-1], inside[-1] = False, True
-        # a mass too small to count in fixed point may be dropped with any other
-        keeps = keeps & inside[order.argsort()] & (below > -26)
-        drops = drops | outside[order.argsort()]
-    if min_p > 0:
-        least = math.log(min(min_p, 1.0))
-        keeps = keeps & ((below - slack > least) | (exact == peak))
-        drops = drops | (below + slack < least)
-    kept = found > -INF
-    assert not found.isnan().any() and not (kept & drops).any() and not (keeps & (below > -80) & ~kept).any()
-    wanted = torch.where(kept, below, -INF).softmax(-1)
-    close = min(1e-4 + 1e-6 * abs(float(peak / temperature)), 0.05)
-    torch.testing.assert_close(found.double().exp(), wanted, rtol=close, atol=1e-7)
-
-
-def options_of(draw, palette):
-    """One row's filters, each of them off now and then."""
-    # powers of two, and none that makes a quotient too small: none is rounded, so none that differ become equal
-    temperatures = [1.0, 0.5, 4.0, 0.0, 2.0**-120, *([] if palette == "denormal" else [2.0**20, 2.0**100])]
-    return {
-        "temperature": draw(st.sampled_from(temperatures)),
-        "top_k": draw(st.just(0) | st.integers(1, 80)),
-        "top_p": draw(st.just(1.0) | st.floats(0, 0.999)),
-        "min_p": draw(st.sampled_from([0.0, 1e-6, 0.1, 0.7, 1.0])),
-    }
-
-
 def check_reference(palette, dtype, data, seed):
-    logits, options = paint(palette, dtype, data.draw(st.integers(1, 70)), seed), options_of(data.draw, palette)
-    given = made(**{name: [value] for name, value in options.items()})
+    logits, options = paint(palette, dtype, data.draw(st.integers(1, 70)), seed), draw_filters(data.draw, palette)
+    given = filters_of(**{name: [value] for name, value in options.items()})
     for most in {None, options["top_k"] or None}:
         found = filtered_log_probs(logits[None, None], given._replace(most=most))[0, 0]
-        check_by_hand(logits, found, **options)
+        check_filters_by_hand(logits, found, **options)
 
 
 @settings(max_examples=20, deadline=None)
@@ -184,9 +106,9 @@ def test_by_hand_in_float64_at_length(palette, dtype, data, seed):
 
 def test_temperatures_that_would_overflow():
     logits = torch.tensor([[[1e4, -INF, 2e4, 2e4]], [[-1e4, -INF, -3e4, -1e4]], [[0.0, -INF, -1e-30, -1.0]]])
-    coldest = filtered_log_probs(logits, made(temperature=[1e-45] * 3)).exp()[:, 0]
+    coldest = filtered_log_probs(logits, filters_of(temperature=[1e-45] * 3)).exp()[:, 0]
     assert coldest.tolist() == [[0, 0, 0.5, 0.5], [0.5, 0, 0, 0.5], [1, 0, 0, 0]]
-    hottest = filtered_log_probs(logits, made(temperature=[INF] * 3)).exp()
+    hottest = filtered_log_probs(logits, filters_of(temperature=[INF] * 3)).exp()
     torch.testing.assert_close(hottest, torch.tensor([1 / 3, 0, 1 / 3, 1 / 3]).expand(3, 1, 4))
 
 
@@ -210,7 +132,7 @@ def test_as_transformers_does_it(seed, vocab, dtype, impossible, **options):
     options = {name: value for name, value in options.items() if value is not None}
     warpers = LogitsProcessorList([WARPERS[name](options[name]) for name in WARPERS if name in options])
     wanted = warpers(None, logits.float())
-    given = made(**{name: [value] * 2 for name, value in options.items()}, most=options.get("top_k"))
+    given = filters_of(**{name: [value] * 2 for name, value in options.items()}, most=options.get("top_k"))
     got = filtered_log_probs(logits.view(2, 3, vocab), given)
     wanted = wanted.log_softmax(-1).view_as(got)
     assert torch.equal(got.isfinite(), wanted.isfinite())
@@ -221,7 +143,7 @@ def test_ties_keep_as_much_as_transformers_does():
     logits = torch.randint(0, 4, (200, 12), generator=torch.Generator().manual_seed(1)).float()
     for top_p in (0.3, 0.6, 0.85):
         wanted = TopPLogitsWarper(top_p)(None, logits).log_softmax(-1)
-        got = filtered_log_probs(logits[:, None], made(top_p=[top_p] * 200)).squeeze(1)
+        got = filtered_log_probs(logits[:, None], filters_of(top_p=[top_p] * 200)).squeeze(1)
         assert torch.equal(got.isfinite().sum(-1), wanted.isfinite().sum(-1))
         torch.testing.assert_close(got.sort(-1).values, wanted.sort(-1).values)
 
@@ -232,8 +154,8 @@ def test_the_threshold_is_transformers_own(top_p):
     for size in range(2, 41):
         logits = torch.zeros(1, size)
         wanted = TopPLogitsWarper(top_p)(None, logits).isfinite().sum()
-        assert filtered_log_probs(logits[None], made(top_p=[top_p])).isfinite().sum() == wanted
-        bounded = made(top_k=[1], top_p=[top_p], most=1)
+        assert filtered_log_probs(logits[None], filters_of(top_p=[top_p])).isfinite().sum() == wanted
+        bounded = filters_of(top_k=[1], top_p=[top_p], most=1)
         assert filtered_log_probs(logits[None], bounded).isfinite().sum() == wanted
 
 
@@ -266,7 +188,7 @@ def test_a_bound_on_top_k_changes_nothing(seed, vocab, kind, odd, share, top_k, 
     logits = KINDS[kind](3 * torch.randn(2, 3, vocab, generator=generator))
     if odd is not None:
         logits[torch.rand(logits.shape, generator=generator) < share] = odd
-    given = made(top_k=top_k, **rest, **({} if top_p is None else {"top_p": top_p}))
+    given = filters_of(top_k=top_k, **rest, **({} if top_p is None else {"top_p": top_p}))
     bounded = given._replace(most=max(top_k) + slack)
     wanted, got = (filtered_log_probs(logits, filters) for filters in (given, bounded))
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
@@ -277,6 +199,6 @@ def test_with_a_bound_nothing_is_sorted(monkeypatch):
         raise AssertionError("sorted")
 
     monkeypatch.setattr(torch.Tensor, "sort", refuse)
-    filtered_log_probs(torch.zeros(1, 1, 9), made(top_k=[2], top_p=[0.5], most=2))
+    filtered_log_probs(torch.zeros(1, 1, 9), filters_of(top_k=[2], top_p=[0.5], most=2))
     with pytest.raises(AssertionError, match="sorted"):
-        filtered_log_probs(torch.zeros(1, 1, 9), made(top_k=[2]))
+        filtered_log_probs(torch.zeros(1, 1, 9), filters_of(top_k=[2]))

@@ -3,21 +3,20 @@
 The quick tests draw the same few examples every time; the slow ones thousands of new ones.
 """
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import specdec_triton as sdt
+from by_hand import accept_greedy_by_hand, attention_by_hand
 from families import EOS, NEVER, PAD, VOCAB, build, prompt
+from helpers import snapshot
 from specdec_triton import ops
 from specdec_triton.ops.filters import Filters
 from specdec_triton.ops.reference import WORD_BITS
 from specdec_triton.ops.rules import RULES, SAMPLING, WEIGHING_RULES
 from test_kernel_accept_sample import FILTERS, case
-from test_patch import snapshot
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
@@ -67,32 +66,16 @@ def attention_calls(draw):
     return options
 
 
-def attention_by_hand(query, key, value, packed_tree, scale, sliding_window, chunk_size, softcap, sinks, impl=None):
-    batch, heads, rows, dim = query.shape
-    nodes, group = packed_tree.shape[1], heads // key.shape[1]
-    output = torch.empty(batch, rows, heads, value.shape[-1])
-    for b, h, i in itertools.product(range(batch), range(heads), range(rows)):
-        *words, depth, start, length = packed_tree[b, nodes - rows + i].tolist()
-        seen = [(slot, slot - start) for slot in range(start, length)]
-        seen += [
-            (length + node, length - start + int(packed_tree[b, node, -3]))
-            for node in range(nodes)
-            if words[node // WORD_BITS] >> node % WORD_BITS & 1
-        ]
-        own = length - start + depth
-        slots = [
-            slot
-            for slot, position in seen
-            if (sliding_window is None or own - position < sliding_window)
-            and (chunk_size is None or own // chunk_size == position // chunk_size)
-        ]
-        scores = key[b, h // group, slots].float() @ query[b, h, i].float() * (dim**-0.5 if scale is None else scale)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks[h : h + 1].float()])
-        output[b, i, h] = scores.softmax(0)[: len(slots)] @ value[b, h // group, slots].float()
-    return output
+def packed_attention_by_hand(query, key, value, packed_tree, impl=None, **options):
+    nodes = packed_tree.shape[1]
+
+    def visible(b, i):
+        *words, depth, start, length = packed_tree[b, nodes - query.shape[2] + i].tolist()
+        ancestors = [node for node in range(nodes) if words[node // WORD_BITS] >> node % WORD_BITS & 1]
+        tree = [(length + node, length - start + int(packed_tree[b, node, -3])) for node in ancestors]
+        return length - start + depth, [(slot, slot - start) for slot in range(start, length)] + tree
+
+    return attention_by_hand(query, key, value, visible, **options)
 
 
 @st.composite
@@ -112,23 +95,12 @@ def acceptance_calls(draw):
 
 
 def acceptance_by_hand(logits, tokens, parents, max_depth, budget, eos_ids, impl=None):
+    budget = torch.full((len(tokens),), max_depth + 1) if budget is None else budget
     ends = [] if eos_ids is None else eos_ids.tolist()
-    rows = []
-    for row in range(len(tokens)):
-        left = max_depth + 1 if budget is None else int(budget[row])
-        node, path, target = 0, [], -1
-        while left:
-            target = int(logits[row, node].float().argmax())
-            following = [
-                child
-                for child in range(1, tokens.shape[1])
-                if parents[row, child] == node and tokens[row, child] == target
-            ]
-            if not following or target in ends or len(path) == min(left - 1, max_depth):
-                break
-            node = following[0]
-            path.append(node)
-        rows.append((path + [-1] * (max_depth - len(path)), len(path), target))
+    rows = [
+        accept_greedy_by_hand(*row, max_depth, left, ends)
+        for *row, left in zip(logits.float(), tokens.tolist(), parents.tolist(), budget.tolist(), strict=True)
+    ]
     paths, length, next_ids = zip(*rows, strict=True)
     path = torch.tensor(paths, dtype=torch.int32).view(len(rows), max_depth)
     return path, torch.tensor(length), torch.tensor(next_ids), torch.zeros(len(rows), dtype=torch.bool)
@@ -192,7 +164,7 @@ def compact(storage, **arguments):
 
 
 CALLS = {
-    "tree_attention": (attention_calls(), ops.tree_attention, attention_by_hand),
+    "tree_attention": (attention_calls(), ops.tree_attention, packed_attention_by_hand),
     "accept_greedy": (acceptance_calls(), ops.accept_greedy, acceptance_by_hand),
     "accept_sample": (sampling_calls(), ops.accept_sample, sampling_by_hand),
     "compact_kv": (compaction_calls(), compact, compaction_by_hand),

@@ -6,28 +6,8 @@ import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
 import specdec_triton as sdt
-from families import EOS, FEW, NEVER, PAD, VOCAB, build, prompt
-
-TREES = {
-    "chain": sdt.Topology.chain(4),
-    "wide": sdt.Topology.from_widths([3, 2, 1]),
-    "budget": 12,
-    # a topology whose first children are leaves: an accepted path skips slots
-    "skipping": sdt.Topology((-1, 0, 0, 0, 3, 3, 5), (0, 0, 1, 2, 0, 1, 0)),
-}
-
-
-def oracle(text, error_rate=0.3, tree=None, room=40, seed=0):
-    """A drafter that knows `text` (padded, so that it never runs out)."""
-    return sdt.OracleDrafter(torch.nn.functional.pad(text, (0, room)), error_rate, tree=tree, seed=seed)
-
-
-def eos_in_mid_row(model, inputs, **options):
-    """An EOS list that ends the first row in mid-text and the others later or not at all."""
-    text = model.generate(**inputs, **{**options, "do_sample": False, "eos_token_id": NEVER})[
-        :, inputs["input_ids"].shape[1] :
-    ]
-    return [int(text[0, text.shape[1] // 2]), EOS]
+from families import EOS, FEW, NEVER, PAD, VOCAB, build, perturbed, prompt
+from helpers import TREES, eos_in_mid_row, oracle
 
 
 @pytest.mark.parametrize(
@@ -49,7 +29,7 @@ def test_every_token_is_plain_generates(family, penalty):
         assert sdt.stats(model).accepted > 0 and sdt.stats(model).lossless
     with sdt.patched(model):
         assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=4), plain)
-        assert torch.equal(model.generate(**inputs, **options, assistant_model=build(family, seed=1)), plain)
+        assert torch.equal(model.generate(**inputs, **options, assistant_model=perturbed(family)), plain)
         assert torch.equal(model.generate(**inputs, **options, assistant_model=build(family)), plain)
     for tree in (sdt.Topology.from_widths([2, 2, 1]), 16):
         with sdt.patched(model, drafter=sdt.ModelDrafter(build(family), tree=tree)):
@@ -140,15 +120,27 @@ def test_short_outputs(max_new_tokens):
             assert torch.equal(model.generate(**inputs, **options), plain)
 
 
-def test_a_long_output_grows_the_cache():
-    model = build("llama", max_position_embeddings=2048)
-    inputs = prompt(batch=2, length=5, padding=2)
-    options = {"do_sample": False, "max_new_tokens": 700, "eos_token_id": NEVER}
+def test_a_long_output_grows_the_cache(monkeypatch):
+    monkeypatch.setattr(sdt.engine.generate, "FIRST_RESERVE", 16)
+    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 16)
+    capacities, allocate = [], sdt.TreeCache._allocate
+
+    def spy(cache, capacity, like):
+        capacities.append(capacity)
+        allocate(cache, capacity, like)
+
+    monkeypatch.setattr(sdt.TreeCache, "_allocate", spy)
+    model, inputs = build("llama"), prompt(batch=2, length=5, padding=2)
+    options = {"do_sample": False, "max_new_tokens": 150, "eos_token_id": NEVER}
     plain = model.generate(**inputs, **options)
-    with sdt.patched(model, drafter=oracle(plain, 0.02, tree=sdt.Topology.chain(20))):
-        assert torch.equal(model.generate(**inputs, **options), plain)
-    with sdt.patched(model, drafter=sdt.ModelDrafter(build("llama", max_position_embeddings=2048), num_tokens=30)):
-        assert torch.equal(model.generate(**inputs, **options), plain)
+    for drafter, caches in (
+        (oracle(plain, 0.02, tree=sdt.Topology.chain(20)), 1),
+        (sdt.ModelDrafter(build("llama"), num_tokens=30), 2),
+    ):
+        capacities.clear()
+        with sdt.patched(model, drafter=drafter):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+        assert len(capacities) > 2 * caches and max(capacities) >= 155
 
 
 def test_min_new_tokens_and_bad_words():

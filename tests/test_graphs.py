@@ -1,4 +1,4 @@
-"""Captures that fail leave the process as it was; the graphs that are kept are those in use."""
+"""A capture that fails leaves the process as it was."""
 
 import gc
 import weakref
@@ -6,11 +6,9 @@ import weakref
 import pytest
 import torch
 
-from simulated_graph import CUDA, HostRead, SimulatedCuda, SimulatedGraphs
+from simulated_graph import HostRead, SimulatedCuda
 from specdec_triton.engine import graphs
-from specdec_triton.engine import stages as engine
 from specdec_triton.tools import calibration
-from test_engine import capture_here
 
 
 @pytest.fixture
@@ -106,46 +104,3 @@ def test_clocks_come_back_from_a_capture_that_fails(cuda):
     with pytest.raises(HostRead):
         calibration.captured(read_in_the_capture, [number()])
     cuda.assert_sound()
-
-
-def run(shapes, stages):
-    """Which of these rounds were a graph's."""
-    replayed = []
-    for shape in shapes:
-        before = stages.replayed
-        stages.run("verify", shape, number)
-        replayed.append(stages.replayed > before)
-    return replayed
-
-
-@pytest.fixture
-def stages(monkeypatch):
-    capture_here(monkeypatch, 1)
-    return lambda **options: engine.Stages(torch.device("cpu"), **options)
-
-
-def test_the_shape_used_longest_ago_makes_room(stages):
-    made = stages(max_shapes=3)
-    assert sum(run([0, 1, 2] * 10, made)) == 27
-    assert sum(run([3] * 100 + [1, 2] * 5, made)) == 99 + 10, "a fourth shape is captured, in place of the first"
-    assert made.captured == 4
-    assert run([0, 0, 0, 0], made) == [False, False, True, True], "one that had been evicted waits longer"
-
-
-def test_shapes_that_evict_each_other_are_captured_ever_more_rarely(stages):
-    made = stages(max_shapes=3)
-    run([0, 1, 2, 3] * 100, made)
-    assert made.captured <= 4 * 7
-
-
-def test_graphs_of_a_measurement_are_all_kept(stages):
-    made = stages(max_shapes=float("inf"))
-    assert sum(run([*range(20)] * 5, made)) == 80 and made.captured == 20 and made.capture_seconds > 0
-
-
-def test_forgetting_forgets_all(stages):
-    made = stages(max_shapes=1)
-    run([0, 0, 1, 1], made)
-    made.forget()
-    assert run([0, 0, 1], made) == [False, True, False] and isinstance(made._capture, SimulatedGraphs)
-    CUDA.assert_sound()

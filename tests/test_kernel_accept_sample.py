@@ -11,6 +11,10 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from by_hand import DTYPES, PALETTES, paint
+from by_hand import check_filters_by_hand as check_by_hand
+from by_hand import draw_filters as options_of
+from by_hand import filters_of as made
 from first_gpu import covering, marked, turns
 from specdec_triton import ops
 from specdec_triton.kernels import _filters, _noise, _rows, _tree, accept_coupled, accept_weighted
@@ -18,7 +22,6 @@ from specdec_triton.kernels import accept_sample as kernel
 from specdec_triton.ops import noise, reference, rules
 from specdec_triton.ops.filters import Filters, filtered_log_probs
 from specdec_triton.ops.rules import RULES, SAMPLING, WEIGHING_RULES
-from test_filters import DTYPES, PALETTES, check_by_hand, made, options_of, paint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = float("nan"), float("inf")

@@ -5,9 +5,7 @@ import torch
 
 import specdec_triton as sdt
 from families import EOS, NEVER, VOCAB, build, prompt
-from test_generate import TREES, oracle
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from helpers import DEVICE, TREES, oracle
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +87,7 @@ def test_sampling_through_the_kernels(rule, calls):
     """The reference's text, with the same seeds: filters, noise, acceptance and recovered tokens are the same."""
     model, draft = (build("llama", seed=seed, num_hidden_layers=1).to(DEVICE) for seed in (0, 1))
     inputs = {name: tensor.to(DEVICE) for name, tensor in prompt().items()}
-    options = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_new_tokens": 7}
+    options = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_new_tokens": 5}
     tree = sdt.Topology.chain(2) if rule in ("rejection", "block") else sdt.Topology.from_widths([2, 1])
     texts = []
     for impl in ("reference", "triton"):

@@ -5,17 +5,14 @@ import pytest
 import torch
 
 import specdec_triton as sdt
-from families import NEVER, VOCAB, build, prompt
-from simulated_graph import SimulatedGraphs
+from families import NEVER, VOCAB, build, perturbed, prompt
+from helpers import capture_here, context, record_drafts
 from specdec_triton import ops
 from specdec_triton.drafters.length import ChainLength, LengthRule, in_steps
 from specdec_triton.drafters.model_session import ModelSession
-from specdec_triton.engine import stages
 from specdec_triton.ops.filters import Filters, filtered_log_probs
 from specdec_triton.tools.check_distribution import prove
 from specdec_triton.tree import DraftTree
-from test_drafters import context, record_drafts
-from test_dynamic import alike
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": NEVER}
 SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
@@ -25,8 +22,7 @@ SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
 def captured(request, monkeypatch):
     """Rounds as on a CPU, and as on a GPU: captured, and read late."""
     if request.param:
-        monkeypatch.setitem(stages.CAPTURES, "cpu", SimulatedGraphs)
-        monkeypatch.setitem(stages.LAG, "cpu", 1)
+        capture_here(monkeypatch, 1)
     return bool(request.param)
 
 
@@ -56,7 +52,7 @@ def test_a_draft_runs_about_as_often_as_in_transformers(asked, captured):
     """And the schedule leaves the same number behind, or none. (transformers' first round, which we do not have, may
     move the bound by one step of up to 2.)"""
     target = build("llama", num_hidden_layers=3)
-    draft = alike(target, noise=0.1)
+    draft = perturbed("llama", 0.1, num_hidden_layers=3)
     for name, value in asked.items():
         setattr(draft.generation_config, name, value)
     text, theirs = assisted(target, draft)
@@ -77,7 +73,7 @@ def test_a_draft_runs_about_as_often_as_in_transformers(asked, captured):
 @pytest.mark.parametrize("rule", ["greedy", "coupled", "rejection", "block"])
 def test_each_row_stops_after_its_first_unlikely_token(rule, fixed, monkeypatch):
     target, stop = build("llama"), 0.25
-    draft, rounds = alike(target, noise=0.05), record_drafts(monkeypatch)
+    draft, rounds = perturbed("llama", 0.05), record_drafts(monkeypatch)
     prepare = ModelSession.prepare
 
     def preparing(session, tree=None):
@@ -107,7 +103,8 @@ def test_each_row_stops_after_its_first_unlikely_token(rule, fixed, monkeypatch)
             logits = draft(text[None]).logits[:, -len(chain) - 1 : -1].detach()
             chance = filtered_log_probs(logits, filters)[0].gather(1, chain[:, None]).exp().squeeze(1)
             assert (chance[:-1] >= stop - 1e-4).all()
-            assert fixed or len(chain) == 6 or chance[-1] < stop + 1e-4
+            if not fixed:  # there, a row has a limit of its own, too
+                assert len(chain) == 6 or chance[-1] < stop + 1e-4
             lengths.add(len(chain))
     assert drafted == stats.drafted and len(lengths) > 1
 
@@ -134,14 +131,14 @@ def test_the_stop_does_not_bias(rule, captured):
     options = {"vocab_size": 5, "num_hidden_layers": 1}
     model = build("llama", **options)
     drafter = sdt.ModelDrafter(build("llama", seed=1, **options), num_tokens=3, confidence_threshold=0.35)
-    found = prove(model, drafter, rule, torch.tensor([[3, 4, 1]]), tokens=3, samples=2000, rows=1000)
+    found = prove(model, drafter, rule, torch.tensor([[3, 4, 1]]), tokens=3, samples=2000, rows=2000)
     assert found.agrees and found.acceptance_length > 1.2
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
 def test_the_kernel_takes_chains_of_each_rows_own_length(rule):
-    batch, nodes, vocab = 9, 5, 11
-    random = torch.Generator().manual_seed(0)
+    batch, nodes, vocab = 5, 5, 11
+    random = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, vocab, (batch, nodes), generator=random)
     length = torch.arange(batch) % nodes
     place = torch.arange(nodes)
@@ -174,8 +171,13 @@ def test_the_kernel_takes_chains_of_each_rows_own_length(rule):
 
 
 def test_shapes_that_were_asked_for_are_not_cut(monkeypatch):
+    """The first round tells; the text ends soon after."""
+
+    def stop(input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] > 10)
+
     target, rounds = build("llama"), record_drafts(monkeypatch)
-    draft, chain = alike(target, noise=0.5), sdt.Topology.chain(5)
+    draft, chain = perturbed("llama", 0.5), sdt.Topology.chain(5)
     for model in (target, draft):
         model.generation_config.num_assistant_tokens = 8
         model.generation_config.assistant_confidence_threshold = 0.9
@@ -191,7 +193,7 @@ def test_shapes_that_were_asked_for_are_not_cut(monkeypatch):
     ):
         rounds.clear()
         with sdt.patched(target, drafter=drafter, tree=tree):
-            target.generate(**prompt(), **{**GREEDY, "max_new_tokens": 12})
+            target.generate(**prompt(), **{**GREEDY, "max_new_tokens": 12}, stopping_criteria=[stop])
         _, _, budget, proposed = rounds[0]
         drafted = (proposed.parents >= 0).sum(1)
         assert budget.max() > 8

@@ -65,7 +65,8 @@ def test_extreme_words_stay_inside():
     uniform = noise._unit(ends)
     assert uniform.dtype == torch.float32 and bool((uniform > 0).all()) and bool((uniform < 1).all())
     gumbel = -(-torch.log1p(-uniform)).log()
-    assert bool(gumbel.isfinite().all()) and bool((gumbel.diff() < 0).all() | (gumbel[3] == gumbel[4]))
+    assert bool(gumbel.isfinite().all())
+    assert bool((gumbel[:4].diff() < 0).all()) and gumbel[4] <= gumbel[3]  # these two may round to one number
     assert float(gumbel[0]) == pytest.approx(math.log(2**33), rel=1e-6)  # the winning end keeps its resolution
 
 

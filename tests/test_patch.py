@@ -21,6 +21,7 @@ import transformers
 
 import specdec_triton as sdt
 from families import NEVER, VOCAB, build, prompt
+from helpers import snapshot
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": NEVER}
 
@@ -40,26 +41,6 @@ def unchanged(request):
     before = snapshot(model)
     yield
     assert snapshot(model) == before
-
-
-def snapshot(model):
-    """Class, attention, hooks, attributes, configs: what a swap could have left behind."""
-    modules = dict(model.named_modules())
-    return {
-        "class": type(model),
-        "attention": [config._attn_implementation for config in own_configs(model)],
-        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
-        "attributes": {name: sorted(m.__dict__) for name, m in modules.items()},
-        "config": model.config.to_dict(),
-        "generation_config": model.generation_config.to_dict(),
-        "training": model.training,
-    }
-
-
-def own_configs(model):
-    """The distinct config objects of the model's modules."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    return list({id(config): config for config in configs if config is not None}.values())
 
 
 def test_patch_and_unpatch_leave_nothing(model):
@@ -120,7 +101,7 @@ def test_the_class_is_made_once_and_instances_are_apart():
     first.generate(**prompt(), **OPTIONS)
     second.generate(**prompt(), **OPTIONS)
     assert sdt.stats(second).rounds
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="stats: no speculative"):
         sdt.stats(first)
     sdt.unpatch(first)
     assert type(second) is not transformers.LlamaForCausalLM

@@ -8,11 +8,10 @@ import transformers
 from transformers import DynamicCache
 
 import specdec_triton as sdt
-from families import NEVER, build, prompt
+from families import NEVER, add_noise, build, enlarge_weights, perturbed, prompt
+from helpers import snapshot
 from specdec_triton.forward.preparation import is_neutral, next_step
 from specdec_triton.forward.versions import CACHE
-from test_families import perturbed
-from test_patch import snapshot
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 14, "eos_token_id": NEVER}
 LOOKUP = {**OPTIONS, "prompt_lookup_num_tokens": 3}
@@ -186,24 +185,11 @@ def _qwen2_vl():
     )
 
 
-def _drawn(model, seed=0):
-    """Weights large enough that greedy text does not fall into a loop of one token."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 2 / weight.shape[-1] ** 0.5)
-    return model.eval()
-
-
 @pytest.mark.parametrize("make", [_paligemma, _gemma3, _qwen2_vl], ids=lambda make: make.__name__.strip("_"))
 def test_text_through_a_vision_language_model(make):
-    model, inputs = _drawn(make()), prompt(padding=2)
-    draft = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in draft.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator) * 0.1 * weight.std(correction=0))
+    torch.manual_seed(0)
+    model, inputs = enlarge_weights(make()), prompt(padding=2)
+    draft = add_noise(copy.deepcopy(model), 0.1)
     types = {"token_type_ids": torch.zeros_like(inputs["input_ids"])} if make is not _qwen2_vl else {}
     for more in ({}, types):
         plain = model.generate(**inputs, **more, **OPTIONS)
@@ -215,7 +201,7 @@ def test_text_through_a_vision_language_model(make):
 
 def test_the_model_is_asked_in_a_copy():
     """Qwen-VL notes on itself what it prepared last, and another thread may be in the middle of a text."""
-    model = _drawn(_qwen2_vl())
+    model = enlarge_weights(_qwen2_vl())
     model.model.rope_deltas = noted = torch.tensor([[7]])
     with sdt.patched(model):
         sdt.ModelDrafter(model)

@@ -70,7 +70,6 @@ MADE = {
     "top h": lambda rng, v, c, b: hf.TopHLogitsWarper(float(rng.uniform(0.1, 1))),
     "eta": lambda rng, v, c, b: hf.EtaLogitsWarper(float(rng.uniform(0.01, 0.5)), min_tokens_to_keep=2),
 }
-REFUSES_NAN = (hf.TopHLogitsWarper, hf.EtaLogitsWarper)  # transformers' own calls do
 
 
 def case(rng, batch=3, nodes=9, vocab=11, columns=7, impossible=0.1, nan=0.0):
@@ -160,7 +159,7 @@ def test_each_alone(name, seed, vocab, batch, nodes, columns):
     check(LogitsProcessorList([processor]), tree, logits, tokens, length)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     names=st.lists(st.sampled_from(sorted(MADE)), min_size=2, max_size=6),
@@ -315,9 +314,12 @@ def check_split(processors, fused, inputs):
     assert torch.equal(warpers(inputs, others(inputs, logits.clone())), processors(inputs, logits.clone()))
 
 
-def test_lists_made_by_generate():
+@pytest.mark.parametrize(
+    "sizes", [(0, 1, 2, 3, 9, 10), pytest.param(range(4, 9), marks=pytest.mark.slow)], ids=["few or most", "others"]
+)
+def test_lists_made_by_generate(sizes):
     model, inputs = build("llama"), prompt()["input_ids"]
-    for size in range(len(SAMPLING) + 1):
+    for size in sizes:
         for names in itertools.combinations(SAMPLING, size):
             processors = prepared(model, inputs, **{name: SAMPLING[name] for name in names})
             after = {"typical_p", "epsilon_cutoff", "eta_cutoff"} & {*names}

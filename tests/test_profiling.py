@@ -11,12 +11,12 @@ import torch
 import specdec_triton as sdt
 import tiny
 from families import NEVER, build, prompt
+from helpers import capture_here
 from specdec_triton.engine.round import Round
 from specdec_triton.tools import host_sync, profiling
 from specdec_triton.tools.plan import Engine, forward_seconds, make_plan, planned_shape, predicted_costs
 from specdec_triton.tools.profiling import record_rounds
 from specdec_triton.tools.roofline import Ceilings, efficiency_bytes, round_work, shape_of
-from test_engine import capture_here
 
 CPU = torch.device("cpu")
 TREE = sdt.Topology.from_widths((2, 2))

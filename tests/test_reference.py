@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from by_hand import accept_greedy_by_hand, attention_by_hand
 from specdec_triton import DraftTree, Topology, ops
 
 NAN = float("nan")
@@ -26,48 +27,42 @@ def attention_case(seed, batch=2, heads=(4, 2), dims=(8, 8), slots=40, topology=
         unused[start[row] : length[row] + nodes] = False
         key[row, unused], value[row, unused] = NAN, NAN
     tree = DraftTree.from_topology(topology, torch.zeros(batch, nodes, dtype=torch.int64))
-    return query, key.transpose(1, 2), value.transpose(1, 2), tree.pack(start, length), topology, start, length
+    visible = seen_by_each(topology, rows, start, length)
+    return query, key.transpose(1, 2), value.transpose(1, 2), tree.pack(start, length), visible
 
 
-def brute_force(query, key, value, topology, start, length, window=None, chunk=None, softcap=None, sinks=None):
-    batch, heads, rows, dim = query.shape
-    group = heads // key.shape[1]
-    output = torch.empty(batch, rows, heads, value.shape[-1])
-    for b, h, i in itertools.product(range(batch), range(heads), range(rows)):
-        node = topology.num_nodes - rows + i
-        first, base = int(start[b]), int(length[b])
-        path = [node]
+def seen_by_each(topology, rows, start, length):
+    """For `attention_by_hand`, from the topology itself: nothing of a packed tree is read."""
+
+    def visible(b, i):
+        path = [topology.num_nodes - rows + i]
         while topology.parents[path[-1]] >= 0:
             path.append(topology.parents[path[-1]])
-        own = base - first + topology.depths[node]
-        seen = [(slot, slot - first) for slot in range(first, base)]
-        seen += [(base + ancestor, base - first + topology.depths[ancestor]) for ancestor in path]
-        slots = [
-            slot
-            for slot, position in seen
-            if (window is None or own - position < window) and (chunk is None or own // chunk == position // chunk)
-        ]
-        scores = key[b, h // group, slots] @ query[b, h, i] * dim**-0.5
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks[h : h + 1]])
-        weights = scores.softmax(0)[: len(slots)]
-        output[b, i, h] = weights @ value[b, h // group, slots]
-    return output
+        first, base = int(start[b]), int(length[b])
+        position = {node: base - first + topology.depths[node] for node in path}
+        prefix = [(slot, slot - first) for slot in range(first, base)]
+        return position[path[0]], prefix + [(base + node, position[node]) for node in path]
+
+    return visible
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window": 3}, {"window": 9}, {"chunk": 4}, {"softcap": 2.0}, {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}],
+    [
+        {},
+        {"sliding_window": 3},
+        {"sliding_window": 9},
+        {"chunk_size": 4},
+        {"softcap": 2.0},
+        {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])},
+    ],
     ids=str,
 )
 def test_tree_attention_is_attention_over_prefix_and_ancestors(options, seed):
-    query, key, value, packed, *shape = attention_case(seed)
-    wanted = brute_force(query, key, value, *shape, **options)
-    names = {"window": "sliding_window", "chunk": "chunk_size"}
-    got = ops.tree_attention(query, key, value, packed, **{names.get(k, k): v for k, v in options.items()})
+    query, key, value, packed, visible = attention_case(seed)
+    wanted = attention_by_hand(query, key, value, visible, **options)
+    got = ops.tree_attention(query, key, value, packed, **options)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert got.is_contiguous()
 
@@ -85,9 +80,9 @@ def test_tree_attention_is_attention_over_prefix_and_ancestors(options, seed):
     ids=str,
 )
 def test_tree_attention_of_other_shapes(options):
-    query, key, value, packed, *shape = attention_case(7, **options)
+    query, key, value, packed, visible = attention_case(7, **options)
     for window in (None, 5):
-        wanted = brute_force(query, key, value, *shape, window=window)
+        wanted = attention_by_hand(query, key, value, visible, sliding_window=window)
         got = ops.tree_attention(query, key, value, packed, sliding_window=window)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
@@ -101,20 +96,6 @@ def test_tree_attention_by_hand():
     zeros = torch.zeros(1, 1, 4, 1)
     got = ops.tree_attention(zeros, torch.zeros_like(value), value, packed)
     assert got.flatten().tolist() == pytest.approx([12 / 3, 24 / 4, 112 / 4, 44 / 5])
-
-
-def walk(logits, tokens, parents, max_depth, budget, eos):
-    """What greedy acceptance means, one step at a time."""
-    node, path = 0, []
-    while budget and len(path) < min(budget - 1, max_depth):
-        target = int(logits[node].argmax())
-        children = [i for i in range(len(tokens)) if parents[i] == node and tokens[i] == target]
-        if target in eos or not children:
-            break
-        node = children[0]
-        path.append(node)
-    following = int(logits[node].argmax()) if budget else -1
-    return path + [-1] * (max_depth - len(path)), len(path), following
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -138,7 +119,9 @@ def test_accept_greedy_walks_down_the_tree(seed):
         logits, tokens, parents, max_depth=max_depth, budget=budget, eos_ids=eos if len(eos) else None
     )
     for b in range(batch):
-        wanted = walk(logits[b], tokens[b].tolist(), parents[b].tolist(), max_depth, int(budget[b]), eos.tolist())
+        wanted = accept_greedy_by_hand(
+            logits[b], tokens[b].tolist(), parents[b].tolist(), max_depth, int(budget[b]), eos.tolist()
+        )
         assert (got.path[b].tolist(), int(got.length[b]), int(got.next_ids[b])) == wanted
     assert got.path.dtype == torch.int32 and got.next_ids.dtype == torch.int64 and not got.has_nan.any()
 
@@ -179,7 +162,7 @@ def test_compact_kv_moves_rows_and_nothing_else(widths):
 
 
 def valid_arguments():
-    query, key, value, packed, *_ = attention_case(0)
+    query, key, value, packed, _ = attention_case(0)
     return {"query": query, "key": key, "value": value, "packed_tree": packed}
 
 

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 import specdec_triton as sdt
-from families import NEVER, PAD, build, prompt
+from families import NEVER, PAD, build, perturbed, prompt
+from helpers import prepared_processors, record_drafts
 from specdec_triton.ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
 from specdec_triton.tools.check_distribution import exact_law, prove
 from specdec_triton.tools.goodness_of_fit import benjamini_hochberg
@@ -24,11 +25,11 @@ BUSHY = sdt.Topology.from_widths([3, 2, 1])
 FOUR_FAMILIES = ["llama", "gemma2", "mistral_window", "gpt_neox"]
 
 
-def drafters(model, text):
-    """Four ways to draft, some much better than others."""
+def drafters(family, text):
+    """Four ways to draft for `build(family)`, some much better than others."""
     return [
         sdt.PromptLookupDrafter(branches=2, adaptive=False),
-        sdt.ModelDrafter(build("llama", seed=5), tree=BUSHY),
+        sdt.ModelDrafter(perturbed(family), tree=BUSHY),
         sdt.EarlyExitDrafter(1, num_tokens=4),
         sdt.OracleDrafter(text, 0.3, tree=9),
     ]
@@ -51,7 +52,7 @@ def test_coupled_text_does_not_depend_on_the_drafter(family, penalty):
     other = model.generate(**inputs, **options, custom_generate=sdt.SpeculativeGenerate(seed=12))
     assert not torch.equal(text, other)
     lengths = []
-    for drafter in drafters(model, text):
+    for drafter in drafters(family, text):
         with sdt.patched(model, drafter=drafter, seed=11):
             assert torch.equal(model.generate(**inputs, **options), text)
         lengths.append(sdt.stats(model).acceptance_length)
@@ -227,7 +228,7 @@ def test_return_sequences():
     ],
 )
 def test_transformers_own_arguments(rule):
-    model, draft, inputs = build("llama"), build("llama", seed=1), prompt()
+    model, draft, inputs = build("llama"), perturbed("llama"), prompt()
     with sdt.patched(model, rule=rule, seed=0):
         for assistance in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 4}, {"assistant_early_exit": 1}):
             model.generate(**inputs, **OPTIONS, **assistance)
@@ -255,18 +256,6 @@ def test_scores_are_those_that_were_sampled_from(rule):
         assert scores.gather(1, chosen[:, None]).isfinite().all()
 
 
-def prepared_processors(model, inputs, options):
-    """As `generate` prepares it."""
-    caught = []
-
-    def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        caught.append(logits_processor)
-        return input_ids
-
-    model.generate(**inputs, **options, custom_generate=catch)
-    return caught[0]
-
-
 def test_the_end_of_a_text_and_criteria():
     model, inputs = build("llama"), prompt(batch=3)
     options = {**OPTIONS, "eos_token_id": list(range(3, 12)), "pad_token_id": PAD, "min_new_tokens": 3}
@@ -274,7 +263,7 @@ def test_the_end_of_a_text_and_criteria():
     assert (text[:, 9:] == PAD).any()
     stop = {"stopping_criteria": [lambda ids, scores, **kwargs: ids[:, -1] % 5 == 0]}
     stopped = model.generate(**inputs, **options, **stop, custom_generate=sdt.SpeculativeGenerate(seed=1))
-    for drafter in drafters(model, text):
+    for drafter in drafters("llama", text):
         with sdt.patched(model, drafter=drafter, seed=1):
             assert torch.equal(model.generate(**inputs, **options), text)
             assert torch.equal(model.generate(**inputs, **options, **stop), stopped)
@@ -301,11 +290,13 @@ def test_refusals(options, call, message):
     assert type(model) is transformers.LlamaForCausalLM
 
 
-def test_a_budget_of_nodes_is_a_chain_where_the_rule_takes_no_other():
-    model = build("llama")
-    for rule in CHAIN_RULES:
+def test_a_budget_of_nodes_is_a_chain_if_the_rule_takes_no_other(monkeypatch):
+    model, drafts = build("llama"), record_drafts(monkeypatch)
+    for rule in RULES:
+        drafts.clear()
         with sdt.patched(model, drafter=sdt.ModelDrafter(build("llama", seed=1)), tree=9, rule=rule):
-            model.generate(**prompt(), **OPTIONS)
+            model.generate(**prompt(), **{**OPTIONS, "max_new_tokens": 4})
+        assert drafts[0][-1].is_chain == (rule in CHAIN_RULES)
 
 
 def test_an_illegal_tree_of_a_drafter_of_ones_own():
@@ -331,3 +322,4 @@ def test_an_illegal_tree_of_a_drafter_of_ones_own():
                     model.generate(**prompt(), **OPTIONS)
             else:
                 model.generate(**prompt(), **OPTIONS)
+                assert sdt.stats(model).rule == rule and sdt.stats(model).drafted

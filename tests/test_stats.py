@@ -8,7 +8,7 @@ import torch
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
-from test_generate import oracle
+from helpers import oracle
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": NEVER}
 FLAT = sdt.Costs(verify=((1, 1.0), (64, 1.0)), draft=((1, 0.0), (16, 0.0)))
@@ -55,7 +55,7 @@ def test_positions_count_rows_that_had_not_ended(model):
         (lambda model: sdt.PromptLookupDrafter(branches=2), "PromptLookupDrafter(branches=2)"),
         (lambda model: sdt.PromptLookupDrafter(), "PromptLookupDrafter()"),
         (lambda model: sdt.OracleDrafter(torch.zeros(2, 9), 0.1), "OracleDrafter(text=[2, 9], error_rate=0.1)"),
-        (lambda model: sdt.EarlyExitDrafter(skip=[1]), "EarlyExitDrafter("),
+        (lambda model: sdt.EarlyExitDrafter(skip=[1]), "EarlyExitDrafter(skip=[1])"),
     ],
 )
 def test_drafters_say_what_they_were_given(model, drafter, said):

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-import time
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import Gemma3Config, LlamaConfig, Qwen2VLConfig
 
+from families import enlarge_weights
 from specdec_triton.tools import cli, shrink, support, support_page
 from specdec_triton.tools.support import CRASH, EXACT, LATE, NOT_BUILT, REFUSED, WRONG, Kind, Outcome, check
 
@@ -25,18 +26,10 @@ QUICK = (
 )
 
 
-def loud(model, seed):
-    """Weights that make greedy text wander."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 2 / parameter.shape[-1] ** 0.5)
-    return model.eval()
-
-
 def llama(seed=0, of=transformers.LlamaForCausalLM):
-    return loud(of(shrink.tiny_config(LlamaConfig)), seed)
+    model = of(shrink.tiny_config(LlamaConfig))
+    torch.manual_seed(seed)
+    return enlarge_weights(model)
 
 
 class ShiftsPositions(transformers.LlamaForCausalLM):
@@ -139,16 +132,15 @@ def test_a_check_that_accepts_nothing_or_rejects_nothing_is_none(monkeypatch):
     [
         (lambda kind, pipe: os._exit(3), Outcome(NOT_BUILT, "build: the process ended with 3")),
         (lambda kind, pipe: (pipe.send(("speculate", None)), os._exit(3)), Outcome(CRASH, "the process ended with 3")),
-        (lambda kind, pipe: (pipe.send(("speculate", None)), time.sleep(60)), Outcome(CRASH, "did not end in 1 s")),
+        (lambda kind, pipe: (pipe.send(("speculate", None)), signal.pause()), Outcome(CRASH, "did not end in 1 s")),
         (lambda kind, pipe: pipe.send(("end", Outcome(EXACT))), Outcome(EXACT)),
     ],
 )
 def test_a_class_that_dies_or_hangs_does_not_end_the_walk(monkeypatch, child, reason):
+    """One child never ends by itself: only a walk that ends it gets beyond."""
     monkeypatch.setattr(support, "_child", child)
     context = multiprocessing.get_context("fork")
-    start = time.monotonic()
     assert support.try_apart(Kind("x", "X", "causal"), context, limit_s=1.0) == reason
-    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("kind", QUICK, ids=lambda kind: kind.model_type)

@@ -7,6 +7,7 @@ import torch
 
 import specdec_triton as sdt
 import tiny
+from families import add_noise
 from specdec_triton.tools import trace
 from specdec_triton.tools.trace import TracedCall, TracingDrafter, ranked, read_trace, replay
 
@@ -17,11 +18,7 @@ NARROW = [sdt.Topology.chain(3), sdt.Topology.from_widths((2, 2)), sdt.Topology.
 @pytest.fixture(scope="module")
 def pair():
     """A draft that is often right: the target with noise on its weights."""
-    target, draft = tiny.model(), tiny.model()
-    with torch.no_grad():
-        for weight in draft.parameters():
-            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-    return target, draft
+    return tiny.model(), add_noise(tiny.model(), 0.07)
 
 
 def decode(target, drafter, batch=2, tokens=60, **options):

@@ -3,11 +3,12 @@ without a patch, and the wrapper is afterwards as it was."""
 
 import pytest
 import torch
+import torch._dynamo
 import transformers
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
-from test_patch import snapshot
+from helpers import oracle, snapshot
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": NEVER}
 
@@ -76,14 +77,18 @@ def test_a_model_compiled_in_place():
     assert torch.equal(assert_same_text(model), plain)
 
 
-def test_a_compiled_forward():
-    model = build("llama", num_hidden_layers=2)
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_compiled_forward(dynamic):
+    torch._dynamo.reset()
+    model = build("llama", num_hidden_layers=1)
     plain = model.generate(**prompt(), **OPTIONS)
-    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
-    with sdt.patched(model):
-        assert torch.equal(model.generate(**prompt(), **OPTIONS, prompt_lookup_num_tokens=4), plain)
-        with pytest.raises(ValueError, match="EarlyExitDrafter: forward must be the class's own, got a LlamaFor"):
-            model.generate(**prompt(), **OPTIONS, assistant_early_exit=1)
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=dynamic)
+    with sdt.patched(model, drafter=oracle(plain, 0.0, tree=4)):
+        assert torch.equal(model.generate(**prompt(), **OPTIONS), plain)
+    assert sdt.stats(model).accepted
+    message = "EarlyExitDrafter: forward must be the class's own, got a LlamaFor"
+    with sdt.patched(model), pytest.raises(ValueError, match=message):
+        model.generate(**prompt(), **OPTIONS, assistant_early_exit=1)
 
 
 def test_torchao_weights():

@@ -188,10 +188,10 @@ def drafts(parents, draft_of, sampling):
 
 
 def one_round(rule, parents, target_of, draft_of, sampling, horizon):
-    """Exactly what a round does: expected accepted tokens, and the law of the first `horizon` tokens, where tokens
-    beyond the round are the target's own."""
+    """Expected accepted tokens of a round, and the exact distribution of the first `horizon` tokens. Tokens after the
+    round are the target's own."""
     vocab = len(target_of(()))
-    law, accepted = np.zeros((vocab,) * horizon), 0.0
+    text_probs, accepted = np.zeros((vocab,) * horizon), 0.0
     for chance, tokens in drafts(parents, draft_of, sampling):
         prefixes = [()]
         for node in range(1, len(parents)):
@@ -201,15 +201,15 @@ def one_round(rule, parents, target_of, draft_of, sampling, horizon):
         )
         for weight, last, following in outcomes(rule, tree):
             accepted += chance * weight * len(path(tree, last))
-            extend(law, chance * weight, prefixes[last], following, target_of, horizon)
-    return accepted, law
+            extend(text_probs, chance * weight, prefixes[last], following, target_of, horizon)
+    return accepted, text_probs
 
 
-def extend(law, weight, prefix, following, target_of, horizon):
+def extend(text_probs, weight, prefix, following, target_of, horizon):
     if len(prefix) >= horizon:
-        law[prefix[:horizon]] += weight
+        text_probs[prefix[:horizon]] += weight
         return
     for token, chance in enumerate(following):
         if chance > 0:
             longer = (*prefix, token)
-            extend(law, weight * chance, longer, target_of(longer), target_of, horizon)
+            extend(text_probs, weight * chance, longer, target_of(longer), target_of, horizon)

@@ -1,7 +1,7 @@
-"""Every rule that is called lossless, on every tree that it takes, under every filter: is the law the target's own?
+"""Every rule that is called lossless, with every tree and filter that it takes, keeps the target's distribution.
 
-All texts of a small world are enumerated. The samples are rows of a batch, generated over several rounds. Teeth: copies
-made wrong are rejected at the same sample size, in the same world.
+All texts of a small vocabulary are enumerated. The samples are rows of a batch, generated over several rounds. Mutants
+of the rules and drafts are rejected at the same sample size, with the same models.
 """
 
 import functools
@@ -15,16 +15,16 @@ from specdec_triton.ops import rules
 from specdec_triton.ops.filters import filtered_log_probs
 from specdec_triton.tools import goodness_of_fit
 
-from . import exact, sabotage, worlds
+from . import exact, mutants, table_models
 
 SAMPLES, MANY_SAMPLES = 20_000, 100_000
 RATE = 0.01  # of false alarms among alarms
-ALARM = 1e-6  # p-value of a copy made wrong: far below what any honest cell of these shows
+ALARM = 1e-6  # a mutant's p-value is below; those of the rules themselves are far above
 
-# the draft knows nothing of this target: rejections abound, and with them residuals
-WIDE = worlds.World.random(vocab=5, seed=2, spread=1.0, agreement=0.0), 2
+# models, and the length of their texts. Here the draft knows nothing of the target: most drafts are rejected
+WIDE = table_models.TableModels.random(vocab=5, seed=2, spread=1.0, agreement=0.0), 2
 # longer texts and more -inf, ties and equal distributions
-LONG = worlds.World.random(vocab=3, seed=1, spread=1.5, agreement=0.3), 3
+LONG = table_models.TableModels.random(vocab=3, seed=1, spread=1.5, agreement=0.3), 3
 
 CHAINS = ("sampled chain", "sampled chain without", "one-hot chain")
 TREES = ("tree with replacement", "tree without replacement", "ranked tree")
@@ -40,46 +40,46 @@ ALONE = ("temperature", "top_k", "top_p", "min_p")
 def ways(pair, samples) -> tuple[str, ...]:
     """The options that a rule and tree are tried with: at fewer samples without filters, with all, and with one."""
     if samples == MANY_SAMPLES:
-        return tuple(worlds.OPTIONS)
+        return tuple(table_models.OPTIONS)
     return "plain", "all", ALONE[LEGAL.index(pair) % len(ALONE)]
 
 
 @functools.cache
-def law(world, options: str):
-    world, length = world
-    return world.law(worlds.OPTIONS[options], length)
+def text_probs(setup, options: str):
+    models, length = setup
+    return models.text_probs(table_models.OPTIONS[options], length)
 
 
 @functools.cache
-def run(world, rule, tree, options):
-    world, length = world
-    return worlds.generate(world, rule, tree, worlds.OPTIONS[options], length, SAMPLES)
+def run(setup, rule, tree, options):
+    models, length = setup
+    return table_models.generate(models, rule, tree, table_models.OPTIONS[options], length, SAMPLES)
 
 
 @functools.cache
-def examined(world, rule, tree, options, samples):
+def examined(setup, rule, tree, options, samples):
     if samples == SAMPLES:
-        counts = run(world, rule, tree, options).counts
+        counts = run(setup, rule, tree, options).counts
     else:  # too long to be kept
-        counts = worlds.generate(world[0], rule, tree, worlds.OPTIONS[options], world[1], samples).counts
-    return goodness_of_fit.examine(counts, law(world, options))
+        counts = table_models.generate(setup[0], rule, tree, table_models.OPTIONS[options], setup[1], samples).counts
+    return goodness_of_fit.examine(counts, text_probs(setup, options))
 
 
 @functools.cache
-def bracket(world, options, samples):
-    return goodness_of_fit.null_bracket(law(world, options), samples, confidence=1 - 1e-4)
+def bracket(setup, options, samples):
+    return goodness_of_fit.null_bracket(text_probs(setup, options), samples, confidence=1 - 1e-4)
 
 
-def hold(world, rule, tree, samples):
+def hold(setup, rule, tree, samples):
     for options in ways((rule, tree), samples):
-        cell = examined(world, rule, tree, options, samples)
-        high = bracket(world, options, samples)[1]
+        cell = examined(setup, rule, tree, options, samples)
+        high = bracket(setup, options, samples)[1]
         assert cell.low == 0 and cell.distance <= high, f"{rule}, {tree}, {options}: {cell}"
 
 
-def hold_all(world, samples):
+def hold_all(setup, samples):
     cells = [(*pair, options) for pair in LEGAL for options in ways(pair, samples)]
-    p_values = [examined(world, *cell, samples).p_value for cell in cells]
+    p_values = [examined(setup, *cell, samples).p_value for cell in cells]
     alarms = goodness_of_fit.benjamini_hochberg(p_values, RATE)
     assert not any(alarms), [cell for cell, alarm in zip(cells, alarms, strict=True) if alarm]
 
@@ -94,20 +94,20 @@ def test_g_tests_over_all_cells():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [WIDE, LONG], ids=["wide", "long"])
+@pytest.mark.parametrize("setup", [WIDE, LONG], ids=["wide", "long"])
 @pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
-def test_many_samples(rule, tree, world):
-    hold(world, rule, tree, MANY_SAMPLES)
+def test_many_samples(rule, tree, setup):
+    hold(setup, rule, tree, MANY_SAMPLES)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("world", [WIDE, LONG], ids=["wide", "long"])
-def test_g_tests_of_many_samples(world):
-    hold_all(world, MANY_SAMPLES)
+@pytest.mark.parametrize("setup", [WIDE, LONG], ids=["wide", "long"])
+def test_g_tests_of_many_samples(setup):
+    hold_all(setup, MANY_SAMPLES)
 
 
-@pytest.mark.parametrize("options", worlds.OPTIONS)
+@pytest.mark.parametrize("options", table_models.OPTIONS)
 def test_coupled_writes_the_same_text_with_any_tree_and_none(options):
     wanted = run(WIDE, "coupled", "no draft", options).text
     for rule, tree in LEGAL:
@@ -118,24 +118,24 @@ def test_coupled_writes_the_same_text_with_any_tree_and_none(options):
 @pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
 def test_a_token_that_makes_the_target_say_nan_comes_as_often_as_it_should(rule, tree):
     """The logits after three of the five tokens are no numbers, so the text may end there; never sooner or later."""
-    world, _ = WIDE
-    broken = worlds.World(world.target.clone(), world.draft)
-    broken.target[world.vocab, 1:4, 2:] = float("nan")
+    models, _ = WIDE
+    broken = table_models.TableModels(models.target.clone(), models.draft)
+    broken.target[models.vocab, 1:4, 2:] = float("nan")
     for options in ("plain", "all"):
-        found = worlds.generate(broken, rule, tree, worlds.OPTIONS[options], 1, SAMPLES)
-        cell = goodness_of_fit.examine(found.counts, world.law(worlds.OPTIONS[options], 1))
+        found = table_models.generate(broken, rule, tree, table_models.OPTIONS[options], 1, SAMPLES)
+        cell = goodness_of_fit.examine(found.counts, models.text_probs(table_models.OPTIONS[options], 1))
         assert cell.p_value > 1e-4, f"{rule}, {tree}, {options}: {cell}"
 
 
 # Through the kernel, in fp16: logits below 0, and at first fewer that are finite than top-k asks for. In half precision
 # a threshold is rebuilt from a part of its bits.
-HALF = worlds.World(*((table - 9).half() for table in (WIDE[0].target, WIDE[0].draft)))
+HALF = table_models.TableModels(*((table - 9).half() for table in (WIDE[0].target, WIDE[0].draft)))
 HALF.target[-1, -1, [0, 3, 4]] = -torch.inf
 
 
 def kernel_cell(rule, tree, options, length, samples):
-    found = worlds.generate(HALF, rule, tree, options, length, samples, impl="triton")
-    return goodness_of_fit.examine(found.counts, HALF.law(options, length))
+    found = table_models.generate(HALF, rule, tree, options, length, samples, impl="triton")
+    return goodness_of_fit.examine(found.counts, HALF.text_probs(options, length))
 
 
 # in the interpreter a row takes a tenth of a second, so one token of few of them
@@ -154,14 +154,14 @@ def test_a_threshold_of_the_wrong_bits_is_rejected(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("options", worlds.OPTIONS)
+@pytest.mark.parametrize("options", table_models.OPTIONS)
 @pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
 def test_the_kernel_in_half_precision_at_length(rule, tree, options):
-    cell = kernel_cell(rule, tree, worlds.OPTIONS[options], 2, 500)
+    cell = kernel_cell(rule, tree, table_models.OPTIONS[options], 2, 500)
     assert cell.p_value > 1e-6, cell
 
 
-def wrong_runs(cases, patched):
+def mutant_cells(cases, patched):
     for name, (_, names, tree, options) in cases.items():
         for rule in names:
             yield pytest.param(name, rule, tree, options, patched, id=f"{name}-{rule}".replace(" ", "-"))
@@ -169,52 +169,52 @@ def wrong_runs(cases, patched):
 
 @pytest.mark.parametrize(
     ("name", "rule", "tree", "options", "patched"),
-    [*wrong_runs(sabotage.PATCHES, True), *wrong_runs(sabotage.DRAFTS, False)],
+    [*mutant_cells(mutants.PATCHES, True), *mutant_cells(mutants.DRAFTS, False)],
 )
-def test_copies_made_wrong_are_rejected(monkeypatch, name, rule, tree, options, patched):
-    world, length = WIDE
+def test_mutants_are_rejected(monkeypatch, name, rule, tree, options, patched):
+    models, length = WIDE
     if patched:
-        sabotage.PATCHES[name][0](monkeypatch)
-        found = worlds.generate(world, rule, tree, worlds.OPTIONS[options], length, SAMPLES)
+        mutants.PATCHES[name][0](monkeypatch)
+        found = table_models.generate(models, rule, tree, table_models.OPTIONS[options], length, SAMPLES)
     else:
-        wrong = sabotage.DRAFTS[name][0]
-        found = worlds.generate(world, rule, tree, worlds.OPTIONS[options], length, SAMPLES, draft=wrong)
-    cell = goodness_of_fit.examine(found.counts, law(WIDE, options))
+        wrong = mutants.DRAFTS[name][0]
+        found = table_models.generate(models, rule, tree, table_models.OPTIONS[options], length, SAMPLES, draft=wrong)
+    cell = goodness_of_fit.examine(found.counts, text_probs(WIDE, options))
     assert cell.p_value < ALARM and cell.distance > bracket(WIDE, options, SAMPLES)[1], cell
 
 
 @pytest.mark.parametrize("tree", ["sampled chain", *TREES])
-@pytest.mark.parametrize("options", worlds.OPTIONS)
+@pytest.mark.parametrize("options", table_models.OPTIONS)
 def test_typical_acceptance_is_rejected(options, tree):
-    world, length = WIDE
-    found = worlds.generate(world, "typical", tree, worlds.OPTIONS[options], length, SAMPLES)
-    cell = goodness_of_fit.examine(found.counts, law(WIDE, options))
+    models, length = WIDE
+    found = table_models.generate(models, "typical", tree, table_models.OPTIONS[options], length, SAMPLES)
+    cell = goodness_of_fit.examine(found.counts, text_probs(WIDE, options))
     assert cell.p_value < ALARM and cell.low > 0, cell
 
 
 # What rounds do exactly: no sampling, every draft and every outcome of chance enumerated in float64
 
 
-def distributions(world, options=None):
+def distributions(setup, options=None):
     """text -> [V] float64: the target's and the draft's distributions after it."""
-    world, _ = world
-    given = worlds.filters(options or {}, 1)
+    models, _ = setup
+    given = table_models.filters(options or {}, 1)
 
     def probs(table):
         def after(text):
-            earlier, later = (world.vocab, world.vocab, *text)[-2:]
+            earlier, later = (models.vocab, models.vocab, *text)[-2:]
             row = filtered_log_probs(table[earlier, later][None, None], given)[0, 0].double().exp().numpy()
             return row / row.sum()
 
         return functools.cache(after)
 
-    return probs(world.target), probs(world.draft)
+    return probs(models.target), probs(models.draft)
 
 
 @functools.cache
-def exactly(world, rule, tree, options="plain", horizon=1):
-    topology, _, sampling = worlds.TREES[tree]
-    target_of, draft_of = distributions(world, worlds.OPTIONS[options])
+def exactly(setup, rule, tree, options="plain", horizon=1):
+    topology, _, sampling = table_models.TREES[tree]
+    target_of, draft_of = distributions(setup, table_models.OPTIONS[options])
     return exact.one_round(exact.RULES[rule], topology.parents, target_of, draft_of, sampling, horizon)
 
 
@@ -228,7 +228,7 @@ DRAWN = [
 @pytest.mark.parametrize(("rule", "tree"), DRAWN, ids=lambda name: name.replace(" ", "-"))
 def test_the_rules_are_exact_on_paper(rule, tree, options):
     _, found = exactly(LONG, rule, tree, options, 3)
-    np.testing.assert_allclose(found.flatten(), law(LONG, options), atol=1e-7)  # the world's logits are fp32
+    np.testing.assert_allclose(found.flatten(), text_probs(LONG, options), atol=1e-7)  # the models' logits are fp32
     assert found.sum() == pytest.approx(1, abs=1e-12)
 
 
@@ -240,9 +240,9 @@ def test_acceptance_is_what_the_rule_gives_exactly(rule, tree):
         assert float(measured.mean()) == pytest.approx(wanted, abs=4 * float(measured.std()) / SAMPLES**0.5)
 
 
-@pytest.mark.parametrize("world", [WIDE, LONG], ids=["wide", "long"])
-def test_on_chains_block_accepts_most_and_traversal_is_block(world):
-    accepted = {rule: exactly(world, rule, "sampled chain")[0] for rule in exact.RULES}
+@pytest.mark.parametrize("setup", [WIDE, LONG], ids=["wide", "long"])
+def test_on_chains_block_accepts_most_and_traversal_is_block(setup):
+    accepted = {rule: exactly(setup, rule, "sampled chain")[0] for rule in exact.RULES}
     assert accepted["block"] > accepted["rejection"]
     assert accepted["multi_round"] == pytest.approx(accepted["rejection"], abs=1e-12)
     assert accepted["traversal"] == pytest.approx(accepted["block"], abs=1e-12)
@@ -250,13 +250,15 @@ def test_on_chains_block_accepts_most_and_traversal_is_block(world):
 
 def test_traversal_is_block_on_chains_token_for_token():
     for tree in CHAINS:
-        block, traversal = (worlds.generate(WIDE[0], rule, tree, {}, 2, 2000).text for rule in ("block", "traversal"))
+        block, traversal = (
+            table_models.generate(WIDE[0], rule, tree, {}, 2, 2000).text for rule in ("block", "traversal")
+        )
         assert torch.equal(block, traversal)
 
 
 def test_every_illegal_combination_is_refused():
     refused = []
-    for rule, (tree, (topology, _, sampling)) in itertools.product(rules.RULES, worlds.TREES.items()):
+    for rule, (tree, (topology, _, sampling)) in itertools.product(rules.RULES, table_models.TREES.items()):
         try:
             rules.check_legal(rule, sampling, topology.is_chain)
         except ValueError as refusal:
@@ -267,12 +269,12 @@ def test_every_illegal_combination_is_refused():
 
 def test_filters_that_differ_on_the_two_sides_are_no_fault():
     """A draft may be drawn under filters of its own, as long as the rule knows them."""
-    world, length = WIDE
+    models, length = WIDE
     options = {"temperature": 0.7, "top_k": 3}
 
-    def draft(world, tree, root, seeds, position, _):
-        return worlds.draft_tree(world, tree, root, seeds, position, options)
+    def draft(models, tree, root, seeds, position, _):
+        return table_models.draft_tree(models, tree, root, seeds, position, options)
 
     for rule, tree in (("block", "sampled chain"), ("traversal", "tree without replacement")):
-        found = worlds.generate(world, rule, tree, {}, length, SAMPLES, draft=draft)
-        assert goodness_of_fit.examine(found.counts, law(WIDE, "plain")).p_value > 1e-3
+        found = table_models.generate(models, rule, tree, {}, length, SAMPLES, draft=draft)
+        assert goodness_of_fit.examine(found.counts, text_probs(WIDE, "plain")).p_value > 1e-3

@@ -7,8 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec_triton as sdt
 from families import EOS, NEVER, PAD, VOCAB, build, prompt
-from test_engine import DRAFTERS, Mumbling, drafter_of, speculative
-from test_generate import TREES, oracle
+from helpers import DRAFTERS, TREES, HostDrafter, assert_same_output, drafter_of, last_columns, oracle, speculative
 
 INF = float("inf")
 LENGTH = 9  # of the prompts
@@ -103,11 +102,6 @@ def ends_of(model, inputs, kind, **options):
     ]
 
 
-def spread(text):
-    """How many rows ended before the last column, and where."""
-    return {int((row != PAD).nonzero().max()) for row in text}
-
-
 def with_each(names):
     """Every drafter with some kind, every kind with the oracle."""
     rotated = [(name, KINDS[place % len(KINDS)]) for place, name in enumerate(names) if name != "oracle"]
@@ -116,7 +110,7 @@ def with_each(names):
 
 @pytest.mark.parametrize(
     ("batch", "name", "kind"),
-    [(1, "oracle", Matcher), (1, "tree", ByText), *((3, *each) for each in with_each([*DRAFTERS, "mumbling"]))],
+    [(1, "oracle", Matcher), (1, "tree", ByText), *((3, *each) for each in with_each([*DRAFTERS, "host"]))],
 )
 def test_greedy_in_exactly_plain_generates_calls(batch, name, kind):
     model, inputs = build("llama"), prompt(batch=batch)
@@ -124,8 +118,8 @@ def test_greedy_in_exactly_plain_generates_calls(batch, name, kind):
     options["eos_token_id"] = ends_of(model, inputs, kind, do_sample=False)
     calls, our_calls = kind(), kind()
     plain = model.generate(**inputs, **options, logits_processor=[calls])
-    assert batch == 1 or len(spread(plain)) > 1
-    drafter = Mumbling(torch.nn.functional.pad(plain, (0, 24))) if name == "mumbling" else drafter_of(name, plain)
+    assert batch == 1 or len(last_columns(plain)) > 1
+    drafter = HostDrafter(torch.nn.functional.pad(plain, (0, 24))) if name == "host" else drafter_of(name, plain)
     text, stats = speculative(model, drafter, {**inputs, **options, "logits_processor": [our_calls]})
     assert torch.equal(text, plain)
     assert_same_calls(our_calls, calls)
@@ -223,7 +217,7 @@ def test_several_sequences_of_one_prompt():
     options["pad_token_id"] = PAD
     calls, our_calls = Across(), Across()
     plain, _ = speculative(model, None, {**inputs, **options, "logits_processor": [calls]}, seed=1)
-    assert len(plain) == 6 and len(spread(plain)) > 2
+    assert len(plain) == 6 and len(last_columns(plain)) > 2
     text, _ = speculative(model, oracle(plain), {**inputs, **options, "logits_processor": [our_calls]}, seed=1)
     assert torch.equal(text, plain)
     assert_same_calls(our_calls, calls)
@@ -237,27 +231,10 @@ def test_scores_logits_and_cache(kind, padding):
     options |= {"output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
     options["eos_token_id"] = ends_of(model, inputs, kind, do_sample=False)
     plain = model.generate(**inputs, **options, logits_processor=[kind()])
-    assert len(spread(plain.sequences)) > 1
+    assert len(last_columns(plain.sequences)) > 1
     with sdt.patched(model, drafter=oracle(plain.sequences, tree=TREES["wide"])):
         ours = model.generate(**inputs, **options, logits_processor=[kind()])
     assert_same_output(model, ours, plain, inputs)
-
-
-def assert_same_output(model, ours, plain, inputs):
-    assert torch.equal(ours.sequences, plain.sequences)
-    for name in ("scores", "logits"):
-        if plain.get(name) is not None:
-            torch.testing.assert_close(ours[name], plain[name], rtol=1e-3, atol=1e-3)
-    if plain.get("scores") is not None:
-        transitions = (model.compute_transition_scores(each.sequences, each.scores) for each in (ours, plain))
-        torch.testing.assert_close(*transitions, rtol=1e-3, atol=1e-3)
-    real = inputs["attention_mask"][:, :, None].bool()  # what padding holds means nothing
-    real = torch.nn.functional.pad(real, (0, 0, 0, plain.sequences.shape[1] - 1 - LENGTH), value=True)[:, None]
-    assert ours.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
-    for mine, theirs in zip(ours.past_key_values.layers, plain.past_key_values.layers, strict=True):
-        for name in ("keys", "values"):
-            got, wanted = getattr(mine, name), getattr(theirs, name)
-            torch.testing.assert_close(got.where(real, 0), wanted.where(real, 0), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampled", [True, False])
@@ -340,7 +317,7 @@ def test_what_says_that_it_is_a_function_is_asked_row_by_row(monkeypatch):
     for given in ({"logits_processor": [row_wise]}, {"prefix_allowed_tokens_fn": prefix_function(True)}):
         free = model.generate(**inputs, **{**options, "eos_token_id": NEVER}, **given).sequences
         plain = model.generate(**inputs, **options, **given, eos_token_id=[int(free[0, 12]), int(free[1, 17])])
-        assert len(spread(plain.sequences)) > 1
+        assert len(last_columns(plain.sequences)) > 1
         with sdt.patched(model, drafter=oracle(plain.sequences, tree=TREES["wide"])):
             ours = model.generate(**inputs, **options, **given, eos_token_id=[int(free[0, 12]), int(free[1, 17])])
         assert_same_output(model, ours, plain, inputs)

@@ -7,12 +7,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec_triton as sdt
 from families import EOS, NEVER, PAD, build, prompt
-from specdec_triton.engine import output as transcript
-from specdec_triton.engine import stages
-from test_engine import drafter_of, speculative
-from test_generate import TREES, oracle
-from test_lockstep import assert_same_output, spread
-from test_sampling import prepared_processors
+from helpers import TREES, assert_same_output, drafter_of, last_columns, oracle, prepared_processors, speculative
+from specdec_triton.engine import output, stages
 
 INF = float("inf")
 
@@ -71,7 +67,7 @@ def test_criteria_copy_each_token_to_the_device_once_and_wait_for_no_round(monke
         input_ids[:] = -1  # its own copy
         return torch.zeros(3, dtype=torch.bool)
 
-    monkeypatch.setattr(transcript.Output, "_aside", lambda self: Aside())
+    monkeypatch.setattr(output.Output, "_aside", lambda self: Aside())
     monkeypatch.setattr(torch, "from_numpy", copying)
     options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": NEVER}
     plain = model.generate(**inputs, **options)
@@ -87,7 +83,7 @@ def test_criteria_get_the_scores_of_all_rows(stops, lag, monkeypatch):
     """At each column, those of rows that ended, too, however long ago."""
     monkeypatch.setitem(stages.LAG, "cpu", lag)
     monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)
-    monkeypatch.setattr(transcript, "AHEAD", 3)
+    monkeypatch.setattr(output, "AHEAD", 3)
     model, inputs = build("llama"), prompt()
     options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": NEVER, "pad_token_id": PAD}
     options |= {"return_dict_in_generate": True, "output_scores": True, "repetition_penalty": 1.2}
@@ -171,7 +167,7 @@ def test_scores_logits_and_cache_of_all_rows(lag, penalty, padding, monkeypatch)
     free = model.generate(**inputs, **options, eos_token_id=NEVER).sequences
     options["eos_token_id"] = [int(free[0, 12]), int(free[2, 20])]
     plain = model.generate(**inputs, **options)
-    assert len(spread(plain.sequences)) > 1
+    assert len(last_columns(plain.sequences)) > 1
     names = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early")
     for name in names if penalty == "none" else names[-2:-1]:
         ours, _ = speculative(model, drafter_of(name, plain.sequences), {**inputs, **options})
@@ -203,23 +199,23 @@ def test_sampled_scores_of_all_rows(rule):
     options |= {"output_scores": True, "output_logits": True, "pad_token_id": PAD, "eos_token_id": list(range(3, 9))}
     with sdt.patched(model, drafter=sdt.ModelDrafter(build("llama", seed=1), num_tokens=3), rule=rule, seed=2):
         ours = model.generate(**inputs, **options)
-    assert len(spread(ours.sequences)) > 1
+    assert len(last_columns(ours.sequences)) > 1
     wanted = teacher_forced(model, inputs, ours, options)
     torch.testing.assert_close(ours.logits, wanted.logits, rtol=1e-3, atol=1e-3)
     for got, scores in zip(ours.scores, wanted.scores, strict=True):
         torch.testing.assert_close(got, scores, rtol=1e-3, atol=1e-3)
 
 
-def teacher_forced(model, inputs, output, options):
+def teacher_forced(model, inputs, ours, options):
     """Plain `generate` made to write the very text."""
 
     def force(input_ids, scores):
-        token = output.sequences[:, input_ids.shape[1]]
+        token = ours.sequences[:, input_ids.shape[1]]
         return torch.full_like(scores, -INF).scatter(1, token[:, None], 0.0)
 
     options = {**options, "do_sample": False, "logits_processor": [force], "output_scores": False}
     forced = model.generate(**inputs, **options)
-    assert torch.equal(forced.sequences, output.sequences)
+    assert torch.equal(forced.sequences, ours.sequences)
     warpers = prepared_processors(model, inputs, {**options, "do_sample": True, "logits_processor": None})
     forced.scores = tuple(warpers(None, logits.clone()) for logits in forced.logits)
     return forced
@@ -233,7 +229,7 @@ def test_without_anything_kept_rows_that_ended_cost_nothing(monkeypatch):
     free = model.generate(**inputs, **options, eos_token_id=NEVER)
     options["eos_token_id"] = [int(free[0, 12]), int(free[2, 17])]
     plain = model.generate(**inputs, **options)
-    assert len(spread(plain)) > 1
+    assert len(last_columns(plain)) > 1
     with sdt.patched(model, drafter=oracle(plain)):
         assert torch.equal(model.generate(**inputs, **options), plain)
 

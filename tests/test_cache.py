@@ -1,4 +1,4 @@
-"""Several turns with one cache: plain and speculative calls continue each other."""
+"""The cache of a call: its growth, and caches of earlier turns, which plain and speculative calls continue."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import specdec_triton as sdt
-from families import NEVER, VOCAB, build, prompt
+from families import NEVER, VOCAB, build, perturbed, prompt
+from helpers import prefilled
+from specdec_triton.forward.cache import BUCKET
 from specdec_triton.forward.versions import CACHE
-from test_families import perturbed
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": NEVER, "return_dict_in_generate": True}
 LOOKUP = {"prompt_lookup_num_tokens": 3}
@@ -151,3 +152,28 @@ def test_what_a_prefill_leaves_is_not_taken_on_trust(spoil, message):
         model.generate(**prompt(), **OPTIONS, **LOOKUP)
     hook.remove()
     assert type(model) is transformers.LlamaForCausalLM
+
+
+def test_the_cache_grows_and_keeps_its_contents():
+    cache = prefilled(build("llama"), prompt(), capacity=9).cache
+    assert cache.capacity == cache.slots == BUCKET
+    address, before = cache.storage.data_ptr(), [layer.keys[:, :, :9].clone() for layer in cache.layers]
+    cache.reserve(BUCKET)
+    assert cache.storage.data_ptr() == address
+    cache.reserve(BUCKET + 1)
+    assert cache.capacity == cache.slots == 2 * BUCKET and cache.storage.data_ptr() != address
+    cache.reserve(2 * BUCKET + 1)
+    assert cache.slots == 3 * BUCKET
+    for layer, keys in zip(cache.layers, before, strict=True):
+        assert layer.keys.shape[2] == cache.slots
+        assert torch.equal(layer.keys[:, :, :9], keys) and not layer.keys[:, :, 9:].any()
+    dynamic = cache.to_dynamic(7)
+    assert dynamic.get_seq_length() == 7 and torch.equal(dynamic.layers[1].keys, before[1][:, :, :7])
+
+
+def test_a_cache_that_dropped_its_history_is_refused():
+    short = DynamicCache()
+    short.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
+    short.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 1)
+    with pytest.raises(ValueError, match="leave keys and values of its 3 columns in every layer, got 3, 5"):
+        sdt.TreeCache.from_prefill(short, 10)

@@ -1,8 +1,6 @@
-"""The best tree, and the controller in simulated calls. All seeded: a promise holds or does not."""
+"""The controller in simulated calls. All seeded: a promise holds or does not."""
 
-import itertools
 import random
-import time
 
 import numpy as np
 import pytest
@@ -23,84 +21,6 @@ def acceptance_of(first, ranks, depth=16):
     """The first candidate right with one probability at every depth, each further one half as often as the last."""
     others = [(1 - first) * 0.4 * 0.5**rank for rank in range(ranks - 1)] if first else [0.0] * (ranks - 1)
     return np.tile([first, *others], (depth, 1))
-
-
-def random_acceptance(generator, depth, ranks):
-    return generator.dirichlet(np.full(ranks + 1, 0.7), size=depth)[:, :ranks]
-
-
-def every_tree(max_nodes, max_depth, ranks):
-    """Sets of paths, each with its parent."""
-    trees = level = {frozenset([()])}
-    for _ in range(max_nodes - 1):
-        level = {
-            tree | {(*path, rank)}
-            for tree in level
-            for path in tree
-            for rank in range(ranks)
-            if len(path) < max_depth and (*path, rank) not in tree
-        }
-        trees = trees | level
-    return trees
-
-
-def rate_of(tree, acceptance, costs):
-    """Tokens a second, from the definition."""
-    tokens = sum(np.prod([acceptance[depth, rank] for depth, rank in enumerate(path)]) for path in tree)
-    return tokens / costs.round_seconds(len(tree), max(map(len, tree)))
-
-
-@pytest.mark.parametrize(("max_nodes", "max_depth", "ranks"), [(6, 5, 2), (6, 2, 3), (5, 4, 3), (4, 3, 4), (1, 3, 2)])
-def test_the_best_tree_is_the_best_of_all(max_nodes, max_depth, ranks):
-    generator = np.random.default_rng(max_nodes * 100 + ranks)
-    trees = every_tree(max_nodes, max_depth, ranks)
-    sizes = {size for size in LADDER if size <= max_nodes} | {max_nodes}
-    won = set()
-    for _ in range(12):
-        acceptance = random_acceptance(generator, max_depth, ranks)
-        seconds = np.cumsum(generator.uniform(0.01, 0.4, size=max_nodes))
-        costs = Costs(
-            verify=tuple(enumerate((0.5 + seconds).tolist(), start=1)),
-            draft=((1, generator.uniform(0, 0.2)),),
-        )
-
-        best = optimal_topology(acceptance, costs, max_nodes, max_depth)
-        tokens = expected_tokens(best, acceptance)
-        wanted = max(rate_of(tree, acceptance, costs) for tree in trees if len(tree) in sizes)
-        assert tokens / costs.round_seconds(best.num_nodes, best.max_depth) == pytest.approx(wanted)
-        won.add(best)
-    assert len(won) > 3 or max_nodes == 1
-
-
-@pytest.mark.parametrize("num_nodes", [2, 3, 8, 24, 64])
-def test_without_a_depth_limit_it_is_the_tree_from_a_budget(num_nodes):
-    ranks = (0.61, 0.17, 0.07, 0.023)
-    costs = Costs(verify=((1, 1.0), (num_nodes, 1.001), (num_nodes + 1, 99.0)))
-    best = optimal_topology(np.tile(ranks, (num_nodes, 1)), costs, 128, num_nodes)
-    assert best == Topology.from_budget(num_nodes, ranks)
-
-
-def test_limits_hold_and_a_tree_that_cannot_pay_is_a_lone_root():
-    acceptance = acceptance_of(0.7, 4)
-    assert optimal_topology(acceptance, GPU, 30, 3).max_depth == 3
-    assert optimal_topology(acceptance, GPU, 30, 3).num_nodes in (24, 30)
-    assert optimal_topology(acceptance, GPU, 30, 5, chain=True) == Topology.chain(5)
-    assert optimal_topology(acceptance[:2], GPU, 30, 5).max_depth == 2
-    assert optimal_topology(acceptance, CPU_PRIOR, 30, 3).num_nodes == 1
-    assert optimal_topology(np.zeros((3, 2)), GPU, 30, 3).num_nodes == 1
-    dear = Costs(verify=((1, 1.0), (2, 1.8)), other=2.0)  # by verify alone, half a token more would not pay
-    assert optimal_topology([[0.5]], dear, 2, 1).num_nodes == 2
-    # parents before children, where all are as likely
-    assert optimal_topology(np.ones((4, 1)), GPU, 5, 4) == Topology.chain(4)
-
-
-def test_the_search_is_fast():
-    acceptance, times = acceptance_of(0.6, 8), []
-    for _ in range(5):
-        begin = time.perf_counter()
-        optimal_topology(acceptance, GPU, 64, 10)
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 0.05
 
 
 def accepted_path(tree, acceptance, chance):
@@ -332,17 +252,3 @@ def test_bad_rounds_are_refused(round_, message):
     controller = controller_of(GPU, ranks=2, max_nodes=8, max_depth=4)
     with pytest.raises(ValueError, match=f"^AdaptiveTree.record: {message}"):
         controller.record(*round_)
-
-
-def test_bad_arguments_of_the_search_are_refused():
-    for acceptance, limits in itertools.product(([0.5], [[0.6, 0.6]], [[float("nan")]], []), [(4, 2)]):
-        with pytest.raises(ValueError, match=r"^optimal_topology: acceptance must be \[D, K\] probabilities"):
-            optimal_topology(acceptance, GPU, *limits)
-    with pytest.raises(ValueError, match="^optimal_topology: costs must be Costs, got OnlineCosts"):
-        optimal_topology([[0.5]], OnlineCosts(), 4, 2)
-    with pytest.raises(ValueError, match="^optimal_topology: max_nodes must be a whole number of at least 1, got 0"):
-        optimal_topology([[0.5]], GPU, 0, 2)
-    with pytest.raises(ValueError, match="^expected_tokens: topology must be Topology, got list"):
-        expected_tokens([-1], [[0.5]])
-    with pytest.raises(ValueError, match="^expected_tokens: acceptance must be"):
-        expected_tokens(Topology.chain(1), [0.5])

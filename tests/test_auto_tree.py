@@ -5,12 +5,11 @@ import torch
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
+from helpers import TREES, HostDrafter, capture_here, drafter_of, eos_in_mid_row, oracle, speculative
 from specdec_triton.engine import auto_tree, generate, stages
 from specdec_triton.forward import cache
 from specdec_triton.forward.runner import TreeRunner
 from specdec_triton.tree_choice.search import LADDER
-from test_engine import Mumbling, capture_here, drafter_of, speculative
-from test_generate import TREES, eos_in_mid_row, oracle
 
 OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 28}
 FLAT = sdt.Costs(verify=((1, 1.0), (64, 1.1)), draft=((1, 0.02), (10, 0.2)))
@@ -36,7 +35,7 @@ def rows(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_without_hope_little_is_lost(rows, batch):
     model, inputs = build("llama"), {**prompt(batch=batch, padding=0), **OPTIONS, "max_new_tokens": 220}
     plain = model.generate(**inputs)
@@ -206,12 +205,11 @@ def test_costs_hold_for_about_as_long_texts(monkeypatch):
 
 def test_refusals():
     model = build("llama")
-    with pytest.raises(ValueError, match='tree="auto" must have a drafter that drafts what it is asked for, got Mumb'):
-        sdt.patch(model, drafter=Mumbling(None), tree="auto")
+    with pytest.raises(ValueError, match='tree="auto" must have a drafter that drafts what it is asked for, got Host'):
+        sdt.patch(model, drafter=HostDrafter(None), tree="auto")
     with pytest.raises(ValueError, match="got PromptLookupDrafter: give a tree, or for prompt lookup branches=1"):
         sdt.patch(model, drafter=sdt.PromptLookupDrafter(branches=2), tree="auto")
     with pytest.raises(ValueError, match="costs must be a Costs or None, got float"):
         sdt.patch(model, tree="auto", costs=1.0)
     with pytest.raises(ValueError, match='costs must be None but with tree="auto", got them with tree=4'):
         sdt.patch(model, tree=4, costs=FLAT)
-    assert stages.LAG == {"cuda": 1}

@@ -1,4 +1,4 @@
-"""A target and a draft that are tables, drafting functions for every kind of tree, and many rows that generate at once.
+"""A target and a draft whose logits are tables, drafting functions for every kind of tree, and batched generation.
 
 The logits after a text depend on its last two tokens. Each row of a batch is one independent sample, with a seed of its
 own; rounds follow each other until every row has its tokens. Letters: B rows, N nodes, V vocabulary, L length.
@@ -32,14 +32,14 @@ def filters(options: dict, batch: int) -> Filters:
 
 
 @dataclass(frozen=True)
-class World:
+class TableModels:
     """target, draft: [V + 1, V + 1, V] fp32 logits by the last two tokens, V standing for what came before."""
 
     target: torch.Tensor
     draft: torch.Tensor
 
     @classmethod
-    def random(cls, vocab: int, seed: int, spread: float = 1.5, agreement: float = 0.3) -> "World":
+    def random(cls, vocab: int, seed: int, spread: float = 1.5, agreement: float = 0.3) -> "TableModels":
         """Draft logits share a part of the target's; some tokens are impossible for one of the two, or tie."""
         generator = torch.Generator().manual_seed(seed)
         shape = (vocab + 1, vocab + 1, vocab)
@@ -53,18 +53,18 @@ class World:
     def vocab(self) -> int:
         return self.target.shape[-1]
 
-    def law(self, options: dict, length: int) -> torch.Tensor:
+    def text_probs(self, options: dict, length: int) -> torch.Tensor:
         """[V ** L] float64: the exact probability of every text of L tokens, the first token the slowest index."""
         table = self.target.flatten(0, 1)[:, None]
         probs = filtered_log_probs(table, filters(options, len(table))).double().exp().view_as(self.target)
         probs = probs / probs.sum(-1, keepdim=True)
-        law = probs[self.vocab, self.vocab]
+        texts = probs[self.vocab, self.vocab]
         context = torch.tensor([[self.vocab, token] for token in range(self.vocab)])
         for _ in range(length - 1):
-            law = (law.flatten()[:, None] * probs[context[:, 0], context[:, 1]]).flatten()
+            texts = (texts.flatten()[:, None] * probs[context[:, 0], context[:, 1]]).flatten()
             tokens = torch.arange(self.vocab)
             context = torch.stack([context[:, 1].repeat_interleave(self.vocab), tokens.repeat(len(context))], dim=1)
-        return law
+        return texts
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Draft:
     draft_filters: Filters = field(default_factory=Filters)
 
 
-def grow(world: World, topology: Topology, root: torch.Tensor, choose: Callable) -> Draft:
+def grow(models: TableModels, topology: Topology, root: torch.Tensor, choose: Callable) -> Draft:
     """A tree whose nodes are chosen one after the other.
 
     Args:
@@ -100,37 +100,39 @@ def grow(world: World, topology: Topology, root: torch.Tensor, choose: Callable)
 
 
 def sampled(
-    world: World, topology: Topology, root: torch.Tensor, seeds: torch.Tensor, position: torch.Tensor, options: dict,
-    sampling: str,
+    models: TableModels, topology: Topology, root: torch.Tensor, seeds: torch.Tensor, position: torch.Tensor,
+    options: dict, sampling: str,
 ) -> Draft:  # fmt: skip
     """Children drawn from the draft's filtered probabilities, by the library's own noise keys."""
     given = filters(options, len(root))
 
     def choose(node, rank, context):
-        logits = world.draft[context[:, 0], context[:, 1]][:, None]
+        logits = models.draft[context[:, 0], context[:, 1]][:, None]
         log_probs = filtered_log_probs(logits, given).squeeze(1)
         if sampling == "with":
-            return (log_probs + noise.gumbel(seeds, position, node, noise.DRAFT, world.vocab)).argmax(-1)
+            return (log_probs + noise.gumbel(seeds, position, node, noise.DRAFT, models.vocab)).argmax(-1)
         key = topology.parents[node]
-        ranked, order = (log_probs + noise.gumbel(seeds, position, key, noise.DRAFT, world.vocab)).sort(descending=True)
-        if rank >= world.vocab:
+        ranked, order = (log_probs + noise.gumbel(seeds, position, key, noise.DRAFT, models.vocab)).sort(
+            descending=True
+        )
+        if rank >= models.vocab:
             return torch.full_like(seeds, -1)
         return torch.where(ranked[:, rank].isfinite(), order[:, rank], -1)
 
-    draft = grow(world, topology, root, choose)
+    draft = grow(models, topology, root, choose)
     draft.sampling, draft.draft_filters = sampling, given
     draft.draft_row = torch.arange(topology.num_nodes).int().expand(len(root), -1).contiguous()
     return draft
 
 
-def ranked(world: World, topology: Topology, root: torch.Tensor, *_) -> Draft:
+def ranked(models: TableModels, topology: Topology, root: torch.Tensor, *_) -> Draft:
     """Children are the draft's likeliest tokens: no chance in it."""
 
     def choose(node, rank, context):
-        logits = world.draft[context[:, 0], context[:, 1]]
-        return logits.sort(descending=True, stable=True).indices[:, min(rank, world.vocab - 1)]
+        logits = models.draft[context[:, 0], context[:, 1]]
+        return logits.sort(descending=True, stable=True).indices[:, min(rank, models.vocab - 1)]
 
-    return grow(world, topology, root, choose)
+    return grow(models, topology, root, choose)
 
 
 CHAIN = Topology.chain(2)
@@ -147,9 +149,9 @@ TREES = {
 }
 
 
-def draft_tree(world, tree, root, seeds, position, options) -> Draft:
+def draft_tree(models, tree, root, seeds, position, options) -> Draft:
     topology, draw, sampling = TREES[tree]
-    return draw(world, topology, root, seeds, position, options, sampling)
+    return draw(models, topology, root, seeds, position, options, sampling)
 
 
 class Run(NamedTuple):
@@ -161,35 +163,35 @@ class Run(NamedTuple):
 
 
 def generate(
-    world: World, rule: str, tree: str, options: dict, length: int, samples: int, seed: int = 0, draft=draft_tree,
-    impl: str | None = None,
+    models: TableModels, rule: str, tree: str, options: dict, length: int, samples: int, seed: int = 0,
+    draft=draft_tree, impl: str | None = None,
 ) -> Run:  # fmt: skip
     """Round after round until each of `samples` rows has `length` tokens.
 
     Args:
-        draft: (world, tree, root, seeds, position, options) -> `Draft`; another one is how drafts are made wrong.
+        draft: (models, tree, root, seeds, position, options) -> `Draft`; mutants give another one.
         impl: as in `ops.accept_sample`.
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(-(2**62), 2**62, (samples,), generator=generator)
     # two tokens before the first, and a column that takes what lies beyond the end
-    text = torch.full((samples, length + 3), world.vocab)
+    text = torch.full((samples, length + 3), models.vocab)
     done = torch.zeros(samples, dtype=torch.int64)
     first_accepted = None
     for _ in range(length):  # a round emits a token at least
         position, root = START + done, text.gather(1, done[:, None] + torch.arange(2))
-        drafted = draft(world, tree, root, seeds, position, options)
+        drafted = draft(models, tree, root, seeds, position, options)
         earlier, later = drafted.contexts.unbind(-1)
         drawn = {}
         if drafted.sampling != "none":
             drawn = {
-                "draft_logits": world.draft[earlier, later],
+                "draft_logits": models.draft[earlier, later],
                 "draft_row": drafted.draft_row,
                 "draft_filters": drafted.draft_filters,
             }
         num_nodes = drafted.tokens.shape[1]
         result = ops.accept_sample(
-            world.target[earlier, later],
+            models.target[earlier, later],
             drafted.tokens,
             drafted.parents,
             rule=rule,
@@ -212,5 +214,5 @@ def generate(
         text.scatter_(1, torch.where((step < count[:, None]) & (place < length), place, length) + 2, emitted)
         done = (done + count).clamp(max=length)
     text = text[:, 2:-1]
-    powers = world.vocab ** torch.arange(length - 1, -1, -1)
-    return Run(torch.bincount((text * powers).sum(1), minlength=world.vocab**length), text, first_accepted)
+    powers = models.vocab ** torch.arange(length - 1, -1, -1)
+    return Run(torch.bincount((text * powers).sum(1), minlength=models.vocab**length), text, first_accepted)

@@ -1,4 +1,5 @@
-"""Captured rounds and late reads change nothing but the time: the texts are plain generate's."""
+"""Captured rounds and late reads change nothing but the time: the texts are plain `generate`'s. The graphs that are
+kept are those in use."""
 
 from functools import partial
 
@@ -7,27 +8,29 @@ import torch
 import torch._dynamo
 
 import specdec_triton as sdt
-from families import FAMILIES, NEVER, VOCAB, build, prompt
+from families import FAMILIES, NEVER, build, prompt
+from helpers import (
+    DRAFTERS,
+    TREES,
+    HostDrafter,
+    HostSession,
+    capture_here,
+    drafter_of,
+    eos_in_mid_row,
+    oracle,
+    speculative,
+)
 from simulated_graph import CUDA, HostRead, SimulatedGraphs
-from specdec_triton.drafters import Drafter, DraftSession
 from specdec_triton.drafters.model_session import ModelSession
 from specdec_triton.engine import generate, stages
 from specdec_triton.engine.round import Round
 from specdec_triton.forward import cache, checks, runner
 from specdec_triton.forward.attention import call_with_tree_attention, config_ids
 from specdec_triton.forward.runner import TreeRunner
-from specdec_triton.tree import DraftTree
 from stage_trace import trace
-from test_generate import TREES, eos_in_mid_row, oracle
 
 OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 24}
 QUICK_GRAPHS = [("llama", name) for name in ("tree", "lookup")]
-DRAFTERS = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early")
-
-
-def capture_here(monkeypatch, lag, graphs=SimulatedGraphs):
-    monkeypatch.setitem(stages.CAPTURES, "cpu", graphs)
-    monkeypatch.setitem(stages.LAG, "cpu", lag)
 
 
 @pytest.fixture(params=[0, 1], ids=["lag0", "lag1"])
@@ -39,23 +42,6 @@ def captured(request, monkeypatch):
 @pytest.fixture
 def captured_late(monkeypatch):
     capture_here(monkeypatch, 1)
-
-
-def drafter_of(name, text):
-    return {
-        "none": lambda: None,
-        "model": lambda: sdt.ModelDrafter(build("llama", seed=1), num_tokens=3),
-        "tree": lambda: sdt.ModelDrafter(build("llama", num_hidden_layers=1), tree=TREES["wide"]),
-        "dynamic": lambda: sdt.ModelDrafter(build("llama", num_hidden_layers=1), tree=sdt.DynamicTree(9, 3, 3)),
-        "lookup": lambda: sdt.PromptLookupDrafter(branches=2),
-        "oracle": lambda: oracle(text, tree=TREES["wide"]),
-        "early": lambda: sdt.EarlyExitDrafter(1, num_tokens=3),
-    }[name]()
-
-
-def speculative(model, drafter, inputs, **options):
-    text = model.generate(**inputs, custom_generate=sdt.SpeculativeGenerate(drafter=drafter, **options))
-    return text, sdt.stats(model)
 
 
 @pytest.mark.parametrize(
@@ -138,42 +124,13 @@ def test_processors_of_the_host_keep_rounds_as_they_were(captured):
         speculative(model, sdt.PromptLookupDrafter(), inputs, cuda_graphs=True)
 
 
-class Mumbling(Drafter):
-    """Drafts on the host, chains of random lengths and tokens that are often right."""
-
-    def __init__(self, text):
-        self.text = text
-
-    def start(self, context, tree=None):
-        return MumblingSession(self.text, context)
-
-
-class MumblingSession(DraftSession):
-    max_nodes, max_depth = 6, 5
-    observed = 0
-
-    def __init__(self, text, context):
-        self.text, self.context = torch.nn.functional.pad(text, (0, 8)), context
-        self.random = torch.Generator().manual_seed(0)
-
-    def observe(self, tree, accepted):
-        MumblingSession.observed += 1
-
-    def draft(self):
-        depth = int(torch.randint(1, 6, (), generator=self.random))
-        columns = torch.from_numpy(self.context.host_length)[:, None] + 1 + torch.arange(depth)
-        drafts = (self.text.gather(1, columns) + (torch.rand(columns.shape, generator=self.random) < 0.2)) % VOCAB
-        tokens = torch.cat([self.context.root[:, None], drafts], 1)
-        return DraftTree.from_topology(sdt.Topology.chain(depth), tokens)
-
-
 def test_drafts_of_the_host_are_verified_by_captured_rounds(captured, monkeypatch):
     monkeypatch.setattr(stages, "MAX_SHAPES", 2)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 60}
     plain = model.generate(**inputs)
-    MumblingSession.observed = 0
-    text, stats = speculative(model, Mumbling(plain), inputs)
-    assert torch.equal(text, plain) and MumblingSession.observed == stats.rounds
+    HostSession.observed = 0
+    text, stats = speculative(model, HostDrafter(plain), inputs)
+    assert torch.equal(text, plain) and HostSession.observed == stats.rounds
     assert stats.captured > 4 and stats.replayed > 4 and stats.lag == 0
     assert stats.seconds["capture"] > 0 < stats.seconds["replay"]
 
@@ -185,7 +142,7 @@ def test_a_cache_that_grows_is_captured_anew(captured_late, name, monkeypatch):
     monkeypatch.setattr(generate, "FIRST_RESERVE", 4)
     monkeypatch.setattr(generate, "NODES_RESERVE", 4)
     monkeypatch.setattr(cache, "BUCKET", 16)
-    model, inputs = build("llama"), {**prompt(), **OPTIONS, "max_new_tokens": 60}
+    model, inputs = build("llama"), {**prompt(), **OPTIONS, "max_new_tokens": 45}
     plain = model.generate(**inputs)
     text, stats = speculative(model, drafter_of(name, plain), inputs)
     assert torch.equal(text, plain) and stats.captured >= 4
@@ -372,8 +329,9 @@ def test_hazards_are_named(monkeypatch):
         assert says in sdt.stats(model).why_eager
         sdt.unpatch(model)
         assert torch.equal(text, model.generate(**inputs))
-        with pytest.warns(UserWarning), pytest.raises(ValueError, match="rounds cannot be captured"):
+        with pytest.warns(UserWarning, match=f"without CUDA graphs.*{says}"):
             sdt.patch(build("llama"), drafter=sdt.ModelDrafter(model))
+        with pytest.raises(ValueError, match="rounds cannot be captured"):
             sdt.patch(build("llama"), drafter=sdt.ModelDrafter(model), cuda_graphs=True)
 
 
@@ -395,7 +353,8 @@ def test_no_gpu_no_graphs():
     with pytest.raises(ValueError, match="got True: tensors on cpu: CUDA graphs need a CUDA GPU"):
         sdt.patch(model, cuda_graphs=True)
     speculative(model, sdt.PromptLookupDrafter(), {**prompt(), **OPTIONS, "max_new_tokens": 4})
-    assert "CUDA GPU" in sdt.stats(model).why_eager
+    assert "CUDA GPU" in sdt.stats(model).why_eager and sdt.stats(model).lag == 0
+    assert stages.LAG == {"cuda": 1}
 
 
 def test_the_simulation_has_teeth():
@@ -410,3 +369,45 @@ def test_the_simulation_has_teeth():
     assert there.tolist() == [2.0, 2.0] and result == 4.0
     first, _ = trace(lambda: there + 1)
     assert first == trace(lambda: there + 1)[0] != trace(lambda: there.clone() + 1)[0]
+
+
+def run(shapes, made):
+    """Whether each of these rounds was a graph's."""
+    replayed = []
+    for shape in shapes:
+        before = made.replayed
+        made.run("verify", shape, lambda: torch.ones(1).add_(1))
+        replayed.append(made.replayed > before)
+    return replayed
+
+
+@pytest.fixture
+def make_stages(captured_late):
+    return partial(stages.Stages, torch.device("cpu"))
+
+
+def test_the_shape_used_longest_ago_makes_room(make_stages):
+    made = make_stages(max_shapes=3)
+    assert sum(run([0, 1, 2] * 10, made)) == 27
+    assert sum(run([3] * 100 + [1, 2] * 5, made)) == 99 + 10, "a fourth shape is captured, in place of the first"
+    assert made.captured == 4
+    assert run([0, 0, 0, 0], made) == [False, False, True, True], "one that had been evicted waits longer"
+
+
+def test_shapes_that_evict_each_other_are_captured_ever_more_rarely(make_stages):
+    made = make_stages(max_shapes=3)
+    run([0, 1, 2, 3] * 100, made)
+    assert made.captured <= 4 * 7
+
+
+def test_graphs_of_a_measurement_are_all_kept(make_stages):
+    made = make_stages(max_shapes=float("inf"))
+    assert sum(run([*range(20)] * 5, made)) == 80 and made.captured == 20 and made.capture_seconds > 0
+
+
+def test_forgetting_forgets_all(make_stages):
+    made = make_stages(max_shapes=1)
+    run([0, 0, 1, 1], made)
+    made.forget()
+    assert run([0, 0, 1], made) == [False, True, False] and isinstance(made._capture, SimulatedGraphs)
+    CUDA.assert_sound()

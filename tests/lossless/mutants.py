@@ -1,4 +1,4 @@
-"""Copies made wrong on purpose, each a mistake that somebody has made. The harness must reject every one.
+"""Mutants: the rules and drafts with mistakes that somebody has made. The proof must reject every one.
 
 Functions of `rules` are replaced for as long as a test runs (`monkeypatch`), or a tree is drafted in a wrong way.
 """
@@ -8,7 +8,7 @@ import torch
 from specdec_triton.ops import noise, rules
 from specdec_triton.ops.filters import Filters
 
-from . import worlds
+from . import table_models
 
 
 def same_ratio(monkeypatch):
@@ -88,21 +88,23 @@ def one_stream_for_draft_and_recovered(monkeypatch):
     monkeypatch.setattr(noise, "RECOVER", noise.DRAFT)
 
 
-def filters_on_one_side(world, tree, root, seeds, position, options):
+def filters_on_one_side(models, tree, root, seeds, position, options):
     """The draft was drawn under its filters, and the rule is told that it was not."""
-    draft = worlds.draft_tree(world, tree, root, seeds, position, options)
+    draft = table_models.draft_tree(models, tree, root, seeds, position, options)
     draft.draft_filters = Filters()
     return draft
 
 
-def cut_by_value(world, tree, root, seeds, position, options):
+def cut_by_value(models, tree, root, seeds, position, options):
     """Three children of the root are drawn, and the two that the draft likes best stay, the better one first."""
-    wide = worlds.sampled(world, worlds.Topology.from_widths((3,)), root, seeds, position, options, "without")
-    logits = world.draft[root[:, 0], root[:, 1]].gather(1, wide.tokens[:, 1:])
+    wide = table_models.sampled(
+        models, table_models.Topology.from_widths((3,)), root, seeds, position, options, "without"
+    )
+    logits = models.draft[root[:, 0], root[:, 1]].gather(1, wide.tokens[:, 1:])
     logits = logits.masked_fill(wide.parents[:, 1:] < 0, -torch.inf)
     kept = 1 + logits.sort(descending=True, stable=True).indices[:, :2]
     nodes = torch.cat([torch.zeros_like(kept[:, :1]), kept], dim=1)
-    return worlds.Draft(
+    return table_models.Draft(
         tokens=wide.tokens.gather(1, nodes),
         parents=wide.parents.gather(1, nodes),
         contexts=wide.contexts.gather(1, nodes[..., None].expand(-1, -1, 2)),
@@ -112,15 +114,15 @@ def cut_by_value(world, tree, root, seeds, position, options):
     )
 
 
-def ranked_as_drawn(world, tree, root, seeds, position, options):
+def ranked_as_drawn(models, tree, root, seeds, position, options):
     """The draft's likeliest tokens, tested with its probabilities as if they had been drawn."""
-    draft = worlds.ranked(world, worlds.BRANCHES, root)
-    draft.sampling, draft.draft_filters = "without", worlds.filters(options, len(root))
+    draft = table_models.ranked(models, table_models.BRANCHES, root)
+    draft.sampling, draft.draft_filters = "without", table_models.filters(options, len(root))
     draft.draft_row = torch.arange(draft.tokens.shape[1]).int().expand(len(root), -1).contiguous()
     return draft
 
 
-# name -> (what is wrong: a patch or a drafting function; rules; tree; options under which it must show)
+# name -> (the mutation: a patch or a drafting function; rules; tree; options under which it must be rejected)
 PATCHES = {
     "same-ratio siblings": (same_ratio, ("multi_round",), "tree with replacement", "plain"),
     "same-ratio siblings, drawn without": (same_ratio, ("multi_round",), "tree without replacement", "plain"),

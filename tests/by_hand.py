@@ -1,0 +1,143 @@
+"""The ops once more, one row and one token at a time, and random cases of filters."""
+
+import itertools
+import math
+
+import torch
+from hypothesis import strategies as st
+
+from specdec_triton.ops import FILTER_DTYPES
+from specdec_triton.ops.filters import Filters
+
+INF = float("inf")
+
+
+def attention_by_hand(
+    query, key, value, visible, scale=None, sliding_window=None, chunk_size=None, softcap=None, sinks=None
+):
+    """`ops.tree_attention` of one token and head after the other.
+
+    Args:
+        visible: (row of the batch, row of `query`) -> its position, and the (slot, position) of each key that it may
+            see but for the window or chunk.
+    """
+    batch, heads, rows, dim = query.shape
+    group = heads // key.shape[1]
+    output = torch.empty(batch, rows, heads, value.shape[-1])
+    for b, h, i in itertools.product(range(batch), range(heads), range(rows)):
+        own, seen = visible(b, i)
+        slots = [
+            slot
+            for slot, position in seen
+            if (sliding_window is None or own - position < sliding_window)
+            and (chunk_size is None or own // chunk_size == position // chunk_size)
+        ]
+        scores = key[b, h // group, slots].float() @ query[b, h, i].float() * (dim**-0.5 if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[h : h + 1].float()])
+        output[b, i, h] = scores.softmax(0)[: len(slots)] @ value[b, h // group, slots].float()
+    return output
+
+
+def accept_greedy_by_hand(logits, tokens, parents, max_depth, budget, eos_ids):
+    """Path, length and next token of one row: `ops.accept_greedy` of one step after the other.
+
+    Args:
+        logits: [N, V].
+        tokens, parents: N numbers.
+        eos_ids: numbers.
+    """
+    node, path = 0, []
+    while budget and len(path) < min(budget - 1, max_depth):
+        target = int(logits[node].argmax())
+        children = [i for i in range(len(tokens)) if parents[i] == node and tokens[i] == target]
+        if target in eos_ids or not children:
+            break
+        node = children[0]
+        path.append(node)
+    following = int(logits[node].argmax()) if budget else -1
+    return path + [-1] * (max_depth - len(path)), len(path), following
+
+
+# --- filters
+
+
+def filters_of(most=None, **options):
+    """A list of numbers for each option, one of each row."""
+    rows = {name: torch.tensor(values, dtype=FILTER_DTYPES[name]) for name, values in options.items()}
+    return Filters(**rows, most=most)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# logits [V] of a dtype whose thresholds are hard to find, from numbers with a normal distribution
+PALETTES = {
+    "negative": lambda drawn, dtype: drawn - 9,
+    "tied": lambda drawn, dtype: drawn.round() / 4 - 1,
+    "all tied": lambda drawn, dtype: torch.full_like(drawn, -1.25),
+    "few finite": lambda drawn, dtype: torch.where(drawn.abs() < 1.5, -INF, drawn),
+    "denormal": lambda drawn, dtype: (
+        (drawn * 2).round() * 4 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    ),
+    "signed zeros": lambda drawn, dtype: torch.where(drawn > 1.5, -drawn, drawn.sign() * 0.0),
+    "large": lambda drawn, dtype: drawn * 2 + torch.finfo(torch.float16).max / 2,
+    "huge": lambda drawn, dtype: drawn * torch.finfo(dtype).max / 8,
+}
+
+
+def paint(palette, dtype, vocab, seed):
+    """Logits [V] of a palette; one at least is finite."""
+    drawn = torch.randn(vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = PALETTES[palette](drawn, dtype).to(dtype)
+    if not (logits > -INF).any():
+        logits[vocab // 2] = -0.75
+    return logits
+
+
+def check_filters_by_hand(logits, found, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """`found` [V] are log-probabilities of `logits` [V] under the filters: one after the other, in float64.
+
+    Rounding in fp32 may keep or drop a token that is as good as on the threshold; all others are held to it.
+    """
+    exact = logits.double()
+    peak, vocab = exact.max(), len(logits)
+    if temperature == 0:
+        assert found.tolist() == [0.0 if token == int(exact.argmax()) else -INF for token in range(vocab)]
+        return
+    below = (exact - peak) / temperature  # log of the ratio to the likeliest
+    slack = 1e-5 + 4e-7 * (exact / temperature).abs().clamp(max=1e300)
+    keeps, drops = exact > -INF, exact == -INF
+    if 0 < top_k < vocab:
+        drops = drops | (exact < exact.sort().values[vocab - top_k])
+        keeps = ~drops
+    if top_p < 1:
+        order = torch.where(drops, -INF, exact).argsort(stable=True)  # lower ids of equals first
+        mass = torch.where(drops, -INF, below).softmax(-1)[order].cumsum(-1)
+        rounding = 1e-5 + float((slack * below.exp()).nan_to_num(0).max())
+        outside, inside = mass <= 1 - top_p - rounding, mass > 1 - top_p + rounding
+        outside[-1], inside[-1] = False, True
+        # a mass too small to count in fixed point may be dropped with any other
+        keeps = keeps & inside[order.argsort()] & (below > -26)
+        drops = drops | outside[order.argsort()]
+    if min_p > 0:
+        least = math.log(min(min_p, 1.0))
+        keeps = keeps & ((below - slack > least) | (exact == peak))
+        drops = drops | (below + slack < least)
+    kept = found > -INF
+    assert not found.isnan().any() and not (kept & drops).any() and not (keeps & (below > -80) & ~kept).any()
+    wanted = torch.where(kept, below, -INF).softmax(-1)
+    close = min(1e-4 + 1e-6 * abs(float(peak / temperature)), 0.05)
+    torch.testing.assert_close(found.double().exp(), wanted, rtol=close, atol=1e-7)
+
+
+def draw_filters(draw, palette):
+    """One row's filters, each of them off now and then."""
+    # powers of two, and none that makes a quotient too small: none is rounded, so none that differ become equal
+    temperatures = [1.0, 0.5, 4.0, 0.0, 2.0**-120, *([] if palette == "denormal" else [2.0**20, 2.0**100])]
+    return {
+        "temperature": draw(st.sampled_from(temperatures)),
+        "top_k": draw(st.just(0) | st.integers(1, 80)),
+        "top_p": draw(st.just(1.0) | st.floats(0, 0.999)),
+        "min_p": draw(st.sampled_from([0.0, 1e-6, 0.1, 0.7, 1.0])),
+    }

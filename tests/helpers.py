@@ -1,0 +1,222 @@
+"""What several test modules use: drafters, runs of `generate`, what they return, and what a swap may leave behind."""
+
+import numpy as np
+import torch
+
+import specdec_triton as sdt
+from families import EOS, NEVER, PAD, VOCAB, perturbed, prompt
+from simulated_graph import SimulatedGraphs
+from specdec_triton.drafters import DraftContext, Drafter, DraftSession
+from specdec_triton.drafters.model_session import ModelSession
+from specdec_triton.engine import stages
+from specdec_triton.forward.runner import TreeRunner
+from specdec_triton.tree import DraftTree
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+TREES = {
+    "chain": sdt.Topology.chain(4),
+    "wide": sdt.Topology.from_widths([3, 2, 1]),
+    "budget": 12,
+    # a topology whose first children are leaves: an accepted path skips slots
+    "skipping": sdt.Topology((-1, 0, 0, 0, 3, 3, 5), (0, 0, 1, 2, 0, 1, 0)),
+}
+DRAFTERS = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early")
+
+
+# --- drafters
+
+
+def oracle(text, error_rate=0.3, tree=None, room=40, seed=0):
+    """A drafter that knows `text` (padded, so that it never runs out)."""
+    return sdt.OracleDrafter(torch.nn.functional.pad(text, (0, room)), error_rate, tree=tree, seed=seed)
+
+
+def drafter_of(name, text):
+    """A drafter for `build("llama")`, one of `DRAFTERS`; the oracle drafts `text`."""
+    return {
+        "none": lambda: None,
+        "model": lambda: sdt.ModelDrafter(perturbed("llama", 0.1), num_tokens=3),
+        "tree": lambda: sdt.ModelDrafter(perturbed("llama", 0.1), tree=TREES["wide"]),
+        "dynamic": lambda: sdt.ModelDrafter(perturbed("llama", 0.1), tree=sdt.DynamicTree(9, 3, 3)),
+        "lookup": lambda: sdt.PromptLookupDrafter(branches=2),
+        "oracle": lambda: oracle(text, tree=TREES["wide"]),
+        "early": lambda: sdt.EarlyExitDrafter(1, num_tokens=3),
+    }[name]()
+
+
+class HostDrafter(Drafter):
+    """Drafts on the host: chains of random lengths, whose tokens are often those of `text`."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def start(self, context, tree=None):
+        return HostSession(self.text, context)
+
+
+class HostSession(DraftSession):
+    max_nodes, max_depth = 6, 5
+    observed = 0
+
+    def __init__(self, text, context):
+        self.text, self.context = torch.nn.functional.pad(text, (0, 8)), context
+        self.random = torch.Generator().manual_seed(0)
+
+    def observe(self, tree, accepted):
+        HostSession.observed += 1
+
+    def draft(self):
+        depth = int(torch.randint(1, 6, (), generator=self.random))
+        columns = torch.from_numpy(self.context.host_length)[:, None] + 1 + torch.arange(depth)
+        drafts = (self.text.gather(1, columns) + (torch.rand(columns.shape, generator=self.random) < 0.2)) % VOCAB
+        tokens = torch.cat([self.context.root[:, None], drafts], 1)
+        return DraftTree.from_topology(sdt.Topology.chain(depth), tokens)
+
+
+def context(rows, start=0, budget=20, vocab=100, max_length=64):
+    """A drafter's context: the texts of one batch, left-aligned from `start`."""
+    host = np.zeros((len(rows), max_length), dtype=np.int64)
+    for row, text in enumerate(rows):
+        host[row, start : start + len(text)] = text
+    length = np.array([start + len(text) - 1 for text in rows])
+    return DraftContext(
+        tokens=torch.from_numpy(np.pad(host, ((0, 0), (0, 1)))),
+        start=torch.full((len(rows),), start),
+        length=torch.from_numpy(length),
+        host_tokens=host,
+        host_length=length,
+        host_budget=np.full(len(rows), budget),
+        max_length=max_length,
+        vocab_size=vocab,
+        target=None,
+    )
+
+
+def record_drafts(monkeypatch):
+    """A list that gets an entry for each later draft of a model: the tokens, lengths and budgets on the host, and the
+    drafted tree."""
+    seen, draft = [], ModelSession.draft
+
+    def spy(session):
+        proposed = draft(session)
+        now = session.context
+        seen.append((now.host_tokens.copy(), now.host_length.copy(), now.host_budget.copy(), proposed))
+        return proposed
+
+    monkeypatch.setattr(ModelSession, "draft", spy)
+    return seen
+
+
+def assert_ranked_by(draft, target, drafter, monkeypatch):
+    """`drafter` ranks tokens as plain forwards of the model `draft` over their paths do: its cache is right, whatever
+    was accepted."""
+    seen, tree = record_drafts(monkeypatch), drafter.tree
+    with sdt.patched(target, drafter=drafter):
+        target.generate(**prompt(), do_sample=False, max_new_tokens=16, eos_token_id=NEVER)
+    compared = 0
+    for tokens, length, budget, proposed in seen[:5]:
+        proposed.check(torch.from_numpy(tokens[np.arange(2), length]), 61, "ModelDrafter")
+        for row, start in ((0, 3), (1, 0)):
+            for node, parent in enumerate(tree.limited(proposed.max_depth).parents):
+                if not 0 < tree.depths[node] < budget[row]:
+                    continue  # the root, or too deep to be emitted
+                path, at = [], parent
+                while at > 0:
+                    path.insert(0, int(proposed.tokens[row, at]))
+                    at = tree.parents[at]
+                text = torch.tensor([[*tokens[row, start : length[row] + 1], *path]])
+                logits = draft(text).logits[0, -1].detach()
+                gap = logits.sort(descending=True).values[tree.ranks[node]] - logits[proposed.tokens[row, node]]
+                assert abs(gap) < 1e-5 * logits.std()  # near-ties may fall either way
+                compared += 1
+    assert compared > 2 * tree.num_nodes
+
+
+# --- runs of `generate`
+
+
+def capture_here(monkeypatch, lag, graphs=SimulatedGraphs):
+    """From here on, rounds are captured on a CPU too, and read `lag` rounds late."""
+    monkeypatch.setitem(stages.CAPTURES, "cpu", graphs)
+    monkeypatch.setitem(stages.LAG, "cpu", lag)
+
+
+def speculative(model, drafter, inputs, **options):
+    """What `generate` returns, and its statistics."""
+    text = model.generate(**inputs, custom_generate=sdt.SpeculativeGenerate(drafter=drafter, **options))
+    return text, sdt.stats(model)
+
+
+def prefilled(model, inputs, capacity=100):
+    """A runner whose cache holds `inputs`, padded on the left."""
+    mask = inputs["attention_mask"]
+    arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    runner = TreeRunner(model, mask.shape[1] - mask.sum(1), last_position=255)
+    with torch.no_grad():
+        runner.prefill(inputs["input_ids"], model.generation_config, arguments, capacity)
+    return runner
+
+
+def eos_in_mid_row(model, inputs, **options):
+    """An EOS list that ends the first row in mid-text and the others later or not at all."""
+    text = model.generate(**inputs, **{**options, "do_sample": False, "eos_token_id": NEVER})
+    text = text[:, inputs["input_ids"].shape[1] :]
+    return [int(text[0, text.shape[1] // 2]), EOS]
+
+
+def prepared_processors(model, inputs, options):
+    """The logits processors that `generate` makes from its options."""
+    caught = []
+
+    def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        caught.append(logits_processor)
+        return input_ids
+
+    model.generate(**inputs, **options, custom_generate=catch)
+    return caught[0]
+
+
+# --- what it returns
+
+
+def last_columns(text):
+    """The columns in which rows of a padded text end; several, if some rows ended early."""
+    return {int((row != PAD).nonzero().max()) for row in text}
+
+
+def assert_same_output(model, ours, plain, inputs):
+    """The same text, scores, logits and cache, as far as both have them."""
+    assert torch.equal(ours.sequences, plain.sequences)
+    for name in ("scores", "logits"):
+        if plain.get(name) is not None:
+            torch.testing.assert_close(ours[name], plain[name], rtol=1e-3, atol=1e-3)
+    if plain.get("scores") is not None:
+        transitions = (model.compute_transition_scores(each.sequences, each.scores) for each in (ours, plain))
+        torch.testing.assert_close(*transitions, rtol=1e-3, atol=1e-3)
+    real = inputs["attention_mask"].bool()  # keys and values of padding are undefined
+    real = torch.nn.functional.pad(real, (0, plain.sequences.shape[1] - 1 - real.shape[1]), value=True)
+    assert ours.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    for mine, theirs in zip(ours.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        for name in ("keys", "values"):
+            got, wanted = (getattr(layer, name).where(real[:, None, :, None], 0) for layer in (mine, theirs))
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+# --- what a swap may leave behind
+
+
+def snapshot(model):
+    """Class, attention, hooks, attributes and configs of a model; equal before and after a swap that was undone."""
+    modules = dict(model.named_modules())
+    configs = [getattr(module, "config", None) for module in modules.values()]
+    configs = {id(config): config for config in configs if config is not None}.values()
+    return {
+        "class": type(model),
+        "attention": [config._attn_implementation for config in configs],
+        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
+        "attributes": {name: sorted(m.__dict__) for name, m in modules.items()},
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+        "training": model.training,
+    }

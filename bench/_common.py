@@ -129,17 +129,13 @@ class Bench:
     def seconds_left(self) -> float:
         return self.options.budget - (time.perf_counter() - self.began)
 
-    @property
-    def out_of_time(self) -> bool:
-        return self.seconds_left < 0
-
     def check_time(self) -> None:
         """To be called now and then inside a case.
 
         Raises:
             OutOfTime: the budget is spent; `run` ends there.
         """
-        if self.out_of_time:
+        if self.seconds_left < 0:
             raise OutOfTime
 
     def run(
@@ -171,12 +167,11 @@ class Bench:
         ]
         watch = self._watch()
         for case in progress(todo, self.name):
-            if self.out_of_time:
-                break
             if self.size == "gpu" and getattr(case, "seconds", 0.0) > self.seconds_left:
                 continue
             found, self._case = {}, repr(case)
             try:
+                self.check_time()
                 with self.guarded(found):
                     measure(self, case)
             except OutOfTime:

@@ -83,7 +83,7 @@ def pair_parser(description: str, count: int) -> argparse.ArgumentParser:
 
 
 def loaded(options: argparse.Namespace) -> tuple:
-    """The target, its tokenizer, the draft (None without one), and what a report says of them."""
+    """The target, its tokenizer, the draft (None without one), and the report's fields about them."""
     target, tokenizer, _ = models.load(options.target, options.dtype)
     draft = models.load(options.draft, options.dtype)[0].to(models.default_device()) if options.draft else None
     names = options.names or [options.target, options.draft]

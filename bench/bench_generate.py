@@ -236,7 +236,7 @@ _TEXTS: dict[tuple, torch.Tensor] = {}
 
 
 class Setup:
-    """What the ways of a case share.
+    """Models, prompt and plain text, shared by the ways of a case.
 
     Attributes:
         replay: the text that the draft replays a trace on, or None.

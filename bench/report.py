@@ -40,7 +40,7 @@ def table(heads: Sequence[str], lines: Sequence[Sequence], text: Sequence[int] =
 
 
 def columns(rows: list[dict], heads: dict[str, Callable[[dict], object]]) -> list[str]:
-    """A table of rows: each column's head, and what it reads of a row."""
+    """A table with a line for each row; `heads` maps a column's head to a function of the row."""
     return table(list(heads), [[read(row) for read in heads.values()] for row in rows])
 
 

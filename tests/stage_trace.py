@@ -1,4 +1,4 @@
-"""What a stage did, as lines that can be compared."""
+"""The operations of a stage, as lines that can be compared."""
 
 import torch
 from torch.utils._pytree import tree_flatten

@@ -227,6 +227,14 @@ def test_ceilings_are_kept_for_an_hour_on_the_same_machine(tmp_path, monkeypatch
         assert calibration.ceilings(device, tmp_path) == {"copy_bytes_s": 1.0}
 
 
+def test_the_calibration_command(tmp_path, capsys):
+    assert calibration.main(["--where"]) == 0
+    assert Path(capsys.readouterr().out.strip()).parent == ROOT / "bench" / "results"
+    assert calibration.main(["--out", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out) == CEILINGS
+    assert json.loads((tmp_path / calibration.FILE).read_text())["ceilings"] == CEILINGS
+
+
 def test_no_bench_imports_from_the_tests():
     ours = {path.stem for path in (ROOT / "tests").iterdir()} | {"tests"}
     for path in (ROOT / "bench").glob("*.py"):

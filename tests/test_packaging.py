@@ -45,6 +45,7 @@ PACKAGES = {
     "tools.calibration": {"torch"},
     "tools.goodness_of_fit": {"numpy", "torch"},
     "tools.prompts": set(),
+    "tools.provenance": {"torch"},
     "tools.roofline": set(),
     "tools.shrink": {"transformers"},
 }

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _option(flag: str, help: str = "", **settings) -> tuple[str, dict]:
-    """What `add_argument` takes; the help names a default."""
+    """Arguments of `add_argument`; the help names a default."""
     shows_default = settings.get("default") not in (None, "")
     return flag, settings | {"help": f"{help} (%(default)s)".strip() if shows_default else help}
 
@@ -81,7 +81,7 @@ def _dtype(args: argparse.Namespace, device: torch.device) -> str:
 
 
 def _load(role: str, name: str, dtype: str, device: torch.device, more: str = ""):
-    """The model on the device, and its tokenizer; what was loaded is said."""
+    """The model on the device, and its tokenizer; says which model was loaded."""
     model, tokenizer, description = models.load(name, dtype, _say)
     _say(f"{role}: {description}{more}")
     return model.to(device), tokenizer
@@ -387,7 +387,7 @@ DRAFTING = [
         type=positive_int, metavar="N",
     ),
 ]  # fmt: skip
-# name: what runs, what it is for, and its options; a list of options excludes one another
+# name: function, help and options; the options of a list exclude one another
 COMMANDS = {
     "demo": (
         _demo, "a real model with and without speculation, side by side",

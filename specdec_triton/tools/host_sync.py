@@ -1,4 +1,4 @@
-"""What a decoding loop makes the host wait for: counted, and timed. And the forwards of a model, counted."""
+"""Counts the forwards of a model and the host's reads of device values; times the host's waits."""
 
 import time
 from collections import Counter
@@ -16,7 +16,7 @@ VALUE_METHODS = {
     "__format__", "__complex__", "equal",
 }  # fmt: skip
 WAITING_METHODS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
-COUNTED_TOKENS = (8, 40)  # of two texts: what prompt and set-up cost is in both
+COUNTED_TOKENS = (8, 40)  # of two texts: both pay for prompt and set-up
 DATA_DEPENDENT = {"nonzero", "masked_select", "unique", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 
 

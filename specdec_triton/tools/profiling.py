@@ -393,8 +393,8 @@ def summary_row(
     draft: Shape | None = None,
     draft_forwards: float = 0.0,
 ) -> dict[str, Any]:
-    """A round: its stages (medians, and the least that each must take), its time (p50_us and its spread), eta, and what
-    the host and the GPU did in it.
+    """A round: its stages (median and floor of each), its time (p50_us and its spread), eta, and the work of host and
+    GPU in it.
 
     Args:
         found: from `profile_rounds`.

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """What a row must say about where it was measured."""
+    """The fields of a row that say where it was measured."""
     on_gpu = device.type == "cuda"
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "none"
     return {
@@ -41,7 +41,7 @@ def commit() -> str:
 
 
 def output(*command: str) -> str:
-    """What a command prints; "unknown" if it fails or is not there."""
+    """The output of a command; "unknown" if it fails or is not there."""
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

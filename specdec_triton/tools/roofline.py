@@ -50,7 +50,7 @@ class Work(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """bandwidth in bytes a second, flops a second in the dtype of the products, seconds a kernel, where from."""
+    """Bandwidth in bytes a second, flops a second in the dtype of the products, seconds a kernel, and their source."""
 
     bandwidth: float
     flops: float
@@ -120,7 +120,7 @@ def _plain(device: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a forward of a dense decoder reads, computes and writes.
+    """Sizes of a dense decoder, as far as a forward reads, computes or writes them.
 
     Attributes:
         name: for reports.
@@ -143,7 +143,7 @@ class Shape:
     itemsize: int = 0
 
     def stored(self, bits: float, itemsize: int) -> "Shape":
-        """With so many bits a weight."""
+        """The same model with `bits` bits a weight; `itemsize` as above."""
         return dataclasses.replace(self, weight_bytes=self.weights * bits / 8, itemsize=itemsize)
 
 
@@ -218,7 +218,7 @@ def round_work(
 def efficiency_bytes(
     target: Shape, batch: int, context: float, draft: Shape | None = None, draft_forwards: float = 0.0
 ) -> float:
-    """What the round efficiency eta counts: the target's weights, its keys and values, and the draft's weights once for
-    each of its forwards."""
+    """Bytes that the round efficiency eta counts: the target's weights, its keys and values, and the draft's weights
+    once for each of its forwards."""
     drafting = draft_forwards * draft.weight_bytes if draft else 0.0
     return target.weight_bytes + batch * context * target.kv * target.itemsize + drafting

@@ -366,7 +366,7 @@ def test_real_engine_generate(target, draft, capsys, way):
     assert "acceptance length" in err and "rule greedy (lossless)" in err
 
 
-def test_prove_holds_every_rule_against_the_law(capsys):
+def test_prove_holds_every_rule_against_the_exact_distribution(capsys):
     """Typical acceptance must fail, and does not make the command fail; see the next test for what does."""
     assert cli.main(["prove", "--rule", "all", "--samples", "600"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]

@@ -10,7 +10,7 @@ import specdec_triton as sdt
 from families import NEVER, PAD, build, perturbed, prompt
 from helpers import prepared_processors, record_drafts
 from specdec_triton.ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
-from specdec_triton.tools.check_distribution import exact_law, prove
+from specdec_triton.tools.check_distribution import exact_distribution, prove
 from specdec_triton.tools.goodness_of_fit import benjamini_hochberg
 
 OPTIONS = {
@@ -131,11 +131,19 @@ def assert_lossless(ways, rules, samples, tokens, pick):
     model, input_ids, cells = small(), torch.tensor([[3, 4, 1, 2, 3, 4]]), {}
     for way in ways:
         options = {"top_k": 0, **WAYS[way]}
-        law = exact_law(model, input_ids, tokens, **options)
+        exact = exact_distribution(model, input_ids, tokens, **options)
         for rule in rules:
             for place, drafter in enumerate(pick(shapes(rule))):
                 found = prove(
-                    model, drafter, rule, input_ids, tokens=tokens, samples=samples, rows=samples, law=law, **options
+                    model,
+                    drafter,
+                    rule,
+                    input_ids,
+                    tokens=tokens,
+                    samples=samples,
+                    rows=samples,
+                    exact=exact,
+                    **options,
                 )
                 cells[way, rule, type(drafter).__name__, place] = found
     rejected = benjamini_hochberg([found.cell.p_value for found in cells.values()], 0.01)

@@ -51,7 +51,7 @@ def prove(
     samples: int = 2000,
     rows: int = 500,
     seed: int = 0,
-    law: tuple[torch.Tensor, torch.Tensor] | None = None,
+    exact: tuple[torch.Tensor, torch.Tensor] | None = None,
     **options,
 ) -> Finding:
     """Sample `tokens` tokens after `input_ids` [1, T] with speculation, and compare with the exact distribution.
@@ -63,13 +63,13 @@ def prove(
         tokens: L, length of the continuations.
         samples: how many to draw, `rows` in a batch.
         seed: of the first batch; the following count up.
-        law: from `exact_law`, where it is known already.
+        exact: from `exact_distribution`, where it is known already.
         **options: sampling options of `generate`.
 
     Raises:
         ValueError: there are too many outcomes to enumerate, or too few samples to tell anything.
     """
-    sequences, probs = law or exact_law(model, input_ids, tokens, **options)
+    sequences, probs = exact or exact_distribution(model, input_ids, tokens, **options)
     index = {tuple(sequence): place for place, sequence in enumerate(sequences.tolist())}
     counts = torch.zeros(len(index) + 1)  # the last: what should be impossible
     rounds = emitted = 0
@@ -101,7 +101,7 @@ def sampling_call(model: PreTrainedModel, tokens: int) -> dict:
 
 
 @torch.no_grad()
-def exact_law(
+def exact_distribution(
     model: PreTrainedModel, input_ids: torch.Tensor, tokens: int, **options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every continuation that sampling may give, and how likely it is.
@@ -129,8 +129,8 @@ def exact_law(
         kept = joint.nonzero()
         if len(kept) > MOST_OUTCOMES:
             raise ValueError(
-                f"exact_law: the continuations to enumerate must be at most {MOST_OUTCOMES}, got {len(kept)}: use a "
-                "smaller top_k, or fewer tokens"
+                f"exact_distribution: the continuations to enumerate must be at most {MOST_OUTCOMES}, got {len(kept)}: "
+                "use a smaller top_k, or fewer tokens"
             )
         probs = joint[kept[:, 0], kept[:, 1]]
         prefixes = torch.cat([prefixes[kept[:, 0]], kept[:, 1:].to(prefixes.device)], dim=1)

@@ -20,7 +20,7 @@ from ..engine.stages import LAG, MAX_SHAPES, cannot_capture
 from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
 from . import inspection, models, plan, profiling, prompts
 from .calibration import calibrate
-from .check_distribution import exact_law, prove
+from .check_distribution import exact_distribution, prove
 from .provenance import version
 from .roofline import CARDS, shape_of
 
@@ -140,7 +140,7 @@ def _prove(args: argparse.Namespace) -> int:
     else:
         _say(f"draft: the first {layers} layers of the target (no --draft)")
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
-    law = exact_law(model, input_ids, args.tokens, **options)
+    exact = exact_distribution(model, input_ids, args.tokens, **options)
     print(f"{'rule':12}outcomes  total variation (of honest samples)   p-value  acceptance length")
     agrees = True
     for rule in RULES if args.rule == "all" else [args.rule]:
@@ -148,7 +148,7 @@ def _prove(args: argparse.Namespace) -> int:
         drafter = sdt.ModelDrafter(draft, tree=tree) if args.draft else sdt.EarlyExitDrafter(layers, tree=tree)
         found = prove(
             model, drafter, rule, input_ids,
-            tokens=args.tokens, samples=args.samples, rows=PROOF_ROWS, seed=args.seed, law=law, **options,
+            tokens=args.tokens, samples=args.samples, rows=PROOF_ROWS, seed=args.seed, exact=exact, **options,
         )  # fmt: skip
         low, high = found.null
         verdict = "agrees" if found.agrees else "DIFFERS"

@@ -8,35 +8,19 @@ import time
 from pathlib import Path
 
 import _common
-import _rows
 import bench_accept
 import pytest
 import torch
 from _common import Bench, Provider
 
+from bench_helpers import CEILINGS, bench, rows
+from bench_helpers import quick as quick
 from specdec_triton import ops
 from specdec_triton.tools import calibration, roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 
-CEILINGS = {"copy_bytes_s": 1e10, "read_bytes_s": 2e10, "matmul_flops_s": 1e11, "launch_us": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(calibration, "calibrate", lambda device: CEILINGS)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def bench(folder, *argv, name="accept"):
-    return Bench(name, "", argv=["--rehearse", *(["--out", str(folder)] if folder else []), *argv])
-
-
-def rows(folder, **wanted):
-    found = json.loads((folder / _rows.ROWS).read_text())["rows"]
-    return [row for row in found if all(row.get(name) == value for name, value in wanted.items())]
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_a_wrong_kernel_has_no_time(tmp_path, monkeypatch):

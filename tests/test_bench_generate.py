@@ -10,9 +10,11 @@ import torch
 from _rows import REPLAYED
 from bench_generate import ASSISTED, DRAFTED, GRAPHS, PLAIN, Call, Case, check_graphs
 
+from bench_helpers import bench, rows
+from bench_helpers import quick as quick
 from helpers import capture_here
-from test_bench import bench, rows
-from test_bench import quick as quick  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 SHORT = Case("graphs", (PLAIN,), context=12, tokens=(8, 40), turns=1, options=GRAPHS)
 

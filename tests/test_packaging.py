@@ -1,6 +1,7 @@
 """What is importable from where, and who imports whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,3 +232,31 @@ from specdec_triton import *
 print(sorted(set(sdt.__all__) - set(globals())), set(sdt.__all__) <= set(dir(sdt)), ops is sdt.ops)
 """
     assert python(code).splitlines() == ["module 'specdec_triton' has no attribute 'patches'", "[] True True"]
+
+
+def test_each_module_has_its_tests_or_a_line_that_says_where():
+    """`tests/test_<name>.py` of a module `<name>.py`, or a row of the table in CONTRIBUTING."""
+    table = [
+        line
+        for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines()
+        if line.startswith("| `") and "test_" in line
+    ]
+    listed = " ".join(line.split("|")[1] for line in table)
+    for module, path in modules().items():
+        name = path.relative_to(PACKAGE).as_posix()
+        if module.startswith("kernels."):
+            file = f"test_kernel_{path.stem}.py"
+        else:
+            file = f"test_{path.stem.lstrip('_')}.py"
+        places = (name, path.name, name.removesuffix(path.name), f"{name.removesuffix(path.name)}_*.py")
+        is_listed = any(f"`{place}`" in listed for place in places[: 4 if path.stem.startswith("_") else 3])
+        is_empty = path.stem == "__init__" and part(module) != "ops"
+        assert is_listed or is_empty or (ROOT / "tests" / file).exists(), f"{name}: CONTRIBUTING must name its tests"
+    for name in re.findall(r"`(test_\w+\.py)`", " ".join(table)):
+        assert (ROOT / "tests" / name).exists(), f"CONTRIBUTING names {name}, which is not there"
+
+
+def test_no_test_module_imports_another():
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        others = [name for name in imported_names(path, "tests") if name.startswith("test_")]
+        assert not others or path.stem == "test_first_gpu", f"{path.name} imports {others}: put helpers into helpers.py"

@@ -74,6 +74,11 @@ def noisy_statistics_kernel(
     ids = first_id + tl.arange(0, BLOCK_V)
     first_row = tl.program_id(1) * ROWS
     end = tl.minimum(first_row + ROWS, N)
+    # added here, not in the loop: that would spill on sm_100 (compile report)
+    out = batch * N * S + tile
+    keys_ptr, noisy_ptr = statistics.keys + out, statistics.noisy + out
+    if RULE == "typical":
+        sums_ptr = statistics.sums + out
     inverse, greedy = load_inverse_temperature(temperature_ptr, batch)
     # the next row's logits are loaded while one row is worked on
     coming = load_raw(row_of(logits, batch, first_row, V), ids)
@@ -100,12 +105,11 @@ def noisy_statistics_kernel(
         values = coming.to(tl.float32)
         coming = load_raw(row_of(logits, batch, tl.minimum(row + 1, end - 1), V), ids)
         key, scores = tile_scores(values, inverse, first_id, BLOCK_V)
-        out = (batch * N + row) * S + tile
-        tl.store(statistics.keys + out, key)
+        tl.store(keys_ptr + row * S, key)
         if RULE == "typical":
-            tl.store(statistics.sums + out, tl.sum(tl.exp(scores), 0))
+            tl.store(sums_ptr + row * S, tl.sum(tl.exp(scores), 0))
         scores += tl.where(greedy, 0.0, noise)
-        tl.store(statistics.noisy + out, highest_score(scores, first_id, V, BLOCK_V))
+        tl.store(noisy_ptr + row * S, highest_score(scores, first_id, V, BLOCK_V))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -125,6 +129,16 @@ def rows_kernel(
     index = batch * N + here
     target = row_distribution(row_of(logits, batch, here, V), statistics, index, batch, S, filters, BLOCK_S, BLOCK_V)
     tl.store(invalid_ptr + index, is_invalid(target))
+    if RULE == "typical":
+        entropies = tl.zeros([BLOCK_V], tl.float32)
+        for first_id in range(0, V, BLOCK_V):
+            found = log_probs(target, first_id + tl.arange(0, BLOCK_V))
+            entropies -= tl.where(found == NEG_INF, 0.0, tl.exp(found) * found)
+        least = tl.minimum(TYPICAL_DELTA * tl.exp(-tl.sum(entropies, 0)), TYPICAL_EPSILON)
+        tree = load_tree(inputs, batch, N, V, False, BLOCK_N)
+        # a node without a distribution has no children
+        kept = (tl.exp(log_prob_of(target, tl.maximum(tree.tokens, 0))) > least) & (is_invalid(target) == 0)
+        tl.store(kept_ptr + batch * N + tree.node, kept, mask=tree.parents == here)
     if statistics.noisy is not None:
         chosen = _best_tile(statistics, index, S, target.inverse_temperature, BLOCK_S)
     else:
@@ -135,16 +149,6 @@ def rows_kernel(
         else:
             chosen = _sampled(target, statistics.keys + index * S, seed, position, here, BONUS, BLOCK_V)
     tl.store(chosen_ptr + index, chosen)
-    if RULE == "typical":
-        tree = load_tree(inputs, batch, N, V, False, BLOCK_N)
-        entropies = tl.zeros([BLOCK_V], tl.float32)
-        for first_id in range(0, V, BLOCK_V):
-            found = log_probs(target, first_id + tl.arange(0, BLOCK_V))
-            entropies -= tl.where(found == NEG_INF, 0.0, tl.exp(found) * found)
-        least = tl.minimum(TYPICAL_DELTA * tl.exp(-tl.sum(entropies, 0)), TYPICAL_EPSILON)
-        # a node without a distribution has no children
-        kept = (tl.exp(log_prob_of(target, tl.maximum(tree.tokens, 0))) > least) & (is_invalid(target) == 0)
-        tl.store(kept_ptr + batch * N + tree.node, kept, mask=tree.parents == here)
 
 
 @triton.jit

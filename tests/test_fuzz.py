@@ -12,11 +12,11 @@ import specdec_triton as sdt
 from by_hand import accept_greedy_by_hand, attention_by_hand
 from families import EOS, NEVER, PAD, VOCAB, build, prompt
 from helpers import snapshot
+from sampled_cases import FILTERS, case
 from specdec_triton import ops
 from specdec_triton.ops.filters import Filters
 from specdec_triton.ops.reference import WORD_BITS
 from specdec_triton.ops.rules import RULES, SAMPLING, WEIGHING_RULES
-from test_kernel_accept_sample import FILTERS, case
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 

@@ -357,7 +357,7 @@ def test_wide_heads(head_dim, value_dim):
 
 
 def test_heads_too_wide_take_the_reference_by_default(no_launch, monkeypatch):
-    monkeypatch.setattr(ops, "_default", lambda op, device: "triton")  # as on a GPU
+    monkeypatch.setattr(ops, "implementation", lambda op, device: ("triton", "as on a GPU"))
     case = wide(576, 512)
     assert torch.equal(case.run(None), case.run("reference"))
     with pytest.raises(Launched):

@@ -52,6 +52,13 @@ def compare(rows: dict, expected: dict, whole: bool = True) -> list[str]:
     return sorted(found)
 
 
+def findings(rows: dict, arch: int, whole: bool = True) -> list[str]:
+    """Faults of rows, and their differences from the committed table if this Triton made it."""
+    expected = committed(arch)
+    found = [fault for name, row in rows.items() for fault in faults(name, row)]
+    return found + (compare(rows, expected["rows"], whole) if expected["versions"] == versions() else [])
+
+
 def write(arch: int, rows: dict) -> None:
     text = json.dumps({"versions": versions(), "rows": rows}, indent=0, sort_keys=True)
     # one row a line
@@ -71,7 +78,6 @@ def main() -> int:
     wrong = []
     for arch in options.arch or ARCHES:
         rows, expected = table(arch, options.only), committed(arch)
-        wrong += [f"sm_{arch} {fault}" for name, row in rows.items() for fault in faults(name, row)]
         if options.print:
             for name, row in rows.items():
                 print(f"sm_{arch} {name}: " + " ".join(f"{field}={row[field]}" for field in row))
@@ -80,8 +86,9 @@ def main() -> int:
         if options.check:
             if not same_versions:
                 print(f"sm_{arch}: the table was made with {expected['versions']}, this is {versions()}")
-            wrong += [f"sm_{arch} {found}" for found in compare(rows, expected["rows"], whole=not options.only)]
+            wrong += [f"sm_{arch} {found}" for found in findings(rows, arch, whole=not options.only)]
             continue
+        wrong += [f"sm_{arch} {fault}" for name, row in rows.items() for fault in faults(name, row)]
         if options.only and not same_versions:
             parser.error(f"--only must have the table's {expected['versions']}, got {versions()}")
         rows = expected["rows"] | rows if options.only else rows

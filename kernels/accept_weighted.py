@@ -41,9 +41,6 @@ CHAIN_RULES = ("rejection", "block")
 
 # an argument of kernels: see above, [B, N] fp32 each
 Tests = namedtuple("Tests", "accept_prob draft_scale own_accept_prob")
-# An argument of kernels: Logits [B, P, V]; rows [B, N] int32, of the logits that each node's children were drawn from,
-# -1 for none. None unless the tree was drawn.
-Draft = namedtuple("Draft", "logits rows")
 
 NOT_DRAWN: tl.constexpr = tl.constexpr(-1.0)  # an accept_prob
 FROM_RESIDUAL: tl.constexpr = tl.constexpr(2**31)  # bit 31 of a key: the residual is not zero all over its tile
@@ -77,9 +74,9 @@ def _load_distribution(ptr, row):
 
 
 @triton.jit
-def _draft_row(drafts, batch, index, V):
+def _draft_row(draft_logits, draft_rows_ptr, batch, index, V):
     """The draft's logits that the children of node `index` = batch * N + node were drawn from."""
-    return row_of(drafts.logits, batch, tl.maximum(tl.load(drafts.rows + index), 0), V)
+    return row_of(draft_logits, batch, tl.maximum(tl.load(draft_rows_ptr + index), 0), V)
 
 
 @triton.jit
@@ -200,7 +197,8 @@ def rows_kernel(
     tests,  # Tests, out
     statistics,  # Statistics
     logits,  # Logits [B, N, V]
-    drafts,  # Draft, or None
+    draft_logits,  # Logits [B, P, V], or None; not in a tuple with the next: Triton 3.6 would lose its fields
+    draft_rows_ptr,  # [B, N] int32, or None: of draft_logits, the row that a node's children were drawn from; -1: none
     inputs,  # Inputs
     filters,  # Filters
     draft_filters,  # Filters
@@ -217,9 +215,9 @@ def rows_kernel(
     _store_distribution(distributions_ptr + NUMBERS * index, target)
     draft = target
     if SAMPLING != "none":
-        draft_row = tl.load(drafts.rows + index)
+        draft_row = tl.load(draft_rows_ptr + index)
         place = batch * (N + P) + N + tl.maximum(draft_row, 0)
-        row = row_of(drafts.logits, batch, tl.maximum(draft_row, 0), V)
+        row = row_of(draft_logits, batch, tl.maximum(draft_row, 0), V)
         drawn = row_distribution(row, statistics, place, batch, S, draft_filters, BLOCK_S, BLOCK_V)
         absent = draft_row < 0  # a distribution that keeps nothing
         draft = Distribution(
@@ -239,7 +237,8 @@ def weights_kernel(
     tests,  # Tests, in and out
     distributions_ptr,  # [2, B, N, NUMBERS] int32
     logits,  # Logits [B, N, V]
-    drafts,  # Draft, or None
+    draft_logits,  # Logits [B, P, V], or None
+    draft_rows_ptr,  # [B, N] int32, or None
     inputs,  # Inputs
     N, V, depth,
     SAMPLING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -258,7 +257,7 @@ def weights_kernel(
         draft = target
         if SAMPLING != "none":
             drafts_ptr = distributions_ptr + NUMBERS * (tl.num_programs(1).to(tl.int64) * N + index)
-            draft = _load_distribution(drafts_ptr, _draft_row(drafts, batch, index, V))
+            draft = _load_distribution(drafts_ptr, _draft_row(draft_logits, draft_rows_ptr, batch, index, V))
         _test_children(tests, target, draft, weight, tree, batch, here, N, "traversal", SAMPLING, BLOCK_V)
 
 
@@ -318,7 +317,8 @@ def draws_kernel(
     tests,  # Tests
     distributions_ptr,  # [2, B, N, NUMBERS] int32
     logits,  # Logits [B, N, V]
-    drafts,  # Draft, or None
+    draft_logits,  # Logits [B, P, V], or None
+    draft_rows_ptr,  # [B, N] int32, or None
     inputs,  # Inputs
     N, V, S,
     RULE: tl.constexpr, SAMPLING: tl.constexpr, CHAIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -359,7 +359,7 @@ def draws_kernel(
             residual = weight * tl.exp(target_log_probs)
         else:
             drafts_ptr = distributions_ptr + NUMBERS * (tl.num_programs(2).to(tl.int64) * N + index)
-            draft = _load_distribution(drafts_ptr, _draft_row(drafts, batch, index, V))
+            draft = _load_distribution(drafts_ptr, _draft_row(draft_logits, draft_rows_ptr, batch, index, V))
             draft_log_probs = log_probs(draft, ids)
             if RULE == "block":
                 draft_scale = weight + (1 - weight)
@@ -459,11 +459,11 @@ def accept_weighted(
 ) -> Acceptance:
     """`accept_sample` under one of `RULES`."""
     batch, nodes, vocab = logits.shape
-    tiles, expanded, drafts = triton.cdiv(vocab, BLOCK_V), 0, None
+    tiles, expanded = triton.cdiv(vocab, BLOCK_V), 0
     if draft_logits is None:
         sampling, draft_filters = "none", Filters()
     else:
-        expanded, drafts = draft_logits.shape[1], Draft(logits_argument(draft_logits), draft_row)
+        expanded = draft_logits.shape[1]
 
     def scratch(*shape, dtype=torch.float32, needed=True):
         return logits.new_empty((batch, *shape), dtype=dtype) if needed else None
@@ -476,7 +476,7 @@ def accept_weighted(
     drawn = scratch(*([nodes] if is_block else []), tiles, dtype=torch.int64)
     out = new_acceptance(logits, max_depth)
 
-    given = logits_argument(logits), drafts, inputs
+    given = logits_argument(logits), logits_argument(draft_logits), draft_row, inputs
     kind = {"RULE": rule, "CHAIN": rule in CHAIN_RULES, "BLOCK_N": block_of(nodes)}
     statistics = row_statistics(logits, filters.temperature, draft_logits, draft_filters.temperature)
     rows_kernel[nodes, batch](

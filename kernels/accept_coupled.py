@@ -47,6 +47,8 @@ from ._tree import (
     new_acceptance,
 )
 
+RULES = ("coupled", "typical")
+
 TYPICAL_EPSILON: tl.constexpr = tl.constexpr(0.09)
 TYPICAL_DELTA: tl.constexpr = tl.constexpr(0.3)
 

@@ -43,10 +43,12 @@ def accept_sample(
     inputs = Inputs(*map(contiguous, (tokens, parents, seeds, position)))
     common = logits, inputs, rule, filters_argument(filters), max_depth, contiguous(budget), contiguous(eos_ids)
     with launching_on(logits):
+        if rule in accept_coupled.RULES:
+            return tuple(accept_coupled.accept_coupled(*common))
         if rule in accept_weighted.RULES:
             draft = draft_logits, contiguous(draft_row), filters_argument(draft_filters)
             return tuple(accept_weighted.accept_weighted(*common, sampling, *draft))
-        return tuple(accept_coupled.accept_coupled(*common))
+    raise ValueError(f"accept_sample: no kernel takes the rule {rule!r}")
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:

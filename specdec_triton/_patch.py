@@ -1,7 +1,8 @@
 """Swapping speculative decoding into a model's own `generate`, one instance at a time, and out again.
 
 `generate` looks `_assisted_decoding` and `_sample` up on the model's class. A patched instance gets a subclass of its
-class with the same name, made once per class, and carries its options.
+class with the same name, made once per class, and carries its options. Nothing else of the model changes; its attention
+is replaced during a verify forward only, see `forward.attention`.
 
 There are no locks: a child process would inherit one held. Each change is a single assignment, and `_update_class` then
 gives the model the class that follows from it. A caller that is interrupted in between undoes the change or completes

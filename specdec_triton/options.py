@@ -35,7 +35,7 @@ class Options:
             says; "greedy" refuses the others.
         tree: a `Topology`, a number of nodes (root included), a `DynamicTree`, None for the drafter's own shape, or
             "auto": what pays by measured times and acceptance, round by round, and no draft at all where none does.
-        costs: what a round takes, for tree="auto"; None: measured, see `auto`.
+        costs: seconds of a round, for tree="auto"; None: measured, see `engine.auto_tree`.
         seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
             (after expansion by num_return_sequences); None draws one from torch's global generator at each call. Calls
             that stay plain have no use for it: the seeded text without a draft is that of `SpeculativeGenerate()`.

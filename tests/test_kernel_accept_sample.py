@@ -110,6 +110,7 @@ def test_noise_is_the_references(seed, position):
 
 
 def test_the_constants_are_the_references():
+    assert sorted(accept_coupled.RULES + accept_weighted.RULES) == sorted(RULES)
     assert [purpose.value for purpose in (_noise.COUPLED, _noise.ACCEPT, _noise.RECOVER, _noise.BONUS)] == [
         noise.COUPLED, noise.ACCEPT, noise.RECOVER, noise.BONUS,
     ]  # fmt: skip

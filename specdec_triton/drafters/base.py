@@ -92,7 +92,8 @@ class DraftSession(ABC):
     Attributes:
         max_nodes: largest N, root included, that `draft` returns.
         max_depth: largest depth.
-        trusted: the trees need not be checked on the host. Ours are; a drafter from outside is checked every round.
+        trusted: the trees need not be checked on the host. The trees of a drafter from outside are checked in every
+            round, so its drafts are not captured, and the host reads each round before the next.
         on_device: `draft` and `observe` are tensor operations only, on tensors that stay where they are from round to
             round: no value is read on the host, no host state (`host_tokens`, `host_length`, `host_budget`) is used,
             and no shape depends on values. So a round can be captured once and replayed.

@@ -1,7 +1,7 @@
-"""Rows that ended while others go on: plain `generate` feeds them pad tokens, and here so does whoever asks for it.
+"""Rows that ended while others go on. Plain `generate` feeds them pad tokens in every step.
 
-Rounds leave such a row as it is. Its scores, and its keys and values in a cache that is returned, are computed when
-they are wanted, many columns in one forward.
+Rounds leave such a row as it is. Only if its scores, or its keys and values in a returned cache, are needed, pad tokens
+are fed, many columns in one forward.
 
 Letters: B sequences, n columns, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """One speculative `generate` call, from prompt to output: the loop over its rounds, and the host's part of each.
 
 Everything a round needs is on the device; the host reads one small tensor a round: its report. On a GPU a round is two
-CUDA graphs (`stages`), and the host reads its report while the next round runs.
+CUDA graphs, "draft" and "verify" (all steps after the draft), and the host reads its report while the next round runs.
 """
 
 from collections import deque

@@ -3,6 +3,10 @@
 Sequences of a batch emit different numbers of tokens a round. Stopping criteria and streamers of transformers expect
 whole columns, one step at a time. So `Output` advances column by column, and only over columns that every sequence has
 reached: each call gets the batch that plain decoding would have passed.
+
+When a row ends by EOS, acceptance has cut its path there and `Round.emit` has set its budget to 0, so it emits nothing
+more. If a criterion ends it, the host cuts the row here, and `Generation.process_report` sets its budget to 0. Other
+rows go on. A finished row shows pad tokens; its scores, keys and values come from `FinishedRows` if they are needed.
 """
 
 import contextlib

@@ -36,7 +36,7 @@ class Round:
     budget: torch.Tensor  # [B] int64: tokens that each row may still emit, updated in place
     scores: Scores  # the call's logits processors
     lockstep: Lockstep | None  # processors that must get plain `generate`'s calls
-    plain_steps: bool  # the model's own decoding step may run a lone root
+    plain_steps: bool  # rounds without a draft may run as the model's own decoding step: faster with the reference
     stats: Stats  # gets the time of each step
     session: DraftSession | None = None  # the drafter's, once it has started
 

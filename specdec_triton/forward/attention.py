@@ -4,8 +4,9 @@ transformers hands a 4-D tensor in that slot to the attention function untouched
 attention interface. The packed tree of `DraftTree.pack` travels there as [B, 1, N, W + 3] int64.
 
 A verify forward runs in a `contextvars` context of its own, in which the model's configs name our function as their
-`_attn_implementation`. Nothing that others can see is changed, so there is nothing to restore: forwards of the same
-model in other threads, models that share its config, and other models that a hook runs meanwhile, run as always.
+`_attn_implementation`. The one change that lasts is a property of transformers' `PreTrainedConfig`, which returns the
+stored name outside of such a context. So there is nothing to restore: forwards of the same model in other threads,
+models that share its config, and other models that a hook runs meanwhile, run as always.
 """
 
 from collections.abc import Callable

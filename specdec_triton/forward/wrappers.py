@@ -1,4 +1,4 @@
-"""What people wrap a model in, looked through."""
+"""Find the transformers model inside PEFT and `torch.compile` wrappers."""
 
 from transformers import GenerationMixin, PreTrainedModel
 

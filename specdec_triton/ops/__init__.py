@@ -53,7 +53,8 @@ def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
 
 
 def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
-    """The function that computes `op`: the kernel's launcher or the reference.
+    """The function that computes `op`: the reference, or the registered op that calls the kernel's launcher
+    `specdec_triton.kernels.<op>.<op>` (see `_register`).
 
     Raises:
         ValueError: `impl` is unknown, or "triton" was asked for where it cannot run.

@@ -27,7 +27,7 @@ class Finding:
     Attributes:
         rule: acceptance rule.
         outcomes: continuations of nonzero probability.
-        cell: counts against probabilities, see `proof.examine`.
+        cell: counts against probabilities, see `goodness_of_fit.examine`.
         null: between which total variations honest samples of this number lie, at 99.9%.
         acceptance_length: tokens a row emitted in a round, on average.
         agrees: p-value and total variation are those of honest samples.

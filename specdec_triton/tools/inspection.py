@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from .roofline import CARDS, Card
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent
+# not from `ops`, which would import torch for the command line's help
 OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
 PROCESSES = os.cpu_count() or 1
 CASES_A_PROCESS = 8  # at least: a process takes seconds to start

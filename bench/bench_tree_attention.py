@@ -53,7 +53,7 @@ def least_work(batch, query_heads, kv_heads, head_dim, context, nodes, dtype) ->
 
 
 def dtype_of(device: torch.device) -> tuple[str, torch.dtype]:
-    """What is measured on a device, and how rows name it."""
+    """The dtype that is measured on a device, after its name in rows."""
     return ("fp32", torch.float32) if device.type == "cpu" else ("bf16", torch.bfloat16)
 
 

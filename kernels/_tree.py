@@ -88,7 +88,8 @@ def follow_targets(out, tree, target_ids, invalid, budget, eos_ids_ptr, row, D, 
         for index in range(E):
             goals = tl.where(target_ids == tl.load(eos_ids_ptr + index), ~target_ids, goals)
 
-    # node above goal in one integer: a single minimum finds the first child and what the target says after it
+    # an integer holds a node in its upper half and the node's goal in its lower: one minimum finds the first child and
+    # the target's token after it
     steps = (tree.node.to(tl.int64) << 32) | (goals.to(tl.int64) & 0xFFFFFFFF)
     here = tl.min(steps, 0)  # the root's
     path = tl.full([BLOCK_N], -1, tl.int32)

@@ -27,9 +27,11 @@ else:
                 if error.name != f"{__name__}.{name}":
                     raise
         api = import_module(f"{__name__}._api")
-        if name == "__all__" or name in api.__all__:
-            return getattr(api, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name != "__all__" and name not in api.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # kept: each use would search the file system for a module of this name
+        globals()[name] = value = getattr(api, name)
+        return value
 
     def __dir__() -> list[str]:
-        return [*globals(), *__getattr__("__all__")]
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -123,7 +123,7 @@ class DraftSession(ABC):
         """A tree for each sequence, its root the context's last emitted token."""
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:  # noqa: B027, most have no use for it
-        """Called after each round with what was accepted, before the context moves on."""
+        """Called after each round with the accepted path, before the context moves on."""
 
     def observe_on_host(self, drafted: list[int], emitted: list[int]) -> None:  # noqa: B027, most have no use for it
         """Called on the host when it has read a round's report, in order. Later rounds may have begun by then.

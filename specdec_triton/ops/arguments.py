@@ -73,7 +73,7 @@ def is_number(value: typing.Any, kinds: type | tuple[type, ...]) -> bool:
     return -(2.0**63) <= value < 2.0**63  # type: ignore[operator]
 
 
-# annotation -> what an argument must be, in words, and whether a value is
+# annotation -> the wanted kind in words, and the test of a value
 KINDS = {
     torch.Tensor: ("a tensor", lambda value: isinstance(value, torch.Tensor)),
     int: ("an integer of 64 bits", lambda value: isinstance(value, torch.SymInt) or is_number(value, int)),

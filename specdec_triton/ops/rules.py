@@ -94,7 +94,7 @@ class SampledRound:
         return self.log_probs(node).exp()
 
     def draft(self, node: torch.Tensor) -> torch.Tensor | None:
-        """[B] nodes -> [B, V] fp32: what their children were drawn from, zeros for none; None without sampling."""
+        """[B] nodes -> [B, V] fp32: the draft's probabilities for their children, 0 if none; None without sampling."""
         if self.draft_probs is None:
             return None
         row = self.draft_row.gather(1, node[:, None])
@@ -252,7 +252,7 @@ def block(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
             accept_prob, drawn = acceptance(siblings, token)
             child_follows = goes_on & drawn & (round.parents[:, node] == node - 1)
             siblings = _where(child_follows, rejected(siblings, token, replaces=True), siblings)
-        # node - 1 is tested once it is known whether a child follows it: its residual is what the child leaves
+        # node - 1 is tested after its child, if it has one: the test needs the residual that the child leaves
         here = torch.full_like(last, node - 1)
         passed = goes_on & passes(round, here, leaf_accept_prob(siblings))
         last, kept = torch.where(passed, here, last), _where(passed, siblings, kept)

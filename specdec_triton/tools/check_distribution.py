@@ -63,7 +63,7 @@ def prove(
         tokens: L, length of the continuations.
         samples: how many to draw, `rows` in a batch.
         seed: of the first batch; the following count up.
-        exact: from `exact_distribution`, where it is known already.
+        exact: the result of `exact_distribution`, if it is known already.
         **options: sampling options of `generate`.
 
     Raises:

@@ -18,12 +18,17 @@ def provenance(device: torch.device) -> dict[str, str]:
     on_gpu = device.type == "cuda"
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "none"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "device": device_name(device),
         "driver": driver.partition("\n")[0],
         **{package: version(package) for package in ("torch", "triton", "transformers")},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def version(package: str, absent: str = "absent") -> str:
@@ -50,5 +55,5 @@ def output(*command: str) -> str:
 
 def results_folder(device: torch.device) -> pathlib.Path:
     """The folder under bench/results that a device's rows go to."""
-    slug = re.sub(r"[^a-z0-9]+", "-", provenance(device)["device"].lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     return ROOT / "bench" / "results" / slug

@@ -1,8 +1,12 @@
 """The cache of a call: its growth, and caches of earlier turns, which plain and speculative calls continue."""
 
+import re
+
 import pytest
 import torch
 import transformers
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache, StaticCache
 
 import specdec_triton as sdt
@@ -169,6 +173,26 @@ def test_the_cache_grows_and_keeps_its_contents():
         assert torch.equal(layer.keys[:, :, :9], keys) and not layer.keys[:, :, 9:].any()
     dynamic = cache.to_dynamic(7)
     assert dynamic.get_seq_length() == 7 and torch.equal(dynamic.layers[1].keys, before[1][:, :, :7])
+
+
+def test_a_compiled_write_copies_no_plane():
+    """Inductor's code writes the rows in place: none of its loops runs over a whole plane."""
+    cache = prefilled(build("llama", num_hidden_layers=1), prompt(length=9)).cache
+    heads, _, dim = cache.layers[0].keys.shape[1:]
+    states = torch.randn(2, heads, 4, dim)
+
+    def write(states, base):
+        cache.place(base, 4)
+        return [plane.sum() for plane in cache.update(states, states, 0)]
+
+    torch._dynamo.reset()
+    with inductor_config.patch(force_disable_caches=True):
+        _, [code] = run_and_get_code(torch.compile(write, fullgraph=True), states, torch.tensor([9, 5]))
+    bounds = [int(bound) for bound in re.findall(r"<static_cast<int64_t>\((\d+)L\)", code)]
+    reads, plane = 2, cache.layers[0].keys.numel()
+    assert bounds.count(plane) == reads, f"{bounds.count(plane) - reads} loops copy a plane"
+    for row, base in enumerate((9, 5)):
+        assert torch.equal(cache.layers[0].values[row, :, base : base + 4], states[row])
 
 
 def test_a_cache_that_dropped_its_history_is_refused():

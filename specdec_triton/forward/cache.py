@@ -180,9 +180,9 @@ class TreeCache(Cache):
             keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
             keys[:, :, self._length :], values[:, :, self._length :] = key_states, value_states
             return keys, values
-        where = (self._rows, self._written)
-        layer.keys.transpose(1, 2).index_put_(where, key_states.transpose(1, 2))
-        layer.values.transpose(1, 2).index_put_(where, value_states.transpose(1, 2))
+        # written so, and not through a transposed view, Inductor writes the rows in place; it would copy the whole plane
+        layer.keys[self._rows, :, self._written] = key_states.transpose(1, 2)
+        layer.values[self._rows, :, self._written] = value_states.transpose(1, 2)
         return layer.keys, layer.values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

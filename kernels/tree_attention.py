@@ -54,12 +54,12 @@ class AttentionConfig(NamedTuple):
 
 
 # By bytes an element and head dim (`ops.MAX_HEAD_DIMS` are the greatest), narrowest first; the last entry also takes
-# more rows. Timed on an H200 with Triton 3.6, 2026-11-27 (bench/tune_tree_attention.py): head dim 128 in bf16, 4, 64,
-# 128 and 256 rows in several splits. The other entries rest on the compile report only.
+# more rows. Timed on an H200 with Triton 3.6, 2026-11-28 (bench/tune_tree_attention.py): head dim 128 in bf16, 4, 64,
+# 128, 256 and 512 rows in several splits. The other entries rest on the compile report only.
 _ATTENTION = {
     (2, 64): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2), (128, 64, 8, 3, 1)),
-    # 128 and 256 rows took 4 to 12% longer in row tiles of 128; 512 rows were not timed
-    (2, 128): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2, 256), (128, 64, 8, 3, 1)),
+    # Row tiles of 128 took 4 to 6% longer for up to 512 rows at 8192 and 32768 slots, 5% less for 512 rows at 2048.
+    (2, 128): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2, 512), (128, 64, 8, 3, 1)),
     (2, 256): ((16, 32, 4, 3, 2), (32, 64, 8, 2, 1), (64, 32, 8, 2, 1)),
     (2, 512): ((16, 16, 8, 2, 1),),
     (4, 64): ((16, 16, 4, 2, 2),),
@@ -524,7 +524,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             continue
         itemsize = DTYPES[dtype].itemsize
         chosen = {}  # the least rows of each configuration
-        for rows in (16, 32, 64, 128, 512):
+        for rows in (16, 32, 64, 128, 512, 1024):
             chosen.setdefault(attention_config(arch, rows, dim, itemsize, one_split, feature != ""), rows)
         for config, rows in chosen.items():
             name = f"{dtype} d{dim} m{config.block_m} n{config.block_n} {'one' if one_split else 'split'}{feature}"

@@ -60,7 +60,7 @@ def test_as_many_programs_fit_as_are_planned(arch):
             limited, itemsize = found[4] != "", 4 if found[1] == "fp32" else 2
             # an entry may be for more rows than its tile has: the one that is meant has this tile
             chosen = [
-                tree_attention.attention_config(arch, count, dim, itemsize, False, limited) for count in (rows, 512)
+                tree_attention.attention_config(arch, count, dim, itemsize, False, limited) for count in (rows, 1024)
             ]
             planned = next(config.programs for config in chosen if config.block_m == rows)
             fit = min(inspection.occupancy(row, arch)[0], 2)

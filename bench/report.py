@@ -1,6 +1,7 @@
 """Tables and plots from rows, and the goals: met, missed or not measured.
 
     python bench/report.py FOLDER    # of one run: report.md and plots beside its rows.json; a short table on the screen
+    python bench/report.py FOLDER --add RUN  # the same, after FOLDER took in the rows of a later run on the same device
     python bench/report.py --readme  # the README's table, from the rows under bench/results
 
 Needs no torch; without matplotlib there are no plots, and the report says so. Rows of a rehearsal are shown as such,
@@ -31,6 +32,7 @@ GOAL_HEADS = ("goal", "what", "wanted", "measured", "verdict")
 LONGEST_REASON = 160
 MOST_LINES, MOST_FAULTS, LONGEST_LINE, LONGEST_FAULT = 60, 10, 170, 320  # on the screen
 KERNELS = ("tree_attention", "accept", "accept_sample", "compact")
+UNSHARED = ("tune_tree_attention",)  # benches whose rows are too many for `bench/results`
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence], text: Sequence[int] = (0,)) -> list[str]:
@@ -505,6 +507,28 @@ def with_table(text: str, lines: list[str]) -> str:
     return f"{before}{BEGIN}\n{body}\n{END}{after}"
 
 
+def combine(folder: pathlib.Path, run: pathlib.Path) -> None:
+    """Take the rows of `run` into those of `folder`: they replace rows of the same bench, provider and shapes. A step's
+    state is the later one; its commit names both.
+
+    Raises:
+        ValueError: the rows are of another device, or of a rehearsal.
+    """
+    results, later = Results(folder), Results(run)
+    devices = {row["device"] for row in results.rows + later.rows}
+    if len(devices) > 1 or any(row["size"] == "rehearsal" for row in later.rows):
+        raise ValueError(f"report: --add wants rows of one device, and no rehearsal, got {', '.join(sorted(devices))}")
+    for row in later.rows:
+        if row["bench"] not in UNSHARED:
+            results.add(row)
+    for bench, state in later.steps.items():
+        if bench not in UNSHARED:
+            earlier = results.steps.get(bench, {}).get("commit", "").split(", ")
+            commits = [*(commit for commit in earlier if commit not in ("", state["commit"])), state["commit"]]
+            results.steps[bench] = {**state, "commit": ", ".join(commits)}
+    results.save()
+
+
 def measured_folders() -> list[pathlib.Path]:
     return sorted(file.parent for file in RESULTS.glob(f"*/{ROWS}"))
 
@@ -513,15 +537,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, nargs="?", help="with a rows.json")
     parser.add_argument("--readme", action="store_true", help="rewrite the README's table")
+    parser.add_argument("--add", type=pathlib.Path, metavar="RUN", help="folder of a later run, whose rows are taken in")
     options = parser.parse_args()
     if options.readme == (options.folder is not None):
         parser.error("give a folder, or --readme")
     if options.readme:
         README.write_text(with_table(README.read_text(), readme_lines(measured_folders())))
         return 0
-    if not (options.folder / ROWS).exists():
-        print(f"report: wanted a folder with a {ROWS}, got {options.folder}", file=sys.stderr)
-        return 2
+    for folder in [options.folder, *([options.add] if options.add else [])]:
+        if not (folder / ROWS).exists():
+            print(f"report: wanted a folder with a {ROWS}, got {folder}", file=sys.stderr)
+            return 2
+    if options.add:
+        try:
+            combine(options.folder, options.add)
+        except ValueError as refusal:
+            print(refusal, file=sys.stderr)
+            return 2
     results = Results(options.folder)
     print("\n".join(short(results.rows, results.steps)), flush=True)
     report(options.folder)

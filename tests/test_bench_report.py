@@ -247,3 +247,30 @@ def test_rows_of_another_commit_are_dropped(tmp_path):
         "round",
     }
     assert json.loads((tmp_path / "rows.json").read_text())["steps"]["generate"]["commit"] == "abc"
+
+
+def test_a_later_run_is_taken_in(tmp_path, monkeypatch, capsys):
+    """Its rows replace those of the same shapes; others stay. Rows of another device are refused, and change nothing."""
+
+    def folder(name, rows):
+        results = _rows.Results(tmp_path / name)
+        for one in rows:
+            results.step(one["bench"], one["commit"], False)
+            results.add(one)
+        results.save()
+        return str(tmp_path / name)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+        return report.main()
+
+    first = [attention("triton", 32, context, 20.0, 0.5) | {"commit": "a"} for context in (1024, 8192)]
+    known = folder("known", first)
+    later = folder("later", [attention("triton", 32, 8192, 10.0, 0.9) | {"commit": "b"}])
+    other = folder("other", [attention("triton", 32, 8192, 5.0, 0.9) | {"device": "another", "commit": "c"}])
+    assert run(known, "--add", later) == 0
+    assert run(known, "--add", other) == 2 and "another" in capsys.readouterr().err
+    assert run(known, "--add", str(tmp_path / "none")) == 2
+    results = _rows.Results(tmp_path / "known")
+    assert [(one["commit"], one["p50_us"]) for one in results.rows] == [("a", 20.0), ("b", 10.0)]
+    assert results.steps["tree_attention"]["commit"] == "a, b"

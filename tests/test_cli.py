@@ -276,9 +276,9 @@ def test_demo_prints_identical_and_exits_0(target, engine, short, capsys):
     out = capsys.readouterr().out
     assert "float32, cpu" in out and target in out.replace("\n", "")
     assert out.count("identical") == 4 and "DIFFERENT" not in out
-    for heading in ("tokens/s", "speedup", "forwards", "acceptance", "host"):
+    for heading in ("tokens/s", "speedup", "forwards", "tokens", "host"):
         assert heading in out
-    assert "2.25" in out
+    assert "2.00" in out and "2.25" not in out  # 10 tokens in 5 forwards; 2.25 a round
     assert "Free chat" in out
 
 
@@ -299,7 +299,9 @@ def test_demo_counts_forwards_of_each_way(target, engine, short):
     assert [len(runs) for runs in (plain, theirs, ours)] == [demo.PAIRS] * 3
     assert plain[0].forwards == len(plain[0].token_ids)
     assert 1 <= theirs[0].forwards <= plain[0].forwards
-    assert ours[0].forwards == 5 and ours[0].acceptance_length == 2.25
+    # four rounds after the prompt's forward: all five count, as they do for transformers
+    assert ours[0].forwards == 5 and ours[0].tokens_per_forward == len(ours[0].token_ids) / 5
+    assert theirs[0].tokens_per_forward == len(theirs[0].token_ids) / theirs[0].forwards
     assert len(model._forward_pre_hooks) == hooks
 
 

@@ -537,7 +537,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, nargs="?", help="with a rows.json")
     parser.add_argument("--readme", action="store_true", help="rewrite the README's table")
-    parser.add_argument("--add", type=pathlib.Path, metavar="RUN", help="folder of a later run, whose rows are taken in")
+    parser.add_argument("--add", type=pathlib.Path, metavar="RUN", help="folder of a later run to take in")
     options = parser.parse_args()
     if options.readme == (options.folder is not None):
         parser.error("give a folder, or --readme")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, wraps
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -27,7 +27,7 @@ from ._stats import Stats
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .engine.call import Call
 from .engine.generate import Generation
-from .engine.inputs import asked_assistance, check_call, check_drafter
+from .engine.inputs import asked_assistance, check_call, check_continuous_batching, check_drafter
 from .engine.stages import cannot_capture
 from .forward.checks import check_generate, check_supported, graph_hazard
 from .forward.versions import warn_if_untested
@@ -398,6 +398,42 @@ class SpeculativeModel(GenerationMixin):
             _update_class(self)  # should an interrupt have left it half unpatched
             return plain(*call, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return _speculate(self, options, *call, model_kwargs, streamer)
+
+    @wraps(GenerationMixin.generate_batch)
+    def generate_batch(self, inputs, generation_config=None, *args, **kwargs):
+        self._check_continuous_batching("generate_batch", generation_config, kwargs)
+        return super().generate_batch(inputs, generation_config, *args, **kwargs)
+
+    @wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self, generation_config=None, *args, **kwargs):
+        self._check_continuous_batching("init_continuous_batching", generation_config, kwargs)
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
+
+    @wraps(GenerationMixin.continuous_batching_context_manager)
+    def continuous_batching_context_manager(self, generation_config=None, *args, **kwargs):
+        self._check_continuous_batching("continuous_batching_context_manager", generation_config, kwargs)
+        return super().continuous_batching_context_manager(generation_config, *args, **kwargs)
+
+    def _check_continuous_batching(self, owner, generation_config, kwargs):
+        check_continuous_batching(owner, generation_config or self.generation_config, kwargs, _current_options(self))
+
+    def _extract_generation_mode_kwargs(self, custom_generate, *args, **kwargs):
+        if custom_generate is not None and not isinstance(custom_generate, SpeculativeGenerate):
+            self._warn_of_custom_generate()
+        return super()._extract_generation_mode_kwargs(custom_generate, *args, **kwargs)
+
+    def load_custom_generate(self, *args, **kwargs):
+        self._warn_of_custom_generate()
+        return super().load_custom_generate(*args, **kwargs)
+
+    def _warn_of_custom_generate(self):
+        options = _current_options(self)
+        if options and options.drafter:
+            warnings.warn(
+                f"generate: custom_generate decodes by itself, without the {type(options.drafter).__name__} that the "
+                "model is patched with",
+                stacklevel=4,
+            )
 
     def __reduce_ex__(self, protocol):
         """Pickles and copies are of the model's own class: what is loaded elsewhere is not patched."""

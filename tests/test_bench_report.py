@@ -250,7 +250,7 @@ def test_rows_of_another_commit_are_dropped(tmp_path):
 
 
 def test_a_later_run_is_taken_in(tmp_path, monkeypatch, capsys):
-    """Its rows replace those of the same shapes; others stay. Rows of another device are refused, and change nothing."""
+    """Its rows replace those of the same shapes; others stay. Rows of another device are refused."""
 
     def folder(name, rows):
         results = _rows.Results(tmp_path / name)

@@ -14,6 +14,14 @@ from ..ops.noise import row_seeds
 from ..options import Options, Tree
 
 ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
+DRAFTERS_OWN = "as in transformers: set it in the generation_config of the model that drafts, or pass a drafter"
+# arguments of a call that speculative decoding does not use, and the way to ask for the same
+UNUSED = {
+    "assistant_confidence_threshold": DRAFTERS_OWN,
+    "num_assistant_tokens": DRAFTERS_OWN,
+    "num_assistant_tokens_schedule": DRAFTERS_OWN,
+    "compile_config": "which compiles in its own way: patch the model with compile=True",
+}
 MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "position_ids", "use_cache", CACHE}
 
 
@@ -30,7 +38,7 @@ def asked_assistance(generation_config: GenerationConfig, arguments: dict) -> li
 
 def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict, options: Options) -> None:
     """Refuse, by name, options of the call that speculation cannot honour. Options of the cache that the model's saved
-    generation config has are overridden, with a warning.
+    generation config has are overridden, with a warning. Options of the call that are not used get a warning as well.
 
     Raises:
         ValueError: names the option.
@@ -75,6 +83,29 @@ def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict
             raise ValueError(f"generate: {name} must be False with speculative decoding, got True")
     if arguments.get("synced_gpus"):
         raise ValueError("generate: synced_gpus must be False with speculative decoding, got True")
+    defaults = config._get_default_generation_params()
+    for name, instead in UNUSED.items():
+        value = getattr(config, name)
+        if value not in (None, defaults.get(name), getattr(model.generation_config, name)):
+            said = f"generate: {name} of the call is not used with speculative decoding, {instead}"
+            warnings.warn(said, stacklevel=4)
+
+
+def check_continuous_batching(owner: str, config: GenerationConfig, arguments: dict, options: Options | None) -> None:
+    """Refuse continuous batching, which decodes without speculation, if a drafter or assistance is asked for.
+
+    Raises:
+        ValueError: names `owner` and the drafter.
+    """
+    asked = asked_assistance(config, arguments) if options else []
+    if options and options.drafter:
+        asked.append(type(options.drafter).__name__)
+    if asked:
+        raise ValueError(
+            f"{owner}: a model that is patched with a drafter, or assistance in the call, must not be used with "
+            f"continuous batching, which decodes without speculation, got {', '.join(asked)}: call generate with a "
+            "padded batch, or unpatch the model"
+        )
 
 
 def check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: str | None, tree: Tree) -> None:

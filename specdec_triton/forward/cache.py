@@ -180,7 +180,7 @@ class TreeCache(Cache):
             keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
             keys[:, :, self._length :], values[:, :, self._length :] = key_states, value_states
             return keys, values
-        # written so, and not through a transposed view, Inductor writes the rows in place; it would copy the whole plane
+        # Inductor writes these rows in place. Written through a transposed view, it would copy the whole plane.
         layer.keys[self._rows, :, self._written] = key_states.transpose(1, 2)
         layer.values[self._rows, :, self._written] = value_states.transpose(1, 2)
         return layer.keys, layer.values

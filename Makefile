@@ -6,6 +6,7 @@ READY :=
 DEMO_READY :=
 BENCH_READY :=
 FULL_READY :=
+DOCS_READY :=
 OLDEST_READY :=
 NEWEST_READY :=
 else
@@ -14,6 +15,7 @@ READY := .venv/ready
 DEMO_READY := .venv/ready-demo
 BENCH_READY := .venv/ready-bench
 FULL_READY := .venv/ready-full
+DOCS_READY := .venv/ready-docs
 OLDEST_READY := .venv-oldest/ready
 NEWEST_READY := .venv-newest/ready
 endif
@@ -31,7 +33,7 @@ WORKERS = $$($(1) -c 'import xdist' 2>/dev/null && echo '-n auto --maxprocesses 
 QUICK = $(1) -m pytest -q $(WORKERS) -m "not slow and not gpu"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-newest test-matrix lint bench clean
+.PHONY: help demo test test-full test-newest test-matrix lint bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -61,6 +63,9 @@ lint: $(READY) ## ruff: rules and format; mypy: types of the public modules
 
 bench: $(BENCH_READY) ## every benchmark that this machine can run; rows go to bench/results
 	@PY=$(PY) bash bench/gpu.sh $$($(PY) -m specdec_triton.tools.calibration --where)
+
+docs: $(DOCS_READY) ## the documentation site, in build/site
+	@$(PY) -m mkdocs build --strict --quiet && echo "open build/site/index.html"
 
 clean: ## remove .venv and everything built
 	@rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -99,4 +104,8 @@ clean: ## remove .venv and everything built
 
 .venv/ready-bench: .venv/ready
 	@$(INSTALL) -e '.[bench]'
+	@touch $@
+
+.venv/ready-docs: .venv/ready
+	@$(INSTALL) -e '.[docs]'
 	@touch $@

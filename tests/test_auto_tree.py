@@ -211,5 +211,5 @@ def test_refusals():
         sdt.patch(model, drafter=sdt.PromptLookupDrafter(branches=2), tree="auto")
     with pytest.raises(ValueError, match="costs must be a Costs or None, got float"):
         sdt.patch(model, tree="auto", costs=1.0)
-    with pytest.raises(ValueError, match='costs must be None but with tree="auto", got them with tree=4'):
+    with pytest.raises(ValueError, match='costs must be None unless tree="auto", got them with tree=4'):
         sdt.patch(model, tree=4, costs=FLAT)

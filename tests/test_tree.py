@@ -159,10 +159,10 @@ def test_ancestors_of_a_tree_that_grows():
         ((0, 2, 2), "DynamicTree: num_nodes must be an integer of at least 1, got 0"),
         ((4, 2.0, 2), "DynamicTree: width must be an integer of at least 1, got 2.0"),
         ((4, 2, True), "DynamicTree: depth must be an integer of at least 1, got True"),
-        ((8, 2, 2), "DynamicTree: num_nodes must be at most the 7 that width 2 and depth 2 make, got 8"),
+        ((8, 2, 2), "DynamicTree: num_nodes must be at most the 7 candidates of width 2 and depth 2, got 8"),
     ],
 )
 def test_what_no_dynamic_tree_can_be(numbers, message):
     with pytest.raises(ValueError, match=message):
         DynamicTree(*numbers)
-    assert [DynamicTree(7, 2, 2).made(levels) for levels in range(4)] == [1, 3, 7, 11]
+    assert [DynamicTree(7, 2, 2).num_candidates(levels) for levels in range(4)] == [1, 3, 7, 11]

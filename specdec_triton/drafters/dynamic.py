@@ -49,7 +49,7 @@ class DynamicSession(ModelSession):
             self._kept, self._levels = min(self._kept, tree.num_nodes), min(self._levels, tree.max_depth)
         if not context.fixed_shapes:
             self._levels = min(self._levels, context.useful_depth)
-        self._kept = min(self._kept, wanted.made(self._levels))
+        self._kept = min(self._kept, wanted.num_candidates(self._levels))
         self.forwards += self._levels
         self._follow(self._levels > 0)
         return self._levels, self._kept, self._runner.cache.slots

@@ -28,8 +28,8 @@ from ._stats import Stats
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .engine.call import Call
 from .engine.generate import Generation
+from .engine.graph_runner import cannot_capture
 from .engine.inputs import asked_assistance, check_call, check_drafter
-from .engine.stages import cannot_capture
 from .forward.checks import check_generate, check_supported, graph_hazard
 from .forward.versions import warn_if_untested
 from .forward.wrappers import unwrap

@@ -77,7 +77,7 @@ class Stats:
             self.accepted_by_position[position] += sum(count - 1 > position for count in counts)
 
 
-def timed(stage: str) -> Callable:
+def records_time(stage: str) -> Callable:
     """Add a method's host time to `stats.seconds[stage]`."""
 
     def decorate(method: Callable) -> Callable:

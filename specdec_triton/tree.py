@@ -381,7 +381,7 @@ class DraftTree:
     def shape(self) -> tuple:
         """A hashable key. Trees with equal keys can be copied into each other with `copy_`."""
         tensors = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in self._tensors()]
-        most = self.draft_filters and self.draft_filters.most
+        most = self.draft_filters and self.draft_filters.max_top_k
         return self.max_depth, self.is_chain, self.sampling, most, *tensors
 
     def _tensors(self) -> list[torch.Tensor | None]:
@@ -397,7 +397,7 @@ class DraftTree:
         own: dict[str, Any] = {name: cloned(getattr(self, name)) for name in TREE_TENSORS}
         if self.draft_filters is not None:
             filters = self.draft_filters
-            own["draft_filters"] = Filters._make([*map(cloned, filters.tensors), filters.most])
+            own["draft_filters"] = Filters._make([*map(cloned, filters.tensors), filters.max_top_k])
         return replace(self, **own)
 
     def copy_(self, other: "DraftTree") -> None:

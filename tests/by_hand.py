@@ -64,10 +64,10 @@ def accept_greedy_by_hand(logits, tokens, parents, max_depth, budget, eos_ids):
 # --- filters
 
 
-def filters_of(most=None, **options):
+def filters_of(max_top_k=None, **options):
     """A list of numbers for each option, one of each row."""
     rows = {name: torch.tensor(values, dtype=FILTER_DTYPES[name]) for name, values in options.items()}
-    return Filters(**rows, most=most)
+    return Filters(**rows, max_top_k=max_top_k)
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

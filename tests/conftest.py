@@ -17,7 +17,7 @@ LONG = (
     "test_bench_script",
     "test_kernel_accept_sample",
     "test_lossless",
-    "test_stages",
+    "test_graph_runner",
     "test_families",
     "test_sampling",
     "test_faults",

@@ -8,7 +8,7 @@ from families import EOS, NEVER, PAD, VOCAB, perturbed, prompt
 from simulated_graph import SimulatedGraphs
 from specdec_triton.drafters import DraftContext, Drafter, DraftSession
 from specdec_triton.drafters.model_session import ModelSession
-from specdec_triton.engine import stages
+from specdec_triton.engine import graph_runner
 from specdec_triton.forward.runner import TreeRunner
 from specdec_triton.tree import DraftTree
 
@@ -138,8 +138,8 @@ def assert_ranked_by(draft, target, drafter, monkeypatch):
 
 def capture_here(monkeypatch, lag, graphs=SimulatedGraphs):
     """From here on, rounds are captured on a CPU too, and read `lag` rounds late."""
-    monkeypatch.setitem(stages.CAPTURES, "cpu", graphs)
-    monkeypatch.setitem(stages.LAG, "cpu", lag)
+    monkeypatch.setitem(graph_runner.CAPTURES, "cpu", graphs)
+    monkeypatch.setitem(graph_runner.LAG, "cpu", lag)
 
 
 def speculative(model, drafter, inputs, **options):

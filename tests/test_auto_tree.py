@@ -6,7 +6,7 @@ import torch
 import specdec_triton as sdt
 from families import NEVER, build, prompt
 from helpers import TREES, HostDrafter, capture_here, drafter_of, eos_in_mid_row, oracle, speculative
-from specdec_triton.engine import auto_tree, generate, stages
+from specdec_triton.engine import auto_tree, generate, graph_runner
 from specdec_triton.forward import cache
 from specdec_triton.forward.runner import TreeRunner
 from specdec_triton.tree_choice.search import LADDER
@@ -130,7 +130,7 @@ def test_a_draft_model_catches_up_after_plain_rounds(monkeypatch, lag, replaceme
     """The draft is the target's twin: whatever it drafts is right, if it has seen the text."""
     if lag:
         capture_here(monkeypatch, 1)
-        monkeypatch.setattr(stages, "MAX_SHAPES", 2)  # some are captured again
+        monkeypatch.setattr(graph_runner, "MAX_SHAPES", 2)  # some are captured again
     script = Script([ROOT, ROOT, ROOT, sdt.Topology.chain(3), ROOT, TREES["wide"], sdt.Topology.chain(1)])
     monkeypatch.setattr(generate, "controller", lambda *arguments: script)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 60}
@@ -170,13 +170,13 @@ def test_costs_are_measured_once(monkeypatch):
 def test_measuring_captures_drafts_too_and_takes_no_room_from_the_rounds(monkeypatch):
     """Verification alone has as many sizes as a call has room for."""
     capture_here(monkeypatch, 1)
-    monkeypatch.setattr(stages, "MAX_SHAPES", 3)
+    monkeypatch.setattr(graph_runner, "MAX_SHAPES", 3)
     model, inputs, timing = build("llama"), {**prompt(batch=2), **OPTIONS, "max_new_tokens": 40}, []
     measure = auto_tree._measure
 
-    def watched(context, session, stages):
-        found = measure(context, session, stages)
-        timing.append(stages)
+    def watched(context, session, runner):
+        found = measure(context, session, runner)
+        timing.append(runner)
         return found
 
     monkeypatch.setattr(auto_tree, "_measure", watched)

@@ -205,13 +205,13 @@ def test_a_nan_of_the_draft_is_an_error_that_names_the_row():
         ),
         (
             lambda: sdt.patch(build("llama"), drafter=sdt.ModelDrafter(build("llama"), tree=TREE), rule="block"),
-            'ModelDrafter: rule "block" takes a chain, got a tree of tokens chosen without sampling',
+            'ModelDrafter: rule "block" needs a chain, got a tree of tokens chosen without sampling',
         ),
         (
             lambda: sdt.ModelDrafter(build("llama", vocab_size=4), tree=sdt.DynamicTree(3, 5, 1)).start(
                 context([[1]], vocab=4)
             ),
-            "ModelDrafter: tree must not have more children a node than the vocabulary's 4 tokens, got 5",
+            "ModelDrafter: a node of the tree must have at most 4 children, the size of the vocabulary, got 5",
         ),
         (lambda: sdt.ModelDrafter(build("llama"), tree="dynamic"), "tree must be None, a Topology or a number of.*Dyn"),
     ],

@@ -65,7 +65,7 @@ def test_assistant_early_exit():
 def test_what_an_early_exit_cannot_draft_for():
     model = build("llama", num_hidden_layers=3)
     model.config.num_kv_shared_layers = 1
-    with pytest.raises(ValueError, match="EarlyExitDrafter: layers must not have inputs or caches of each other"):
+    with pytest.raises(ValueError, match="EarlyExitDrafter: layers must not share inputs or caches"):
         sdt.patch(model, drafter=sdt.EarlyExitDrafter(2))
     model.config.num_kv_shared_layers = 0
     with pytest.raises(ValueError, match=r"EarlyExitDrafter: skip must name some of the layers 0 to 2.*got \[0, 3\]"):

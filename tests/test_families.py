@@ -6,7 +6,7 @@ import torch
 import specdec_triton as sdt
 from families import FAMILIES, NEVER, PAD, REFUSED, build, perturbed, prompt
 from helpers import DEVICE, TREES, oracle, snapshot
-from specdec_triton.engine.stages import cannot_capture
+from specdec_triton.engine.graph_runner import cannot_capture
 from specdec_triton.forward.checks import graph_hazard
 
 # all that attention is asked for: groups and chunks, softcap and window, sinks, narrow values, one key head

@@ -33,7 +33,7 @@ def filtered(logits, **options):
     result = filtered_log_probs(logits, given)
     if options.get("top_k"):
         for most in (options["top_k"], options["top_k"] + 1, 99):
-            bounded = filtered_log_probs(logits, given._replace(most=most))
+            bounded = filtered_log_probs(logits, given._replace(max_top_k=most))
             torch.testing.assert_close(bounded, result, rtol=0, atol=0, equal_nan=True)
     return result[0, 0]
 
@@ -83,7 +83,7 @@ def check_reference(palette, dtype, data, seed):
     logits, options = paint(palette, dtype, data.draw(st.integers(1, 70)), seed), draw_filters(data.draw, palette)
     given = filters_of(**{name: [value] for name, value in options.items()})
     for most in {None, options["top_k"] or None}:
-        found = filtered_log_probs(logits[None, None], given._replace(most=most))[0, 0]
+        found = filtered_log_probs(logits[None, None], given._replace(max_top_k=most))[0, 0]
         check_filters_by_hand(logits, found, **options)
 
 
@@ -132,7 +132,7 @@ def test_as_transformers_does_it(seed, vocab, dtype, impossible, **options):
     options = {name: value for name, value in options.items() if value is not None}
     warpers = LogitsProcessorList([WARPERS[name](options[name]) for name in WARPERS if name in options])
     wanted = warpers(None, logits.float())
-    given = filters_of(**{name: [value] * 2 for name, value in options.items()}, most=options.get("top_k"))
+    given = filters_of(**{name: [value] * 2 for name, value in options.items()}, max_top_k=options.get("top_k"))
     got = filtered_log_probs(logits.view(2, 3, vocab), given)
     wanted = wanted.log_softmax(-1).view_as(got)
     assert torch.equal(got.isfinite(), wanted.isfinite())
@@ -155,7 +155,7 @@ def test_the_threshold_is_transformers_own(top_p):
         logits = torch.zeros(1, size)
         wanted = TopPLogitsWarper(top_p)(None, logits).isfinite().sum()
         assert filtered_log_probs(logits[None], filters_of(top_p=[top_p])).isfinite().sum() == wanted
-        bounded = filters_of(top_k=[1], top_p=[top_p], most=1)
+        bounded = filters_of(top_k=[1], top_p=[top_p], max_top_k=1)
         assert filtered_log_probs(logits[None], bounded).isfinite().sum() == wanted
 
 
@@ -189,7 +189,7 @@ def test_a_bound_on_top_k_changes_nothing(seed, vocab, kind, odd, share, top_k, 
     if odd is not None:
         logits[torch.rand(logits.shape, generator=generator) < share] = odd
     given = filters_of(top_k=top_k, **rest, **({} if top_p is None else {"top_p": top_p}))
-    bounded = given._replace(most=max(top_k) + slack)
+    bounded = given._replace(max_top_k=max(top_k) + slack)
     wanted, got = (filtered_log_probs(logits, filters) for filters in (given, bounded))
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
@@ -199,6 +199,6 @@ def test_with_a_bound_nothing_is_sorted(monkeypatch):
         raise AssertionError("sorted")
 
     monkeypatch.setattr(torch.Tensor, "sort", refuse)
-    filtered_log_probs(torch.zeros(1, 1, 9), filters_of(top_k=[2], top_p=[0.5], most=2))
+    filtered_log_probs(torch.zeros(1, 1, 9), filters_of(top_k=[2], top_p=[0.5], max_top_k=2))
     with pytest.raises(AssertionError, match="sorted"):
         filtered_log_probs(torch.zeros(1, 1, 9), filters_of(top_k=[2]))

@@ -196,7 +196,7 @@ def rearranged(arguments, layout):
 
     def moved(name, value):
         if isinstance(value, Filters):
-            return Filters(*(moved(name, option) for option in value.tensors), most=value.most)
+            return Filters(*(moved(name, option) for option in value.tensors), max_top_k=value.max_top_k)
         return layout(value) if torch.is_tensor(value) and value.numel() and name != "storage" else value
 
     return {name: moved(name, value) for name, value in arguments.items()}

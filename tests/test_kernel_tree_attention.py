@@ -337,7 +337,7 @@ def no_launch(monkeypatch):
 
 def test_heads_too_wide_are_refused(no_launch):
     """Absorbed MLA: 576 and 512. Before anything is launched."""
-    message = r'tree_attention: key must be of a head dim up to 512 for impl="triton"'
+    message = r'tree_attention: key must be a tensor with a head dim of at most 512 for impl="triton"'
     with pytest.raises(ValueError, match=message + r".*got torch.float16 \[1, 1, 40, 576\]"):
         wide(576, 512).run()
     with pytest.raises(ValueError, match=message.replace("key", "value") + r".*\[1, 1, 40, 513\]"):

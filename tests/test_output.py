@@ -8,7 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 import specdec_triton as sdt
 from families import EOS, NEVER, PAD, build, prompt
 from helpers import TREES, assert_same_output, drafter_of, last_columns, oracle, prepared_processors, speculative
-from specdec_triton.engine import output, stages
+from specdec_triton.engine import graph_runner, output
 
 INF = float("inf")
 
@@ -81,7 +81,7 @@ def test_criteria_copy_each_token_to_the_device_once_and_wait_for_no_round(monke
 @pytest.mark.parametrize("stops", [(12, 20), (10, 60), (31, 12)])
 def test_criteria_get_the_scores_of_all_rows(stops, lag, monkeypatch):
     """At each column, those of rows that ended, too, however long ago."""
-    monkeypatch.setitem(stages.LAG, "cpu", lag)
+    monkeypatch.setitem(graph_runner.LAG, "cpu", lag)
     monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)
     monkeypatch.setattr(output, "AHEAD", 3)
     model, inputs = build("llama"), prompt()
@@ -159,7 +159,7 @@ PENALTIES = {
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize(("lag", "padding"), [(0, 3), (1, 0)])
 def test_scores_logits_and_cache_of_all_rows(lag, penalty, padding, monkeypatch):
-    monkeypatch.setitem(stages.LAG, "cpu", lag)
+    monkeypatch.setitem(graph_runner.LAG, "cpu", lag)
     monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # no slot to spare
     model, inputs = build("llama"), prompt(batch=3, padding=padding)
     options = {"do_sample": False, "max_new_tokens": 26, "return_dict_in_generate": True, **PENALTIES[penalty]}

@@ -304,7 +304,7 @@ def check_split(processors, fused, inputs):
     assert [*others, *warpers] == list(processors)
     assert {name for name in FILTERS if getattr(filters, name) is not None} == fused
     assert all(option is None or option.shape == (2,) for option in filters.tensors)
-    assert filters.most == (12 if "top_k" in fused else None)
+    assert filters.max_top_k == (12 if "top_k" in fused else None)
     # no two logits tie: transformers' own top-p has no order among them
     logits = torch.stack([torch.randperm(VOCAB) for _ in range(2)]) / 8
     got = filtered_log_probs(others(inputs, logits.clone())[:, None], filters)[:, 0]

@@ -175,7 +175,7 @@ def valid_arguments():
         ),
         ({"query": torch.zeros(2, 4, 10, 8, dtype=torch.float64)}, "query must be fp32, bf16 or fp16"),
         ({"key": torch.zeros(2, 2, 40, 9)}, r"key must be torch.float32 \[2, Hkv, S, 8\]"),
-        ({"key": torch.zeros(2, 3, 40, 8)}, "key must be of a number of heads that divides 4"),
+        ({"key": torch.zeros(2, 3, 40, 8)}, "key must be a tensor whose number of heads divides 4"),
         ({"value": torch.zeros(2, 2, 39, 8)}, r"value must be torch.float32 \[2, 2, 40, Dv\]"),
         ({"value": torch.zeros(2, 2, 40, 8, dtype=torch.float16)}, "value must be torch.float32"),
         ({"packed_tree": torch.zeros(2, 10, 4)}, r"packed_tree must be torch.int64 \[2, T, W \+ 3\]"),

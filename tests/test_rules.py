@@ -478,14 +478,17 @@ VALID = {
         ({"filters": Filters(temperature=torch.ones(1).double())}, r"filters.temperature must be torch.float32 \[1\]"),
         ({"filters": Filters(top_k=[2])}, "filters.top_k must be a tensor, got list"),
         ({"filters": Filters(top_k=torch.ones(2).long())}, r"filters.top_k must be torch.int64 \[1\]"),
-        ({"filters": Filters(most=2)}, "filters.most must be None, or at least 1 beside a top_k, got 2"),
-        ({"filters": Filters(top_k=torch.ones(1).long(), most=0)}, "filters.most must be None, or at least 1"),
+        ({"filters": Filters(max_top_k=2)}, "filters.max_top_k must be None, or at least 1 with a top_k, got 2"),
+        (
+            {"filters": Filters(top_k=torch.ones(1).long(), max_top_k=0)},
+            "filters.max_top_k must be None, or at least 1",
+        ),
         ({"draft_filters": Filters(top_p=torch.ones(1, 1))}, r"draft_filters.top_p must be torch.float64 \[1\]"),
         ({"draft_logits": torch.zeros(1, 2, 5)}, r"draft_logits must be fp32, bf16 or fp16 \[1, P, 4\]"),
         ({"draft_row": torch.zeros(1, 3)}, r"draft_row must be torch.int32 \[1, 3\]"),
-        ({"draft_row": None}, "draft_logits and draft_row come together"),
-        ({"sampling": "none"}, 'draft_logits are of trees that were drawn, got them with sampling="none"'),
-        ({"draft_logits": None, "draft_row": None}, 'rule "multi_round" weighs the tokens of a tree drawn with'),
+        ({"draft_row": None}, "draft_logits and draft_row must both be given"),
+        ({"sampling": "none"}, 'draft_logits must be None with sampling="none", got a tensor'),
+        ({"draft_logits": None, "draft_row": None}, 'draft_logits must be given with rule "multi_round"'),
         ({"sampling": "some"}, 'rule "multi_round": sampling must be one of none, with, without'),
         ({"rule": "greedy"}, 'rule "greedy" is ops.accept_greedy'),
         ({"rule": "greed"}, "rule must be one of greedy, coupled"),
@@ -506,5 +509,5 @@ def test_legal_trees():
     for rule, (sampling, words) in itertools.product(
         rules.CHAIN_RULES, {"none": "chosen without sampling", "with": "with rep", "without": "without rep"}.items()
     ):
-        with pytest.raises(ValueError, match=f'rule "{rule}" takes a chain, got a tree .*{words}'):
+        with pytest.raises(ValueError, match=f'rule "{rule}" needs a chain, got a tree .*{words}'):
             rules.check_legal(rule, sampling, is_chain=False)

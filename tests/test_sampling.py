@@ -285,8 +285,8 @@ def test_the_end_of_a_text_and_criteria():
         ({"seed": 2**64}, {}, "seed must be None, a 64-bit integer or a list of them"),
         ({"seed": "one"}, {}, "seed must be None, a 64-bit integer or a list of them"),
         ({}, {"temperature": 1e-40}, "temperature must be at least 1e-20 with speculative decoding, got 1e-40"),
-        ({"rule": "block", "tree": BUSHY}, {}, 'rule "block" takes a chain, got a tree drawn without replacement'),
-        ({"rule": "rejection", "lookup": 2}, {}, 'PromptLookupDrafter: rule "rejection" takes a chain'),
+        ({"rule": "block", "tree": BUSHY}, {}, 'rule "block" needs a chain, got a tree drawn without replacement'),
+        ({"rule": "rejection", "lookup": 2}, {}, 'PromptLookupDrafter: rule "rejection" needs a chain'),
     ],
 )
 def test_refusals(options, call, message):
@@ -326,7 +326,7 @@ def test_an_illegal_tree_of_a_drafter_of_ones_own():
     for rule in RULES:
         with sdt.patched(model, drafter=Own(), rule=rule):
             if rule in CHAIN_RULES:
-                with pytest.raises(ValueError, match=f'Own: rule "{rule}" takes a chain, got a tree of tokens chosen'):
+                with pytest.raises(ValueError, match=f'Own: rule "{rule}" needs a chain, got a tree of tokens chosen'):
                     model.generate(**prompt(), **OPTIONS)
             else:
                 model.generate(**prompt(), **OPTIONS)

@@ -20,14 +20,14 @@ from helpers import (
     oracle,
     speculative,
 )
+from operation_trace import trace
 from simulated_graph import CUDA, HostRead, SimulatedGraphs
 from specdec_triton.drafters.model_session import ModelSession
-from specdec_triton.engine import generate, stages
-from specdec_triton.engine.round import Round
+from specdec_triton.engine import generate, graph_runner
+from specdec_triton.engine.round import RoundSteps
 from specdec_triton.forward import cache, checks, runner
 from specdec_triton.forward.attention import call_with_tree_attention, config_ids
 from specdec_triton.forward.runner import TreeRunner
-from stage_trace import trace
 
 OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 24}
 QUICK_GRAPHS = [("llama", name) for name in ("tree", "lookup")]
@@ -125,7 +125,7 @@ def test_processors_of_the_host_keep_rounds_as_they_were(captured):
 
 
 def test_drafts_of_the_host_are_verified_by_captured_rounds(captured, monkeypatch):
-    monkeypatch.setattr(stages, "MAX_SHAPES", 2)
+    monkeypatch.setattr(graph_runner, "MAX_SHAPES", 2)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 60}
     plain = model.generate(**inputs)
     HostSession.observed = 0
@@ -183,31 +183,31 @@ def test_where_capturing_fails_rounds_go_on(monkeypatch, name, good, error, says
     capture_here(monkeypatch, 1, type("Failing", (Failing,), {"good": good, "error": error}))
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     plain = model.generate(**inputs)
-    with pytest.warns(UserWarning, match=f"without CUDA graphs from here on.*{says}"):
+    with pytest.warns(UserWarning, match=f"the remaining rounds run without CUDA graphs.*{says}"):
         text, stats = speculative(model, drafter_of(name, plain), inputs, cuda_graphs=True)
     assert torch.equal(text, plain) and says in stats.why_eager and stats.captured == good
     CUDA.assert_sound()
-    stages.CAPTURES["cpu"] = SimulatedGraphs
+    graph_runner.CAPTURES["cpu"] = SimulatedGraphs
     text, stats = speculative(model, drafter_of(name, plain), inputs)
     assert torch.equal(text, plain) and stats.why_eager is None and stats.replayed > 5
 
 
 def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
-    monkeypatch.setitem(stages.LAG, "cpu", 1)
+    monkeypatch.setitem(graph_runner.LAG, "cpu", 1)
     sent, read = [], []
-    put, take = stages.Reports.put, stages.Reports.take
+    put, take = graph_runner.Reports.put, graph_runner.Reports.take
 
-    def put_one(self, report, kept, beside):
-        sent.append(beside[0])
-        put(self, report, kept, beside)
+    def put_one(self, report, kept, on_host):
+        sent.append(on_host[0])
+        put(self, report, kept, on_host)
 
     def take_one(self):
-        rows, kept, beside = take(self)
-        read.append((beside[0], sent[-1]))
-        return rows, kept, beside
+        rows, kept, on_host = take(self)
+        read.append((on_host[0], sent[-1]))
+        return rows, kept, on_host
 
-    monkeypatch.setattr(stages.Reports, "put", put_one)
-    monkeypatch.setattr(stages.Reports, "take", take_one)
+    monkeypatch.setattr(graph_runner.Reports, "put", put_one)
+    monkeypatch.setattr(graph_runner.Reports, "take", take_one)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     plain = model.generate(**inputs)
     for name in DRAFTERS:
@@ -228,7 +228,7 @@ def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
 )
 def test_rounds_are_one_graph(monkeypatch, family, name):
     """Two rounds are the same operations on the same addresses, and read nothing: what a CUDA graph asks for."""
-    monkeypatch.setitem(stages.LAG, "cpu", 1)
+    monkeypatch.setitem(graph_runner.LAG, "cpu", 1)
     rounds = []
 
     def step(self, whole=generate.Generation.step):
@@ -260,17 +260,17 @@ class Backend:
 @pytest.mark.parametrize("stage", ["verify", pytest.param("draft", marks=pytest.mark.slow), "accept"])
 def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
     torch._dynamo.reset()
-    monkeypatch.setitem(stages.LAG, "cpu", 1)
+    monkeypatch.setitem(graph_runner.LAG, "cpu", 1)
     backend, compiled = Backend(), {}
 
     def through_compiler(method):
         def run(self, *arguments):
-            if isinstance(self, Round) and not self.stats.rounds:
+            if isinstance(self, RoundSteps) and not self.stats.rounds:
                 return method(self, *arguments)  # the prompt's own tree has one node
             if method not in compiled:
                 compiled[method] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
             # compilers do not trace a context
-            runner = self.context.target if isinstance(self, Round) else getattr(self, "_runner", self)
+            runner = self.context.target if isinstance(self, RoundSteps) else getattr(self, "_runner", self)
             return call_with_tree_attention(None, config_ids(runner.model), partial(compiled[method], self, *arguments))
 
         return run
@@ -284,7 +284,7 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
 
     if stage == "accept":
         for name in ("accept", "emit"):
-            monkeypatch.setattr(Round, name, through_compiler(getattr(Round, name).__wrapped__))
+            monkeypatch.setattr(RoundSteps, name, through_compiler(getattr(RoundSteps, name).__wrapped__))
     elif stage == "verify":
         monkeypatch.setattr(TreeRunner, "forward", through_compiler(TreeRunner.forward))
     else:
@@ -354,7 +354,7 @@ def test_no_gpu_no_graphs():
         sdt.patch(model, cuda_graphs=True)
     speculative(model, sdt.PromptLookupDrafter(), {**prompt(), **OPTIONS, "max_new_tokens": 4})
     assert "CUDA GPU" in sdt.stats(model).why_eager and sdt.stats(model).lag == 0
-    assert stages.LAG == {"cuda": 1}
+    assert graph_runner.LAG == {"cuda": 1}
 
 
 def test_the_simulation_has_teeth():
@@ -382,31 +382,31 @@ def run(shapes, made):
 
 
 @pytest.fixture
-def make_stages(captured_late):
-    return partial(stages.Stages, torch.device("cpu"))
+def make_runner(captured_late):
+    return partial(graph_runner.GraphRunner, torch.device("cpu"))
 
 
-def test_the_shape_used_longest_ago_makes_room(make_stages):
-    made = make_stages(max_shapes=3)
+def test_the_shape_used_longest_ago_makes_room(make_runner):
+    made = make_runner(max_shapes=3)
     assert sum(run([0, 1, 2] * 10, made)) == 27
     assert sum(run([3] * 100 + [1, 2] * 5, made)) == 99 + 10, "a fourth shape is captured, in place of the first"
     assert made.captured == 4
     assert run([0, 0, 0, 0], made) == [False, False, True, True], "one that had been evicted waits longer"
 
 
-def test_shapes_that_evict_each_other_are_captured_ever_more_rarely(make_stages):
-    made = make_stages(max_shapes=3)
+def test_shapes_that_evict_each_other_are_captured_ever_more_rarely(make_runner):
+    made = make_runner(max_shapes=3)
     run([0, 1, 2, 3] * 100, made)
     assert made.captured <= 4 * 7
 
 
-def test_graphs_of_a_measurement_are_all_kept(make_stages):
-    made = make_stages(max_shapes=float("inf"))
+def test_graphs_of_a_measurement_are_all_kept(make_runner):
+    made = make_runner(max_shapes=float("inf"))
     assert sum(run([*range(20)] * 5, made)) == 80 and made.captured == 20 and made.capture_seconds > 0
 
 
-def test_forgetting_forgets_all(make_stages):
-    made = make_stages(max_shapes=1)
+def test_forgetting_forgets_all(make_runner):
+    made = make_runner(max_shapes=1)
     run([0, 0, 1, 1], made)
     made.forget()
     assert run([0, 0, 1], made) == [False, True, False] and isinstance(made._capture, SimulatedGraphs)

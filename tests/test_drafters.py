@@ -1,4 +1,4 @@
-"""Drafters: models as drafters, and options that are refused."""
+"""Drafters that run models, and options that are refused."""
 
 import gc
 import weakref
@@ -14,7 +14,7 @@ from specdec_triton.forward.wrappers import embedded_tokens
 
 @pytest.mark.parametrize("adapted", ["lora", "tokens", "saved"])
 def test_a_draft_may_be_wrapped(adapted):
-    """In PEFT, its embedding replaced, and drafts as the model inside does."""
+    """In a PEFT wrapper or with a replaced embedding, the draft model drafts as the inner model does."""
     peft = pytest.importorskip("peft")
     options = {
         "lora": {"target_modules": ["embed_tokens", "q_proj"]},

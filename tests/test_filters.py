@@ -1,4 +1,5 @@
-"""Temperature, top-k, top-p and min-p against transformers' own, alone and together, each row with its own."""
+"""Temperature, top-k, top-p and min-p against transformers' own, alone and together, with different values for each
+row."""
 
 import math
 
@@ -27,7 +28,8 @@ WARPERS = {
 
 
 def filtered(logits, **options):
-    """Of one node: a list of numbers in, its log-probabilities out, whether the host knows a bound on top-k or not."""
+    """The filters for one node: from a list of logits to a list of log-probabilities, with and without a bound on
+    top-k."""
     given = filters_of(**{name: [value] for name, value in options.items()})
     logits = torch.tensor(logits)[None, None]
     result = filtered_log_probs(logits, given)
@@ -55,9 +57,10 @@ def test_by_hand():
 
 def test_ties():
     tied = [1.0, 0.0, 1.0, 1.0, 0.0]
-    assert kept(tied, top_k=1) == kept(tied, top_k=2) == [0, 2, 3]  # all that tie with the k-th stay
+    assert kept(tied, top_k=1) == kept(tied, top_k=2) == [0, 2, 3]  # all that tie with the k-th are kept
     assert kept(tied, top_k=4) == [0, 1, 2, 3, 4]
-    assert kept([0.0] * 4, top_p=0.5) == [2, 3] and kept([0.0] * 4, top_p=0.2) == [3]  # the lowest ids go first
+    # the lowest ids are dropped first
+    assert kept([0.0] * 4, top_p=0.5) == [2, 3] and kept([0.0] * 4, top_p=0.2) == [3]
     assert kept(tied, top_k=1, top_p=0.6) == [2, 3]
     assert kept(tied, temperature=0.0) == [0]
 
@@ -125,7 +128,7 @@ def test_temperatures_that_would_overflow():
 )
 def test_as_transformers_does_it(seed, vocab, dtype, impossible, **options):
     generator = torch.Generator().manual_seed(seed)
-    # no two logits tie: transformers' own top-p has no order among them
+    # no two logits tie, because transformers' top-p has no defined order among ties
     logits = (torch.stack([torch.randperm(vocab, generator=generator) for _ in range(6)]) / 8).to(dtype)
     logits[torch.rand(6, vocab, generator=generator) < impossible] = -INF
     logits[:, vocab // 2] = vocab / 8
@@ -150,7 +153,7 @@ def test_ties_keep_as_much_as_transformers_does():
 
 @pytest.mark.parametrize("top_p", [step / 20 for step in range(1, 20)])
 def test_the_threshold_is_transformers_own(top_p):
-    """Equal tokens put the sums where the threshold is: which side they fall on hangs on the last bit."""
+    """With equal tokens, sums lie on the threshold, and the last bit decides on which side."""
     for size in range(2, 41):
         logits = torch.zeros(1, size)
         wanted = TopPLogitsWarper(top_p)(None, logits).isfinite().sum()
@@ -183,7 +186,7 @@ KINDS = {
     rest=st.sampled_from([{}, {"min_p": [0.1, 0.0]}, {"temperature": [0.0, 0.7]}]),
 )
 def test_a_bound_on_top_k_changes_nothing(seed, vocab, kind, odd, share, top_k, slack, top_p, rest):
-    """To the last bit, however many tie with the k-th."""
+    """Results are equal in every bit, however many logits tie with the k-th."""
     generator = torch.Generator().manual_seed(seed)
     logits = KINDS[kind](3 * torch.randn(2, 3, vocab, generator=generator))
     if odd is not None:

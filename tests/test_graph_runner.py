@@ -1,5 +1,5 @@
-"""Captured rounds and late reads change nothing but the time: the texts are plain `generate`'s. The graphs that are
-kept are those in use."""
+"""Captured rounds and late reports change only the time: the texts are those of plain `generate`. Graphs are kept while
+they are used."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ QUICK_GRAPHS = [("llama", name) for name in ("tree", "lookup")]
 
 @pytest.fixture(params=[0, 1], ids=["lag0", "lag1"])
 def captured(request, monkeypatch):
-    """Stages are captured on this device, too, and read at once or late."""
+    """Let functions be captured on a CPU, too, with reports read at once or late."""
     capture_here(monkeypatch, request.param)
 
 
@@ -89,18 +89,18 @@ def test_captured_rounds_sample_the_same_text(captured_late, rule, name):
     inputs["max_new_tokens"] = 18
     text, captured = speculative(model, drafter_of(name, None), inputs, rule=rule, seed=7, cuda_graphs=True)
     expected, stats = speculative(model, drafter_of(name, None), inputs, rule=rule, seed=7, cuda_graphs=False)
-    deepest = 3  # what is drafted beyond the end of the text counts where it is not cut
+    deepest = 3  # tokens drafted after the end of the text count if the draft is not cut there
     assert torch.equal(text[:, :-deepest], expected[:, :-deepest]) and stats.why_eager == "cuda_graphs=False"
     assert captured.replayed > 5
 
 
 def test_what_generate_accepts_keeps_its_meaning(captured_late):
-    """Penalties, kept scores and criteria beside captured rounds, which go on until the host has seen the end."""
+    """Penalties, kept scores and criteria work with captured rounds, which continue until the host has read the end."""
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     inputs |= {"repetition_penalty": 1.3, "return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
 
     def third_stop(input_ids, scores, **kwargs):
-        """Ends each row at the third of its tokens that a number divides."""
+        """A criterion that ends each row at the third of its tokens that is divisible by a number."""
         return (input_ids[:, 9:] % torch.tensor([[2], [3], [5]]) == 0).sum(1) >= 3
 
     inputs["stopping_criteria"] = [third_stop]
@@ -111,7 +111,7 @@ def test_what_generate_accepts_keeps_its_meaning(captured_late):
         scores, expected = torch.stack(output.scores), torch.stack(plain.scores)
         assert torch.allclose(scores, expected, atol=1e-3), name
         emitted = (plain.sequences[:, 9:] != 0).sum()
-        assert stats.emitted <= emitted + 3, name  # a row that emits token 0 itself counts it
+        assert stats.emitted <= emitted + 3, name  # a row that emits token 0 counts it, too
 
 
 def test_processors_of_the_host_keep_rounds_as_they_were(captured):
@@ -149,7 +149,7 @@ def test_a_cache_that_grows_is_captured_anew(captured_late, name, monkeypatch):
 
 
 class Failing(SimulatedGraphs):
-    """Captures `good` stages and then no more."""
+    """Captures `good` functions; later captures fail."""
 
     good, error = 0, None
 
@@ -214,7 +214,7 @@ def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
         sent.clear(), read.clear()
         text, stats = speculative(model, drafter_of(name, plain), inputs)
         assert torch.equal(text, plain)
-        late = [number < newest for number, newest in read[1:]]  # after the prompt's
+        late = [number < newest for number, newest in read[1:]]  # the first report is that of the prompt
         assert all(late[:-1]) and len(late) >= stats.rounds - 1, name
 
 
@@ -227,7 +227,8 @@ def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
     ],
 )
 def test_rounds_are_one_graph(monkeypatch, family, name):
-    """Two rounds are the same operations on the same addresses, and read nothing: what a CUDA graph asks for."""
+    """Two rounds run the same operations on the same addresses and read nothing on the host, which a CUDA graph
+    requires."""
     monkeypatch.setitem(graph_runner.LAG, "cpu", 1)
     rounds = []
 
@@ -248,7 +249,7 @@ def test_rounds_are_one_graph(monkeypatch, family, name):
 
 
 class Backend:
-    """Counts the graphs that torch.compile makes."""
+    """A torch.compile backend that counts graphs."""
 
     graphs = 0
 
@@ -266,10 +267,10 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
     def through_compiler(method):
         def run(self, *arguments):
             if isinstance(self, RoundSteps) and not self.stats.rounds:
-                return method(self, *arguments)  # the prompt's own tree has one node
+                return method(self, *arguments)  # the tree of the prompt has one node
             if method not in compiled:
                 compiled[method] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
-            # compilers do not trace a context
+            # compilers do not trace a context manager
             runner = self.context.target if isinstance(self, RoundSteps) else getattr(self, "_runner", self)
             return call_with_tree_attention(None, config_ids(runner.model), partial(compiled[method], self, *arguments))
 
@@ -289,7 +290,7 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
         monkeypatch.setattr(TreeRunner, "forward", through_compiler(TreeRunner.forward))
     else:
         monkeypatch.setattr(ModelSession, "draft", through_compiler(ModelSession.draft))
-    layers = 2 if stage == "draft" else 1  # the draft has one
+    layers = 2 if stage == "draft" else 1  # the draft model has one layer
     model, inputs = build("llama", num_hidden_layers=layers), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 120}
     plain = model.generate(**inputs)
     drafter = drafter_of("tree", plain) if stage == "draft" else oracle(plain, 0.7, tree=TREES["wide"])
@@ -336,7 +337,7 @@ def test_hazards_are_named(monkeypatch):
 
 
 def test_grouped_experts_in_fp32_are_a_hazard_off_the_cpu():
-    """torch 2.11 computes grouped_mm in fp32 on an H200 with a loop on the host: capturing failed there."""
+    """torch 2.11 computes grouped_mm in fp32 on an H200 with a loop on the host, so capturing failed there."""
     for dtype, experts, says in (
         (torch.float32, "grouped_mm", "grouped_mm in fp32"),
         (torch.bfloat16, "grouped_mm", None),
@@ -358,7 +359,8 @@ def test_no_gpu_no_graphs():
 
 
 def test_the_simulation_has_teeth():
-    """A captured stage that reads a value is an error, and one that depends on Python is wrong."""
+    """In the simulation, a captured function that reads a value raises an error, and one that depends on Python state
+    gives wrong results."""
     there, number = torch.zeros(2), [1.0]
     with pytest.raises(HostRead):
         SimulatedGraphs()(lambda: (there > 0).any().item())
@@ -372,7 +374,7 @@ def test_the_simulation_has_teeth():
 
 
 def run(shapes, made):
-    """Whether each of these rounds was a graph's."""
+    """For each of these rounds, True if it ran as a graph."""
     replayed = []
     for shape in shapes:
         before = made.replayed

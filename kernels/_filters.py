@@ -72,7 +72,7 @@ def _log_probs_of(distribution, logits, ids):
 def row_distribution(row, statistics, index, batch, S, filters, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr):
     """The `Distribution` of a row; `index` is its place in the statistics. It is invalid if the logits hold NaN or +inf
     or only -inf."""
-    # number of low bits in which two orders of this dtype's values never differ alone
+    # number of low bits of the order that carry no information in this dtype
     SHIFT: tl.constexpr = (
         0 if row.ptr.dtype.element_ty == tl.float32 else 13 if row.ptr.dtype.element_ty == tl.float16 else 16
     )

@@ -206,7 +206,7 @@ def test_costs_hold_for_about_as_long_texts(monkeypatch):
 
 def test_refusals():
     model = build("llama")
-    with pytest.raises(ValueError, match='tree="auto" must have a drafter that drafts what it is asked for, got Host'):
+    with pytest.raises(ValueError, match='drafter must be resizable with tree="auto", got Host'):
         sdt.patch(model, drafter=HostDrafter(None), tree="auto")
     with pytest.raises(ValueError, match="got PromptLookupDrafter: give a tree, or for prompt lookup branches=1"):
         sdt.patch(model, drafter=sdt.PromptLookupDrafter(branches=2), tree="auto")

@@ -135,7 +135,7 @@ def test_a_draft_model_ranks_each_nodes_children(tree, seed, monkeypatch):
             lambda: sdt.patch(
                 build("llama"), drafter=sdt.ModelDrafter(build("llama"), confidence_threshold=0.5), tree="auto"
             ),
-            'tree="auto" must have a drafter that drafts what it is asked for, got ModelDrafter',
+            'drafter must be resizable with tree="auto", got ModelDrafter',
         ),
     ],
 )

@@ -293,7 +293,7 @@ def test_embeddings_need_their_tokens(model):
         assert torch.equal(model.generate(**inputs, inputs_embeds=embeds, **lookup), plain)
         with pytest.raises(ValueError, match="input_ids must hold a prompt"):
             model.generate(inputs_embeds=embeds, **lookup)
-        with pytest.raises(ValueError, match="inputs_embeds must be those of the 9 input_ids .*got 8"):
+        with pytest.raises(ValueError, match="inputs_embeds must have the 9 columns of input_ids .*got 8"):
             model.generate(**inputs, inputs_embeds=embeds[:, 1:], **lookup)
 
 

@@ -213,7 +213,7 @@ def test_seeds():
     torch.manual_seed(0)
     assert torch.equal(text(None), first)
     with pytest.raises(
-        ValueError, match="generate: seed must be a number or a list of one for each of the 2 rows.*got 3"
+        ValueError, match="generate: seed must be a number or a list with one for each of the 2 rows.*got 3"
     ):
         text([1, 2, 3])
     assert torch.equal(text([-(2**63), 2**63 - 1]), text([-(2**63), 2**63 - 1]))

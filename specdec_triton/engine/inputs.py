@@ -53,7 +53,8 @@ def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict
         )
     if (config.num_beams or 1) > 1:
         raise ValueError(
-            f"generate: num_beams must be 1 with speculative decoding, got {config.num_beams}: search beams without it"
+            f"generate: num_beams must be 1 with speculative decoding, got {config.num_beams}: run beam search without "
+            "speculation"
         )
     for name, wanted, accepted in (
         ("use_cache", "True", (True, None)),
@@ -64,7 +65,7 @@ def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict
             continue
         if value != getattr(model.generation_config, name):
             raise ValueError(
-                f"generate: {name} must be {wanted} with speculative decoding, got {value!r}: the cache is made here"
+                f"generate: {name} must be {wanted} with speculative decoding, got {value!r}: it creates its own cache"
             )
         warnings.warn(
             f"generate: {name}={value!r} of the model's generation config is not used with speculative decoding, which "
@@ -87,8 +88,8 @@ def check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: st
     """
     if tree == "auto" and not drafter.resizable:
         raise ValueError(
-            f'{owner}: tree="auto" must have a drafter that drafts what it is asked for, got {type(drafter).__name__}: '
-            "give a tree, or for prompt lookup branches=1"
+            f'{owner}: drafter must be resizable with tree="auto", got {type(drafter).__name__}, which is not: give a '
+            "tree, or for prompt lookup branches=1"
         )
     drafter.check(model, rule, None if tree == "auto" else tree)
 
@@ -113,8 +114,8 @@ def check_model_arguments(input_ids: torch.Tensor, model_kwargs: dict) -> None:
     embeds = model_kwargs.get("inputs_embeds")
     if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
         raise ValueError(
-            f"generate: inputs_embeds must be those of the {input_ids.shape[1]} input_ids with speculative decoding, "
-            f"got {embeds.shape[1]}"
+            f"generate: inputs_embeds must have the {input_ids.shape[1]} columns of input_ids with speculative "
+            f"decoding, got {embeds.shape[1]}"
         )
 
 
@@ -151,8 +152,8 @@ def row_seeds_of(seed: int | Sequence[int] | None, batch: int) -> torch.Tensor:
     if isinstance(seed, (list, tuple)):
         if len(seed) != batch:
             raise ValueError(
-                f"generate: seed must be a number or a list of one for each of the {batch} rows (each prompt's "
-                f"num_return_sequences among them), got {len(seed)}"
+                f"generate: seed must be a number or a list with one for each of the {batch} rows (each prompt has "
+                f"num_return_sequences rows), got {len(seed)}"
             )
         return torch.tensor(seed, dtype=torch.int64)
     return row_seeds(int(torch.randint(2**62, ())) if seed is None else seed, batch)

@@ -294,7 +294,7 @@ def accept_sample(
 
 
 def _check_acceptance(check: Check, logits, tokens, parents, max_depth, budget, eos_ids) -> torch.Tensor:
-    """What the acceptance ops have in common; the budget, which may be None, comes back as a tensor."""
+    """Check the common arguments of the acceptance ops. Returns the budget; if it is None, one that does not limit."""
     batch, nodes, _ = check("logits", logits, "B, N, V", *FLOAT_DTYPES)
     check("tokens", tokens, "B, N", torch.int64)
     check("parents", parents, "B, N", torch.int32)

@@ -350,9 +350,9 @@ def simulate_graphs(bench: Bench) -> None:
     """In a rehearsal on a CPU, rounds are captured by simulated graphs, and read late."""
     if bench.size == "rehearsal" and bench.device.type == "cpu":
         from simulated_graph import SimulatedGraphs
-        from specdec_triton.engine import stages
+        from specdec_triton.engine import graph_runner
 
-        stages.CAPTURES["cpu"], stages.LAG["cpu"] = SimulatedGraphs, 1
+        graph_runner.CAPTURES["cpu"], graph_runner.LAG["cpu"] = SimulatedGraphs, 1
 
 
 def progress(cases: Sequence, what: str) -> Iterator:

@@ -1,10 +1,11 @@
-"""Rows of logits as probabilities, in Triton: temperature, top-k, top-p and min-p.
+"""Filtered log-probabilities of rows of logits, in Triton: temperature, top-k, top-p and min-p.
 
-From a row's statistics (`_rows`) and its filters follows its `Distribution`, six numbers; a token's log-probability
-follows from its logit and them.
+The `Distribution` of a row consists of six numbers. They are computed from the row's statistics (`_rows`) and filters.
+The log-probability of a token follows from its logit and these numbers.
 
-Thresholds are found on integers that order as the logits do, with integer counts (top-k) and masses in fixed point
-(top-p): sums of integers do not depend on their order. Reference: `specdec_triton.ops.filters`.
+Thresholds are found on integers that have the same order as the logits, with integer counts (top-k) and fixed-point
+masses (top-p), because sums of integers do not depend on the order of summation.
+Reference: `specdec_triton.ops.filters`.
 
 Letters: B sequences, V vocabulary, S = ceil(V / BLOCK_V) tiles.
 """
@@ -20,39 +21,40 @@ from ._keys import MAX_ID, NAN_ORDER, NEG_INF, NO_KEY, id_in, order_in, order_of
 from ._launch import contiguous
 from ._rows import load_inverse_temperature, load_logits
 
-FIXED_ONE: tl.constexpr = tl.constexpr(2.0**40)  # the likeliest token's mass; less than 2^-40 of it counts as none
+FIXED_ONE: tl.constexpr = tl.constexpr(2.0**40)  # mass of the most likely token; masses below 2^-40 of it become 0
 NO_MASS: tl.constexpr = tl.constexpr(28.0)  # exp(-28) < 2^-40
 
 
-# an argument of kernels, the tensors of `ops.filters.Filters`: [B] fp32, int64, fp64 and fp32, or None
+# kernel argument: the tensors of `ops.filters.Filters`, [B] fp32, int64, fp64 and fp32, or None
 Filters = namedtuple("Filters", "temperature top_k top_p min_p", defaults=(None,) * 4)
 
-# A row's filtered probabilities:
-#   row                  its logits
+# The filtered probabilities of a row:
+#   row                  `Row`, its logits
 #   peak                 fp32, the highest logit
-#   log_sum              fp32, log of the sum of exp((logit - peak) / temperature) over the kept tokens; NaN: invalid
+#   log_sum              fp32, log of the sum of exp((logit - peak) / temperature) over the kept tokens; NaN if the
+#                        logits do not define a distribution
 #   threshold            fp32, logits above it are kept
 #   inverse_temperature  fp32
-#   first_tie            int32, of the logits equal to the threshold those of this id and above are kept
-#   greedy_id            int32, the one token of a row of temperature 0, else -1
+#   first_tie            int32, tokens whose logit equals the threshold are kept if their id is at least this
+#   greedy_id            int32, the only token of a row with temperature 0; -1 for other rows
 Distribution = namedtuple("Distribution", "row peak log_sum threshold inverse_temperature first_tie greedy_id")
 
 
 @triton.jit
 def is_invalid(distribution):
-    """Whether the logits make no distribution."""
+    """True if the logits do not define a distribution."""
     return (distribution.log_sum == distribution.log_sum) == 0
 
 
 @triton.jit
 def log_probs(distribution, ids):
-    """[BLOCK_V] fp32 of a tile: -inf for filtered tokens; NaN if there is no distribution."""
+    """[BLOCK_V] fp32: log-probabilities of a tile. -inf for filtered tokens; NaN if there is no distribution."""
     return _log_probs_of(distribution, load_logits(distribution.row, ids), ids)
 
 
 @triton.jit
 def log_prob_of(distribution, token):
-    """The same of a token, or of several, that are in the vocabulary."""
+    """Log-probability of a token or of several tokens. They must be in the vocabulary."""
     row = distribution.row
     return _log_probs_of(distribution, tl.load(row.ptr + token.to(tl.int64) * row.stride_v).to(tl.float32), token)
 
@@ -68,8 +70,9 @@ def _log_probs_of(distribution, logits, ids):
 
 @triton.jit
 def row_distribution(row, statistics, index, batch, S, filters, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The `Distribution` of a row, which has place `index` in the statistics. Invalid: NaN, +inf or all -inf."""
-    # low bits that no two orders of the dtype's values differ in alone
+    """The `Distribution` of a row; `index` is its place in the statistics. It is invalid if the logits hold NaN or +inf
+    or only -inf."""
+    # number of low bits of the order that carry no information in this dtype
     SHIFT: tl.constexpr = (
         0 if row.ptr.dtype.element_ty == tl.float32 else 13 if row.ptr.dtype.element_ty == tl.float16 else 16
     )
@@ -89,11 +92,11 @@ def row_distribution(row, statistics, index, batch, S, filters, BLOCK_S: tl.cons
             peaks = tl.where(tile < S, value_of(order_in(keys)), NEG_INF)
             log_sum = tl.log(tl.sum(sums * tl.exp((peaks - peak) * inverse), 0))
     elif not (invalid | greedy):
-        lowest = tl.min(tl.where(tile < S, keys, key), 0)  # of the tiles' highest
+        lowest = tl.min(tl.where(tile < S, keys, key), 0)  # lowest of the tiles' maxima
         if filters.top_k is not None:
             count = tl.load(filters.top_k + batch)
             if (count > 0) & (count < row.V):
-                # each tile has one logit as high as the lowest of their maxima
+                # each tile has at least one logit that is not below the lowest maximum
                 floor = tl.where(count <= S, order_in(lowest) >> SHIFT, order_of(NEG_INF) >> SHIFT)
                 found, _ = _highest_order(
                     row, floor, order_in(key) >> SHIFT, count, count * 0, floor, peak, inverse, False, SHIFT, BLOCK_V
@@ -107,7 +110,7 @@ def row_distribution(row, statistics, index, batch, S, filters, BLOCK_S: tl.cons
                 floor = order_of(tl.maximum(peak - NO_MASS / inverse, threshold)) >> SHIFT
                 whole = _mass_from(row, floor, peak, inverse, SHIFT, BLOCK_V)
                 dropped = ((1 - top_p).to(tl.float32).to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
-                dropped = tl.minimum(dropped, whole - 1)  # the likeliest stays, whatever top_p is
+                dropped = tl.minimum(dropped, whole - 1)  # the most likely token is always kept
                 found, from_found = _highest_order(
                     row, floor, order_in(key) >> SHIFT, whole - dropped, whole, floor, peak, inverse, True, SHIFT,
                     BLOCK_V,
@@ -121,7 +124,7 @@ def row_distribution(row, statistics, index, batch, S, filters, BLOCK_S: tl.cons
             if least > 0:
                 distance = tl.log(tl.minimum(least, 1.0)) / inverse
                 lowered = peak + distance
-                # rounded down, it would keep a logit that is too low: the next fp32 value does not
+                # if it was rounded down, it would keep a logit that is too low; the next fp32 value does not
                 lowered = tl.where(lowered - peak < distance, value_of(order_of(lowered) + 1), lowered)
                 first_tie = tl.where(lowered > threshold, 0, first_tie)
                 threshold = tl.maximum(lowered, threshold)
@@ -135,9 +138,9 @@ def row_distribution(row, statistics, index, batch, S, filters, BLOCK_S: tl.cons
 
 @triton.jit
 def value_of_shifted(shifted, SHIFT: tl.constexpr):
-    """The value of which `order_of(value) >> SHIFT` is `shifted`, of a dtype with this SHIFT.
+    """The value for which `order_of(value) >> SHIFT` is `shifted`, in a dtype with this SHIFT.
 
-    The bits that the shift dropped are zeros in the orders of positive values, and ones in those of negative values.
+    The bits that the shift dropped are zeros for positive values and ones for negative values.
     """
     order = shifted << SHIFT
     return value_of(tl.where(shifted < 0, order | ((1 << SHIFT) - 1), order))
@@ -150,7 +153,7 @@ def _fixed(weights):
 
 @triton.jit
 def _mass_from(row, floor, peak, inverse, SHIFT: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The fixed-point mass of logits whose order (shifted) is at least `floor`."""
+    """The fixed-point mass of all logits whose shifted order is at least `floor`."""
     total = tl.zeros([BLOCK_V], tl.int64)
     for first_id in range(0, row.V, BLOCK_V):
         logits = load_logits(row, first_id + tl.arange(0, BLOCK_V))
@@ -162,17 +165,18 @@ def _mass_from(row, floor, peak, inverse, SHIFT: tl.constexpr, BLOCK_V: tl.const
 @triton.jit
 def _highest_order(
     row,
-    low,  # int32: from here on there is enough
+    low,  # int32: an order at which the mass or count reaches `goal`
     high,  # int32, the highest order
     goal,  # int64
-    from_low,  # int64: mass or count from `low` on
+    from_low,  # int64: mass or count of orders >= `low`
     floor,  # int32: lower orders have no mass
     peak, inverse,
-    MASS: tl.constexpr,  # fixed-point masses are summed, else logits counted
+    MASS: tl.constexpr,  # True: sum fixed-point masses; False: count logits
     SHIFT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The highest order (shifted) from which on the mass or count reaches `goal`, and the mass or count from there."""
-    # enough from `low` on, too little from `high` on: three pivots a pass leave a quarter
+    """The highest shifted order for which the mass or count of all orders from it on reaches `goal`; and that mass or
+    count."""
+    # the goal is reached from `low` on but not from `high` on; each pass tests three pivots and leaves a quarter
     low, high = low.to(tl.int64), high.to(tl.int64) + 1
     while high - low > 1:
         step = (high - low + 3) // 4
@@ -202,7 +206,7 @@ def _highest_order(
 
 @triton.jit
 def _id_of_tie(row, value, skipped, BLOCK_V: tl.constexpr):
-    """The id of the logit equal to `value` that comes after `skipped` others of them, in order of ids."""
+    """The id of a logit that equals `value`: the first one, in order of ids, after `skipped` of them."""
     found = tl.full((), 0, tl.int32)
     if skipped > 0:
         found = tl.full((), MAX_ID, tl.int32)
@@ -219,5 +223,5 @@ def _id_of_tie(row, value, skipped, BLOCK_V: tl.constexpr):
 
 
 def filters_argument(filters: Sequence[torch.Tensor | None]) -> Filters:
-    """As kernels take it; the host's numbers beside the four tensors are of no use here."""
+    """The kernel argument for filters. Only the four tensors are used, not `max_top_k`."""
     return Filters(*map(contiguous, filters[:4]))

@@ -1,4 +1,4 @@
-"""What launchers share: the device to launch on, options of every launch, and launches to compile for a report.
+"""Common parts of launchers: the device to launch on, options of every launch, and launches to compile for a report.
 
 Each kernel module that is named like its op exports
 
@@ -6,7 +6,7 @@ Each kernel module that is named like its op exports
 
 with its default configurations on a CUDA architecture (80, 90, 100). `specdec_triton.tools.inspection` compiles them
 without a GPU, `specdec_triton.tools.compile_report` compares them with the committed tables, and
-`tests/test_compile.py` says what must be true of them.
+`tests/test_compile.py` contains the requirements that they must meet.
 """
 
 import contextlib
@@ -19,28 +19,28 @@ import torch
 import triton
 import triton.language as tl
 
-# tl.dot of bf16 operands is wrong in Triton's interpreter, without an error: operands are cast to fp32 there
+# Triton's interpreter gives wrong results for tl.dot of bf16 operands, without an error; they are cast to fp32 there
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# Arguments of acceptance that are not worth a compilation for each kind of number.
+# Arguments of acceptance kernels that Triton must not specialize: separate compilations would not make them faster.
 COUNTS = ["N", "P", "S", "D", "E", "depth"]
 
-# Passed to every launch: Triton's default changes between versions, and rounding changes with it.
+# Passed to every launch, because Triton's default differs between versions and affects rounding.
 FP_FUSION = {"enable_fp_fusion": True}
 
 
 class CompileCase(NamedTuple):
-    """A launch to compile, and what must be true of its machine code.
+    """A launch to compile, and requirements for its machine code.
 
     Attributes:
-        name: unique within the module, stable, short: "bf16 d128 m64 split window".
-        kernel: the `@triton.jit` function. Of its launches in `call`, the first is compiled.
-        call: calls the launcher with tensors of `abstract`. Types, alignment, constants and options are those of the
-            launches that it makes.
-        tensor_cores: the kernel must show HMMA or HGMMA.
-        wide_loads: the kernel must show 128-bit loads from global memory.
-        tile_bytes: read and written by one pass of a program's loop over keys, logits or slots, or by the program if
-            it has no such loop. 0: nothing streams, the time is latency.
+        name: short, stable name that is unique within the module, such as "bf16 d128 m64 split window".
+        kernel: the `@triton.jit` function. Its first launch in `call` is compiled.
+        call: calls the launcher with tensors made by `abstract`. Types, alignment, constants and options are taken from
+            the launch.
+        tensor_cores: True if the machine code must contain HMMA or HGMMA instructions.
+        wide_loads: True if the machine code must contain 128-bit loads from global memory.
+        tile_bytes: bytes that are read and written by one pass of a program's loop over keys, logits or slots, or by
+            the whole program if it has no such loop. 0 if the kernel is limited by latency.
         tile_flops: floating-point operations of the tensor cores in that pass, padding included.
     """
 
@@ -53,22 +53,22 @@ class CompileCase(NamedTuple):
     tile_flops: int = 0
 
 
-# of compile cases, by the word for them in names
+# name of a dtype in compile cases -> dtype
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def abstract(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """A tensor without memory, for a `CompileCase`; Triton finds its address aligned, like that of an allocation."""
+    """A tensor without memory, for a `CompileCase`. Triton treats its address as aligned, as that of an allocation."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def pow2(number: int) -> int:
-    """The least power of two that is at least `number`."""
+    """`number` rounded up to a power of two."""
     return triton.next_power_of_2(number)
 
 
 def block_of(count: int) -> int:
-    """Lanes for `count` nodes or tiles."""
+    """Block size for `count` nodes or tiles: a power of two, at least 16."""
     return max(16, pow2(count))
 
 
@@ -77,9 +77,10 @@ def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def architecture(device: torch.device) -> int:
-    """80, 90, 100, ...: a CUDA device's compute capability. Other devices: 90 in the interpreter, else the recorder's.
+    """Compute capability of a CUDA device times 10: 80, 90, 100, ... For other devices it is 90 in the interpreter, and
+    otherwise that of the recorder.
 
-    Without a GPU, only a recorder of launches can be Triton's driver.
+    Without a GPU, Triton's driver can only be a recorder of launches (`specdec_triton.tools.inspection`).
     """
     if device.type == "cuda":
         return _capability(device)
@@ -94,14 +95,14 @@ def _capability(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    """A CUDA device's; 132, an H100's, for other devices."""
+    """Number of multiprocessors of a CUDA device. For other devices it is 132, that of an H100."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launching_on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's."""
+    """Make the tensor's device current, because Triton launches on the current device."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)

@@ -1,13 +1,13 @@
-"""Philox4x32-10, and uniform and Gumbel noise from its words, in Triton: the same integers as
-`specdec_triton.ops.noise`, the same floats to a few units in the last place.
+"""Philox4x32-10, and uniform and Gumbel noise computed from its words, in Triton.
 
-A token's number is lane token % 4 of counter block token // 4.
+The integers equal those of `specdec_triton.ops.noise`; the floats agree to a few units in the last place. A token uses
+lane token % 4 of counter block token // 4.
 """
 
 import triton
 import triton.language as tl
 
-# `specdec_triton.ops.noise` has the same numbers
+# purposes, with the same numbers as in `specdec_triton.ops.noise`
 COUPLED: tl.constexpr = tl.constexpr(0)
 ACCEPT: tl.constexpr = tl.constexpr(2)
 RECOVER: tl.constexpr = tl.constexpr(3)
@@ -25,10 +25,10 @@ UNIT: tl.constexpr = tl.constexpr(2**-32)
 
 @triton.jit
 def philox(seed, position, node, purpose, block):
-    """Four words, uint32, for each counter block; seed and position are int64, the rest any integers."""
+    """Four uint32 words for each counter block. Seed and position are int64; the others may be any integers."""
     c0, c1 = block.to(tl.uint32), (position & WORD).to(tl.uint32)
     c2, c3 = node.to(tl.uint32), (block * 0 + purpose).to(tl.uint32)
-    # 64 bits, so that nothing wraps where the interpreter would warn
+    # 64 bits, because the interpreter warns of overflow
     k0, k1 = seed & WORD, (seed >> 32) & WORD
     for _ in tl.static_range(ROUNDS):
         first, second = c0.to(tl.uint64) * MULTIPLIER_0, c2.to(tl.uint64) * MULTIPLIER_1
@@ -50,7 +50,7 @@ def unit(words):
 
 @triton.jit
 def uniform(seed, position, nodes, purpose):
-    """One number in (0, 1) for each of a vector of nodes."""
+    """A number in (0, 1) for each of a vector of nodes."""
     word, _, _, _ = philox(seed, position, nodes, purpose, nodes * 0)
     return unit(word)
 
@@ -61,7 +61,7 @@ def gumbel(seed, position, node, purpose, first, BLOCK_V: tl.constexpr):
     block = first // 4 + tl.arange(0, BLOCK_V // 4)
     w0, w1, w2, w3 = philox(seed, position, node + block * 0, purpose, block)
     w = unit(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
-    # -log1p(-w): what rounding took from 1 - w is given back as a factor; the least exponential must be exact
+    # -log1p(-w): the factor compensates for the rounding of 1 - w, because the smallest exponential must be exact
     y = 1.0 - w
     exponential = tl.where(y == 1.0, w, -tl.log(y) * (w / tl.where(y == 1.0, 1.0, 1.0 - y)))
     return -tl.log(exponential)

@@ -1,4 +1,4 @@
-"""Rows of logits and their statistics, in Triton: the first launch of sampled acceptance reads each tile once.
+"""Rows of logits and their statistics, in Triton. The first launch of sampled acceptance reads each tile once.
 
 Letters: B sequences, N tree nodes, P expanded nodes, V vocabulary, S = ceil(V / BLOCK_V) tiles.
 """
@@ -13,24 +13,25 @@ import triton.language as tl
 from ._keys import NEG_INF, highest_logit
 from ._launch import COUNTS, FP_FUSION
 
-# One tile size in every launch of sampled acceptance, for every shape: a row's result depends on its own logits only.
+# All launches of sampled acceptance use one tile size, so that a row's result depends only on its own logits.
 BLOCK_V = 2048
 NUM_WARPS = 4
-# Left alone, the compiler takes up to 215 registers. With 128, four programs fit on a multiprocessor; if V or a stride
-# allows only narrow loads, that spills.
+# Without a limit, the compiler uses up to 215 registers. With 128, four programs fit on a multiprocessor. If V or a
+# stride permits only narrow loads, 128 registers spill.
 STATISTICS_REGISTERS, NARROW_REGISTERS = 128, 168
-# Of launches with a program a row. Left alone, the compiler aims at 128 registers and spills one or two.
+# Options of launches with one program per row. Without a limit, the compiler uses 128 registers and spills one or two.
 ROW_OPTIONS = {"num_warps": 8, "maxnreg": 168, **FP_FUSION}
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
-SMALLEST: tl.constexpr = tl.constexpr(2.0**-126)  # of the numbers that no GPU takes for 0
+SMALLEST: tl.constexpr = tl.constexpr(2.0**-126)  # smallest normal fp32 number; GPUs may flush smaller ones to 0
 
 
-# an argument of kernels: [B, N, V] fp32, bf16 or fp16
+# kernel argument: [B, N, V] fp32, bf16 or fp16
 Logits = namedtuple("Logits", "ptr stride_b stride_n stride_v")
-# one row of them
+# one row of logits
 Row = namedtuple("Row", "ptr stride_v V")
-# An argument of kernels, of each tile of V: the key of its highest logit; its sum of exp((logit - that) / temperature);
-# the key of its highest noisy score, see `tile_scores`. [B, N + P, S] int64, fp32 and int64, or None.
+# Kernel argument with values for each tile of V. keys: [B, N + P, S] int64, key of the highest logit. sums:
+# [B, N + P, S] fp32, sum of exp((logit - highest logit) / temperature). noisy: [B, N + P, S] int64 or None, key of the
+# highest noisy score, see `tile_scores`.
 Statistics = namedtuple("Statistics", "keys sums noisy", defaults=(None,))
 
 
@@ -41,7 +42,7 @@ def row_of(logits, batch, node, V):
 
 @triton.jit
 def load_raw(row, ids):
-    """A tile in the dtype of the logits; -inf beyond the vocabulary: probability 0."""
+    """A tile of logits in their own dtype. Lanes after the vocabulary get -inf, which means probability 0."""
     return tl.load(row.ptr + ids.to(tl.int64) * row.stride_v, mask=ids < row.V, other=NEG_INF)
 
 
@@ -52,21 +53,21 @@ def load_logits(row, ids):
 
 @triton.jit
 def load_inverse_temperature(temperature_ptr, batch):
-    """1 / temperature (1 if that is 0), and whether it is 0."""
+    """1 / temperature (1 if the temperature is 0), and True if the temperature is 0."""
     inverse, greedy = tl.full((), 1.0, tl.float32), tl.full((), 0, tl.int1)
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + batch)
         greedy = temperature == 0
-        # neither inf nor 0: times -inf or a difference of 0, those are NaN
+        # neither inf nor 0, because inf times a difference of 0, and 0 times -inf, are NaN
         inverse = tl.minimum(tl.maximum(1.0 / tl.where(greedy, 1.0, temperature), SMALLEST), LARGEST)
     return inverse, greedy
 
 
 @triton.jit
 def tile_scores(logits, inverse_temperature, first_id, BLOCK_V: tl.constexpr):
-    """A tile's highest key, and its scores: relative to its highest logit, at the row's temperature."""
+    """The highest key of a tile, and its scores: differences from its highest logit, divided by the temperature."""
     key, peak = highest_logit(logits, first_id, BLOCK_V)
-    # differences from the tile's highest logit keep their digits, however large the logits are
+    # differences from the tile's highest logit are accurate even if the logits are large
     return key, tl.where(logits == NEG_INF, NEG_INF, (logits - peak) * inverse_temperature)
 
 
@@ -74,7 +75,7 @@ def tile_scores(logits, inverse_temperature, first_id, BLOCK_V: tl.constexpr):
 def statistics_kernel(
     statistics,  # Statistics, out
     logits,  # Logits [B, N, V]
-    draft_logits,  # Logits [B, P, V]; None: P is 0
+    draft_logits,  # Logits [B, P, V], or None if P is 0
     temperature_ptr,  # [B] fp32, or None
     draft_temperature_ptr,
     N, P, V, S,
@@ -101,12 +102,12 @@ def statistics_kernel(
 
 
 def logits_argument(logits: torch.Tensor | None) -> Logits | None:
-    """As kernels take it."""
+    """The kernel argument for logits [B, N, V]."""
     return None if logits is None else Logits(logits, *logits.stride())
 
 
 def row_statistics(logits, temperature, draft_logits=None, draft_temperature=None) -> Statistics:
-    """Launch `statistics_kernel` for logits [B, N, V] and draft logits [B, P, V]."""
+    """Launch `statistics_kernel` for logits [B, N, V] and, if given, draft logits [B, P, V]."""
     batch, nodes, vocab = logits.shape
     expanded, tiles = 0 if draft_logits is None else draft_logits.shape[1], triton.cdiv(vocab, BLOCK_V)
     shape = batch, nodes + expanded, tiles
@@ -119,7 +120,7 @@ def row_statistics(logits, temperature, draft_logits=None, draft_temperature=Non
 
 
 def statistics_options(logits: torch.Tensor) -> dict[str, Any]:
-    """Of launches that load logits once: fewer registers if Triton, by its rules, can load rows by 128 bits."""
+    """Options of launches that load logits once. Fewer registers are used if Triton can use 128-bit loads."""
     multiples = logits.shape[2], *logits.stride()[:2], logits.data_ptr()
     is_wide = logits.stride(2) == 1 and all(number % 16 == 0 for number in multiples)
     return {"num_warps": NUM_WARPS, "maxnreg": STATISTICS_REGISTERS if is_wide else NARROW_REGISTERS, **FP_FUSION}

@@ -1,4 +1,4 @@
-"""Draft trees in Triton: nodes and their depths, and the end of each acceptance: the accepted path and its next token.
+"""Draft trees in Triton: nodes and depths, and the last step of acceptance, which stores the path and the next token.
 
 Letters: B sequences, N tree nodes, D edges on the longest path, E ids that end the text.
 """
@@ -11,17 +11,17 @@ import triton.language as tl
 
 from ._launch import FP_FUSION
 
-# Of the walks of sampled acceptance. Left alone, Triton 3.6 aims at 32 registers and spills two; a multiprocessor has
-# them to spare for one program.
+# Options of the walk kernels of sampled acceptance. Without a limit, Triton 3.6 uses 32 registers and spills two. A
+# multiprocessor has enough registers, because it runs only one of these programs.
 WALK_OPTIONS = {"num_warps": 4, "maxnreg": 128, **FP_FUSION}
 NO_STEP: tl.constexpr = tl.constexpr(2**63 - 1)
 
 
-# an argument of kernels: tokens [B, N] int64, parents [B, N] int32, seeds [B] int64, position [B] int64
+# kernel argument: tokens [B, N] int64, parents [B, N] int32, seeds [B] int64, position [B] int64
 Inputs = namedtuple("Inputs", "tokens parents seeds position")
-# An argument of kernels, the outputs: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool
+# kernel argument, the outputs: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool
 Acceptance = namedtuple("Acceptance", "path length next_ids has_nan")
-# [BLOCK_N] int32 each: nodes; their parents and tokens, -1 at the root and at padding
+# [BLOCK_N] int32 each: node numbers, parents and tokens; parents and tokens are -1 at the root and at padding
 Tree = namedtuple("Tree", "node parents tokens")
 
 
@@ -38,7 +38,7 @@ def new_acceptance(logits: torch.Tensor, max_depth: int) -> Acceptance:
 
 @triton.jit
 def load_tree(inputs, row, N, V, CHAIN: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The `Tree` of a sequence; CHAIN: a node that does not continue the one before is padding."""
+    """The `Tree` of a sequence. With CHAIN, a node that is not the child of the node before it is padding."""
     node = tl.arange(0, BLOCK_N)
     parents = tl.load(inputs.parents + row * N + node, mask=node < N, other=-1)
     tokens = tl.load(inputs.tokens + row * N + node, mask=node < N, other=-1)
@@ -52,7 +52,8 @@ def load_tree(inputs, row, N, V, CHAIN: tl.constexpr, BLOCK_N: tl.constexpr):
 def depths_of(parents_ptr, row, N, BLOCK_N: tl.constexpr):
     """[BLOCK_N] int32: the depth of every node, by pointer doubling: one load, then log2(depth) steps in registers.
 
-    A node without a parent is a child of the root, and a parent is at most the node before.
+    A node without a parent counts as a child of the root. Parents are clamped to the node before, so that the loop
+    always ends.
     """
     node = tl.arange(0, BLOCK_N)
     above = tl.load(parents_ptr + row * N + node, mask=node < N, other=-1)
@@ -72,24 +73,24 @@ def depth_of(parents_ptr, row, node, N, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def follow_targets(out, tree, target_ids, invalid, budget, eos_ids_ptr, row, D, E, BLOCK_N: tl.constexpr):
-    """From the root, follow the first child that carries the target's token; store the acceptance.
+    """From the root, follow the first child that carries the target's token. Store the acceptance.
 
     Args:
-        target_ids: [BLOCK_N] int32, the target's token after each node.
-        invalid: [BLOCK_N] bool, nodes whose logits make no distribution.
-        budget: int64, tokens that the sequence may still emit.
+        target_ids: [BLOCK_N] int32. The target's token after each node.
+        invalid: [BLOCK_N] bool. True for nodes whose logits do not define a distribution.
+        budget: int64. Number of tokens that the sequence may still emit.
         eos_ids_ptr: [E] int64, or None.
     """
     live = budget > 0
     reached = tree.node == 0
-    # a target that ends the text is kept as its complement: no token is negative, so the walk stops there by itself
+    # a target token that ends the text is stored as its complement; no token is negative, so the walk stops there
     goals = target_ids
     if eos_ids_ptr is not None:
         for index in range(E):
             goals = tl.where(target_ids == tl.load(eos_ids_ptr + index), ~target_ids, goals)
 
-    # an integer holds a node in its upper half and the node's goal in its lower: one minimum finds the first child and
-    # the target's token after it
+    # the upper half of each integer is a node and the lower half the node's goal, so that a single minimum finds both
+    # the first child and the target's token after it
     steps = (tree.node.to(tl.int64) << 32) | (goals.to(tl.int64) & 0xFFFFFFFF)
     here = tl.min(steps, 0)  # the root's
     path = tl.full([BLOCK_N], -1, tl.int32)
@@ -117,8 +118,8 @@ def follow_targets(out, tree, target_ids, invalid, budget, eos_ids_ptr, row, D, 
 def emit_path(out, tree, last, next_id, invalid, budget, eos_ids_ptr, row, N, D, E, BLOCK_N: tl.constexpr):
     """Store the acceptance of the path that ends at node `last`, followed by the token `next_id`.
 
-    The path ends at the first token that ends the text and with the budget: the last token that is left is the next
-    one. The other arguments are those of `follow_targets`.
+    The emitted tokens are cut after the first one that ends the text, and at the budget; the last remaining token
+    becomes the next token. For the other arguments see `follow_targets`.
     """
     node, parents, tokens = tree.node, tree.parents, tree.tokens
     accepted = tl.full((), 0, tl.int32)

@@ -1,15 +1,17 @@
-"""Sampled acceptance by rules that need no draft probabilities: "coupled", and "typical".
+"""Sampled acceptance by rules that need no draft probabilities: "coupled" and "typical".
 
-Each node's target token is that of its highest noisy logit (Gumbel-max sampling). Under "coupled" the nodes of one
-depth share their noise, and the walk follows the target's tokens, as in greedy acceptance. Under "typical" each node is
-kept or not by its own probability, and only the token after the path is sampled.
+The target's token after a node is the token with the highest noisy logit (Gumbel-max sampling). Under "coupled" the
+nodes of one depth use the same noise, and the walk follows the target's tokens, as in greedy acceptance. Under
+"typical" each node is kept or dropped by its own probability, and only the token after the path is sampled.
 
-The launches ("filtered": with top-k, top-p or min-p; temperature is no matter):
+The launches are the following. "Filtered" means with top-k, top-p or min-p, regardless of the temperature.
 
-    statistics  one tile of the vocabulary: its highest logit, its sum of exponentials and, if unfiltered, its highest
-                noisy logit; of one row, or unfiltered of some rows, one after the other.
-    rows        not of unfiltered "coupled". One row: its distribution, the target's token, the children that are kept.
-    walk        one sequence: the walk, the token after it, ids that end the text, budget.
+    statistics  A program computes, for one tile of the vocabulary, the highest logit and the sum of exponentials. If
+                filtered, it handles one row. If unfiltered, it handles several rows one after another, and also
+                computes their highest noisy logits.
+    rows        Not used by unfiltered "coupled". A program computes, for one row, its distribution, the target's token
+                and the children that are kept.
+    walk        A program computes, for one sequence, the path, the token after it, and the cut at EOS and budget.
 
 Letters: B sequences, N tree nodes, V vocabulary, S = ceil(V / BLOCK_V) tiles, D edges on the longest path, E ids that
 end the text. Reference: `specdec_triton.ops.reference.accept_sample`.
@@ -52,21 +54,21 @@ RULES = ("coupled", "typical")
 TYPICAL_EPSILON: tl.constexpr = tl.constexpr(0.09)
 TYPICAL_DELTA: tl.constexpr = tl.constexpr(0.3)
 
-# Of the nodes that a program takes one after the other, those of one depth share their noise. Chosen by compile
-# reports; timed on an H200, without alternatives: 41 us for 64 rows of 128k ids in bf16 (coupled).
+# A program handles this many nodes one after another; nodes of one depth reuse the noise. Chosen by compile reports.
+# Timed on an H200, without alternatives: 41 us for 64 rows of 128k ids in bf16 (coupled).
 NODES_A_PROGRAM = 8
-WALK_KEYS = 1024  # keys the walk holds at once
+WALK_KEYS = 1024  # number of keys that the walk holds at once
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def noisy_statistics_kernel(
-    statistics,  # Statistics, out; no sums under coupled
+    statistics,  # Statistics, out; sums is None under coupled
     logits,  # Logits [B, N, V]
     inputs,  # Inputs
     temperature_ptr,  # [B] fp32, or None
     N, V, S,
     RULE: tl.constexpr,
-    ROWS: tl.constexpr,  # a program takes
+    ROWS: tl.constexpr,  # rows per program
     BLOCK_N: tl.constexpr,  # None unless coupled
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -76,26 +78,26 @@ def noisy_statistics_kernel(
     ids = first_id + tl.arange(0, BLOCK_V)
     first_row = tl.program_id(1) * ROWS
     end = tl.minimum(first_row + ROWS, N)
-    # added here, not in the loop: that would spill on sm_100 (compile report)
+    # added before the loop, because it would spill in the loop on sm_100 (compile report)
     out = batch * N * S + tile
     keys_ptr, noisy_ptr = statistics.keys + out, statistics.noisy + out
     if RULE == "typical":
         sums_ptr = statistics.sums + out
     inverse, greedy = load_inverse_temperature(temperature_ptr, batch)
-    # the next row's logits are loaded while one row is worked on
+    # the logits of the next row are loaded while a row is processed
     coming = load_raw(row_of(logits, batch, first_row, V), ids)
     place = tl.arange(0, ROWS)
     if RULE == "coupled":
-        # of this program's rows alone: the depths of all would cost half of the occupancy (compile report)
+        # only the depths of this program's rows; keeping all depths would halve the occupancy (compile report)
         depths = tl.gather(depths_of(inputs.parents, batch, N, BLOCK_N), tl.minimum(first_row + place, BLOCK_N - 1), 0)
     else:
         position = tl.load(inputs.position + batch)
     noise = tl.zeros([BLOCK_V], tl.float32)
     noise_depth = tl.full((), -1, tl.int32)
     for row in range(first_row, end):
-        # loaded for each row: else the compiler keeps all keys of Philox in registers through the loop
+        # loaded for each row, because otherwise the compiler keeps all Philox keys in registers during the loop
         seed = tl.load(inputs.seeds + batch)
-        # before the logits become fp32: they may still be loading, and take fewer registers
+        # before the logits are converted to fp32, because they may still be loading and take fewer registers
         if RULE == "coupled":
             position = tl.load(inputs.position + batch)
             depth = tl.max(tl.where(place == row - first_row, depths, 0), 0)
@@ -117,9 +119,9 @@ def noisy_statistics_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def rows_kernel(
     chosen_ptr,  # [B, N] int32, out: the target's token
-    invalid_ptr,  # [B, N] bool, out: no distribution
-    kept_ptr,  # [B, N] bool, out at the node's children (typical)
-    statistics,  # Statistics; noisy if unfiltered
+    invalid_ptr,  # [B, N] bool, out: True if the logits do not define a distribution
+    kept_ptr,  # [B, N] bool, out, written at the node's children (typical)
+    statistics,  # Statistics; with noisy if unfiltered
     logits,  # Logits [B, N, V]
     filters,  # Filters
     inputs,  # Inputs
@@ -138,7 +140,7 @@ def rows_kernel(
             entropies -= tl.where(found == NEG_INF, 0.0, tl.exp(found) * found)
         least = tl.minimum(TYPICAL_DELTA * tl.exp(-tl.sum(entropies, 0)), TYPICAL_EPSILON)
         tree = load_tree(inputs, batch, N, V, False, BLOCK_N)
-        # a node without a distribution has no children
+        # the children of a node without a distribution are not kept
         kept = (tl.exp(log_prob_of(target, tl.maximum(tree.tokens, 0))) > least) & (is_invalid(target) == 0)
         tl.store(kept_ptr + batch * N + tree.node, kept, mask=tree.parents == here)
     if statistics.noisy is not None:
@@ -155,7 +157,8 @@ def rows_kernel(
 
 @triton.jit
 def _best_tile(statistics, index, S, inverse_temperature, BLOCK_S: tl.constexpr):
-    """The id of a row's highest noisy logit, from its tiles': scores there are relative to the tile's highest logit."""
+    """The id of a row's highest noisy logit, from the tiles' highest noisy scores, which are relative to each tile's
+    highest logit."""
     tile = tl.arange(0, BLOCK_S)
     keys = tl.load(statistics.keys + index * S + tile, mask=tile < S, other=NO_KEY)
     noisy = tl.load(statistics.noisy + index * S + tile, mask=tile < S, other=NO_KEY)
@@ -166,16 +169,17 @@ def _best_tile(statistics, index, S, inverse_temperature, BLOCK_S: tl.constexpr)
 
 @triton.jit
 def _row_scores(noisy, peaks, peak, inverse_temperature):
-    """Of tiles with highest logits `peaks` the noisy scores, relative to the row's highest logit `peak`.
+    """The noisy scores of tiles, converted to be relative to the row's highest logit `peak` instead of the tiles'
+    highest logits `peaks`.
 
-    A row of -inf is invalid; its scores must not become NaN, which has no order.
+    A row of -inf is invalid. Its scores must not become NaN, because NaN has no order.
     """
     return tl.where(peaks == NEG_INF, NEG_INF, value_of(order_in(noisy)) + (peaks - peak) * inverse_temperature)
 
 
 @triton.jit
 def _sampled(target, keys_ptr, seed, position, node, PURPOSE: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The id of the highest noisy log-probability of a row; tiles below the threshold are not looked at."""
+    """The id of the highest noisy log-probability of a row. Tiles below the threshold are skipped."""
     lane = tl.arange(0, BLOCK_V)
     best, best_ids = tl.full([BLOCK_V], NEG_INF, tl.float32), tl.full([BLOCK_V], MAX_ID, tl.int32)
     for first_id in range(0, target.row.V, BLOCK_V):
@@ -191,10 +195,10 @@ def _sampled(target, keys_ptr, seed, position, node, PURPOSE: tl.constexpr, BLOC
 @triton.jit(do_not_specialize=COUNTS)
 def walk_kernel(
     out,  # Acceptance
-    chosen_ptr,  # [B, N] int32; None under unfiltered coupled, and so is the next
-    invalid_ptr,  # [B, N] bool
-    kept_ptr,  # [B, N] bool (typical)
-    statistics,  # Statistics, noisy (unfiltered coupled)
+    chosen_ptr,  # [B, N] int32; None under unfiltered coupled
+    invalid_ptr,  # [B, N] bool; None under unfiltered coupled
+    kept_ptr,  # [B, N] bool; None unless typical
+    statistics,  # Statistics with noisy; None unless unfiltered coupled
     temperature_ptr,  # [B] fp32, or None
     inputs,  # Inputs
     budget_ptr,  # [B] int64
@@ -213,7 +217,7 @@ def walk_kernel(
     if RULE == "coupled":
         follow_targets(out, tree, chosen, invalid, budget, eos_ids_ptr, row, D, E, BLOCK_N)
     else:
-        # at the root and at padding nodes nothing was written
+        # nothing was written at the root and at padding nodes
         kept = tl.load(kept_ptr + row * N + tree.node, mask=tree.parents >= 0, other=0) != 0
         last = _deepest_kept(tree, kept, N)
         next_id = tl.max(tl.where(tree.node == last, chosen, -1), 0)
@@ -222,9 +226,10 @@ def walk_kernel(
 
 @triton.jit
 def _best_tiles(statistics, temperature_ptr, row, node, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """[BLOCK_N] each, from the tiles: the id of the highest noisy logit, and whether there is no distribution."""
+    """From the tiles of each node: [BLOCK_N] ids of the highest noisy logits, and [BLOCK_N] bool, True if the logits do
+    not define a distribution."""
     inverse, _ = load_inverse_temperature(temperature_ptr, row)
-    # one reduction after each loop: in the loop, every load would wait for the one before
+    # the reduction is after each loop; in the loop, every load would wait for the previous one
     best = tl.full([BLOCK_S, BLOCK_N], -(2**31), tl.int32)
     for first in range(0, S, BLOCK_S):
         tile = first + tl.arange(0, BLOCK_S)
@@ -248,7 +253,7 @@ def _best_tiles(statistics, temperature_ptr, row, node, N, S, BLOCK_N: tl.conste
 
 @triton.jit
 def _deepest_kept(tree, kept, N):
-    """The deepest node that is kept with all above it, of equals the first."""
+    """The deepest node that is kept together with all its ancestors; the first one among equally deep nodes."""
     depth = tl.where(tree.node == 0, 0, -1)
     for child in range(1, N):
         parent = tl.max(tl.where(tree.node == child, tree.parents, -1), 0)

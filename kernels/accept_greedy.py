@@ -1,9 +1,9 @@
-"""Greedy acceptance: the argmax of every node's logits, split over the card, then the walk down the tree.
+"""Greedy acceptance: the argmax of every node's logits, then the walk down the tree.
 
-Two launches. The first reads the logits once: a program takes one block of the vocabulary of one node and leaves the
-highest *key* (`_keys`), an integer whose order is the order of (value, then lower id first). The second has one program
-a sequence: it takes the highest key of each node and follows, from the root, the first child that carries the target's
-token.
+There are two launches. The first reads the logits once. Each program handles one block of the vocabulary of one node
+and stores its highest *key* (`_keys`), an integer that is ordered by value and then by lower id. The second launch has
+one program per sequence. It finds the highest key of each node and follows, from the root, the first child that carries
+the target's token.
 
 Letters: B sequences, N tree nodes, V vocabulary, S = ceil(V / BLOCK_V) blocks, D edges on the longest path, E ids
 that end the text. Reference: `specdec_triton.ops.reference.accept_greedy`.
@@ -20,15 +20,16 @@ from ._keys import NAN_ORDER, NO_KEY, highest_logit, id_in, order_in
 from ._launch import DTYPES, FP_FUSION, CompileCase, abstract, block_of, contiguous, launching_on
 from ._tree import Acceptance, Tree, follow_targets, new_acceptance
 
-# Vocabulary ids a program, by B * N. Up to 16 rows, short blocks spread the read over the card (16 rows of 128k ids:
-# 2,000 programs); above, long ones keep four to eight 128-bit loads a thread in flight (at 66 registers seven programs
-# share a multiprocessor: 56 KB) and leave few keys to the walk. Chosen by compile reports (no spill); timed on an H200,
-# without alternatives: 12.1 us for 64 rows in bf16, 40 us and 76% of the bandwidth for 256 in fp32.
+# Vocabulary ids per program, by the number of rows B * N. Up to 16 rows, short blocks distribute the read over all
+# multiprocessors (16 rows of 128k ids: 2,000 programs). For more rows, long blocks keep four to eight 128-bit loads per
+# thread in flight and leave few keys for the walk; with 66 registers, seven programs (56 KB) share a multiprocessor.
+# Chosen by compile reports (no spill). Timed on an H200, without alternatives: 12.1 us for 64 rows in bf16, 40 us and
+# 76% of the bandwidth for 256 rows in fp32.
 FEW_ROWS = 16
 BLOCK_V_FEW, BLOCK_V_MANY = 1024, 4096
 NUM_WARPS = 4
-# Keys the walk holds at once: 16 a thread. Rests on compile reports (no spill; at 64 nodes every warp holds the whole
-# tree, so a step of the walk is two warp reductions and no barrier)
+# Number of keys that the walk holds at once: 16 per thread. Chosen by compile reports: no spill, and at 64 nodes every
+# warp holds the whole tree, so that a step of the walk is two warp reductions without a barrier.
 WALK_KEYS = 2048
 
 
@@ -74,7 +75,7 @@ def _walk_kernel(
     row = tl.program_id(0).to(tl.int64)
     node = tl.arange(0, BLOCK_N)
     in_tree = node < N
-    # no node is the child of -1, so lanes beyond the tree are never reached, like padding nodes
+    # no node is the child of -1, so lanes after the tree are never reached, like padding nodes
     parents = tl.load(parents_ptr + row * N + node, mask=in_tree, other=-1)
     tokens = tl.load(tokens_ptr + row * N + node, mask=in_tree, other=-1)
     budget = tl.load(budget_ptr + row)
@@ -102,11 +103,11 @@ def accept_greedy(
     budget: torch.Tensor,
     eos_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `specdec_triton.ops.accept_greedy`, which checks the arguments. Reads nothing on the host.
+    """See `specdec_triton.ops.accept_greedy`, which checks the arguments. Nothing is read on the host.
 
     Args:
-        logits: [B, N, V] fp32, bf16 or fp16, any strides; 128-bit loads if the last is 1 and the others and V are
-            multiples of 16.
+        logits: [B, N, V] fp32, bf16 or fp16, any strides. Loads are 128 bits wide if the last stride is 1 and the other
+            strides and V are multiples of 16.
         tokens: [B, N] int64.
         parents: [B, N] int32.
         max_depth: D < N.
@@ -148,7 +149,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
 
     for name, dtype in DTYPES.items():
         for block_v, nodes in ((BLOCK_V_FEW, FEW_ROWS), (BLOCK_V_MANY, 64)):
-            # GPT-2's 50257 is an odd V: rows begin anywhere, so loads are narrow
+            # V = 50257 (GPT-2) is odd, so rows are not aligned and loads are narrow
             for kind, vocab in (("", 128256), (" odd V", 50257)):
                 yield CompileCase(
                     f"{name} argmax {block_v}{kind}",

@@ -1,7 +1,7 @@
-"""Sampled acceptance: from logits to the accepted path, with no probability ever written.
+"""Sampled acceptance: from logits to the accepted path, without storing probabilities.
 
-The rules are in two families: `accept_coupled` needs no draft probabilities, `accept_weighted` does. This is the one
-kernel module that imports others. Reference: `specdec_triton.ops.reference.accept_sample`.
+There are two families of rules: `accept_coupled` needs no draft probabilities, `accept_weighted` does. This is the only
+kernel module that imports other ones. Reference: `specdec_triton.ops.reference.accept_sample`.
 """
 
 import functools
@@ -33,9 +33,10 @@ def accept_sample(
     draft_row: torch.Tensor | None,
     draft_filters: Sequence[torch.Tensor | None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `specdec_triton.ops.accept_sample`, which checks the arguments. Reads nothing on the host.
+    """See `specdec_triton.ops.accept_sample`, which checks the arguments. Nothing is read on the host.
 
-    Logits may have any strides; loads are of 128 bits if the last is 1 and the others and V are multiples of 16.
+    Logits may have any strides. Loads are 128 bits wide if the last stride is 1 and the other strides and V are
+    multiples of 16.
 
     Returns:
         The fields of `reference.Acceptance`: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool.
@@ -48,11 +49,11 @@ def accept_sample(
         if rule in accept_weighted.RULES:
             draft = draft_logits, contiguous(draft_row), filters_argument(draft_filters)
             return tuple(accept_weighted.accept_weighted(*common, sampling, *draft))
-    raise ValueError(f"accept_sample: no kernel takes the rule {rule!r}")
+    raise ValueError(f"accept_sample: rule must be one that a kernel implements, got {rule!r}")
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every rule with the filters and ways of sampling that change the code; the same on all architectures."""
+    """Every rule, with the filters and kinds of sampling that change the code; the same on all architectures."""
     temperature = (abstract(torch.float32, 1),)
     filtered = *temperature, abstract(torch.int64, 1), abstract(torch.float64, 1), abstract(torch.float32, 1)
 

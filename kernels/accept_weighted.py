@@ -1,23 +1,27 @@
-"""Sampled acceptance by rules that weigh a token by its draft probability.
+"""Sampled acceptance by rules that use draft probabilities.
 
-These are "rejection" and "block" on chains, "multi_round" and "traversal" on trees. A node's children are tried one
-after the other. Its residual is max(weight * target - draft_scale * draft, 0) without the tokens tried: two numbers
-and the tree stand for it. Three numbers a node say how the tests go:
+These are "rejection" and "block" on chains, "multi_round" and "traversal" on trees. The children of a node are tried
+one after another. The residual of a node is max(weight * target - draft_scale * draft, 0), without the tokens that were
+tried. It is never stored, since it follows from two numbers and the tree. Three numbers per node determine the tests:
 
-    accept_prob      the probability that the node is accepted if its turn comes (NaN: it is). Under "traversal" that is
-                     its weight, too; under "block" it is the ratio of target to draft. NOT_DRAWN: it cannot be tried,
-                     since it is padding, its draft could not have drawn it, or its parent has no distribution.
-    draft_scale      of the node's residual, after all its children.
-    own_accept_prob  the probability that the node itself is accepted once its children are rejected ("traversal").
+    accept_prob      The probability that the node is accepted when it is tried. NaN means that it is accepted. Under
+                     "traversal" it is also the node's weight. Under "block" it is the ratio of target to draft.
+                     NOT_DRAWN means that the node cannot be tried: it is padding, its token has draft probability 0, or
+                     its parent has no distribution.
+    draft_scale      The factor of the draft in the node's residual, after all its children were rejected.
+    own_accept_prob  Only "traversal": the probability that the node itself is accepted after all its children were
+                     rejected.
 
-The launches:
+The launches are:
 
-    statistics  one tile of the vocabulary of one row of target or draft (`_rows.row_statistics`).
-    rows        one node: the distributions of its target and draft; its children, as if those before were rejected.
-    weights     "traversal". Children of the nodes of one depth: a launch for each depth below the root.
-    draws       one tile of the vocabulary at the node where the walk ends: the highest noisy score of the residual.
-                "block" knows that node by the residuals' masses only: all nodes.
-    walk        one sequence: the walk, the token after it, ids that end the text, budget.
+    statistics  One tile of the vocabulary for one row of the target or the draft (`_rows.row_statistics`).
+    rows        One node: the distributions of its target and draft, and the test of each of its children, assuming that
+                the children before were rejected.
+    weights     Only "traversal": the tests of the children of the nodes of one depth. There is one launch for each
+                depth below the root.
+    draws       One tile of the vocabulary at the node where the walk ends: the highest noisy score of the residual.
+                Under "block", that node is only known after the masses of the residuals are, so all nodes are computed.
+    walk        One sequence: the path, the token after it, and the cut at EOS and budget.
 
 Letters: B sequences, N tree nodes, P expanded nodes, V vocabulary, S = ceil(V / BLOCK_V) tiles, D edges on the longest
 path, E ids that end the text. References: `specdec_triton.ops.reference.accept_sample`, `specdec_triton.ops.rules`.
@@ -39,23 +43,23 @@ from ._tree import WALK_OPTIONS, Acceptance, Inputs, depth_of, emit_path, load_t
 RULES = ("rejection", "block", "multi_round", "traversal")
 CHAIN_RULES = ("rejection", "block")
 
-# an argument of kernels: see above, [B, N] fp32 each
+# kernel argument: see above; [B, N] fp32 each
 Tests = namedtuple("Tests", "accept_prob draft_scale own_accept_prob")
 
-NOT_DRAWN: tl.constexpr = tl.constexpr(-1.0)  # an accept_prob
-FROM_RESIDUAL: tl.constexpr = tl.constexpr(2**31)  # bit 31 of a key: the residual is not zero all over its tile
-NUMBERS: tl.constexpr = tl.constexpr(6)  # of a stored distribution
+NOT_DRAWN: tl.constexpr = tl.constexpr(-1.0)  # value of accept_prob for nodes that cannot be tried
+FROM_RESIDUAL: tl.constexpr = tl.constexpr(2**31)  # bit 31 of a key: set if the residual is not 0 in the whole tile
+NUMBERS: tl.constexpr = tl.constexpr(6)  # number of values in a stored distribution
 
 
 @triton.jit
 def was_drawn(accept_prob):
-    """Whether the node can be tried; NaN is a probability, too."""
+    """True if the node can be tried. NaN counts as a probability."""
     return (accept_prob == NOT_DRAWN) == 0
 
 
 @triton.jit
 def _store_distribution(ptr, distribution):
-    """[NUMBERS] int32, without the row."""
+    """Store a distribution, without its row, as [NUMBERS] int32."""
     tl.store(ptr, distribution.peak.to(tl.int32, bitcast=True))
     tl.store(ptr + 1, distribution.log_sum.to(tl.int32, bitcast=True))
     tl.store(ptr + 2, distribution.threshold.to(tl.int32, bitcast=True))
@@ -81,7 +85,7 @@ def _draft_row(draft_logits, draft_rows_ptr, batch, index, V):
 
 @triton.jit
 def _untried(ids, first_id, tried, BLOCK_V: tl.constexpr):
-    """[BLOCK_V] bool: a tile's ids that are not among `tried` [BLOCK_N] int32 (-1 is none)."""
+    """[BLOCK_V] bool: True for ids of a tile that are not in `tried` [BLOCK_N] int32, in which -1 means no token."""
     untried = ids >= 0
     inside = (tried >= first_id) & (tried < first_id + BLOCK_V)
     token = tl.min(tl.where(inside, tried, MAX_ID), 0)
@@ -93,7 +97,8 @@ def _untried(ids, first_id, tried, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _residual(weight, target_log_probs, draft_scale, draft_log_probs):
-    """max(weight * target - draft_scale * draft, 0), NaN if that is NaN; no draft, no term."""
+    """max(weight * target - draft_scale * draft, 0), or NaN if the difference is NaN. The second term is 0 if the draft
+    probability is 0, whatever draft_scale is."""
     draft_probs = tl.exp(draft_log_probs)
     rest = weight * tl.exp(target_log_probs) - tl.where(draft_probs > 0, draft_scale * draft_probs, 0.0)
     return tl.where(rest <= 0, 0.0, rest)
@@ -101,7 +106,8 @@ def _residual(weight, target_log_probs, draft_scale, draft_log_probs):
 
 @triton.jit
 def _masses_left(target, draft, weight, draft_scale, tried, SAMPLING: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Of the tokens not tried: the residual's mass, and the draft's (1 if siblings were drawn with replacement)."""
+    """Masses of the residual and of the draft over the tokens that were not tried. The draft's mass is 1 if siblings
+    were drawn with replacement."""
     residual_sums, draft_sums = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
     for first_id in range(0, target.row.V, BLOCK_V):
         ids = first_id + tl.arange(0, BLOCK_V)
@@ -124,9 +130,9 @@ def _test_children(
     tests, target, draft, weight, tree, batch, here, N,
     RULE: tl.constexpr, SAMPLING: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The children of node `here`, one after the other, each as if those before it had been rejected.
+    """Compute the tests of the children of node `here`, each assuming that the children before it were rejected.
 
-    Stores accept_prob at the children, draft_scale at the node, own_accept_prob at all of them.
+    It stores accept_prob at the children, draft_scale at the node, and own_accept_prob at the node and its children.
     """
     node, tokens = tree.node, tree.tokens
     is_child = tree.parents == here
@@ -136,9 +142,10 @@ def _test_children(
     residual_mass, missing_mass = weight, 1 - weight
     draft_mass, draft_scale = tl.full((), 1.0, tl.float32), tl.full((), 0.0, tl.float32)
     tried = tl.full(node.shape, -1, tl.int32)
-    is_stale = here < 0  # whether a child was tried since the masses were summed
+    is_stale = here < 0  # True if a child was tried since the masses were summed; False at first
     if SAMPLING == "none":
-        # the mass that no child can take, once; and the mass of each child's token, at the first of those with it
+        # the mass of tokens that no child carries, computed once; and the mass of each child's token, which is stored
+        # at the first child with that token
         untaken, _ = _masses_left(target, draft, weight, draft_scale, tl.where(is_child, tokens, -1), SAMPLING, BLOCK_V)
         shares = tl.where(is_child, weight * tl.exp(log_prob_of(target, tl.maximum(tokens, 0))), 0.0)
         child = tl.min(tl.where(is_child, node, N), 0)
@@ -160,7 +167,7 @@ def _test_children(
                 is_stale = here < 0
             draft_log_prob = log_prob_of(draft, token)
             draft_prob = tl.exp(draft_log_prob)
-            # an integer between: the interpreter makes floats of a number's comparison when it meets a vector
+            # by way of an integer, because the interpreter turns a scalar comparison into a float next to a vector
             drawn = (draft_prob > 0).to(tl.int32) > 0
             if SAMPLING == "without":
                 drawn = drawn & (again == 0)
@@ -171,7 +178,7 @@ def _test_children(
             ratio = tl.where(ratio > 1, 1.0, ratio)
         accept_prob = tl.where(residual == 0, 0.0, ratio)
         tl.store(tests.accept_prob + batch * N + child, tl.where(drawn, accept_prob, NOT_DRAWN))
-        if RULE == "traversal":  # unless children of its own say otherwise, in a later launch
+        if RULE == "traversal":  # for leaves; a later launch overwrites it at nodes with children
             own_accept_prob = accept_prob / (accept_prob + (1 - accept_prob))
             tl.store(tests.own_accept_prob + batch * N + child, own_accept_prob)
         tried = tl.where((node == child) & drawn, token, tried)
@@ -192,13 +199,13 @@ def _test_children(
 
 @triton.jit(do_not_specialize=COUNTS)
 def rows_kernel(
-    distributions_ptr,  # [2, B, N, NUMBERS] int32, out: of the nodes' targets, and of their drafts
-    invalid_ptr,  # [B, N] bool, out: no distribution
+    distributions_ptr,  # [2, B, N, NUMBERS] int32, out: distributions of the targets, then of the drafts
+    invalid_ptr,  # [B, N] bool, out: True if the logits do not define a distribution
     tests,  # Tests, out
     statistics,  # Statistics
     logits,  # Logits [B, N, V]
-    draft_logits,  # Logits [B, P, V], or None; not in a tuple with the next: Triton 3.6 would lose its fields
-    draft_rows_ptr,  # [B, N] int32, or None: of draft_logits, the row that a node's children were drawn from; -1: none
+    draft_logits,  # Logits [B, P, V], or None; not in one tuple with draft_rows_ptr: Triton 3.6 would lose its fields
+    draft_rows_ptr,  # [B, N] int32, or None: row of draft_logits that a node's children were drawn from; -1 if none
     inputs,  # Inputs
     filters,  # Filters
     draft_filters,  # Filters
@@ -219,7 +226,7 @@ def rows_kernel(
         place = batch * (N + P) + N + tl.maximum(draft_row, 0)
         row = row_of(draft_logits, batch, tl.maximum(draft_row, 0), V)
         drawn = row_distribution(row, statistics, place, batch, S, draft_filters, BLOCK_S, BLOCK_V)
-        absent = draft_row < 0  # a distribution that keeps nothing
+        absent = draft_row < 0  # the draft is then a distribution that keeps no token
         draft = Distribution(
             row, drawn.peak, tl.where(absent, 0.0, drawn.log_sum),
             tl.where(absent, float("inf"), drawn.threshold), drawn.inverse_temperature,
@@ -243,7 +250,7 @@ def weights_kernel(
     N, V, depth,
     SAMPLING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Traversal: a node's weight is its accept_prob, so the nodes of one depth wait for those above."""
+    """Traversal: the weight of a node is its accept_prob, so the nodes of one depth must wait for those above them."""
     here = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     if depth_of(inputs.parents, batch, here, N, BLOCK_N) != depth:
@@ -263,8 +270,8 @@ def weights_kernel(
 
 @triton.jit
 def _test(tests, tree, seed, position, batch, N, RULE: tl.constexpr):
-    """[BLOCK_N] each: accept_prob, and which nodes pass their test, by a number of their own. NaN passes."""
-    # at the root and at padding nodes nothing was written
+    """[BLOCK_N] each: accept_prob, and True for nodes that pass their test by their own random number. NaN passes."""
+    # nothing was written at the root and at padding nodes
     accept_prob = tl.load(tests.accept_prob + batch * N + tree.node, mask=tree.parents >= 0, other=NOT_DRAWN)
     tested = accept_prob
     if RULE == "traversal":
@@ -274,9 +281,14 @@ def _test(tests, tree, seed, position, batch, N, RULE: tl.constexpr):
 
 @triton.jit
 def _last_accepted(tree, accept_prob, passed, N, RULE: tl.constexpr):
-    """The last accepted node; `accept_prob` [BLOCK_N] says which were drawn, `passed` which pass their test."""
+    """The last accepted node.
+
+    Args:
+        accept_prob: [BLOCK_N] fp32. NOT_DRAWN at nodes that cannot be tried.
+        passed: [BLOCK_N] bool. True for nodes that pass their test.
+    """
     node, parents = tree.node, tree.parents
-    if RULE == "traversal":  # nodes below which some node passes, itself included: leaves first
+    if RULE == "traversal":  # a node passes if it or a node below it passes its test; computed from the leaves up
         for place in range(1, N):
             child = N - place
             found = tl.max(((node == child) & passed).to(tl.int32), 0) > 0
@@ -293,14 +305,15 @@ def _last_accepted(tree, accept_prob, passed, N, RULE: tl.constexpr):
 
 @triton.jit
 def _lowered(weight, ratio):
-    """min(1, weight * ratio); 0 if either is."""
+    """min(1, weight * ratio), or 0 if either factor is 0."""
     product = tl.where((weight == 0) | (ratio == 0), 0.0, weight * ratio)
     return tl.where(product > 1, 1.0, product)
 
 
 @triton.jit
 def _block_weight(ratio_ptr, last):
-    """The weight of a chain's node: min(1, weight above * ratio), from the root down; NOT_DRAWN if it has none."""
+    """The weight of a node of a chain: min(1, parent's weight * ratio), computed from the root down. NOT_DRAWN if a
+    node on the way cannot be tried."""
     weight = tl.full((), 1.0, tl.float32)
     drawn = weight > 0
     for above in range(1, last + 1):
@@ -313,7 +326,7 @@ def _block_weight(ratio_ptr, last):
 @triton.jit(do_not_specialize=COUNTS)
 def draws_kernel(
     drawn_ptr,  # [B, S] int64, out; [B, N, S] under block
-    masses_ptr,  # [B, N, S] fp32, out (block): of the residual
+    masses_ptr,  # [B, N, S] fp32, out (block): masses of the residual
     tests,  # Tests
     distributions_ptr,  # [2, B, N, NUMBERS] int32
     logits,  # Logits [B, N, V]
@@ -331,7 +344,7 @@ def draws_kernel(
     weight = tl.full((), 1.0, tl.float32)
     if RULE == "block":
         last = tl.program_id(1)
-        # nodes that do not continue the one before have no ratio
+        # nodes that are not the child of the node before them have no ratio
         reached = tl.sum(((node > 0) & (node <= last) & (parents >= 0)).to(tl.int32), 0) == last
         if reached:
             weight = _block_weight(tests.accept_prob + batch * N, last)
@@ -369,7 +382,7 @@ def draws_kernel(
         residual = tl.where(_untried(ids, first_id, tried, BLOCK_V), residual, 0.0)
         if RULE == "block":
             tl.store(masses_ptr + out, tl.sum(residual, 0))
-    # a residual of no mass can only come from rounding: the target stands in, if no tile has any
+    # a residual of mass 0 can only result from rounding; if all tiles have mass 0, the target's distribution is used
     from_residual = tl.max(residual, 0) > 0
     scores = target_log_probs
     if from_residual:
@@ -384,7 +397,7 @@ def draws_kernel(
 
 @triton.jit
 def _best_drawn(drawn_ptr, S, BLOCK_S: tl.constexpr):
-    """The id of the highest key of all tiles; of those with a residual, if there are any."""
+    """The id of the highest key of the tiles with a nonzero residual or, if there are none, of all tiles."""
     tile = tl.arange(0, BLOCK_S)
     keys = tl.load(drawn_ptr + tile, mask=tile < S, other=NO_KEY)
     best = tl.max(tl.where((keys & FROM_RESIDUAL) != 0, keys, NO_KEY), 0)
@@ -393,7 +406,7 @@ def _best_drawn(drawn_ptr, S, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def _last_of_block(ratio_ptr, masses_ptr, tree, seed, position, N, S, BLOCK_S: tl.constexpr):
-    """The last accepted node of a chain: the deepest that passes its test."""
+    """The last accepted node of a chain: the deepest one that passes its test."""
     node = tree.node
     last = tl.full((), 0, tl.int32)
     weight = tl.full((), 1.0, tl.float32)
@@ -457,7 +470,7 @@ def accept_weighted(
     draft_row: torch.Tensor | None,
     draft_filters: Filters,
 ) -> Acceptance:
-    """`accept_sample` under one of `RULES`."""
+    """`accept_sample` for one of `RULES`."""
     batch, nodes, vocab = logits.shape
     tiles, expanded = triton.cdiv(vocab, BLOCK_V), 0
     if draft_logits is None:
@@ -469,7 +482,7 @@ def accept_weighted(
         return logits.new_empty((batch, *shape), dtype=dtype) if needed else None
 
     is_block = rule == "block"
-    distributions = scratch(2 * nodes, NUMBERS.value, dtype=torch.int32)  # of the targets, then of the drafts
+    distributions = scratch(2 * nodes, NUMBERS.value, dtype=torch.int32)  # targets, then drafts
     invalid = scratch(nodes, dtype=torch.bool)
     tests = Tests(scratch(nodes), scratch(nodes), scratch(nodes, needed=rule == "traversal"))
     masses = scratch(nodes, tiles, needed=is_block)

@@ -1,12 +1,13 @@
-"""KV compaction: the accepted nodes' keys and values move to the slots that follow the root's, all layers at once.
+"""KV compaction: moves the keys and values of accepted nodes to the slots after the root's, for all layers at once.
 
-One launch; a program owns some columns of one plane of one sequence for the whole path, never one step of it: slot
-base + path[k] goes to base + 1 + k, and where paths overlap themselves, one step's target is an earlier step's source.
-The path is strictly increasing, so path[k] >= k + 1: no step reads what an earlier one wrote, and no step may be
-written before the earlier ones are read. Steps go in ascending chunks: a chunk is read whole, then written.
+There is one launch. A program handles some columns of one plane of one sequence for all steps of the path. Step k
+copies slot base + path[k] to slot base + 1 + k. The target of a step may be the source of an earlier one. Since the
+path is strictly increasing, path[k] >= k + 1. No step therefore reads a slot that an earlier step wrote, but no step
+may write before the earlier steps have read. Steps are processed in ascending chunks: all reads of a chunk come before
+its writes.
 
-Elements are moved as bits, in the widest integers that the storage's address and every plane's width allow. A *unit*
-is what one access moves: 16 bytes (two int64 lanes), or 8, 4, 2, 1 bytes (one lane).
+Elements are moved as bits, in the widest integers that the address of the storage and the widths of all planes permit.
+One access moves a *unit*: 16 bytes (two int64 lanes), or 8, 4, 2 or 1 bytes (one lane).
 
 Letters: B sequences, S slots, P planes (keys or values of one layer), D steps of the path.
 Reference: `specdec_triton.ops.reference.compact_kv`.
@@ -22,9 +23,9 @@ import triton.language as tl
 
 from ._launch import FP_FUSION, CompileCase, abstract, launching_on
 
-# Lanes and steps a program holds: two warps with one 128-bit unit of each of 8 steps a thread. At batch 1, 64 planes
-# of 2 KiB slots make 128 programs. Chosen by compile reports (no spill); timed on an H200, without alternatives: 2.7 us
-# for five steps at batch 1, 74% of the bandwidth for 17 steps at batch 16.
+# Lanes and steps that a program holds. Each thread of its two warps holds one 128-bit unit of 8 steps. At batch 1, 64
+# planes with slots of 2 KiB give 128 programs. Chosen by compile reports (no spill). Timed on an H200, without
+# alternatives: 2.7 us for five steps at batch 1, 74% of the bandwidth for 17 steps at batch 16.
 BLOCK_C = 128
 BLOCK_K = 8
 NUM_WARPS = 2
@@ -34,19 +35,19 @@ LANE_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @triton.jit(do_not_specialize=["S", "D"])
 def _compact_kv_kernel(
-    storage_ptr,  # [lanes] int64, int32, int16 or int8, in place: planes [B, S, width], one after the other
-    planes_ptr,  # [P, 2] int64: first unit of the plane, units a slot
+    storage_ptr,  # [lanes] int64, int32, int16 or int8, in place: planes [B, S, width], one after another
+    planes_ptr,  # [P, 2] int64: first unit of the plane, units per slot
     base_ptr,  # [B] int64
     path_ptr,  # [B, D] int32
     S,
     D,
-    UNIT: tl.constexpr,  # lanes a unit
+    UNIT: tl.constexpr,  # lanes per unit
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
     plane_ptr = planes_ptr + 2 * tl.program_id(2)
-    # times UNIT here, not in the table: the compiler sees that every slot starts on a whole unit
+    # multiplied by UNIT here and not in the table, so that the compiler knows that every slot starts on a whole unit
     width = tl.load(plane_ptr + 1) * UNIT
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     root = tl.load(plane_ptr) * UNIT + (row * S + tl.load(base_ptr + row)) * width
@@ -57,22 +58,22 @@ def _compact_kv_kernel(
     while first < D:
         step = first + tl.arange(0, BLOCK_K)
         nodes = tl.load(path_ptr + row * D + step, mask=step < D, other=-1)
-        # nodes already in place stay (and if the path has ended, -1 is below every step)
+        # nodes that are in place already are not moved; padding (-1) is below every step and is not moved either
         moves = (nodes > step + 1)[:, None] & in_slot
         values = tl.load(columns_ptr + nodes.to(tl.int64)[:, None] * width, mask=moves)
-        tl.debug_barrier()  # every thread has read before any writes
+        tl.debug_barrier()  # all threads have read before any thread writes
         tl.store(columns_ptr + (step + 1).to(tl.int64)[:, None] * width, values, mask=moves)
         first = tl.where(tl.min(nodes, 0) < 0, D, first + BLOCK_K)
 
 
 def compact_kv(storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor, path: torch.Tensor) -> None:
-    """See `specdec_triton.ops.compact_kv`, which checks the arguments. Reads nothing on the host.
+    """See `specdec_triton.ops.compact_kv`, which checks the arguments. Nothing is read on the host.
 
-    The first call for a layout copies its table of planes to the device, so it cannot be inside a graph capture.
+    The first call for a layout copies a table of the planes to the device, so it must not be inside a graph capture.
 
     Args:
         storage: [B * S * sum(widths)], any dtype, contiguous; changed in place.
-        widths: P numbers, elements a slot in each plane.
+        widths: P numbers, the elements per slot in each plane.
         base: [B] int64.
         path: [B, D] int32, D >= 1.
     """
@@ -93,7 +94,7 @@ def compact_kv(storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor,
 def _layout(
     widths: tuple[int, ...], itemsize: int, alignment: int, batch: int, slots: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.dtype, int, int]:
-    """The table of planes [P, 2] int64 on the device, the dtype of a lane, lanes a unit, blocks of columns."""
+    """The table of planes [P, 2] int64 on the device, the dtype of a lane, lanes per unit, and blocks of columns."""
     unit_bytes = math.gcd(16, alignment, *(width * itemsize for width in widths))
     lane_bytes = min(unit_bytes, 8)
     table, offset = [], 0

@@ -1,19 +1,21 @@
-"""Attention of draft-tree nodes over a ragged prefix and their own ancestors.
+"""Attention of draft-tree nodes over the text before the tree (the prefix) and over their own ancestors.
 
-B sequences, N query rows (the last N of T tree nodes), W = ceil(T/64) ancestor words, Hq/Hkv query/key-value heads,
-G = Hq/Hkv heads a group, S cache slots, D head dim of keys, Dv of values, P splits.
+Letters: B sequences, N query rows (the last N of T tree nodes), W = ceil(T/64) ancestor words, Hq/Hkv query/key-value
+heads, G = Hq/Hkv query heads per key-value head, S cache slots, D head dim of keys, Dv of values, P splits.
 
-A program owns one KV head, a tile of the G * N (node, head) rows that share it, and one split of the keys: a K/V tile
-is read once for up to 128 rows. Keys come in tiles of BLOCK_N slots: first the prefix, counted from the sequence's
-start, then the tree, counted from its first slot, so that a tree tile needs one ancestor word a row. A split is a
-fixed number of tiles. Where the whole capacity is one split a single launch writes the output; else a second kernel
-merges the splits in index order. Lengths are read on the device: the grid covers the capacity, empty splits return.
+A program handles one KV head, a tile of the G * N (node, head) rows that use it, and one split of the keys. A tile of
+keys and values is therefore read once for up to 128 rows. Keys are processed in tiles of BLOCK_N slots. The prefix
+comes first, counted from the sequence's start; then the tree, counted from its first slot, so that a tree tile needs
+one ancestor word per row. A split is a fixed number of tiles. If the whole capacity fits in one split, a single launch
+writes the output. Otherwise a second kernel merges the splits in index order. Lengths are read on the device: the grid
+covers the capacity, and programs of empty splits return at once.
 
-Under one plan a row's result depends on its own start, length and path only: a tile or split in which it sees nothing
-leaves every bit of it as it was, whatever other rows, nodes and sequences are there. Each row selects its scores, but
-all rows of a tile share its values, and 0 * NaN is NaN. So if some row does not see the whole tile, a slot with values
-that are not finite is read as 0, and rows that see the slot get a score of NaN.
-Reference: specdec_triton.ops.reference.tree_attention
+With a given plan, the result of a row depends only on its own start, length and path. A tile or split in which the row
+sees nothing does not change any bit of its result, whatever other rows, nodes and sequences there are. Each row masks
+its scores, but all rows of a tile use the same values, and 0 * NaN is NaN. If some row does not see the whole tile,
+values that are not finite are therefore read as 0, and rows that see such a slot get a score of NaN.
+
+Reference: `specdec_triton.ops.reference.tree_attention`.
 """
 
 import functools
@@ -43,19 +45,20 @@ WORD_BITS: tl.constexpr = tl.constexpr(64)
 
 
 class AttentionConfig(NamedTuple):
-    """How tree attention computes a shape: one entry of the tables below, which say what each rests on."""
+    """The configuration of tree attention for a shape: one entry of the tables below."""
 
-    block_m: int  # rows a program
-    block_n: int  # slots a tile
+    block_m: int  # rows per program
+    block_n: int  # slots per tile
     num_warps: int
     num_stages: int
-    programs: int  # planned for a multiprocessor at a time, at most; 2 if the compile report says that 2 fit
-    most_rows: int = 0  # chosen for shapes of up to this many rows; 0: for one row tile
+    programs: int  # largest number of programs planned per multiprocessor; 2 if 2 fit by the compile report
+    most_rows: int = 0  # the entry is used for up to this many rows; 0: for one row tile
 
 
-# By bytes an element and head dim (`ops.MAX_HEAD_DIMS` are the greatest), narrowest first; the last entry also takes
-# more rows. Timed on an H200 with Triton 3.6, 2026-11-28 (bench/tune_tree_attention.py): head dim 128 in bf16, 4, 64,
-# 128, 256 and 512 rows in several splits. The other entries rest on the compile report only.
+# (bytes per element, head dim) -> entries, narrowest first; the last entry is also used for more rows. The largest head
+# dims are those of `ops.MAX_HEAD_DIMS`. Timed on an H200 with Triton 3.6, 2026-11-28 (bench/tune_tree_attention.py):
+# head dim 128 in bf16 with 4, 64, 128, 256 and 512 rows in several splits. The other entries were chosen by compile
+# reports only.
 _ATTENTION = {
     (2, 64): ((16, 64, 4, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2), (128, 64, 8, 3, 1)),
     # Row tiles of 128 took 4 to 6% longer for up to 512 rows at 8192 and 32768 slots, 5% less for 512 rows at 2048.
@@ -66,8 +69,8 @@ _ATTENTION = {
     (4, 128): ((16, 16, 4, 2, 2),),
     (4, 256): ((16, 16, 4, 2, 2),),
 }
-# The same where those spill (before sm_90, and with a window or chunks) or want more shared memory than sm_120 has.
-# None of these was timed.
+# The entries for cases in which those above spill (before sm_90, and with a window or chunks) or need more shared
+# memory than sm_120 has. None of these was timed.
 _ATTENTION_TIGHT = _ATTENTION | {
     (2, 64): (_ATTENTION[2, 64][0], (32, 32, 4, 3, 2), (64, 32, 4, 3, 2), _ATTENTION[2, 64][3]),
     (2, 128): (*_ATTENTION[2, 128][:2], (64, 32, 8, 3, 2), (128, 32, 8, 3, 1)),
@@ -79,46 +82,61 @@ _ATTENTION_TIGHT = _ATTENTION | {
 def attention_config(
     arch: int, rows: int, head_dim: int, bytes: int, one_split: bool, limited: bool
 ) -> AttentionConfig:
-    """For rows = nodes * heads a group, the greater head dim and the element size; limited: by a window or chunks."""
+    """The configuration for a shape.
+
+    Args:
+        arch: compute capability times 10.
+        rows: N * G.
+        head_dim: the larger one of D and Dv.
+        bytes: bytes per element.
+        one_split: True if the keys are one split.
+        limited: True if a window or chunks limit the keys that a row sees.
+    """
     table = _ATTENTION_TIGHT if limited or not 90 <= arch < 120 else _ATTENTION
     configs = [AttentionConfig(*entry) for entry in table[bytes, max(pow2(head_dim), 64)]]
-    if one_split:  # narrow row tiles fill the card, and the keys that they share stay in the L2 cache
+    if one_split:  # narrow row tiles give more programs, and the keys that they share stay in the L2 cache
         rows = 16 if rows <= 64 else 32
     return next((config for config in configs if max(config.block_m, config.most_rows) >= rows), configs[-1])
 
 
-# A capacity up to this, the tree's own slots left out, is one split: a prefix of 256 slots, in a cache that is rounded
-# up to a multiple of 128. On an H200 one split of 1024 slots took longer than 2048 slots in many (19 against 11 us).
+# A capacity of up to this many slots, without the tree's own, is one split: a prefix of 256 slots in a cache that is
+# rounded up to a multiple of 128. On an H200, one split of 1024 slots took longer than several splits of 2048 slots (19
+# and 11 us).
 SHORT_SLOTS = 256 + 127
-# A split has at least this many slots, and this many times the rows of a row tile. For D = Dv and two bytes an element
-# a program then moves at most half as much for its partial results, written and read once, as for its keys and values.
+# A split has at least MIN_SPLIT_SLOTS slots, and at least MIN_SPLIT_ROWS times as many slots as a row tile has rows.
+# With D = Dv and two bytes per element, the partial results of a program, written and read once, then take at most half
+# as much traffic as its keys and values.
 MIN_SPLIT_SLOTS = 128
 MIN_SPLIT_ROWS = 4
-# Programs planned for a multiprocessor at a time, for each row tile and up to the configuration's. On an H200 one row
-# tile of 8 KV heads was fastest with one (8192 slots, N = 16: 17.9 us in 15 splits, 21.7 in 33), more with two.
+# Number of programs planned per multiprocessor for each row tile, up to the configuration's `programs`. On an H200 with
+# 8 KV heads, a single row tile was fastest with one program (8192 slots, N = 16: 17.9 us in 15 splits, 21.7 us in 33);
+# several row tiles were fastest with two.
 PROGRAMS_A_ROW_TILE = 1
-MAX_WAVES = 4  # plans of up to this many waves are compared
-WAVE_TILES = 4  # what starting a program and merging its results costs, in tiles: an estimate
-MERGE_SPLITS = 16  # splits merged at a time
-MERGE_ROWS = 4  # rows a program of the merge: for every shape, so that a row's sums never depend on how many there are
+MAX_WAVES = 4  # plans with up to this many waves are compared
+WAVE_TILES = 4  # estimated cost of starting a program and merging its results, in tiles
+MERGE_SPLITS = 16  # number of splits merged at a time
+MERGE_ROWS = 4  # rows per program of the merge; the same for every shape, so that sums do not depend on the row count
 
 
 @functools.lru_cache(maxsize=1024)
 def attention_plan(
     arch, multiprocessors, batch, kv_heads, group, rows, nodes, slots, head_dim, value_dim, bytes, limited
 ):
-    """Grid (row tiles, splits, sequences * KV heads), tiles a split, compile-time arguments of tree attention and of
-    its merge.
+    """The launch plan of a shape.
 
-    Functions of shapes and of the device, never of lengths. A split's size follows the capacity and the number of row
-    tiles and KV heads; it does not depend on B, nor on an N with the same configuration and row
-    tiles, nor on T unless the slots that T leaves are few enough for one split.
+    It depends on shapes and on the device, never on lengths. The size of a split depends on the capacity and the number
+    of row tiles and KV heads. It does not depend on B. It depends on N only through the configuration and the number of
+    row tiles, and on T only through the choice of a single split for small capacities.
+
+    Returns:
+        The grid (row tiles, splits, sequences * KV heads), the number of tiles per split, and the compile-time
+        arguments of tree attention and of its merge.
     """
     one_split = slots - nodes <= SHORT_SLOTS
     config = attention_config(arch, rows * group, max(head_dim, value_dim), bytes, one_split, limited)
     block_m, block_n, num_warps, num_stages, programs, _ = config
     row_tiles = triton.cdiv(rows * group, block_m)
-    tiles = triton.cdiv(slots, block_n) + 1  # as many as prefix and tree of any length may take
+    tiles = triton.cdiv(slots, block_n) + 1  # largest number of tiles that prefix and tree may take
     split_tiles = tiles
     if not one_split:
         least = max(MIN_SPLIT_ROWS * block_m, MIN_SPLIT_SLOTS) // block_n
@@ -133,7 +151,8 @@ def attention_plan(
 
 
 def _split_tiles(tiles: int, least: int, programs_a_split: int, at_a_time: int) -> int:
-    """Tiles a split, such that one sequence at full capacity fills whole waves of `at_a_time` programs."""
+    """Number of tiles per split, chosen so that one sequence at full capacity fills whole waves of `at_a_time`
+    programs."""
 
     def size(waves):
         return max(triton.cdiv(tiles, max(waves * at_a_time // programs_a_split, 1)), least)
@@ -146,10 +165,10 @@ def _split_tiles(tiles: int, least: int, programs_a_split: int, at_a_time: int) 
 
 def _attention_options(block_m: int, block_d: int, bytes: int, num_warps: int, num_stages: int) -> dict[str, int]:
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    if bytes == 4:  # spills more the more it is given
+    if bytes == 4:  # fp32 spills more if it may use more registers
         return options
-    # Left alone, the compiler aims at 128 or 168 registers and spills one or two. The narrowest tiles fit 168, with
-    # which three programs fit on a multiprocessor.
+    # Without a limit, the compiler uses 128 or 168 registers and spills one or two. The narrowest tiles need at most
+    # 168, so that three programs fit on a multiprocessor.
     return options | {"maxnreg": 168 if block_m * block_d <= 1024 else 255}
 
 
@@ -157,13 +176,13 @@ def _merge_blocks(splits: int, block_dv: int) -> dict[str, int]:
     # a thread loads 128 bits of each split
     warps = max(MERGE_ROWS * block_dv // 128, 1)
     blocks = {"ROWS": MERGE_ROWS, "BLOCK_P": max(pow2(splits), MERGE_SPLITS), "MERGE_P": MERGE_SPLITS}
-    # left alone, the compiler aims at 128 registers, and spilled two of them with a window
+    # without a limit, the compiler uses 128 registers, and spilled two with a window
     return blocks | {"num_warps": warps, "maxnreg": min(168, 2048 // warps)}
 
 
 @triton.jit
 def _sequence(tree_ptr, W, T, BLOCK_N: tl.constexpr):
-    """Start and length in slots, and how many tiles prefix and tree take."""
+    """Start and length of a sequence in slots, and the numbers of tiles of its prefix and its tree."""
     start = tl.load(tree_ptr + W + 1).to(tl.int32)
     length = tl.load(tree_ptr + W + 2).to(tl.int32)
     return start, length, tl.cdiv(length - start, BLOCK_N), tl.cdiv(T, BLOCK_N)
@@ -182,14 +201,15 @@ def _first_position(position, window, chunk):
 
 @triton.jit
 def _load_query(row_ptr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """[BLOCK_M, BLOCK_DIM]: the rows at `row_ptr` [BLOCK_M], zeros after them."""
+    """[BLOCK_M, BLOCK_DIM]: the rows at `row_ptr` [BLOCK_M], padded with zeros after column DIM."""
     dim = tl.arange(0, BLOCK_DIM)
     return tl.load(row_ptr[:, None] + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def _load_tile(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """[BLOCK_N, BLOCK_DIM] keys or values from `slot` on; zero where `used` is false (None: all are used)."""
+    """[BLOCK_N, BLOCK_DIM]: keys or values from `slot` on. Slots for which `used` [BLOCK_N] is False are 0; None means
+    that all slots are used."""
     column = tl.arange(0, BLOCK_N)[:, None]
     dim = tl.arange(0, BLOCK_DIM)[None, :]
     ptrs = ptr + slot.to(tl.int64) * stride_slot + column * stride_slot + dim
@@ -203,11 +223,11 @@ def _load_tile(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.cons
 
 @triton.jit
 def _load_finite(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """A tile of values, [BLOCK_N, BLOCK_DIM], with zeros in the slots that have values that are not finite; and which
-    slots have none of those, [BLOCK_N] bool."""
+    """A tile of values [BLOCK_N, BLOCK_DIM], in which slots with values that are not finite are 0; and [BLOCK_N] bool,
+    True for slots whose values are all finite."""
     values = _load_tile(ptr, slot, stride_slot, used, DIM, BLOCK_N, BLOCK_DIM)
     finite = tl.min((tl.abs(values.to(tl.float32)) < float("inf")).to(tl.int32), 1) > 0
-    if values.dtype == tl.float32:  # twice the registers: rather read once more than kept until then (compile report)
+    if values.dtype == tl.float32:  # takes twice the registers, so it is read again instead of kept (compile report)
         values = _load_tile(ptr, slot, stride_slot, finite if used is None else used & finite, DIM, BLOCK_N, BLOCK_DIM)
     else:
         values = tl.where(finite[:, None], values, 0.0)
@@ -218,14 +238,15 @@ def _load_finite(ptr, slot, stride_slot, used, DIM: tl.constexpr, BLOCK_N: tl.co
 def _attend(query, keys, values, visible, finite, mixed, peak, total, inner, outer):
     """One step of the online softmax: `mixed`, `peak` and `total` after a tile.
 
-    `visible` [BLOCK_M, BLOCK_N] and `finite` [BLOCK_N] say which slots a row sees, and whose values are what they were;
-    None: it sees all of them.
+    Args:
+        visible: [BLOCK_M, BLOCK_N] bool. True for slots that a row sees. None: every row sees all slots.
+        finite: [BLOCK_N] bool. False for slots whose values were replaced by 0. None if `visible` is None.
     """
     if INTERPRETED:
         query, keys = query.to(tl.float32), keys.to(tl.float32)
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
     if inner is not None:
-        # tanh; an exponential that overflows gives 1
+        # tanh; if the exponential overflows, the result is 1
         scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E * inner)))
     if visible is None:
         new_peak = tl.maximum(peak, tl.max(scores, 1) * outer)
@@ -233,7 +254,7 @@ def _attend(query, keys, values, visible, finite, mixed, peak, total, inner, out
     else:
         scores = tl.where(visible, tl.where(finite[None, :], scores, float("nan")), float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * outer)
-        # a row that has seen nothing yet: -inf - -inf is NaN
+        # for a row that has seen no slot yet, the peak is -inf, and -inf - -inf would be NaN
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weights = tl.exp2(scores * outer - base[:, None])
     fade = tl.exp2(peak - base)
@@ -248,15 +269,15 @@ def _attend(query, keys, values, visible, finite, mixed, peak, total, inner, out
 @triton.jit(do_not_specialize=["stride_tb", "stride_tn", "N", "T", "split_tiles"])
 def _tree_attention_kernel(
     out_ptr,  # [B, N, Hq, Dv] query's dtype, contiguous, out; None if there are several splits
-    partial_ptr,  # [B, Hkv, P, N * G, Dv] fp32, out: sums of values; None if there is one split
+    partial_ptr,  # [B, Hkv, P, N * G, Dv] fp32, out: weighted sums of values; None if there is one split
     stats_ptr,  # [B, Hkv, P, N * G, 2] fp32, out: peak (base 2) and sum of weights; None if there is one split
     query_ptr,  # [B, Hq, N, D] fp32, bf16 or fp16
     key_ptr,  # [B, Hkv, S, D] query's dtype
     value_ptr,  # [B, Hkv, S, Dv] query's dtype
     tree_ptr,  # [B, T, W + 3] int64: ancestor words, depth, start, length
     sinks_ptr,  # [Hq] float, or None
-    inner,  # scores become tanh(inner * query @ key) first; None without softcap
-    outer,  # then the exponent of 2 is outer * scores; positive
+    inner,  # with softcap: scores are tanh(inner * query @ key); None without
+    outer,  # positive; the exponent of 2 is outer * scores
     window,  # sliding window in positions, or None
     chunk,  # chunk size in positions, or None
     stride_qb, stride_qh, stride_qn,
@@ -264,12 +285,12 @@ def _tree_attention_kernel(
     stride_vb, stride_vh, stride_vs,
     stride_tb, stride_tn,
     Hkv, N, T, W,
-    split_tiles,  # tiles a split
+    split_tiles,  # tiles per split
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # rows a program
-    BLOCK_N: tl.constexpr,  # slots a tile: divides 64
+    BLOCK_M: tl.constexpr,  # rows per program
+    BLOCK_N: tl.constexpr,  # slots per tile; divides 64
     BLOCK_D: tl.constexpr,  # powers of two >= D, Dv
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -277,12 +298,13 @@ def _tree_attention_kernel(
     batch = (tl.program_id(2) // Hkv).to(tl.int64)
     head = tl.program_id(2) % Hkv
 
-    # rows past the last repeat the last node; they are not stored
+    # rows after the last one repeat the last node; they are not stored
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     node = tl.minimum(row // G, N - 1)
     query_head = head * G + row % G
     row_query_ptr = query_ptr + batch * stride_qb + query_head * stride_qh + node * stride_qn  # [BLOCK_M]
-    # First of all, so that it is on its way while the lengths are: both are far. In fp32 that spills (compile report).
+    # The query is loaded first, so that its latency overlaps with that of the lengths. In fp32 this would spill
+    # (compile report).
     QUERY_FIRST: tl.constexpr = query_ptr.dtype.element_ty != tl.float32
     if QUERY_FIRST:
         query = _load_query(row_query_ptr, D, BLOCK_D)
@@ -307,7 +329,8 @@ def _tree_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    # tiles of the prefix that only some rows see all of: few, and nothing is fetched ahead, which would take registers
+    # Tiles of the prefix that some rows see only in part. There are few, so they are not prefetched, which saves
+    # registers.
     whole_tiles = (length - start) // BLOCK_N
     if window is not None or chunk is not None:
         seen_from = tl.minimum(tl.cdiv(tl.max(first, 0), BLOCK_N), tl.minimum(end, whole_tiles))
@@ -326,8 +349,8 @@ def _tree_attention_kernel(
         values = _load_tile(value_ptr, slot, stride_vs, None, DV, BLOCK_N, BLOCK_DV)
         mixed, peak, total = _attend(query, keys, values, None, None, mixed, peak, total, inner, outer)
 
-    # the prefix's last, partial tile, and the tree: a word says what a row sees of a tile
-    # fp32's products without tensor cores take more registers if nothing is fetched ahead (compile report)
+    # The last, partial tile of the prefix, and the tree. For each row, the bits of a word give the visible slots of a
+    # tile. In fp32, products without tensor cores take more registers if nothing is prefetched (compile report).
     TAIL_STAGES: tl.constexpr = 2 if query_ptr.dtype.element_ty == tl.float32 else 1
     tail_word = ~(tl.full([], -1, tl.int64) << (length - start) % BLOCK_N)
     for tile in tl.range(tl.maximum(begin, whole_tiles), end, num_stages=TAIL_STAGES):
@@ -366,11 +389,11 @@ def _tree_attention_kernel(
 
 @triton.jit
 def _load_partials(ptr, split, used, stride_split, row, DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr):
-    """[splits, ROWS, BLOCK_DV] sums of values from `row` on; zero in the splits for which `used` [splits] is false."""
-    # read as [splits, ROWS * BLOCK_DV]: a thread then has the same place in every split, in each version of Triton
+    """[splits, ROWS, BLOCK_DV]: weighted sums of values from `row` on; 0 in splits whose `used` [splits] is False."""
+    # read as [splits, ROWS * BLOCK_DV], so that in all versions of Triton a thread has the same place in every split
     column = tl.arange(0, ROWS * BLOCK_DV)
     dim = column % BLOCK_DV
-    # rows past the last repeat it
+    # rows after the last one repeat it
     row = tl.minimum(row + column // BLOCK_DV, stride_split - 1)
     ptrs = ptr + (split.to(tl.int64) * stride_split * DV)[:, None] + (row * DV + dim)[None, :]
     partials = tl.load(ptrs, mask=used[:, None] & (dim < DV)[None, :], other=0.0)
@@ -391,20 +414,20 @@ def _merge_kernel(
     split_tiles,
     G: tl.constexpr,
     DV: tl.constexpr,
-    ROWS: tl.constexpr,  # rows a program
+    ROWS: tl.constexpr,  # rows per program
     BLOCK_N: tl.constexpr,  # as in the first kernel
     BLOCK_DV: tl.constexpr,
     BLOCK_P: tl.constexpr,  # power of two >= P
-    MERGE_P: tl.constexpr,  # splits at a time: a power of two, at most BLOCK_P
+    MERGE_P: tl.constexpr,  # splits merged at a time; power of two, at most BLOCK_P
 ):  # fmt: skip
     batch = (tl.program_id(1) // Hkv).to(tl.int64)
-    # rows past the last repeat it; they are not stored
+    # rows after the last one repeat it; they are not stored
     first_row = tl.program_id(0) * ROWS
     row = tl.minimum(first_row + tl.arange(0, ROWS), N * G - 1)
     node = row // G
     query_head = (tl.program_id(1) % Hkv) * G + row % G
 
-    # loaded before the lengths are known: splits that were not written hold anything
+    # loaded before the lengths are known; the values of splits that were not written are undefined
     stride_split = N * G
     first_split_row = tl.program_id(1).to(tl.int64) * P * stride_split
     partial_ptr += first_split_row * DV
@@ -423,12 +446,13 @@ def _merge_kernel(
     begin = row * 0
     least = 0
     if LIMITED:
-        # the first kernel skipped the splits before the first position that its tile sees; a row counts its own
+        # The first kernel skipped splits before the first position that any row of its tile sees. Here each row uses
+        # the splits from its own first position on.
         depth = tl.load(tree_ptr + (T - N + node) * stride_tn + W).to(tl.int32)
         first = _first_position(length - start + depth, window, chunk)
         begin = tl.minimum(first // BLOCK_N, prefix_tiles) // split_tiles
         least = tl.min(begin, 0)
-    if ONE_PASS:  # the sums of written splits alone: in a long cache of short texts most are not
+    if ONE_PASS:  # only written splits are loaded; with short texts in a long cache, most splits are not written
         used = (split >= least) & (split < end)
         partials = _load_partials(partial_ptr, split, used, stride_split, first_row, DV, BLOCK_DV, ROWS)
 
@@ -443,7 +467,7 @@ def _merge_kernel(
     if ONE_PASS:
         mixed = tl.sum(tl.where(written[:, :, None], partials, 0.0) * fades[:, :, None], 0)
     else:
-        # From the first split of any row here, in whole passes: those before a row's own add zeros to it.
+        # Whole passes, from the first split that any row of this program uses. Splits before a row's first one add 0.
         mixed = tl.zeros([ROWS, BLOCK_DV], tl.float32)
         for first_split in range(least // MERGE_P * MERGE_P, end, MERGE_P):
             some = first_split + tl.arange(0, MERGE_P)
@@ -466,7 +490,7 @@ def tree_attention(
 ):
     """See `specdec_triton.ops.tree_attention`, which checks the arguments.
 
-    Any strides; tensors whose last dimension is not contiguous are copied.
+    Tensors may have any strides; those whose last dimension is not contiguous are copied.
     """
     query, key, value, packed_tree = (
         tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value, packed_tree)
@@ -479,7 +503,7 @@ def tree_attention(
     limited = sliding_window is not None or chunk_size is not None
     shape = batch, kv_heads, group, rows, nodes, slots, head_dim, value_dim, query.element_size(), limited
     grid, split_tiles, meta, merge_meta = attention_plan(architecture(device), multiprocessors(device), *shape)
-    if scale <= 0 and softcap is None:  # the kernel takes the maximum before it scales
+    if scale <= 0 and softcap is None:  # the kernel takes the maximum before scaling, which needs a positive scale
         query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
     inner, outer = (None, scale) if softcap is None else (scale / softcap, softcap)
 
@@ -506,7 +530,7 @@ def tree_attention(
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every configuration of tree attention for 4 query heads a group, with the features that change the code."""
+    """Every configuration of tree attention for 4 query heads per KV head, with the features that change the code."""
     features = {"": {}, " chunk": {"chunk_size": 8192}, " window softcap": {"sliding_window": 4096, "softcap": 50.0}}
     features[" window sinks"] = {"sliding_window": 4096, "sinks": abstract(torch.bfloat16, 32)}
 
@@ -523,7 +547,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         if one_split and feature not in ("", " window sinks"):
             continue
         itemsize = DTYPES[dtype].itemsize
-        chosen = {}  # the least rows of each configuration
+        chosen = {}  # configuration -> smallest number of rows that uses it
         for rows in (16, 32, 64, 128, 512, 1024):
             chosen.setdefault(attention_config(arch, rows, dim, itemsize, one_split, feature != ""), rows)
         for config, rows in chosen.items():
@@ -542,7 +566,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         yield CompileCase(
             f"merge d{dim} p{splits}{feature}",
             _merge_kernel,
-            # the fewer KV heads, the more splits fill the card
+            # with fewer KV heads, the plan has more splits
             call("bf16", dim, 4, 8000, 8 if splits == 16 else 2, feature),
             tile_bytes=MERGE_SPLITS * MERGE_ROWS * (dim + 1) * 4,
         )

@@ -5,8 +5,8 @@ import specdec_triton as sdt
 sdt.patch(model)
 model.generate(**inputs, prompt_lookup_num_tokens=10)
 
-The public names are those of `_api`. They are imported when the first of them is used: transformers takes seconds to
-import, and `specdec_triton.ops` does not need it.
+The public names are those of `_api`. They are imported on first use, since transformers takes seconds to import and
+`specdec_triton.ops` does not need it.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """A public name, or a module of the package."""
+        """Return a public name or a module of the package."""
         if not name.startswith("__"):
             try:
                 return import_module(f"{__name__}.{name}")
@@ -29,7 +29,7 @@ else:
         api = import_module(f"{__name__}._api")
         if name != "__all__" and name not in api.__all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        # kept: each use would search the file system for a module of this name
+        # cached, since each later use would search the file system for a module of this name
         globals()[name] = value = getattr(api, name)
         return value
 

@@ -1,4 +1,4 @@
-"""The public names: `specdec_triton.<name>` is each of these."""
+"""The public names of the package: each is available as `specdec_triton.<name>`."""
 
 from . import ops
 from ._patch import SpeculativeGenerate, patch, patched, stats, unpatch

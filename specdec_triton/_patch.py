@@ -1,12 +1,13 @@
-"""Swapping speculative decoding into a model's own `generate`, one instance at a time, and out again.
+"""Adds speculative decoding to the `generate` method of single model instances, and removes it again.
 
-`generate` looks `_assisted_decoding` and `_sample` up on the model's class. A patched instance gets a subclass of its
-class with the same name, made once per class, and carries its options. Nothing else of the model changes; its attention
-is replaced during a verify forward only, see `forward.attention`.
+`generate` looks up `_assisted_decoding` and `_sample` on the model's class. A patched instance is given a subclass of
+its class. The subclass has the same name and is created once per class. The options are stored in an attribute of the
+instance. Nothing else of the model changes: attention is replaced only during a verify forward, see
+`forward.attention`.
 
-There are no locks: a child process would inherit one held. Each change is a single assignment, and `_update_class` then
-gives the model the class that follows from it. A caller that is interrupted in between undoes the change or completes
-it.
+There are no locks, because a forked child process could inherit a lock that is held. Each change is a single
+assignment, after which `_update_class` sets the model's class accordingly. If a caller is interrupted in between, it
+undoes the change or completes it.
 """
 
 import copyreg
@@ -27,22 +28,22 @@ from ._stats import Stats
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
 from .engine.call import Call
 from .engine.generate import Generation
+from .engine.graph_runner import cannot_capture
 from .engine.inputs import asked_assistance, check_call, check_continuous_batching, check_drafter
-from .engine.stages import cannot_capture
 from .forward.checks import check_generate, check_supported, graph_hazard
 from .forward.versions import warn_if_untested
 from .forward.wrappers import unwrap
 from .options import Options, Seed, Tree, with_known_options
 from .tree_choice.costs import Costs
 
-STATE = "_specdec_triton"  # a patched model's attribute
+STATE = "_specdec_triton"  # name of the attribute of a patched model that holds its `_State`
 
 _stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
 class _Block:
-    """A `with patched(...)`; without options its body has unpatched the model."""
+    """A `with patched(...)` block. Its options are None if `unpatch` was called inside it, or if it is closed."""
 
     options: Options | None
     closed: bool = False
@@ -51,13 +52,14 @@ class _Block:
 
 @dataclass(eq=False)
 class _State:
-    """What a model was told, kept in its attribute `STATE` so that a drafter that is the model keeps nothing alive."""
+    """The options of a model. They are stored on the model itself: a global table would keep a model alive if its
+    drafter refers to it."""
 
-    base: Options | None = None  # by `patch`
-    blocks: list[_Block] = field(default_factory=list)  # by `patched`
+    base: Options | None = None  # set by `patch`
+    blocks: list[_Block] = field(default_factory=list)  # opened by `patched`
 
 
-# of this thread or asyncio task, the innermost last
+# open blocks of this thread or asyncio task, innermost last
 _open_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("specdec_triton_blocks", default=())
 
 
@@ -74,28 +76,28 @@ def patch(
     compile: bool = False,
     impl: Literal["triton", "reference"] | None = None,
 ) -> None:
-    """Make this model's `generate` speculative, until `unpatch`.
+    """Make this model's `generate` speculative until `unpatch` is called.
 
-    The model itself is not changed: its output is the text, or the distribution, that plain `generate` has. On a
-    patched model the options are replaced.
+    Greedy decoding gives the same text as plain `generate`; sampling gives the same distribution (except under the
+    lossy rule "typical"). If the model is already patched, its options are replaced.
 
     Args:
-        model: a decoder-only transformers model (PEFT and `torch.compile` wrappers are looked through).
-        drafter: proposes draft tokens, for example `ModelDrafter(draft_model)`. None: calls that ask for assistance
-            (`assistant_model`, `prompt_lookup_num_tokens`, `assistant_early_exit`) are served, and all other calls are
-            untouched. With a drafter, every call that decodes greedily or samples is speculative.
+        model: a decoder-only transformers model. PEFT and `torch.compile` wrappers are unwrapped.
+        drafter: proposes draft tokens, for example `ModelDrafter(draft_model)`. With a drafter, every call that decodes
+            greedily or samples is speculative. None: only calls that ask for assistance (`assistant_model`,
+            `prompt_lookup_num_tokens`, `assistant_early_exit`) are speculative; other calls run as before.
         rule: acceptance rule of calls that sample; see `Options`.
         tree: shape of the draft; see `Options`.
-        costs: cost of a round, for `tree="auto"`.
-        seed: makes sampled texts repeatable.
-        cuda_graphs: whether rounds are captured as CUDA graphs.
-        compile: run tree nodes through `torch.compile`.
+        costs: seconds that a round takes, for `tree="auto"`; see `Options`.
+        seed: makes sampled texts repeatable; see `Options`.
+        cuda_graphs: whether rounds are captured as CUDA graphs; see `Options`.
+        compile: run the tree forwards through `torch.compile`.
         impl: implementation of the ops: "triton", "reference", or None for the better one on the model's device.
 
     Raises:
-        ValueError: an option or the model's family is not supported; names which, and what to do instead. Or another
-            thread is inside a `patched` block of this model.
-        TypeError: an unknown option; names the nearest one.
+        ValueError: an option or the model is not supported; the message names it and suggests an alternative. Also
+            raised if another thread is inside a `patched` block of this model.
+        TypeError: an option is unknown; the message names the most similar one.
     """
     options = Options(drafter, rule, tree, costs, seed, cuda_graphs, compile, impl, owner="patch")
     target = unwrap(model)
@@ -103,7 +105,7 @@ def patch(
 
 
 def _checked(owner: str, model: PreTrainedModel, options: Options) -> Options:
-    """The options, if the model can be decoded with them."""
+    """Return `options`; raise a `ValueError` if the model cannot be decoded with them."""
     warn_if_untested()
     check_generate(model)
     check_supported(model)
@@ -114,19 +116,20 @@ def _checked(owner: str, model: PreTrainedModel, options: Options) -> Options:
 
 
 def _check_graphs(owner: str, model: PreTrainedModel, options: Options) -> None:
-    """Refuse `cuda_graphs=True` where nothing could be captured; say why "auto" will not, on a device that could."""
+    """Refuse `cuda_graphs=True` if rounds cannot be captured. With "auto", warn if the device supports graphs but the
+    model or the drafter does not."""
     hazard = graph_hazard(model) or (options.drafter and options.drafter.graph_hazard())
     why = cannot_capture(model.device) or hazard
     if options.cuda_graphs is True and why:
-        raise ValueError(
-            f'{owner}: cuda_graphs must be "auto" or False where rounds cannot be captured, got True: {why}'
-        )
+        raise ValueError(f'{owner}: cuda_graphs must be "auto" or False if rounds cannot be captured, got True: {why}')
     if options.cuda_graphs == "auto" and hazard and not cannot_capture(model.device):
         warnings.warn(f"{owner}: rounds will run without CUDA graphs: {hazard}", stacklevel=3)
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Make `generate` what it was before `patch`.
+    """Restore the `generate` that the model had before `patch`.
+
+    Inside a `patched` block, the model is unpatched for the rest of that block.
 
     Raises:
         ValueError: the model is not patched, its class was changed since, or another thread is inside a `patched`
@@ -139,7 +142,7 @@ def unpatch(model: PreTrainedModel) -> None:
     if not _is_ours(type(target)):
         raise ValueError(
             f"unpatch: the model's class must be the one that patch gave it, got {type(target).__name__}: undo "
-            "what changed it first"
+            "the later change of its class first"
         )
     _replace("unpatch", target, None)
 
@@ -158,16 +161,17 @@ def patched(
     compile: bool = False,
     impl: Literal["triton", "reference"] | None = None,
 ) -> Iterator[PreTrainedModel]:
-    """`patch` for a `with` block; afterwards the model is as it was on entry, patched or not.
+    """Patch the model for a `with` block and restore its earlier state on exit, patched or not.
 
-    Inside, `generate` may be called from any thread. Other threads may not patch or unpatch the model meanwhile. Blocks
-    of several asyncio tasks may overlap and end in any order: each task's calls have the options of its own block.
+    Inside the block, `generate` may be called from any thread, but no other thread may patch or unpatch the model.
+    Blocks of several asyncio tasks may overlap and end in any order; the calls of each task use the options of its own
+    block.
 
     Args:
         model, and the options: see `patch`.
 
     Raises:
-        ValueError, TypeError: as `patch`.
+        ValueError, TypeError: as for `patch`.
     """
     options = Options(drafter, rule, tree, costs, seed, cuda_graphs, compile, impl, owner="patched")
     target = unwrap(model)
@@ -177,18 +181,19 @@ def patched(
         try:
             state = _state(target, make=True)
             state.blocks.append(block)
-            vars(target)[STATE] = state  # should another thread have ended the last block just now
+            vars(target)[STATE] = state  # again, since another thread may have closed its last block and removed it
             _open_blocks.set((*(other for other in _open_blocks.get() if not other.closed), block))
             _update_class(target)
             yield model
         finally:
             _close(target, block)
     finally:
-        _close(target, block)  # once more, in case an interrupt came in the middle
+        _close(target, block)  # again, in case an interrupt stopped the first call
 
 
 def _close(model: PreTrainedModel, block: _Block) -> None:
-    """End a block, whatever its body did and whichever thread leaves it. Nothing is checked again: it was good once."""
+    """Close a block, whatever its body did and whichever thread leaves it. The options that apply afterwards are not
+    checked again."""
     _open_blocks.set(tuple(other for other in _open_blocks.get() if other is not block))
     state = _state(model)
     if block in state.blocks:
@@ -196,15 +201,15 @@ def _close(model: PreTrainedModel, block: _Block) -> None:
     block.options, block.closed = None, True
     if isinstance(model, SpeculativeModel) and not _is_ours(type(model)) and not (state.base or state.blocks):
         raise ValueError(
-            f"patched: the model's class must be the one that patch gave it, got {type(model).__name__}: undo what "
-            "changed it, then call unpatch"
+            f"patched: the model's class must be the one that patch gave it, got {type(model).__name__}: undo the "
+            "later change of its class, then call unpatch"
         )
     _update_class(model)
 
 
-def _replace(what: str, model: PreTrainedModel, options: Options | None) -> None:
-    """The options of the block that the caller is in or, outside of any, of the model."""
-    _check_threads(what, model)
+def _replace(owner: str, model: PreTrainedModel, options: Options | None) -> None:
+    """Replace the options of the caller's innermost block or, outside of blocks, those of `patch`."""
+    _check_threads(owner, model)
     block = _own_block(model)
     before = block.options if block else _state(model).base
     try:
@@ -233,14 +238,15 @@ def _own_block(model: PreTrainedModel) -> _Block | None:
 
 
 def _current_options(model: PreTrainedModel) -> Options | None:
-    """The options of a call made here: of the caller's own block, else of the latest that is open, else of `patch`."""
+    """The options of a call made here: those of the caller's own block, else of the latest open block, else of
+    `patch`."""
     state = _state(model)
     block = _own_block(model) or next(reversed(state.blocks), None)
     return block.options if block else state.base
 
 
 def _update_class(model: PreTrainedModel) -> None:
-    """Give the model the class that its state asks for. It may be called at any time, and again."""
+    """Set the model's class according to its state. The function is idempotent and may be called at any time."""
     while True:
         state = _state(model)
         wanted = _wants_patch(state)
@@ -251,7 +257,7 @@ def _update_class(model: PreTrainedModel) -> None:
             model.__class__ = type(model).__bases__[1]
         if not wanted and not state.blocks:
             vars(model).pop(STATE, None)
-            if state.blocks:  # another thread has opened one in the meantime
+            if state.blocks:  # another thread has opened a block in the meantime
                 vars(model)[STATE] = state
         if _wants_patch(_state(model)) == wanted:
             return
@@ -261,19 +267,19 @@ def _wants_patch(state: _State) -> bool:
     return state.base is not None or any(block.options is not None for block in state.blocks)
 
 
-def _check_threads(what: str, model: PreTrainedModel) -> None:
+def _check_threads(owner: str, model: PreTrainedModel) -> None:
     if any(block.thread != threading.get_ident() for block in _state(model).blocks):
         raise ValueError(
-            f"{what}: the model must not be inside another thread's `with patched(...)`, got a "
-            f"{type(model).__name__} that is: wait for it, or give each thread a model of its own"
+            f"{owner}: the model must not be inside another thread's `with patched(...)`, got a "
+            f"{type(model).__name__} that is: wait for that thread, or give each thread its own model"
         )
 
 
 def stats(model: PreTrainedModel) -> Stats:
-    """What the last speculative `generate` of this model did, patched still or not.
+    """Statistics of this model's last speculative `generate` call. The model need not be patched any more.
 
     Raises:
-        RuntimeError: there was none.
+        RuntimeError: there was no such call.
     """
     target = unwrap(model)
     if target not in _stats:
@@ -285,17 +291,17 @@ def stats(model: PreTrainedModel) -> Stats:
 
 
 class SpeculativeGenerate:
-    """Speculation without a patch: `model.generate(..., custom_generate=SpeculativeGenerate(drafter=...))`.
+    """Speculative decoding without a patch: `model.generate(..., custom_generate=SpeculativeGenerate(drafter=...))`.
 
-    `drafter=None` decodes without speculation through the same engine. transformers does not hand `streamer`,
-    `stop_strings` or `synced_gpus` through this door: use `patched` where those are needed.
+    With `drafter=None` the same engine decodes without speculation. transformers does not pass `streamer`,
+    `stop_strings` or `synced_gpus` to a `custom_generate` function; use `patched` if you need them.
 
     Args:
         drafter, and the other options: see `patch`.
 
     Raises:
         ValueError: an option is not supported.
-        TypeError: an unknown option; names the nearest one.
+        TypeError: an option is unknown; the message names the most similar one.
     """
 
     @with_known_options
@@ -329,7 +335,7 @@ class SpeculativeGenerate:
 
 
 class SpeculativeModel(GenerationMixin):
-    """Mixed into the class of a patched model, before the class itself."""
+    """Mixin that precedes a model's own class in the bases of the class of a patched model."""
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         asked, options = asked_assistance(generation_config, generation_mode_kwargs), _current_options(self)
@@ -395,7 +401,7 @@ class SpeculativeModel(GenerationMixin):
         options = _current_options(self)
         if options is None or options.drafter is None:
             plain = super()._sample
-            _update_class(self)  # should an interrupt have left it half unpatched
+            _update_class(self)  # an interrupt may have left it half unpatched
             return plain(*call, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return _speculate(self, options, *call, model_kwargs, streamer)
 
@@ -436,16 +442,16 @@ class SpeculativeModel(GenerationMixin):
             )
 
     def __reduce_ex__(self, protocol):
-        """Pickles and copies are of the model's own class: what is loaded elsewhere is not patched."""
+        """Pickle and copy the model as an instance of its own class: the loaded or copied model is not patched."""
         _, _, attributes, *rest = super().__reduce_ex__(max(protocol, 2))
         attributes = {name: value for name, value in attributes.items() if name != STATE}
-        # pickle insists that copyreg.__newobj__ makes the object's present class
+        # with copyreg.__newobj__, pickle would insist on the object's present class
         return copyreg._reconstructor, (type(self).__bases__[1], object, None), attributes, *rest
 
 
 @cache
 def _speculative_class(base: type) -> type:
-    # one class a base: a fresh one each time would make torch.compile compile again
+    # cached: torch.compile would compile again for each new class
     body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (SpeculativeModel, base), body)
 

@@ -1,4 +1,4 @@
-"""Statistics of a call: rounds, tokens, and the time of its stages."""
+"""Statistics of one `generate` call: rounds, tokens and the time of each stage."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,26 +9,28 @@ from typing import Any
 
 @dataclass(repr=False)
 class Stats:
-    """Statistics of one `generate` call. `dataclasses.asdict` and `json.dumps` take it as it is.
+    """Statistics of one `generate` call. `dataclasses.asdict` converts it to a dict that `json.dumps` accepts.
 
     Attributes:
         rule: acceptance rule.
-        lossless: the rule leaves the target's output distribution unchanged.
-        rounds: target forwards after the prompt's.
-        drafted: draft tokens verified, in rows that were unfinished.
-        accepted: of those, accepted.
-        accepted_by_position: in how many row rounds the draft token at depth 1, 2, ... was accepted. Divided by
-            `row_rounds`: the acceptance rate by position.
-        emitted: tokens emitted, all rows; the prompt's forward emits the first of each row.
-        row_rounds: (row, round) pairs in which the row was unfinished.
-        seconds: host time by stage: prefill, measure (costs), draft, verify, accept, compact, emit; capture: of
-            stages as CUDA graphs, which counts among these stages, too; and replay: of captured ones. On a GPU, stages
-            run behind the host: only their sum means something.
-        why_eager: why rounds ran without CUDA graphs, or None.
-        captured, replayed: stages captured as a CUDA graph, and run by replaying one.
-        graph_bytes: device memory that the graphs held at the end of the call; it is free again afterwards.
-        lag: rounds that the host looked back.
-        auto: with `tree="auto"`, what was chosen: see `AdaptiveTree.summary`.
+        lossless: True if the rule leaves the target's output distribution unchanged.
+        rounds: number of target forwards after the prompt's.
+        drafted: number of draft tokens verified in unfinished rows.
+        accepted: number of draft tokens accepted.
+        accepted_by_position: entry d - 1 is the number of (row, round) pairs in which the draft token at depth d was
+            accepted. Divide by `row_rounds` for the acceptance rate at each position.
+        emitted: number of tokens emitted in all rows. The prompt's forward emits the first token of each row.
+        row_rounds: number of (row, round) pairs in which the row was unfinished.
+        seconds: host time in seconds by stage: "prefill", "measure" (costs for `tree="auto"`), "draft", "verify",
+            "accept", "compact" and "emit". "capture" is the time spent capturing CUDA graphs and "replay" the time
+            spent launching them; "capture" is also part of the stage that was captured. On a GPU the host does not
+            wait for each stage, so only the sum is meaningful.
+        why_eager: the reason why rounds ran without CUDA graphs, or None.
+        captured: number of CUDA graphs captured.
+        replayed: number of CUDA graph launches.
+        graph_bytes: bytes of device memory that the graphs held at the end of the call. It is freed afterwards.
+        lag: number of rounds by which the host reads reports late.
+        auto: with `tree="auto"`, the choices that were made; see `AdaptiveTree.summary`.
     """
 
     rule: str
@@ -56,15 +58,15 @@ class Stats:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens that an unfinished row emitted in a round, on average; 0.0 without rounds."""
+        """Mean number of tokens that an unfinished row emitted in a round; 0.0 if there were no rounds."""
         return (self.accepted + self.row_rounds) / self.row_rounds if self.row_rounds else 0.0
 
     def add_round(self, counts: Sequence[int], drafted: Sequence[int]) -> None:
-        """Count a round but for `rounds` and `emitted`.
+        """Add a round to all counts except `rounds` and `emitted`.
 
         Args:
-            counts: tokens that each row emitted; 0 if it was finished.
-            drafted: draft tokens that were verified in each row.
+            counts: number of tokens that each row emitted; 0 if the row was finished.
+            drafted: number of draft tokens that were verified in each row.
         """
         self.row_rounds += sum(count > 0 for count in counts)
         self.drafted += sum(nodes for nodes, count in zip(drafted, counts, strict=True) if count)
@@ -75,7 +77,7 @@ class Stats:
             self.accepted_by_position[position] += sum(count - 1 > position for count in counts)
 
 
-def timed(stage: str) -> Callable:
+def records_time(stage: str) -> Callable:
     """Add a method's host time to `stats.seconds[stage]`."""
 
     def decorate(method: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""The options that `patch`, `patched` and `SpeculativeGenerate` take by keyword."""
+"""The keyword options of `patch`, `patched` and `SpeculativeGenerate`."""
 
 import difflib
 import inspect
@@ -26,28 +26,30 @@ class Options:
     """Options shared by `patch`, `patched` and `SpeculativeGenerate`; validated on construction.
 
     Args:
-        owner: the name that errors begin with.
+        owner: name of the function or class that error messages begin with.
 
     Attributes:
-        drafter: drafts for every `generate`; None: as the call's own assistance arguments say.
-        rule: how draft tokens of calls that sample are accepted: "coupled" (None), "rejection", "block",
-            "multi_round", "traversal", or "typical", which is lossy. Calls that do not sample are greedy, whatever it
-            says; "greedy" refuses the others.
-        tree: a `Topology`, a number of nodes (root included), a `DynamicTree`, None for the drafter's own shape, or
-            "auto": what pays by measured times and acceptance, round by round, and no draft at all where none does.
-        costs: seconds of a round, for tree="auto"; None: measured, see `engine.auto_tree`.
-        seed: makes sampled texts repeatable: a number, from which each row gets its own, or a list of one for each row
-            (after expansion by num_return_sequences); None draws one from torch's global generator at each call. Calls
-            that stay plain have no use for it: the seeded text without a draft is that of `SpeculativeGenerate()`.
-            With tree="auto" and measured costs, trees follow the clock, and texts of the rules that weigh tokens
-            (not "coupled") follow the trees: these repeat with given `costs` only.
-        cuda_graphs: "auto" captures rounds as CUDA graphs where model and drafter allow it (`Stats.why_eager` says why
-            not); True refuses where they do not; False never does.
-        compile: run tree nodes through `torch.compile`, target's and draft's: fewer and larger kernels.
-        impl: implementation of the ops: None, "triton" or "reference".
+        drafter: drafts for every `generate` call. None: each call's own assistance arguments choose the drafter.
+        rule: acceptance rule of calls that sample: "coupled" (also used for None), "rejection", "block", "multi_round",
+            "traversal", or "typical", which is lossy. Calls that do not sample always use greedy acceptance. With
+            "greedy", calls that sample are refused.
+        tree: shape of the draft: a `Topology`, a number of nodes (root included), a `DynamicTree`, None for the
+            drafter's own shape, or "auto". "auto" chooses a tree for every round by measured times and acceptance; it
+            decodes without a draft if no tree is faster.
+        costs: seconds that a round takes, for tree="auto". None: they are measured, see `engine.auto_tree`.
+        seed: makes sampled texts repeatable. A number: each row gets a seed derived from it. A list: one seed for each
+            row, after expansion by num_return_sequences. None: each call draws a seed from torch's global generator.
+            Calls without speculation ignore it; `SpeculativeGenerate()` gives the seeded text without a draft. With
+            tree="auto" and measured costs, the trees depend on timing. The text depends on the trees under every
+            sampling rule except "coupled", so pass `costs` to make it repeatable under the other rules.
+        cuda_graphs: "auto" captures rounds as CUDA graphs if the model and the drafter allow it; `Stats.why_eager`
+            gives the reason if they do not. True raises an error if rounds cannot be captured. False never captures.
+        compile: run the tree forwards of the target and the draft model through `torch.compile`, which gives fewer and
+            larger kernels.
+        impl: implementation of the ops: "triton", "reference", or None for the better one on the model's device.
 
     Raises:
-        ValueError: an option is not one of these values.
+        ValueError: an option has none of these values.
     """
 
     drafter: Drafter | None = None
@@ -76,7 +78,7 @@ class Options:
         if self.costs is not None and not isinstance(self.costs, Costs):
             raise ValueError(f"{owner}: costs must be a Costs or None, got {type(self.costs).__name__}")
         if self.costs is not None and self.tree != "auto":
-            raise ValueError(f'{owner}: costs must be None but with tree="auto", got them with tree={self.tree!r}')
+            raise ValueError(f'{owner}: costs must be None unless tree="auto", got them with tree={self.tree!r}')
         seeds = self.seed if isinstance(self.seed, (list, tuple)) else [] if self.seed is None else [self.seed]
         if any(isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63 for seed in seeds):
             raise ValueError(f"{owner}: seed must be None, a 64-bit integer or a list of them, got {self.seed!r}")
@@ -89,7 +91,7 @@ class Options:
 
 
 def with_known_options(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, with a `TypeError` for an unknown keyword that names the nearest one."""
+    """Decorator: an unknown keyword raises a `TypeError` that names the most similar option."""
     parameters, owner = inspect.signature(function).parameters, function.__qualname__.removesuffix(".__init__")
     known = [name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY]
 

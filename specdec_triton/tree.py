@@ -1,9 +1,9 @@
-"""Draft trees: their shape (`Topology`, or `DynamicTree` where probabilities decide it), their tokens (`DraftTree`) and
-the packed form that attention reads.
+"""Draft trees: their shape (`Topology`, or `DynamicTree` if the draft's probabilities decide it), their tokens
+(`DraftTree`), and the packed form that attention reads (`pack_tree`).
 
-A tree has N nodes. Node 0 is the root: the last emitted token, not yet in the cache. Every other node is a draft
-token that continues its parent; parents come before children. Node i occupies cache slot length + i during
-verification.
+A tree has N nodes. Node 0 is the root: the last emitted token, which is not in the cache yet. Every other node is a
+draft token that follows its parent's token. Parents come before their children. During verification, node i occupies
+cache slot length + i.
 
 Letters: B sequences, N nodes, D edges on the longest path, W = ceil(N/64) words of ancestor bits.
 """
@@ -20,7 +20,7 @@ from .ops.filters import Filters
 from .ops.reference import WORD_BITS
 from .ops.rules import SAMPLING
 
-# How often a drafter's candidate of each rank is the target's choice, for trees made from a node budget alone.
+# Assumed probability that the target chooses a drafter's candidate of each rank. Used if only a node budget is given.
 RANK_ACCEPTANCE = (0.65, 0.12, 0.05, 0.03, 0.02, 0.01)
 
 
@@ -29,11 +29,12 @@ class Topology:
     """The shape of a tree, fixed before its tokens are known.
 
     Attributes:
-        parents: N parents; -1 for the root, and parents[i] < i elsewhere.
-        ranks: N ranks: node i carries its parent's candidate number ranks[i] (0 is the likeliest); 0 for the root.
+        parents: N node numbers. parents[0] is -1 (the root has no parent); parents[i] < i for every other node.
+        ranks: N ranks. Node i carries candidate number ranks[i] of its parent; 0 is the most likely candidate. The
+            root's rank is 0.
 
     Raises:
-        ValueError: the parents are not a tree with its root first, or two siblings have the same rank.
+        ValueError: `parents` is not a tree with its root first, or two siblings have the same rank.
     """
 
     parents: tuple[int, ...]
@@ -42,7 +43,7 @@ class Topology:
     def __post_init__(self) -> None:
         if not self.parents or len(self.parents) != len(self.ranks):
             raise ValueError(
-                f"Topology: parents and ranks must be of one length of at least 1, got {len(self.parents)} and "
+                f"Topology: parents and ranks must have the same length, at least 1, got {len(self.parents)} and "
                 f"{len(self.ranks)}"
             )
         if self.parents[0] != -1 or any(not 0 <= parent < node for node, parent in enumerate(self.parents) if node):
@@ -53,12 +54,12 @@ class Topology:
 
     @classmethod
     def chain(cls, num_tokens: int) -> "Topology":
-        """One path of `num_tokens` draft tokens."""
+        """A single path of `num_tokens` draft tokens."""
         return cls(tuple(range(-1, num_tokens)), (0,) * (num_tokens + 1))
 
     @classmethod
     def from_widths(cls, widths: Sequence[int]) -> "Topology":
-        """Every node at depth d has `widths[d]` children."""
+        """A tree in which every node at depth d has `widths[d]` children."""
         parents, ranks, level = [-1], [0], [0]
         for width in widths:
             children = [(node, rank) for node in level for rank in range(width)]
@@ -69,7 +70,8 @@ class Topology:
 
     @classmethod
     def from_paths(cls, paths: Sequence[Sequence[int]]) -> "Topology":
-        """From paths of candidate ranks, Medusa's notation: `[(0,), (0, 0), (1,)]`. Prefixes are added."""
+        """A tree from paths of candidate ranks, in Medusa's notation: `[(0,), (0, 0), (1,)]`. Missing prefixes are
+        added."""
         prefixes = {tuple(path[:end]) for path in paths for end in range(1, len(path) + 1)}
         ordered = [(), *sorted(prefixes, key=lambda path: (len(path), path))]
         index = {path: node for node, path in enumerate(ordered)}
@@ -80,12 +82,12 @@ class Topology:
 
     @classmethod
     def from_budget(cls, num_nodes: int, rank_acceptance: Sequence[float] = RANK_ACCEPTANCE) -> "Topology":
-        """The `num_nodes` nodes (root included) likeliest to be accepted, best first.
+        """The tree of the `num_nodes` nodes that are most likely to be accepted.
 
         Args:
-            num_nodes: N >= 1.
-            rank_acceptance: probability that the candidate of each rank is the target's choice, the same at every
-                depth; decreasing.
+            num_nodes: N >= 1, root included.
+            rank_acceptance: probability that the target chooses the candidate of each rank. The probabilities
+                decrease and apply at every depth.
         """
         if num_nodes < 1:
             raise ValueError(f"Topology.from_budget: num_nodes must be at least 1, got {num_nodes}")
@@ -118,7 +120,7 @@ class Topology:
         return self.parents == tuple(range(-1, self.num_nodes - 1))
 
     def limited(self, max_depth: int) -> "Topology":
-        """The same tree without its nodes deeper than `max_depth`."""
+        """The same tree without the nodes that are deeper than `max_depth`."""
         if self.max_depth <= max_depth:
             return self
         kept = [node for node, depth in enumerate(self.depths) if depth <= max_depth]
@@ -131,19 +133,20 @@ TREE_TENSORS = ("tokens", "parents", "depth", "ancestors", "draft_logits", "draf
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """A tree whose shape follows the draft's probabilities, anew each round: EAGLE-2's (Li et al. 2024, arXiv
+    """A tree whose shape follows the draft's probabilities and changes every round (EAGLE-2, Li et al. 2024, arXiv
     2406.16858).
 
-    Level by level the likeliest `width` nodes are expanded, each into its `width` likeliest children, a node being as
-    likely as its path: the product of the probabilities along it. Of all nodes made, the likeliest are kept.
+    The score of a node is the product of the draft's probabilities along its path. Each level expands the `width` nodes
+    with the highest scores into their `width` most likely children. After the last level, the `num_nodes` nodes with
+    the highest scores are kept.
 
     Attributes:
-        num_nodes: N, root included, that are kept.
-        width: K, nodes that a level expands, and children of each.
-        depth: D, levels: forwards of the draft.
+        num_nodes: N, the number of nodes that are kept, root included.
+        width: K, the number of nodes that each level expands, and the number of children of each of them.
+        depth: D, the number of levels. Each level takes one forward of the draft model.
 
     Raises:
-        ValueError: a number is no integer of at least 1, or more nodes would be kept than are made.
+        ValueError: a number is not an integer of at least 1, or `num_nodes` is larger than the number of candidates.
     """
 
     num_nodes: int
@@ -155,15 +158,15 @@ class DynamicTree:
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"DynamicTree: {name} must be an integer of at least 1, got {number!r}")
-        most = self.made(self.depth)
+        most = self.num_candidates(self.depth)
         if self.num_nodes > most:
             raise ValueError(
-                f"DynamicTree: num_nodes must be at most the {most} that width {self.width} and depth {self.depth} "
-                f"make, got {self.num_nodes}"
+                f"DynamicTree: num_nodes must be at most the {most} candidates of width {self.width} and depth "
+                f"{self.depth}, got {self.num_nodes}"
             )
 
-    def made(self, levels: int) -> int:
-        """Nodes that the first `levels` levels make, root included."""
+    def num_candidates(self, levels: int) -> int:
+        """Number of nodes in the first `levels` levels before the selection, root included."""
         return 1 + self.width * (1 + self.width * (levels - 1)) if levels else 1
 
     @property
@@ -177,22 +180,25 @@ class DynamicTree:
 
 @dataclass(frozen=True)
 class DraftTree:
-    """Draft tokens in a tree, one tree a sequence, all on one device.
+    """Draft tokens in a tree: one tree for each sequence, all tensors on one device.
 
     Attributes:
         tokens: [B, N] int64. Token of each node; node 0 is the last emitted token.
-        parents: [B, N] int32. -1 at the root and at padding nodes, parents[:, i] < i elsewhere.
-        depth: [B, N] int64. Edges from the root; 0 at padding nodes.
-        ancestors: [B, N, W] int64. Bit j % 64 of word j // 64: node j is node i or an ancestor of it.
-        max_depth: D, known on the host.
-        is_chain: every node but padding continues the one before, in every sequence: accepted slots are in place.
-        sampling: how the tokens came about: "none", chosen without sampling (ranked, cut, reordered as one likes); or
-            siblings drawn from the draft's probabilities "with" or "without" replacement, in index order, into a
-            shape that was fixed before (see `drawn`).
-        draft_logits: [B, P, V] fp32, bf16 or fp16. The draft's logits at its P expanded nodes; None without sampling.
-        draft_row: [B, N] int32. The row of `draft_logits` that a node's children were drawn from; -1 for none.
-        draft_filters: the `Filters` with which they were drawn.
-        has_nan: [B] bool or None. The logits that the row's tokens were drafted from hold a NaN.
+        parents: [B, N] int32. -1 at the root and at padding nodes; parents[:, i] < i at all other nodes.
+        depth: [B, N] int64. Number of edges from the root; 0 at padding nodes.
+        ancestors: [B, N, W] int64. In the words of node i, bit j % 64 of word j // 64 is set if node j is node i or an
+            ancestor of it.
+        max_depth: D, a bound on the depth that is known on the host.
+        is_chain: in every sequence, each node except padding is the child of the node before it. The accepted keys
+            and values are then in their final slots already.
+        sampling: how the tokens were chosen. "none": without sampling; they may have been ranked, cut or reordered.
+            "with" or "without": siblings were drawn from the draft's probabilities with or without replacement, in
+            index order, into a shape that was fixed before (see `drawn`).
+        draft_logits: [B, P, V] fp32, bf16 or fp16. The draft's logits at its P expanded nodes; None if `sampling` is
+            "none".
+        draft_row: [B, N] int32. The row of `draft_logits` that a node's children were drawn from; -1 if it has none.
+        draft_filters: the `Filters` that were applied to `draft_logits` before tokens were drawn.
+        has_nan: [B] bool or None. True if the draft logits of the row contain a NaN.
     """
 
     tokens: torch.Tensor
@@ -211,7 +217,7 @@ class DraftTree:
     def from_topology(
         cls, topology: Topology, tokens: torch.Tensor, has_nan: torch.Tensor | None = None
     ) -> "DraftTree":
-        """Tokens [B, N] int64 in a fixed shape; the shape's tensors are made once a device."""
+        """Tokens [B, N] int64 in a fixed shape. The tensors of the shape are made once for each device."""
         batch, _ = Check("DraftTree", N=topology.num_nodes)("tokens", tokens, "B?, N", torch.int64)
         parents, depth, ancestors = topology_tensors(topology, tokens.device)
         return cls(
@@ -226,8 +232,8 @@ class DraftTree:
 
     @classmethod
     def chain(cls, tokens: torch.Tensor, length: torch.Tensor, has_nan: torch.Tensor | None = None) -> "DraftTree":
-        """A chain of tokens [B, N] int64 for each sequence, of `length` [B] int64 draft tokens, 0 to N - 1; what lies
-        beyond is padding."""
+        """A chain for each sequence, from tokens [B, N] int64. `length` [B] int64 is the number of draft tokens in each
+        row, 0 to N - 1; later tokens are padding."""
         parents, depth, ancestors = topology_tensors(Topology.chain(tokens.shape[1] - 1), tokens.device)
         real = depth <= length[:, None]
         alone = ancestors ^ torch.nn.functional.pad(ancestors[:, :-1], (0, 0, 1, 0))
@@ -245,16 +251,16 @@ class DraftTree:
     def from_parents(
         cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int | None = None, is_chain: bool = False
     ) -> "DraftTree":
-        """A tree of its own shape for each sequence.
+        """A tree for each sequence; the shapes may differ.
 
         Args:
             tokens: [B, N] int64.
-            parents: [B, N] int32; a node other than 0 with parent -1 is padding: it is never reached.
-            max_depth: a bound on the depth, where the caller knows it; default N - 1.
-            is_chain: the caller knows that every node but padding continues the one before.
+            parents: [B, N] int32. A node other than 0 whose parent is -1 is padding and is never reached.
+            max_depth: a bound on the depth, if the caller knows one; N - 1 by default.
+            is_chain: True if the caller knows that each node except padding is the child of the node before it.
 
         Raises:
-            ValueError: a shape, dtype or device is not the one above. `check` looks at the contents.
+            ValueError: a shape, dtype or device differs from the above. Values are not checked; see `check`.
         """
         check = Check("DraftTree")
         check("tokens", tokens, "B?, N", torch.int64)
@@ -271,23 +277,27 @@ class DraftTree:
 
     @classmethod
     def root_only(cls, tokens: torch.Tensor) -> "DraftTree":
-        """No draft: only the last emitted tokens [B, 1]. Verifying it is a plain decoding step."""
+        """The last emitted tokens [B, 1] as a tree without draft tokens. Verifying it is a plain decoding step."""
         return cls.from_topology(_ROOT, tokens)
 
     @classmethod
     def best_first(
         cls, root: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor, num_nodes: int
     ) -> "DraftTree":
-        """The likeliest tree of `num_nodes` nodes when candidates are independent from position to position.
+        """The most likely tree of `num_nodes` nodes if the candidates of different positions are independent.
 
-        A node's probability is the product of its candidates' along its path (Medusa's heads: Cai et al. 2024), so
-        the best nodes of all are closed under parents. Nothing is read on the host.
+        This is the case for Medusa's heads (Cai et al. 2024). The probability of a node is the product of the
+        candidates' probabilities along its path. It never exceeds its parent's, so the most likely nodes form a tree.
+        Nothing is read on the host.
 
         Args:
             root: [B] int64. The last emitted tokens.
             candidates: [B, D, K] int64. K candidate tokens for each of the next D positions.
-            probs: [B, D, K] float. Their probabilities, in [0, 1].
+            probs: [B, D, K] float. Probability of each candidate, in [0, 1].
             num_nodes: N, root included; at most the number of nodes of the full tree.
+
+        Raises:
+            ValueError: a shape, dtype or device differs from the above, or `num_nodes` is out of range.
         """
         check = Check("DraftTree.best_first")
         (batch,) = check("root", root, "B", torch.int64)
@@ -298,7 +308,7 @@ class DraftTree:
             raise ValueError(f"DraftTree.best_first: num_nodes must be 1 to {full}, got {num_nodes}")
         tokens, mass = [root[:, None]], [torch.ones(batch, 1, dtype=probs.dtype, device=probs.device)]
         parents = [torch.full((batch, 1), -1, dtype=torch.int64, device=root.device)]
-        first = 0  # of the last level among all nodes so far
+        first = 0  # number of the first node of the last level
         for position in range(max_depth):
             level = (mass[-1][:, :, None] * probs[:, position, None, :]).flatten(1)
             best, place = level.topk(min(num_nodes, level.shape[1]), dim=1)
@@ -315,19 +325,19 @@ class DraftTree:
     def likeliest(
         cls, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor, num_nodes: int, max_depth: int
     ) -> tuple["DraftTree", torch.Tensor]:
-        """The `num_nodes` nodes of the greatest scores, of C that are a tree. Nothing is read on the host.
+        """The `num_nodes` nodes with the highest scores from a tree of C nodes. Nothing is read on the host.
 
         Args:
             tokens: [B, C] int64.
-            parents: [B, C] int64. -1 at the root, which is the first, and parents[:, i] < i elsewhere.
-            scores: [B, C] float. No node's is above its parent's, so the greatest are closed under parents.
+            parents: [B, C] int64. -1 at node 0, the root; parents[:, i] < i at all other nodes.
+            scores: [B, C] float. A node's score must not exceed its parent's; the kept nodes then form a tree.
             num_nodes: N, root included; at most C.
             max_depth: a bound on the depth.
 
         Returns:
-            The tree, and [B, N] int64: which of the C each of its nodes is, ascending.
+            The tree, and the number of each of its nodes among the C nodes: [B, N] int64, ascending.
         """
-        # a stable sort keeps a parent before a child of the same score
+        # a stable sort keeps a parent before a child with the same score
         kept = scores.argsort(dim=1, descending=True, stable=True)[:, :num_nodes].sort(1).values
         place = torch.full_like(parents, -1)
         place.scatter_(1, kept, torch.arange(num_nodes, device=tokens.device).expand(len(tokens), -1))
@@ -338,13 +348,16 @@ class DraftTree:
     def drawn(
         self, sampling: str, draft_logits: torch.Tensor, draft_row: torch.Tensor, draft_filters: Filters | None = None
     ) -> "DraftTree":
-        """This tree as one whose tokens were drawn from the draft's probabilities: for the fields see the class.
+        """This tree, marked as one whose tokens were drawn from the draft's probabilities.
 
-        Only for a shape that did not depend on the tokens, and siblings in the order in which they were drawn: a drawn
-        tree that is cut or reordered by value afterwards biases every rule that weighs its tokens.
+        The shape must not depend on the drawn tokens, and siblings must be in the order in which they were drawn. A
+        tree that is cut or reordered by value after drawing biases every rule that uses draft probabilities.
+
+        Args:
+            sampling, draft_logits, draft_row, draft_filters: see the attributes of the class.
 
         Raises:
-            ValueError: a shape, dtype, device or name is not the one above.
+            ValueError: `sampling` is neither "with" nor "without", or a shape, dtype or device is wrong.
         """
         if sampling not in SAMPLING[1:]:
             raise ValueError(f'DraftTree.drawn: sampling must be "with" or "without", got {sampling!r}')
@@ -366,9 +379,9 @@ class DraftTree:
 
     @property
     def shape(self) -> tuple:
-        """What trees must have in common to be copied into each other."""
+        """A hashable key. Trees with equal keys can be copied into each other with `copy_`."""
         tensors = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in self._tensors()]
-        most = self.draft_filters and self.draft_filters.most
+        most = self.draft_filters and self.draft_filters.max_top_k
         return self.max_depth, self.is_chain, self.sampling, most, *tensors
 
     def _tensors(self) -> list[torch.Tensor | None]:
@@ -376,7 +389,7 @@ class DraftTree:
         return [*(getattr(self, name) for name in TREE_TENSORS), *filters.tensors]
 
     def clone(self) -> "DraftTree":
-        """The same tree in tensors of its own."""
+        """A copy of this tree with its own tensors."""
 
         def cloned(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.clone()
@@ -384,29 +397,29 @@ class DraftTree:
         own: dict[str, Any] = {name: cloned(getattr(self, name)) for name in TREE_TENSORS}
         if self.draft_filters is not None:
             filters = self.draft_filters
-            own["draft_filters"] = Filters._make([*map(cloned, filters.tensors), filters.most])
+            own["draft_filters"] = Filters._make([*map(cloned, filters.tensors), filters.max_top_k])
         return replace(self, **own)
 
     def copy_(self, other: "DraftTree") -> None:
-        """Become `other`, of equal `shape`, in the tensors that this tree has."""
+        """Copy the tensors of `other` into the tensors of this tree. Both must have equal `shape`."""
         for mine, its in zip(self._tensors(), other._tensors(), strict=True):
             if mine is not None:
                 mine.copy_(its)
 
     def pack(self, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-        """`pack_tree` of this tree: what `ops.tree_attention` reads."""
+        """The packed form of this tree, for `ops.tree_attention`; see `pack_tree`."""
         return pack_tree(self.depth, self.ancestors, start, length)
 
     def check(self, root: torch.Tensor, vocab_size: int, source: str) -> None:
-        """Refuse a malformed tree. Reads the tree on the host: for drafters that are not ours.
+        """Refuse a malformed tree. The tree is read on the host, so only trees of third-party drafters are checked.
 
         Args:
             root: [B] int64. The tokens that node 0 must carry.
             vocab_size: draft tokens must be below it.
-            source: who made the tree, for the message.
+            source: name of the drafter, for the error message.
 
         Raises:
-            ValueError: names `source` and what is wrong.
+            ValueError: the tree is malformed; the message names `source` and the fault.
         """
         words = -(-self.num_nodes // WORD_BITS)
         check = Check(f"{source}: malformed draft tree", root.device, B=len(root), N=self.num_nodes, W=words)
@@ -422,7 +435,7 @@ class DraftTree:
         ):
             raise ValueError(
                 f"{source}: malformed draft tree: sampling must be one of {', '.join(SAMPLING)}, with draft_logits and "
-                f"draft_row where tokens were drawn (see DraftTree.drawn), got {self.sampling!r}"
+                f"draft_row if tokens were drawn (see DraftTree.drawn), got {self.sampling!r}"
             )
         nodes = torch.arange(self.num_nodes, device=self.tokens.device)
         parents = self.parents
@@ -452,13 +465,16 @@ class DraftTree:
 
 
 def pack_tree(depth: torch.Tensor, ancestors: torch.Tensor, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """What `ops.tree_attention` reads: [B, N, W + 3] int64, ancestor words, depth, start, length.
+    """Pack trees into the tensor that `ops.tree_attention` reads.
 
     Args:
-        depth: [B, N] int64. Edges from the root.
+        depth: [B, N] int64. Number of edges from the root.
         ancestors: [B, N, W] int64. Ancestor words, see `DraftTree`.
-        start: [B] int64. First slot that holds a real token (the left padding).
-        length: [B] int64. Slots in use: the root's slot.
+        start: [B] int64. First slot that holds a real token, after the left padding.
+        length: [B] int64. Number of slots in use, which is the slot of the root.
+
+    Returns:
+        [B, N, W + 3] int64: for each node its ancestor words, depth, start and length.
     """
     row = torch.stack([start, length], dim=-1)[:, None, :].expand(-1, depth.shape[1], -1)
     return torch.cat([ancestors, depth[..., None], row], dim=-1)
@@ -468,7 +484,8 @@ _ROOT = Topology((-1,), (0,))
 
 
 def _ancestor_matrix(parents: torch.Tensor) -> torch.Tensor:
-    """[..., N] parents -> [..., N, N] bool: column j is row i's node or an ancestor of it. log2(N) squarings."""
+    """[..., N] parents -> [..., N, N] bool: True at [i, j] if node j is node i or an ancestor of it. Takes log2(N)
+    squarings of a matrix."""
     num_nodes = parents.shape[-1]
     nodes = torch.arange(num_nodes, device=parents.device)
     member = (nodes == nodes[:, None]) | (parents[..., None] == nodes)
@@ -483,16 +500,19 @@ def _pack_bits(member: torch.Tensor) -> torch.Tensor:
     words = -(-num_nodes // WORD_BITS)
     padded = torch.nn.functional.pad(member.long(), (0, words * WORD_BITS - num_nodes))
     bits = torch.arange(WORD_BITS, device=member.device)
-    # distinct bits add without a carry, so a sum is an or; bit 63 is the sign
+    # distinct bits add without a carry, so the sum is a bitwise or; bit 63 is the sign
     return (padded.unflatten(-1, (words, WORD_BITS)) << bits).sum(-1)
 
 
 def with_children(ancestors: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-    """Ancestor words of a tree that grows: [B, T + n, ceil((T + n) / 64)] int64.
+    """Add n nodes to the ancestor words of a tree of T nodes.
 
     Args:
         ancestors: [B, T, W] int64, see `DraftTree`.
-        parents: [B, n] int64. Of the nodes T, T + 1, ...: nodes below T.
+        parents: [B, n] int64. Parents of the new nodes T, T + 1, ..., T + n - 1; each is below T.
+
+    Returns:
+        [B, T + n, ceil((T + n) / 64)] int64.
     """
     first, total = ancestors.shape[1], ancestors.shape[1] + parents.shape[1]
     own = _pack_bits(torch.eye(total, dtype=torch.bool, device=parents.device)[first:])
@@ -503,16 +523,17 @@ def with_children(ancestors: torch.Tensor, parents: torch.Tensor) -> torch.Tenso
 
 @lru_cache(maxsize=256)
 def topology_tensors(topology: Topology, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """parents [1, N] int32, depth [1, N] int64, ancestors [1, N, W] int64; made once, not to be written to."""
+    """parents [1, N] int32, depth [1, N] int64, ancestors [1, N, W] int64. They are cached: callers must not write to
+    them."""
     parents = torch.tensor([topology.parents], dtype=torch.int32)
     member = _ancestor_matrix(parents)
     return parents.to(device), (member.sum(-1) - 1).to(device), _pack_bits(member).to(device)
 
 
 def chain_tensors(num_nodes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """depth [1, N] int64 and ancestors [1, N, W] int64 of a chain, made on the device."""
+    """depth [1, N] int64 and ancestors [1, N, W] int64 of a chain, computed on the device."""
     depth = torch.arange(num_nodes, device=device)
     words = torch.arange(-(-num_nodes // WORD_BITS), device=device)
-    bits = (depth[:, None] + 1 - words * WORD_BITS).clamp(0, WORD_BITS)  # of each word that are set, the lowest
+    bits = (depth[:, None] + 1 - words * WORD_BITS).clamp(0, WORD_BITS)  # number of set bits in each word
     ones = torch.where(bits == WORD_BITS, -1, (1 << bits.clamp(max=WORD_BITS - 1)) - 1)
     return depth[None], ones[None]

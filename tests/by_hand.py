@@ -1,4 +1,4 @@
-"""The ops once more, one row and one token at a time, and random cases of filters."""
+"""The ops in plain Python, one row and one token at a time, and random cases of filters."""
 
 import itertools
 import math
@@ -15,11 +15,11 @@ INF = float("inf")
 def attention_by_hand(
     query, key, value, visible, scale=None, sliding_window=None, chunk_size=None, softcap=None, sinks=None
 ):
-    """`ops.tree_attention` of one token and head after the other.
+    """`ops.tree_attention`, computed for one token and head after another.
 
     Args:
-        visible: (row of the batch, row of `query`) -> its position, and the (slot, position) of each key that it may
-            see but for the window or chunk.
+        visible: (row of the batch, row of `query`) -> its position, and the (slot, position) of each key that it sees
+            if there is no window or chunk.
     """
     batch, heads, rows, dim = query.shape
     group = heads // key.shape[1]
@@ -42,7 +42,7 @@ def attention_by_hand(
 
 
 def accept_greedy_by_hand(logits, tokens, parents, max_depth, budget, eos_ids):
-    """Path, length and next token of one row: `ops.accept_greedy` of one step after the other.
+    """Path, length and next token of one row: `ops.accept_greedy` in single steps.
 
     Args:
         logits: [N, V].
@@ -64,14 +64,14 @@ def accept_greedy_by_hand(logits, tokens, parents, max_depth, budget, eos_ids):
 # --- filters
 
 
-def filters_of(most=None, **options):
-    """A list of numbers for each option, one of each row."""
+def filters_of(max_top_k=None, **options):
+    """`Filters` from lists, which have a value for each row."""
     rows = {name: torch.tensor(values, dtype=FILTER_DTYPES[name]) for name, values in options.items()}
-    return Filters(**rows, most=most)
+    return Filters(**rows, max_top_k=max_top_k)
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# logits [V] of a dtype whose thresholds are hard to find, from numbers with a normal distribution
+# each makes logits [V] whose thresholds are hard to find, from normally distributed numbers
 PALETTES = {
     "negative": lambda drawn, dtype: drawn - 9,
     "tied": lambda drawn, dtype: drawn.round() / 4 - 1,
@@ -87,7 +87,7 @@ PALETTES = {
 
 
 def paint(palette, dtype, vocab, seed):
-    """Logits [V] of a palette; one at least is finite."""
+    """Logits [V] of one of these kinds. At least one of them is finite."""
     drawn = torch.randn(vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     logits = PALETTES[palette](drawn, dtype).to(dtype)
     if not (logits > -INF).any():
@@ -96,28 +96,29 @@ def paint(palette, dtype, vocab, seed):
 
 
 def check_filters_by_hand(logits, found, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """`found` [V] are log-probabilities of `logits` [V] under the filters: one after the other, in float64.
+    """Assert that `found` [V] are the log-probabilities of `logits` [V] under the filters, applied one after another in
+    float64.
 
-    Rounding in fp32 may keep or drop a token that is as good as on the threshold; all others are held to it.
+    Rounding in fp32 may keep or drop tokens that are almost on the threshold; all other tokens are compared.
     """
     exact = logits.double()
     peak, vocab = exact.max(), len(logits)
     if temperature == 0:
         assert found.tolist() == [0.0 if token == int(exact.argmax()) else -INF for token in range(vocab)]
         return
-    below = (exact - peak) / temperature  # log of the ratio to the likeliest
+    below = (exact - peak) / temperature  # log of the ratio to the most likely token
     slack = 1e-5 + 4e-7 * (exact / temperature).abs().clamp(max=1e300)
     keeps, drops = exact > -INF, exact == -INF
     if 0 < top_k < vocab:
         drops = drops | (exact < exact.sort().values[vocab - top_k])
         keeps = ~drops
     if top_p < 1:
-        order = torch.where(drops, -INF, exact).argsort(stable=True)  # lower ids of equals first
+        order = torch.where(drops, -INF, exact).argsort(stable=True)  # among equals, lower ids first
         mass = torch.where(drops, -INF, below).softmax(-1)[order].cumsum(-1)
         rounding = 1e-5 + float((slack * below.exp()).nan_to_num(0).max())
         outside, inside = mass <= 1 - top_p - rounding, mass > 1 - top_p + rounding
         outside[-1], inside[-1] = False, True
-        # a mass too small to count in fixed point may be dropped with any other
+        # tokens whose mass is 0 in fixed point may be dropped or kept
         keeps = keeps & inside[order.argsort()] & (below > -26)
         drops = drops | outside[order.argsort()]
     if min_p > 0:
@@ -132,8 +133,8 @@ def check_filters_by_hand(logits, found, temperature=1.0, top_k=0, top_p=1.0, mi
 
 
 def draw_filters(draw, palette):
-    """One row's filters, each of them off now and then."""
-    # powers of two, and none that makes a quotient too small: none is rounded, so none that differ become equal
+    """Random filters for one row; each of them is sometimes off."""
+    # powers of two, so that no quotient is rounded and different quotients stay different
     temperatures = [1.0, 0.5, 4.0, 0.0, 2.0**-120, *([] if palette == "denormal" else [2.0**20, 2.0**100])]
     return {
         "temperature": draw(st.sampled_from(temperatures)),

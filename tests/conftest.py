@@ -1,4 +1,5 @@
-"""Without a GPU, Triton kernels run in its interpreter; the variable must be set before triton is first imported."""
+"""Without a GPU, Triton kernels run in Triton's interpreter. The variable must be set before triton is first
+imported."""
 
 import importlib.util
 import itertools
@@ -7,17 +8,18 @@ import os
 import hypothesis
 import pytest
 
-# the same examples every time; `make test-full` draws new ones
+# the same examples in every run; `make test-full` draws new ones
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.register_profile("new", derandomize=False)
 hypothesis.settings.load_profile("same")
 
-# pytest-xdist hands out whole files; these start first, since the last of them to end would keep one worker alone
+# pytest-xdist distributes whole files. These start first, because otherwise the last of them would run alone at the
+# end.
 LONG = (
     "test_bench_script",
     "test_kernel_accept_sample",
     "test_lossless",
-    "test_stages",
+    "test_graph_runner",
     "test_families",
     "test_sampling",
     "test_faults",
@@ -25,7 +27,7 @@ LONG = (
     "test_inspect",
 )
 
-# the same for `-m first_gpu`, where single tests are handed out: the longest compilations first. Parts of their names
+# parts of test names for `-m first_gpu`, for which single tests are distributed; the longest compilations start first
 FIRST_GPU = ("test_on_gpu[torch.float32", "test_library", "test_real_sizes[", "test_no_race")
 
 
@@ -33,7 +35,7 @@ def pytest_configure(config):
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
     runs_tests = hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None)
-    if runs_tests:  # pytest-xdist's first process does not, and imports nothing
+    if runs_tests:  # pytest-xdist's controller process runs no tests and imports nothing
         prepare()
 
 
@@ -42,7 +44,7 @@ def prepare():
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    # the models are tiny: more threads only wait for each other
+    # the models are tiny; more threads would only wait for each other
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         from quick_interpreter import quicken
@@ -50,7 +52,7 @@ def prepare():
         quicken()
 
 
-@pytest.hookimpl(trylast=True)  # after -m
+@pytest.hookimpl(trylast=True)  # after the selection by -m
 def pytest_collection_modifyitems(config, items):
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
@@ -64,7 +66,8 @@ def pytest_collection_modifyitems(config, items):
     else:
         items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if first_gpu and hasattr(config, "workerinput"):
-        # --dist worksteal begins with one stretch of the list for each worker: each starts with some of the longest
+        # --dist worksteal first gives each worker a contiguous part of the list, so that each part begins with long
+        # tests
         workers = config.workerinput["workercount"]
         items[:] = itertools.chain(*sorted((items[worker::workers] for worker in range(workers)), key=len))
 

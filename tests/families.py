@@ -1,4 +1,4 @@
-"""Tiny random models of every family that is tried, and prompts for them."""
+"""Tiny random models of every tested family, and prompts for them."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ import transformers
 from packaging.version import Version
 
 VOCAB, PAD, BOS, EOS = 61, 0, 1, 2
-WINDOW, CHUNK = 6, 8  # prompts and texts of the tests cross both
-NEVER = 10_000  # an EOS that no model here can emit (None means: as in the model's generation config)
+WINDOW, CHUNK = 6, 8  # the prompts and texts of the tests are longer than both
+NEVER = 10_000  # an EOS token that no model here can emit; None would mean the one in the model's generation config
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -20,7 +20,7 @@ _COMMON = {
     "pad_token_id": PAD,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
-    "tie_word_embeddings": False,  # tied random embeddings repeat one token for ever
+    "tie_word_embeddings": False,  # with tied random embeddings, a model would repeat one token for ever
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 _WINDOW = {**_GROUPED, "sliding_window": WINDOW}
@@ -29,7 +29,8 @@ _MIXED = {**_WINDOW, "sliding_window_pattern": 2}
 
 
 class Family(NamedTuple):
-    """How to make a model, and what its attention asks for beyond one key head for each query head, all of the past."""
+    """The config of a model, and the features of its attention other than equal numbers of query and key heads and full
+    attention."""
 
     model: str
     options: dict
@@ -111,13 +112,13 @@ FAMILIES = {
         "MLA: values narrower than keys",
     ),
 }
-# enough for tests of what does not depend on the family
+# families for tests that do not depend on the family
 FEW = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral_window", "gpt_neox")
 
 _MAMBA = {"mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_n_groups": 1}
 _SEQ2SEQ = {"vocab_size": VOCAB, "d_model": 16}
 
-# name -> model, and why `patch` refuses it, in the words of its error
+# name -> (model, words of the error with which `patch` refuses it)
 REFUSED = {
     "falcon": Family("FalconForCausalLM", _COMMON, "AttentionInterface"),
     "bloom": Family("BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 4}, "AttentionInterface"),
@@ -152,7 +153,7 @@ REFUSED = {
     ),
     "phimoe_window": Family("PhimoeForCausalLM", {**_WINDOW, **_EXPERTS}, "sliding_window"),
 }
-# GPT-J takes its attention from the interface since transformers 5.24
+# GPT-J uses the attention interface since transformers 5.24
 _ported = Version(transformers.__version__).release >= (5, 24)
 (FAMILIES if _ported else REFUSED)["gptj"] = Family(
     "GPTJForCausalLM", {**_COMMON, "rotary_dim": 4}, "rotary in part" if _ported else "AttentionInterface"
@@ -160,18 +161,19 @@ _ported = Version(transformers.__version__).release >= (5, 24)
 
 
 def build(family: str, seed: int = 0, **options) -> transformers.PreTrainedModel:
-    """A model with weights large enough that its greedy text wanders, and changes with anything that a layer sees."""
+    """A model whose weights are large enough that its greedy text varies, and that every input of a layer affects the
+    text."""
     model_class, defaults, _ = (FAMILIES | REFUSED)[family]
     model_class = getattr(transformers, model_class)
     torch.manual_seed(seed)
     model = enlarge_weights(model_class(model_class.config_class(**{**defaults, **options})))
     if family == "gemma2":
-        model.set_attn_implementation("eager")  # some releases drop the softcap under sdpa
+        model.set_attn_implementation("eager")  # some versions of transformers ignore the softcap under sdpa
     return model
 
 
 def enlarge_weights(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Draw weights anew, large enough that greedy text does not fall into a loop of one token."""
+    """Draw new weights, large enough that greedy text does not repeat one token for ever."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -180,12 +182,12 @@ def enlarge_weights(model: transformers.PreTrainedModel) -> transformers.PreTrai
 
 
 def perturbed(family: str, noise: float = 0.05, **options) -> transformers.PreTrainedModel:
-    """`build(family)` with noise of so many standard deviations on each weight: a draft that is sometimes right."""
+    """`build(family)` with noise on each weight, in standard deviations. As a draft model it is sometimes right."""
     return add_noise(build(family, **options), noise)
 
 
 def add_noise(model, noise: float, seed: int = 0):
-    """Change the weights of a model in place, each tensor by noise in proportion to its standard deviation."""
+    """Add noise to the weights of a model in place, for each tensor in proportion to its standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -194,7 +196,7 @@ def add_noise(model, noise: float, seed: int = 0):
 
 
 def prompt(batch: int = 2, length: int = 9, padding: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random tokens; every row but the last is padded on the left by `padding`."""
+    """Random tokens. Every row except the last is padded on the left by `padding`."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, VOCAB, (batch, length), generator=generator)
     mask = torch.ones_like(input_ids)

@@ -1,17 +1,19 @@
-"""Which gpu-marked tests run first on a new GPU, where a minute counts: `pytest -m first_gpu` (see CONTRIBUTING.md)."""
+"""Selects the gpu tests that run first on a new GPU, because time on it is short: `pytest -m first_gpu` (see
+CONTRIBUTING.md)."""
 
 import itertools
 
 import pytest
 
-MOST = 160  # tests in the selection
+MOST = 160  # largest number of tests in the selection
 
 
 def covering(cells):
-    """Some of the cells, chosen greedily: any two values that a cell has in two places, one of these has there, too.
+    """A selection of the cells, chosen greedily, that contains every pair of values which some cell has in the same two
+    places.
 
     Args:
-        cells: tuples of equal length. The earlier of equally good ones is chosen.
+        cells: tuples of equal length. Among equally good cells the earliest is chosen.
     """
     pairs = [set(itertools.combinations(enumerate(map(str, cell)), 2)) for cell in cells]
     missing, chosen = set().union(*pairs), []
@@ -23,11 +25,11 @@ def covering(cells):
 
 
 def turns(*axes):
-    """As many cells as the longest axis has values; the shorter ones begin again."""
+    """As many cells as the longest axis has values; shorter axes repeat."""
     return [tuple(axis[turn % len(axis)] for axis in axes) for turn in range(max(map(len, axes)))]
 
 
 def marked(cells, first):
-    """For `pytest.mark.parametrize`: all cells, those in `first` marked first_gpu."""
+    """Arguments for `pytest.mark.parametrize`: all cells, of which those in `first` are marked first_gpu."""
     assert all(cell in cells for cell in first)
     return [pytest.param(*cell, marks=[pytest.mark.first_gpu] if cell in first else []) for cell in cells]

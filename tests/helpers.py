@@ -1,4 +1,5 @@
-"""What several test modules use: drafters, runs of `generate`, what they return, and what a swap may leave behind."""
+"""Helpers of several test modules: drafters, calls of `generate`, comparison of outputs, and the state that a patch may
+change."""
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from families import EOS, NEVER, PAD, VOCAB, perturbed, prompt
 from simulated_graph import SimulatedGraphs
 from specdec_triton.drafters import DraftContext, Drafter, DraftSession
 from specdec_triton.drafters.model_session import ModelSession
-from specdec_triton.engine import stages
+from specdec_triton.engine import graph_runner
 from specdec_triton.forward.runner import TreeRunner
 from specdec_triton.tree import DraftTree
 
@@ -18,7 +19,7 @@ TREES = {
     "chain": sdt.Topology.chain(4),
     "wide": sdt.Topology.from_widths([3, 2, 1]),
     "budget": 12,
-    # a topology whose first children are leaves: an accepted path skips slots
+    # a topology whose first children are leaves, so that accepted paths skip slots
     "skipping": sdt.Topology((-1, 0, 0, 0, 3, 3, 5), (0, 0, 1, 2, 0, 1, 0)),
 }
 DRAFTERS = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early")
@@ -28,12 +29,12 @@ DRAFTERS = ("none", "model", "tree", "dynamic", "lookup", "oracle", "early")
 
 
 def oracle(text, error_rate=0.3, tree=None, room=40, seed=0):
-    """A drafter that knows `text` (padded, so that it never runs out)."""
+    """An `OracleDrafter` for `text`, which is padded so that it never ends."""
     return sdt.OracleDrafter(torch.nn.functional.pad(text, (0, room)), error_rate, tree=tree, seed=seed)
 
 
 def drafter_of(name, text):
-    """A drafter for `build("llama")`, one of `DRAFTERS`; the oracle drafts `text`."""
+    """A drafter for `build("llama")`, by its name in `DRAFTERS`. The oracle drafts `text`."""
     return {
         "none": lambda: None,
         "model": lambda: sdt.ModelDrafter(perturbed("llama", 0.1), num_tokens=3),
@@ -46,7 +47,7 @@ def drafter_of(name, text):
 
 
 class HostDrafter(Drafter):
-    """Drafts on the host: chains of random lengths, whose tokens are often those of `text`."""
+    """Drafts chains of random lengths on the host. Their tokens are often those of `text`."""
 
     def __init__(self, text):
         self.text = text
@@ -75,7 +76,7 @@ class HostSession(DraftSession):
 
 
 def context(rows, start=0, budget=20, vocab=100, max_length=64):
-    """A drafter's context: the texts of one batch, left-aligned from `start`."""
+    """A `DraftContext` with the texts of one batch, which begin at column `start`."""
     host = np.zeros((len(rows), max_length), dtype=np.int64)
     for row, text in enumerate(rows):
         host[row, start : start + len(text)] = text
@@ -94,8 +95,8 @@ def context(rows, start=0, budget=20, vocab=100, max_length=64):
 
 
 def record_drafts(monkeypatch):
-    """A list that gets an entry for each later draft of a model: the tokens, lengths and budgets on the host, and the
-    drafted tree."""
+    """A list to which each later draft of a model appends the tokens, lengths and budgets on the host, and the drafted
+    tree."""
     seen, draft = [], ModelSession.draft
 
     def spy(session):
@@ -109,8 +110,8 @@ def record_drafts(monkeypatch):
 
 
 def assert_ranked_by(draft, target, drafter, monkeypatch):
-    """`drafter` ranks tokens as plain forwards of the model `draft` over their paths do: its cache is right, whatever
-    was accepted."""
+    """Assert that `drafter` ranks tokens as plain forwards of the model `draft` over their paths do. Its cache is then
+    correct, whatever was accepted."""
     seen, tree = record_drafts(monkeypatch), drafter.tree
     with sdt.patched(target, drafter=drafter):
         target.generate(**prompt(), do_sample=False, max_new_tokens=16, eos_token_id=NEVER)
@@ -120,7 +121,7 @@ def assert_ranked_by(draft, target, drafter, monkeypatch):
         for row, start in ((0, 3), (1, 0)):
             for node, parent in enumerate(tree.limited(proposed.max_depth).parents):
                 if not 0 < tree.depths[node] < budget[row]:
-                    continue  # the root, or too deep to be emitted
+                    continue  # the root, or a node that is too deep to be emitted
                 path, at = [], parent
                 while at > 0:
                     path.insert(0, int(proposed.tokens[row, at]))
@@ -128,7 +129,7 @@ def assert_ranked_by(draft, target, drafter, monkeypatch):
                 text = torch.tensor([[*tokens[row, start : length[row] + 1], *path]])
                 logits = draft(text).logits[0, -1].detach()
                 gap = logits.sort(descending=True).values[tree.ranks[node]] - logits[proposed.tokens[row, node]]
-                assert abs(gap) < 1e-5 * logits.std()  # near-ties may fall either way
+                assert abs(gap) < 1e-5 * logits.std()  # tokens that nearly tie may be in either order
                 compared += 1
     assert compared > 2 * tree.num_nodes
 
@@ -137,13 +138,13 @@ def assert_ranked_by(draft, target, drafter, monkeypatch):
 
 
 def capture_here(monkeypatch, lag, graphs=SimulatedGraphs):
-    """From here on, rounds are captured on a CPU too, and read `lag` rounds late."""
-    monkeypatch.setitem(stages.CAPTURES, "cpu", graphs)
-    monkeypatch.setitem(stages.LAG, "cpu", lag)
+    """For the rest of the test, capture rounds on a CPU, too, and read reports `lag` rounds late."""
+    monkeypatch.setitem(graph_runner.CAPTURES, "cpu", graphs)
+    monkeypatch.setitem(graph_runner.LAG, "cpu", lag)
 
 
 def speculative(model, drafter, inputs, **options):
-    """What `generate` returns, and its statistics."""
+    """The return value of `generate` and its statistics."""
     text = model.generate(**inputs, custom_generate=sdt.SpeculativeGenerate(drafter=drafter, **options))
     return text, sdt.stats(model)
 
@@ -159,14 +160,14 @@ def prefilled(model, inputs, capacity=100):
 
 
 def eos_in_mid_row(model, inputs, **options):
-    """An EOS list that ends the first row in mid-text and the others later or not at all."""
+    """An EOS list that ends the first row in the middle of its text and the others later or never."""
     text = model.generate(**inputs, **{**options, "do_sample": False, "eos_token_id": NEVER})
     text = text[:, inputs["input_ids"].shape[1] :]
     return [int(text[0, text.shape[1] // 2]), EOS]
 
 
 def prepared_processors(model, inputs, options):
-    """The logits processors that `generate` makes from its options."""
+    """The logits processors that `generate` creates from its options."""
     caught = []
 
     def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -177,16 +178,16 @@ def prepared_processors(model, inputs, options):
     return caught[0]
 
 
-# --- what it returns
+# --- outputs
 
 
 def last_columns(text):
-    """The columns in which rows of a padded text end; several, if some rows ended early."""
+    """The columns in which rows of a padded text end. There are several if some rows end early."""
     return {int((row != PAD).nonzero().max()) for row in text}
 
 
 def assert_same_output(model, ours, plain, inputs):
-    """The same text, scores, logits and cache, as far as both have them."""
+    """Assert that both have the same text, scores, logits and cache, as far as both have them."""
     assert torch.equal(ours.sequences, plain.sequences)
     for name in ("scores", "logits"):
         if plain.get(name) is not None:
@@ -203,11 +204,12 @@ def assert_same_output(model, ours, plain, inputs):
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 
-# --- what a swap may leave behind
+# --- state that a patch may change
 
 
 def snapshot(model):
-    """Class, attention, hooks, attributes and configs of a model; equal before and after a swap that was undone."""
+    """Class, attention, hooks, attributes and configs of a model. They are equal before and after a patch that was
+    undone."""
     modules = dict(model.named_modules())
     configs = [getattr(module, "config", None) for module in modules.values()]
     configs = {id(config): config for config in configs if config is not None}.values()

@@ -1,4 +1,4 @@
-"""Random arguments of `accept_sample`: trees drawn from a draft that is near the target."""
+"""Random arguments of `accept_sample`: trees that are drawn from a draft close to the target."""
 
 import torch
 
@@ -23,7 +23,7 @@ def filters_of(kind, batch, random):
 
 
 def draw_tokens(tokens, parents, probs, sampling, random):
-    """Children of node i drawn from probs[b, i]; where the support is exhausted, token 0."""
+    """Draw the children of node i from probs[b, i]. If the support is exhausted, the token is 0."""
     for row, parent in torch.cartesian_prod(torch.arange(len(tokens)), torch.arange(tokens.shape[1])).tolist():
         children = (parents[row] == parent).nonzero().flatten()
         if len(children) and probs[row, parent].isfinite().all():
@@ -34,7 +34,7 @@ def draw_tokens(tokens, parents, probs, sampling, random):
 
 
 def case(rule, sampling, batch=2, nodes=7, vocab=61, kind="none", dtype=torch.float32, seed=0, spread=0.5):
-    """Keyword arguments of `reference.accept_sample`: random trees, drawn from a draft that is near the target."""
+    """Keyword arguments of `reference.accept_sample`: random trees that are drawn from a draft close to the target."""
     random = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(batch, nodes, vocab, generator=random)
     draft_logits = (logits + spread * torch.randn(logits.shape, generator=random)).to(dtype)
@@ -69,14 +69,14 @@ def case(rule, sampling, batch=2, nodes=7, vocab=61, kind="none", dtype=torch.fl
     }
     if sampling != "none":
         arguments |= {"draft_logits": draft_logits, "draft_filters": draft_filters}
-        # rows in another order than nodes
+        # the rows are in a different order than the nodes
         arguments |= {"draft_row": torch.arange(nodes - 1, -1, -1).int().expand(batch, -1).clone()}
         arguments["draft_logits"] = draft_logits.flip(1).contiguous()
     return on_device(arguments)
 
 
 def follow_noise(logits, tokens, parents, filters, seed):
-    """Give about every second node the token that the target will choose before it."""
+    """Give about half of the nodes the token that the target will choose after their parent."""
     batch, nodes, vocab = logits.shape
     log_probs = filtered_log_probs(logits, filters)
     seeds, position = torch.arange(batch) * 2**40 - seed, torch.arange(batch) * 3 + 2**20

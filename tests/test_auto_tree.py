@@ -1,4 +1,5 @@
-"""`tree="auto"`: the text stays, speculation is tried at a bounded cost, and trees follow what pays."""
+"""`tree="auto"`: the text does not change, speculation is tried at a bounded cost, and the trees depend on the
+costs."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 import specdec_triton as sdt
 from families import NEVER, build, prompt
 from helpers import TREES, HostDrafter, capture_here, drafter_of, eos_in_mid_row, oracle, speculative
-from specdec_triton.engine import auto_tree, generate, stages
+from specdec_triton.engine import auto_tree, generate, graph_runner
 from specdec_triton.forward import cache
 from specdec_triton.forward.runner import TreeRunner
 from specdec_triton.tree_choice.search import LADDER
@@ -19,7 +20,7 @@ ROOT = sdt.Topology((-1,), (0,))
 
 @pytest.fixture
 def rows(monkeypatch):
-    """Rows a sequence of each of the target's forwards after the prompt's."""
+    """Number of rows per sequence in each forward of the target after the prompt's."""
     seen = []
 
     def spy(name):
@@ -46,7 +47,7 @@ def test_without_hope_little_is_lost(rows, batch):
 
 
 def test_a_lookup_of_fixed_width_loses_little_where_nothing_is_found(monkeypatch):
-    """Captured, it verifies its width whether or not there was a match."""
+    """Captured rounds verify the full width even without a match."""
     capture_here(monkeypatch, 1)
     model, inputs = build("llama"), {**prompt(batch=1, padding=0), **OPTIONS, "max_new_tokens": 220}
     plain = model.generate(**inputs)
@@ -60,7 +61,7 @@ def test_a_lookup_of_fixed_width_loses_little_where_nothing_is_found(monkeypatch
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 @pytest.mark.parametrize("lag", [0, 1])
 def test_rows_that_end_early_are_caught_up_within_their_text(monkeypatch, family, lag):
-    """One step further back would be a position that learned positions do not have."""
+    """One step further back would be a position for which the model has no learned embedding."""
     if lag:
         capture_here(monkeypatch, 1)
     script = Script([*[ROOT] * 12, sdt.Topology.chain(2)])
@@ -109,7 +110,7 @@ def test_the_text_stays(monkeypatch, name, lag):
 
 
 class Script:
-    """Chooses what it is told, again and again."""
+    """A controller that chooses the given trees in turn."""
 
     summary = {}
 
@@ -127,10 +128,10 @@ class Script:
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("replacement", [True, False])
 def test_a_draft_model_catches_up_after_plain_rounds(monkeypatch, lag, replacement):
-    """The draft is the target's twin: whatever it drafts is right, if it has seen the text."""
+    """The draft model equals the target, so its drafts are right if it has seen the whole text."""
     if lag:
         capture_here(monkeypatch, 1)
-        monkeypatch.setattr(stages, "MAX_SHAPES", 2)  # some are captured again
+        monkeypatch.setattr(graph_runner, "MAX_SHAPES", 2)  # some shapes are evicted and captured again
     script = Script([ROOT, ROOT, ROOT, sdt.Topology.chain(3), ROOT, TREES["wide"], sdt.Topology.chain(1)])
     monkeypatch.setattr(generate, "controller", lambda *arguments: script)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 60}
@@ -138,7 +139,7 @@ def test_a_draft_model_catches_up_after_plain_rounds(monkeypatch, lag, replaceme
     drafter = sdt.ModelDrafter(build("llama"), replacement=replacement)
     text, stats = speculative(model, drafter, inputs, tree="auto")
     assert torch.equal(text, plain)
-    whole = [each for each in script.recorded if each[0].num_nodes > 1][:-3]  # the last may be cut by the budget
+    whole = [each for each in script.recorded if each[0].num_nodes > 1][:-3]  # the last tree may be cut by the budget
     assert len(whole) > 4
     for topology, accepted, drafted in whole:
         assert drafted == [True] * 3 and [len(path) for path in accepted] == [topology.max_depth] * 3
@@ -150,7 +151,7 @@ def test_on_a_cpu_layers_tell_how_a_forward_grows():
     assert [rows for rows, _ in growth] == [1, 2, 3, 4, 6, 8, 12, 16]
     assert growth[0][1] == 1 and all(a <= b for (_, a), (_, b) in zip(growth, growth[1:], strict=False))
     assert auto_tree.row_growth(model, 2, 16) is growth
-    assert auto_tree.row_growth(build("gpt2"), 1, 8) == auto_tree.CPU_PRIOR.verify  # its layers have no nn.Linear
+    assert auto_tree.row_growth(build("gpt2"), 1, 8) == auto_tree.CPU_PRIOR.verify  # layers without nn.Linear
 
 
 def test_costs_are_measured_once(monkeypatch):
@@ -168,15 +169,15 @@ def test_costs_are_measured_once(monkeypatch):
 
 
 def test_measuring_captures_drafts_too_and_takes_no_room_from_the_rounds(monkeypatch):
-    """Verification alone has as many sizes as a call has room for."""
+    """There are as many verification sizes alone as a call may have shapes with graphs."""
     capture_here(monkeypatch, 1)
-    monkeypatch.setattr(stages, "MAX_SHAPES", 3)
+    monkeypatch.setattr(graph_runner, "MAX_SHAPES", 3)
     model, inputs, timing = build("llama"), {**prompt(batch=2), **OPTIONS, "max_new_tokens": 40}, []
     measure = auto_tree._measure
 
-    def watched(context, session, stages):
-        found = measure(context, session, stages)
-        timing.append(stages)
+    def watched(context, session, runner):
+        found = measure(context, session, runner)
+        timing.append(runner)
         return found
 
     monkeypatch.setattr(auto_tree, "_measure", watched)
@@ -188,7 +189,7 @@ def test_measuring_captures_drafts_too_and_takes_no_room_from_the_rounds(monkeyp
 
 
 def test_costs_hold_for_about_as_long_texts(monkeypatch):
-    """A cache grows bucket by bucket: a call whose cache is a little larger is not measured again."""
+    """A cache grows in buckets. Costs are not measured again for a call whose cache is slightly larger."""
     capture_here(monkeypatch, 1)
     monkeypatch.setattr(cache, "BUCKET", 16)
     model, measured, measure = build("llama"), [], auto_tree._measure
@@ -205,11 +206,11 @@ def test_costs_hold_for_about_as_long_texts(monkeypatch):
 
 def test_refusals():
     model = build("llama")
-    with pytest.raises(ValueError, match='tree="auto" must have a drafter that drafts what it is asked for, got Host'):
+    with pytest.raises(ValueError, match='drafter must be resizable with tree="auto", got Host'):
         sdt.patch(model, drafter=HostDrafter(None), tree="auto")
     with pytest.raises(ValueError, match="got PromptLookupDrafter: give a tree, or for prompt lookup branches=1"):
         sdt.patch(model, drafter=sdt.PromptLookupDrafter(branches=2), tree="auto")
     with pytest.raises(ValueError, match="costs must be a Costs or None, got float"):
         sdt.patch(model, tree="auto", costs=1.0)
-    with pytest.raises(ValueError, match='costs must be None but with tree="auto", got them with tree=4'):
+    with pytest.raises(ValueError, match='costs must be None unless tree="auto", got them with tree=4'):
         sdt.patch(model, tree=4, costs=FLAT)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 import specdec_triton as sdt
 import tiny
-from specdec_triton.engine import stages
+from specdec_triton.engine import graph_runner
 from specdec_triton.tools import cli, models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,8 +86,8 @@ def test_wrong_arguments_are_refused(arguments):
 @pytest.fixture
 def in_this_process(tmp_path, monkeypatch, capsys):
     """Runs the steps of a part and the report as the script does, where torch is imported already: what they print."""
-    monkeypatch.setattr(stages, "CAPTURES", dict(stages.CAPTURES))
-    monkeypatch.setattr(stages, "LAG", dict(stages.LAG))
+    monkeypatch.setattr(graph_runner, "CAPTURES", dict(graph_runner.CAPTURES))
+    monkeypatch.setattr(graph_runner, "LAG", dict(graph_runner.LAG))
     before = signal.getsignal(signal.SIGTERM)
 
     def run(part):

@@ -1,4 +1,4 @@
-"""The cache of a call: its growth, and caches of earlier turns, which plain and speculative calls continue."""
+"""The cache of a call: its growth, and caches of earlier turns, with which plain and speculative calls continue."""
 
 import re
 
@@ -20,7 +20,7 @@ LOOKUP = {"prompt_lookup_num_tokens": 3}
 
 
 def turns(model, inputs, kinds, empty, seed=0):
-    """The texts of a conversation, each turn plain, or with the assistance that it names; the last cache too."""
+    """The texts of a conversation and its last cache. Each turn is plain or uses the given assistance."""
     generator, texts, cache = torch.Generator().manual_seed(seed), [], empty()
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for assistance in kinds:
@@ -37,7 +37,7 @@ def turns(model, inputs, kinds, empty, seed=0):
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3"])
 @pytest.mark.parametrize("typed", [False, True], ids=["history", "windows"])
 def test_a_conversation(family, typed):
-    """Sliding layers of a cache made from the config hold no more than their window."""
+    """In a cache that is created from the config, layers with a sliding window hold only their window."""
     model, inputs, drafts = build(family), prompt(padding=2), []
     empty = (lambda: DynamicCache(config=model.config)) if typed else DynamicCache
     expected, cache = turns(model, inputs, [{}, {}, {}], empty)
@@ -65,12 +65,12 @@ def test_only_new_tokens_are_run():
         text = torch.cat([first, first[:, :4]], dim=1)
         model.generate(text, attention_mask=torch.ones_like(text), **OPTIONS, **LOOKUP, **{CACHE: cache})
         hook.remove()
-    assert widths[0] == 5  # the last emitted token was not run either
-    assert cache.get_seq_length() == text.shape[1] + 7  # the caller's cache itself has grown
+    assert widths[0] == 5  # the last emitted token is not in the cache
+    assert cache.get_seq_length() == text.shape[1] + 7  # the caller's own cache has grown
 
 
 def test_an_edited_turn():
-    """A recipe of multi-turn chats: what no longer holds is cropped away."""
+    """As in multi-turn chats: the part of the cache that no longer matches is cropped."""
     model, inputs = build("llama"), prompt(padding=2)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with sdt.patched(model):
@@ -114,7 +114,7 @@ def test_caches_that_cannot_be_used_are_refused():
 
 @pytest.mark.parametrize("saved", [{"cache_implementation": "static"}, {"use_cache": False}])
 def test_what_a_generation_config_says_of_the_cache_is_overridden(saved):
-    """Chosen for plain decoding once, and saved with the model; in a call it is refused."""
+    """A cache implementation in the model's saved generation config is overridden; in a call it is refused."""
     model, inputs = build("llama"), prompt()
     plain = model.generate(**inputs, **OPTIONS).sequences
     model.generation_config.update(**saved)
@@ -140,7 +140,7 @@ def test_what_a_generation_config_says_of_the_cache_is_overridden(saved):
         (lambda outputs: outputs[CACHE].layers[1].crop(-2), "its 9 columns in every layer, got 7, 9"),
         (
             lambda outputs: setattr(outputs[CACHE].layers[0], "values", outputs[CACHE].layers[0].values.half()),
-            "of one dtype, device and batch size.*float16.*without mixed precision",
+            "of the same dtype, device and batch size.*float16.*without mixed precision",
         ),
     ],
 )
@@ -176,7 +176,7 @@ def test_the_cache_grows_and_keeps_its_contents():
 
 
 def test_a_compiled_write_copies_no_plane():
-    """Inductor's code writes the rows in place: none of its loops runs over a whole plane."""
+    """Inductor's code writes the rows in place; none of its loops runs over a whole plane."""
     cache = prefilled(build("llama", num_hidden_layers=1), prompt(length=9)).cache
     heads, _, dim = cache.layers[0].keys.shape[1:]
     states = torch.randn(2, heads, 4, dim)

@@ -1,4 +1,4 @@
-"""What `patch` refuses by looking at a model, and what it must not refuse."""
+"""Models that `patch` refuses, and models that it must not refuse."""
 
 from functools import partial, wraps
 
@@ -40,7 +40,7 @@ def halved(module, query, key, value, mask, **kwargs):
 
 @pytest.fixture
 def registered():
-    """A user's attention functions."""
+    """Registers custom attention functions."""
     AttentionInterface.register("halved", halved)
     AttentionInterface.register("exact_partial", partial(sdpa_attention_forward, dropout=0.0))
     for name in ("halved", "exact_partial"):
@@ -94,7 +94,8 @@ def test_a_window_of_0_and_a_leftover_key_are_no_windows():
 @pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_a_leftover_window_is_the_caches(padding, impl):
-    """Llama does not read it. The cache that `generate` makes keeps no more keys; a `DynamicCache()` keeps all."""
+    """Llama does not use `sliding_window`. The cache that `generate` creates still keeps only that many keys; a
+    `DynamicCache()` keeps all."""
     model, inputs = build("llama"), prompt(padding=padding)
     without = model.generate(**inputs, **OPTIONS)
     model.config.sliding_window = 4
@@ -110,7 +111,7 @@ def test_a_leftover_window_is_the_caches(padding, impl):
 
 
 def build_of(name, **options):
-    """A tiny model of a class that is not in the table of families."""
+    """A tiny model of a class that is not in `FAMILIES`."""
     model_class = getattr(transformers, name)
     common = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     common |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -130,20 +131,20 @@ class Prepares(transformers.LlamaForCausalLM):
 
 
 def test_a_generate_that_is_a_parts_is_refused():
-    """Such a class would ignore the patch."""
+    """A patch would have no effect on such a class."""
     model = build("llama")
     model.__class__ = Prepares
     assert_exact(model)
     model.__class__ = Delegates
     model.language_model = build("llama")
-    with pytest.raises(ValueError, match="generate by GenerationMixin.generate, got Delegates.*patch that part"):
+    with pytest.raises(ValueError, match="generate by GenerationMixin.generate, got Delegates.*patch the submodule"):
         sdt.patch(model)
     assert type(model) is Delegates
     assert_exact(model.language_model)
 
 
 class OwnAttention(torch.nn.Module):
-    """Attends by itself, as a text decoder beside a vision tower of transformers' may."""
+    """A module that computes attention itself, as the text decoder next to a vision tower may."""
 
     def forward(self, hidden_states, past_key_values=None, **kwargs):
         past_key_values.update(hidden_states, hidden_states, 0)
@@ -158,7 +159,7 @@ def test_only_the_text_decoders_attention_counts():
         )
     )
     assert_exact(model)
-    model.vision_tower.own = OwnAttention()  # of no interest
+    model.vision_tower.own = OwnAttention()  # not used
     model.vision_tower.config._attn_implementation_internal = "nonsense"
     assert_exact(model)
     model = build("llama")
@@ -176,7 +177,7 @@ def test_only_the_text_decoders_attention_counts():
 
 
 def test_a_text_decoder_that_attends_by_itself_beside_a_vision_tower():
-    """GIT's image encoder is a part of what it calls its decoder."""
+    """In GIT, the image encoder is part of the module that it names its decoder."""
     config = transformers.GitConfig(
         vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
         vocab_size=61,
@@ -213,7 +214,8 @@ def logging(forward):
 
 
 def test_a_forward_that_was_wrapped_by_hand():
-    """Plain `generate` looks at its signature: without position_ids in it, padded columns are counted, too."""
+    """Plain `generate` inspects the signature of forward. Without position_ids in it, positions include padded
+    columns."""
     for wrap in (passing_on, logging):
         for inputs in (prompt(padding=0), prompt(padding=3)):
             assert_exact(hand_wrapped(build("llama"), wrap), inputs)
@@ -249,7 +251,8 @@ def test_gradient_checkpointing_in_training_is_refused():
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
 def test_tuned_prompts_are_refused(kind):
-    """They put tokens or keys before the prompt. However they are brought in, it is no other text in silence."""
+    """Prompt tuning adds tokens or keys before the prompt. However it is applied, the text must not change without an
+    error."""
     peft = pytest.importorskip("peft")
     base = build("llama")
     tuned = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()

@@ -1,4 +1,4 @@
-"""The controller in simulated calls. All seeded: a promise holds or does not."""
+"""The controller in simulated calls. All random numbers are seeded, so a test always passes or always fails."""
 
 import random
 
@@ -12,19 +12,19 @@ from specdec_triton.tree_choice.controller import AdaptiveTree
 from specdec_triton.tree_choice.costs import CPU_PRIOR, Costs, OnlineCosts
 from specdec_triton.tree_choice.search import LADDER, expected_tokens, optimal_topology
 
-SHARED = Costs(verify=((1, 1.0), (12, 1.8)))  # a small model on a CPU
+SHARED = Costs(verify=((1, 1.0), (12, 1.8)))  # costs of a small model on a CPU
 GPU = Costs(verify=((1, 1.0), (64, 1.0), (128, 2.0)), draft=((1, 0.05),))
 COSTS = {"cpu": CPU_PRIOR, "shared": SHARED, "gpu": GPU}
 
 
 def acceptance_of(first, ranks, depth=16):
-    """The first candidate right with one probability at every depth, each further one half as often as the last."""
+    """The same acceptance at every depth. Each later candidate is accepted half as often as the one before it."""
     others = [(1 - first) * 0.4 * 0.5**rank for rank in range(ranks - 1)] if first else [0.0] * (ranks - 1)
     return np.tile([first, *others], (depth, 1))
 
 
 def accepted_path(tree, acceptance, chance):
-    """Nodes that a target accepts; which child, or none, is drawn at each."""
+    """Draw the nodes that a target accepts: at each node one child or none."""
     path = [0]
     while True:
         point, below = chance.random(), acceptance[len(path) - 1]
@@ -36,14 +36,15 @@ def accepted_path(tree, acceptance, chance):
 
 
 class Call:
-    """A simulated call: what the controller chose, what it took by the true costs, what it gave."""
+    """A simulated call. Records the chosen trees, their true costs and the emitted tokens."""
 
     def __init__(self, controller, costs, seed=0, lag=0, rows=1, timed=False, has_draft=lambda row: True):
         self.controller, self.costs, self.lag, self.rows, self.timed = controller, costs, lag, rows, timed
         self.chance, self.waiting, self.has_draft = random.Random(seed), [], has_draft
 
     def run(self, tokens, acceptance):
-        """Rounds until so many tokens a row: (tokens so far, expected tokens, seconds, nodes) of each round."""
+        """Run rounds until each row has this many tokens. Returns (tokens so far, expected tokens, seconds, nodes) for
+        each round."""
         emitted, rounds = 0.0, []
         while emitted < tokens:
             tree = self.controller.choose()
@@ -66,7 +67,7 @@ def controller_of(costs, ranks=6, max_nodes=64, max_depth=10, **options):
 
 
 def share_of_best(rounds, acceptance, costs, skip=0, max_nodes=64, max_depth=10):
-    """Expected tokens a second after the first `skip` tokens, of the best fixed tree's."""
+    """Expected tokens per second after the first `skip` tokens, relative to the best fixed tree."""
     best = optimal_topology(acceptance, costs, max_nodes, max_depth)
     wanted = expected_tokens(best, acceptance) / costs.round_seconds(best.num_nodes, best.max_depth)
     _, tokens, seconds, _ = rounds[rounds[:, 0] > skip].T
@@ -80,8 +81,8 @@ def test_a_drafter_without_hope_costs_at_most_one_row_in_twenty(tokens, lag, lea
     controller = controller_of(OnlineCosts() if learned else CPU_PRIOR)
     rounds = Call(controller, CPU_PRIOR, lag=lag, timed=learned).run(tokens, acceptance_of(0, 6))
     assert len(rounds) == tokens
-    assert tokens < rounds[:, 3].sum() <= 1.05 * tokens  # it is tried, and not too often
-    assert (rounds[-tokens // 4 :, 3] > 1).any()  # to the end
+    assert tokens < rounds[:, 3].sum() <= 1.05 * tokens  # it is tried, but not too often
+    assert (rounds[-tokens // 4 :, 3] > 1).any()  # until the end
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -120,13 +121,13 @@ def test_a_drafter_that_turns_bad_and_good_again_is_followed(name, lag):
         call = Call(controller_of(costs, 1), costs, seed, lag)
         first, middle, last = call.run(150, good), call.run(600, bad), call.run(150, good)
         assert share_of_best(first, good, costs, skip=64) >= 0.9
-        # plain rounds lost: what is earned with every token, and 9 until the turn is noticed
+        # lost plain rounds: the allowance earned with every token, and 9 rounds until the change is noticed
         assert (middle[:, 2] - 1).sum() <= module.ALLOWANCE_RATE * 600 + 9
-        # small trials go on
+        # small trials continue
         assert (middle[-100:, 3] > 1).any() and middle[-100:, 3].max() <= 4
         shares.append(share_of_best(last, good, costs))
         assert shares[-1] >= 0.75 and share_of_best(last, good, costs, skip=80) >= 0.85
-    assert np.mean(shares) >= 0.87  # from the first of the good rounds on
+    assert np.mean(shares) >= 0.87  # counted from the first good round
 
 
 @pytest.mark.parametrize("name", ["shared", "gpu"])
@@ -138,7 +139,7 @@ def test_costs_that_the_prior_had_wrong_are_learned(name, lag):
         controller = controller_of(OnlineCosts(), 1)
         rounds = Call(controller, truth, seed, lag, timed=True).run(260, acceptance)
         assert share_of_best(rounds, acceptance, truth, skip=100) >= 0.9
-        assert (rounds[:3, 3] == 1).all()  # what all else is measured against
+        assert (rounds[:3, 3] == 1).all()  # the baseline
 
 
 def test_rows_of_a_batch_add_up_and_those_without_a_draft_count():
@@ -147,7 +148,7 @@ def test_rows_of_a_batch_add_up_and_those_without_a_draft_count():
     every_row = Call(many, SHARED, rows=8).run(100, acceptance)
     one_row = Call(few, SHARED, rows=8, has_draft=lambda row: row == 0).run(100, acceptance)
     assert share_of_best(every_row, acceptance, SHARED, skip=20) >= 0.95
-    # drafts in one row of eight hardly pay: 1 + 0.8 / 8 tokens for 1.07 plain rounds
+    # drafts in one row of eight hardly help: 1 + 0.8 / 8 tokens for 1.07 plain rounds
     assert many.summary["speedup"] > 2 and few.summary["speedup"] < 1.2
     assert one_row[-1, 0] / one_row[:, 2].sum() >= 0.95
 
@@ -156,10 +157,10 @@ def test_rounds_without_any_draft_cost_nothing():
     controller = controller_of(CPU_PRIOR)
     for _ in range(40):
         tree = controller.choose()
-        assert tree.num_nodes == 2  # a trial is still to come
+        assert tree.num_nodes == 2  # a trial still follows
         controller.record(tree, [[]], [False])
     controller.choose()
-    controller.record(Topology.chain(0), [], [])  # a round late, all rows finished
+    controller.record(Topology.chain(0), [], [])  # read one round late, after all rows have finished
 
 
 def test_trials_double_with_each_success_and_start_again_after_a_failure():
@@ -178,14 +179,14 @@ def test_depths_keep_what_was_seen_there():
         controller.record(Topology.chain(2), [[1]], [True])
     seen = controller.summary["acceptance"]
     assert seen[0] > 0.9 and seen[1] < 0.2
-    assert seen[3] <= seen[2] <= seen[1]  # never tried: no better than above
+    assert seen[3] <= seen[2] <= seen[1]  # never tried: expected to be no better than the depth above
     for _ in range(30):
         controller.record(Topology.chain(2), [[1, 2]], [True])
     before = controller.summary["acceptance"]
     for _ in range(200):
         controller.record(Topology.chain(1), [[1]], [True])
     assert controller.summary["acceptance"][1] == pytest.approx(before[1], abs=0.02)
-    # other candidates of a node: seen where they were tried
+    # other candidates of a node count where they were tried
     wide = Topology.from_widths([2])
     for _ in range(30):
         controller.record(wide, [[2]], [True])
@@ -225,7 +226,7 @@ def test_where_no_tree_is_allowed_none_is_chosen(max_nodes, max_depth):
         ({"max_depth": -1}, "max_depth must be a whole number of at least 0, got -1"),
         ({"max_rank": 0}, "max_rank must be a whole number of at least 1, got 0"),
         ({"every": 0}, "every must be a whole number of at least 1, got 0"),
-        ({"start": [0.8, 0.3]}, r"start must be \[K\] or \[D, K\] probabilities, of sum 1 at most in a row"),
+        ({"start": [0.8, 0.3]}, r"start must be \[K\] or \[D, K\] probabilities with row sums of at most 1"),
         ({"start": [-0.1]}, "start must be"),
         ({"start": "half"}, "start must be .*, got 'half'"),
     ],
@@ -242,7 +243,7 @@ def test_bad_controllers_are_refused(changes, message):
         ((3, [[]], [True]), "topology must be Topology, got int"),
         ((Topology.chain(5), [[]], [True]), "topology must be at most 4 deep with ranks below 2, got 5 and 0"),
         ((Topology.from_widths([3]), [[]], [True]), "topology must be at most 4 deep with ranks below 2, got 1 and 2"),
-        ((Topology.chain(2), [[], []], [True]), "accepted and drafted must be of one length, got 2 and 1"),
+        ((Topology.chain(2), [[], []], [True]), "accepted and drafted must have the same length, got 2 and 1"),
         ((Topology.chain(2), [[2]], [True]), r"accepted must be paths from the root of a tree of 3 nodes, got \[2\]"),
         ((Topology.chain(2), [[1, 2, 3]], [True]), "accepted must be paths"),
         ((Topology.from_widths([2]), [[1, 2]], [True]), "accepted must be paths"),

@@ -1,4 +1,4 @@
-"""Costs: tables, what is learned from rounds, what is timed."""
+"""Costs: tables, costs learned from rounds, and measured costs."""
 
 import pytest
 
@@ -78,7 +78,7 @@ def test_measured_sizes_win_over_the_prior_and_pull_what_is_between_and_beyond()
     assert (costs.verify_seconds(1), costs.verify_seconds(6)) == (1.0, 1.5)
     assert 1.0 <= costs.verify_seconds(3) <= 1.5
     assert costs.verify_seconds(10) >= 1.5
-    # the next rows cost as little as the measured ones, the many after them what the prior says
+    # a few more rows cost as little as the measured ones, and many rows as much as the prior says
     assert costs.verify_seconds(12) == pytest.approx(1.5 + 0.1 * 6)
     assert costs.verify_seconds(32) == pytest.approx(1.5 + 0.1 * 6 + 0.8 * 20)
     assert costs.draft_seconds(5) == pytest.approx(0.2) and costs.draft_seconds(10) == pytest.approx(0.4)
@@ -88,7 +88,7 @@ def test_one_slow_round_moves_nothing_and_lasting_change_is_followed():
     learned = OnlineCosts()
     for _ in range(2 * module.WINDOW):
         learned.record(1, 0, verify=1.0)
-    learned.record(4, 3, verify=100.0)  # the first of its size
+    learned.record(4, 3, verify=100.0)  # the first round of this size
     assert learned.costs.verify_seconds(4) == pytest.approx(CPU_PRIOR.verify_seconds(4))
     learned.record(1, 0, verify=100.0)
     assert learned.costs.verify_seconds(1) == 1.0
@@ -104,7 +104,7 @@ def test_what_is_learned_never_decreases_with_the_rows():
             learned.record(size, size - 1, verify=seconds, draft=1.0 / size)
     seconds = [learned.costs.verify_seconds(n) for n in range(1, 40)]
     assert seconds == sorted(seconds)
-    # 11 and 12 rows contradict each other: both, and 16, are then what they are on average
+    # 11 and 12 rows contradict each other, so both and 16 have their mean
     assert seconds[10] == seconds[11] == seconds[15] == pytest.approx(2.4)
     drafts = [learned.costs.draft_seconds(d) for d in range(40)]
     assert drafts == sorted(drafts)
@@ -112,7 +112,7 @@ def test_what_is_learned_never_decreases_with_the_rows():
 
 def test_timing_warms_up_takes_the_median_and_waits_for_the_device(monkeypatch):
     clock, runs, waits = [0.0], [], []
-    # the first run of a size is slow, and one of the timed runs of each is disturbed
+    # the first run of a size is slow, and one timed run of each size is disturbed
     slow = {(1, 0): 50, (1, 2): 9, (4, 0): 70, (4, 1): 9, (8, 3): 9}
 
     def forward(size):

@@ -1,4 +1,4 @@
-"""Drafters: models as drafters, and options that are refused."""
+"""Drafters that run models, and options that are refused."""
 
 import gc
 import weakref
@@ -14,7 +14,7 @@ from specdec_triton.forward.wrappers import embedded_tokens
 
 @pytest.mark.parametrize("adapted", ["lora", "tokens", "saved"])
 def test_a_draft_may_be_wrapped(adapted):
-    """In PEFT, its embedding replaced, and drafts as the model inside does."""
+    """In a PEFT wrapper or with a replaced embedding, the draft model drafts as the inner model does."""
     peft = pytest.importorskip("peft")
     options = {
         "lora": {"target_modules": ["embed_tokens", "q_proj"]},
@@ -86,20 +86,20 @@ def test_a_draft_model_ranks_each_nodes_children(tree, seed, monkeypatch):
             lambda: sdt.ModelDrafter("model"),
             r"ModelDrafter: model must be a transformers model with generate\(\), got builtins.str",
         ),
-        (lambda: sdt.ModelDrafter(build("llama"), 3, 4), "ModelDrafter: give num_tokens"),
+        (lambda: sdt.ModelDrafter(build("llama"), 3, 4), "ModelDrafter: give either num_tokens"),
         (lambda: sdt.ModelDrafter(build("llama"), 0), "ModelDrafter: num_tokens must be an integer"),
         (
             lambda: sdt.ModelDrafter(build("llama", vocab_size=4), tree=sdt.Topology.from_widths([5])).start(
                 context([[1]], vocab=4)
             ),
-            "ModelDrafter: tree must not have more children",
+            "ModelDrafter: a node of the tree must have at most 4 children",
         ),
         (
             lambda: sdt.patch(build("llama", vocab_size=20), drafter=sdt.ModelDrafter(build("llama"))),
             "ModelDrafter: the draft model must have the target's vocabulary of 20 tokens.*got 61",
         ),
-        (lambda: sdt.EarlyExitDrafter(), "EarlyExitDrafter: give num_layers .* or skip"),
-        (lambda: sdt.EarlyExitDrafter(1, skip=[2]), "EarlyExitDrafter: give num_layers .* or skip"),
+        (lambda: sdt.EarlyExitDrafter(), "EarlyExitDrafter: give either num_layers or skip"),
+        (lambda: sdt.EarlyExitDrafter(1, skip=[2]), "EarlyExitDrafter: give either num_layers or skip"),
         (lambda: sdt.EarlyExitDrafter(1.5), "EarlyExitDrafter: num_layers must be an integer, got 1.5"),
         (lambda: sdt.EarlyExitDrafter(skip=5), "EarlyExitDrafter: skip must be a list of layer indices, got 5"),
         (lambda: sdt.EarlyExitDrafter(1, tree=0), "EarlyExitDrafter: tree must be None, a Topology or a number"),
@@ -112,7 +112,7 @@ def test_a_draft_model_ranks_each_nodes_children(tree, seed, monkeypatch):
             "PromptLookupDrafter: tree must be None, a number of nodes or a chain",
         ),
         (lambda: sdt.EarlyExitDrafter(skip=["1"]), "EarlyExitDrafter: skip must be a list of layer indices"),
-        (lambda: sdt.EarlyExitDrafter(1, num_tokens=3, tree=4), "EarlyExitDrafter: give num_tokens"),
+        (lambda: sdt.EarlyExitDrafter(1, num_tokens=3, tree=4), "EarlyExitDrafter: give either num_tokens"),
         (
             lambda: sdt.EarlyExitDrafter(1, confidence_threshold=1.5),
             "EarlyExitDrafter: confidence_threshold must be None or a probability, 0 to 1, got 1.5",
@@ -129,13 +129,13 @@ def test_a_draft_model_ranks_each_nodes_children(tree, seed, monkeypatch):
             lambda: sdt.patch(
                 build("llama"), drafter=sdt.ModelDrafter(build("llama"), tree=9, confidence_threshold=0.5)
             ),
-            "ModelDrafter: confidence_threshold must be None or 0 with a tree that is no chain, got 0.5",
+            "ModelDrafter: confidence_threshold must be None or 0 with a tree that is not a chain, got 0.5",
         ),
         (
             lambda: sdt.patch(
                 build("llama"), drafter=sdt.ModelDrafter(build("llama"), confidence_threshold=0.5), tree="auto"
             ),
-            'tree="auto" must have a drafter that drafts what it is asked for, got ModelDrafter',
+            'drafter must be resizable with tree="auto", got ModelDrafter',
         ),
     ],
 )

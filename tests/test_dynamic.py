@@ -1,4 +1,4 @@
-"""Dynamic trees: which nodes they hold, and that their shape is nobody's business but the drafter's."""
+"""Dynamic trees: their nodes, and the independence of the text from their shape."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
 
 
 def made_by_hand(draft, text, tree, levels, score):
-    """Paths of tokens, each with its score, as EAGLE-2 expands them: a forward without a cache for every node."""
+    """Paths of tokens with their scores, expanded as in EAGLE-2, with one forward without a cache for every node."""
     found, level = {(): 0.0}, [()]
     for depth in range(1, levels + 1):
         children = {}
@@ -32,7 +32,7 @@ def made_by_hand(draft, text, tree, levels, score):
     return found
 
 
-# the trees that a call asks for in its rounds, in turn
+# the trees that a call asks for in its rounds, in order
 SHRINKING = [None, sdt.Topology.from_budget(6), sdt.Topology.chain(0), sdt.Topology.chain(0)]
 
 
@@ -46,16 +46,17 @@ SHRINKING = [None, sdt.Topology.from_budget(6), sdt.Topology.chain(0), sdt.Topol
             (TREE, [None], "multi_round", (True,)),
             (TREE, SHRINKING, "greedy", (True,)),
             (sdt.DynamicTree(5, width=1, depth=4), [None], "greedy", (False,)),
-            (sdt.DynamicTree(67, width=6, depth=13), [None], "greedy", (True,)),  # forwards of more than 64 nodes
+            # gives forwards over more than 64 nodes
+            (sdt.DynamicTree(67, width=6, depth=13), [None], "greedy", (True,)),
         )
         for fixed in (True, False)
     ],
 )
 def test_the_likeliest_nodes_are_kept(tree, asked, rule, fixed, monkeypatch):
-    """And the draft's cache is right after every round, whatever was accepted: each is compared with forwards over the
-    whole text. Nothing is read on the host, and nothing moves."""
+    """The draft's cache is also correct after every round, whatever was accepted: drafts are compared with forwards
+    over the whole text. Nothing is read on the host, and tensors keep their addresses."""
     target, rounds, addresses = build("llama"), [], set()
-    draft = perturbed("llama", 0.03)  # long paths are accepted
+    draft = perturbed("llama", 0.03)  # so that long paths are accepted
     prepare, propose, observe = (getattr(dynamic.DynamicSession, name) for name in ("prepare", "draft", "observe"))
 
     def preparing(session, _=None):
@@ -91,7 +92,7 @@ def test_the_likeliest_nodes_are_kept(tree, asked, rule, fixed, monkeypatch):
         assert (proposed.num_nodes, proposed.sampling) == (kept, "none")
         for row, start in ((0, 3), (1, 0)):
             if budget[row] <= levels:
-                continue  # what is too deep to be emitted has no position of its own
+                continue  # nodes that are too deep to be emitted have no position of their own
             compared += 1
 
             def score(logits, depth, row=row, position=length[row] - start):
@@ -131,12 +132,12 @@ def test_the_text_is_the_targets():
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "coupled"])
 def test_a_draft_that_is_the_target_is_accepted(options):
-    """With a cache of its own, and with the target's."""
+    """The draft uses its own cache or the target's."""
     target = build("llama")
     for drafter in (sdt.ModelDrafter(build("llama"), tree=TREE), sdt.EarlyExitDrafter(2, tree=TREE)):
         with sdt.patched(target, drafter=drafter, seed=1):
             target.generate(**prompt(), **options)
-        assert sdt.stats(target).acceptance_length > 3.3  # of 5, since the tree is cut to its likeliest nodes
+        assert sdt.stats(target).acceptance_length > 3.3  # at most 5, because the tree is cut to its most likely nodes
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_a_draft_that_is_the_target_is_accepted(options):
     ],
 )
 def test_captured_rounds_draft_the_same(options, lag, monkeypatch):
-    """Captured, the draft still follows the text: it is the target, and accepted as often."""
+    """In captured rounds the draft still follows the text: it equals the target and is accepted as often."""
     target = build("llama")
     for drafter in (sdt.ModelDrafter(build("llama"), tree=TREE), sdt.EarlyExitDrafter(2, tree=TREE)):
         with sdt.patched(target, drafter=drafter, seed=1, cuda_graphs=False):
@@ -205,13 +206,13 @@ def test_a_nan_of_the_draft_is_an_error_that_names_the_row():
         ),
         (
             lambda: sdt.patch(build("llama"), drafter=sdt.ModelDrafter(build("llama"), tree=TREE), rule="block"),
-            'ModelDrafter: rule "block" takes a chain, got a tree of tokens chosen without sampling',
+            'ModelDrafter: rule "block" needs a chain, got a tree of tokens chosen without sampling',
         ),
         (
             lambda: sdt.ModelDrafter(build("llama", vocab_size=4), tree=sdt.DynamicTree(3, 5, 1)).start(
                 context([[1]], vocab=4)
             ),
-            "ModelDrafter: tree must not have more children a node than the vocabulary's 4 tokens, got 5",
+            "ModelDrafter: a node of the tree must have at most 4 children, the size of the vocabulary, got 5",
         ),
         (lambda: sdt.ModelDrafter(build("llama"), tree="dynamic"), "tree must be None, a Topology or a number of.*Dyn"),
     ],

@@ -1,4 +1,4 @@
-"""Layers of the target as a draft model: their drafts are those of a model of these layers."""
+"""Layers of the target as a draft model: their drafts equal those of a model with only these layers."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ SHAPES = [sdt.Topology.from_widths([3, 2, 2]), TREES["skipping"]]
     "kept", [[0], pytest.param([0, 1], marks=pytest.mark.slow), [0, 1, 2], [0, 2], [1, 2]], ids=str
 )
 def test_layers_left_out_draft_like_a_model_without_them(family, kept, tree, monkeypatch):
-    """With the target's keys and values where the first layers are kept, with a cache of its own elsewhere."""
+    """The draft uses the target's cache if the first layers are kept, and its own cache otherwise."""
     target, draft = (build(family, num_hidden_layers=3) for _ in range(2))
     draft.model.layers = torch.nn.ModuleList(draft.model.layers[layer] for layer in kept)
     draft.config.num_hidden_layers = len(kept)
@@ -39,7 +39,7 @@ def test_layers_left_out_draft_like_a_model_without_them(family, kept, tree, mon
 
 
 def test_an_early_exit_runs_no_prompt():
-    """The first layers, counted: the prompt once, then each round's draft and verification."""
+    """The first layers run once for the prompt, then for the draft and the verification of each round."""
     model, calls = build("llama"), []
     hook = model.model.layers[0].register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape[1]))
     with sdt.patched(model, drafter=sdt.EarlyExitDrafter(1, num_tokens=2)):
@@ -65,7 +65,7 @@ def test_assistant_early_exit():
 def test_what_an_early_exit_cannot_draft_for():
     model = build("llama", num_hidden_layers=3)
     model.config.num_kv_shared_layers = 1
-    with pytest.raises(ValueError, match="EarlyExitDrafter: layers must not have inputs or caches of each other"):
+    with pytest.raises(ValueError, match="EarlyExitDrafter: layers must not share inputs or caches"):
         sdt.patch(model, drafter=sdt.EarlyExitDrafter(2))
     model.config.num_kv_shared_layers = 0
     with pytest.raises(ValueError, match=r"EarlyExitDrafter: skip must name some of the layers 0 to 2.*got \[0, 3\]"):

@@ -1,4 +1,4 @@
-"""Every family is exact, through the reference and through the kernels, or refused by name."""
+"""Every family gives plain `generate`'s text, through the reference and the kernels, or is refused by name."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ import torch
 import specdec_triton as sdt
 from families import FAMILIES, NEVER, PAD, REFUSED, build, perturbed, prompt
 from helpers import DEVICE, TREES, oracle, snapshot
-from specdec_triton.engine.stages import cannot_capture
+from specdec_triton.engine.graph_runner import cannot_capture
 from specdec_triton.forward.checks import graph_hazard
 
-# all that attention is asked for: groups and chunks, softcap and window, sinks, narrow values, one key head
+# all features of attention: groups and chunks, softcap and window, sinks, narrow values, one key head
 QUICK_KERNELS = ("llama4", "gemma2", "gpt_oss", "deepseek_v3", "gemma")
-# a repetition penalty keeps a random model's text from running in circles; it is applied outside of the model
+# a repetition penalty keeps the text of a random model from repeating; it is applied outside of the model
 CELLS = [
     pytest.param(family, "reference", penalty, marks=[] if penalty > 1 or family == "llama4" else pytest.mark.slow)
     for family in FAMILIES
@@ -24,7 +24,7 @@ CELLS = [
 
 @pytest.fixture
 def paths(monkeypatch):
-    """The accepted paths [B, D] of all rounds, each with which of its rows could emit."""
+    """The accepted paths [B, D] of all rounds, each with [B] bool, True for rows that could emit tokens."""
     seen, accept = [], sdt.ops.accept_greedy
 
     def spy(*args, **options):
@@ -37,7 +37,7 @@ def paths(monkeypatch):
 
 
 def ends_one_row(text: torch.Tensor) -> int:
-    """A token that one of two rows has before its end, for the first time, and the other nowhere."""
+    """A token that first occurs in one of two rows before its end, and nowhere in the other row."""
     columns = text.shape[1]
     for row, other in ((0, 1), (1, 0)):
         mine, theirs = text[row].tolist(), text[other].tolist()
@@ -62,7 +62,7 @@ def test_text_is_plain_generates(family, impl, penalty, paths):
     plain = model.generate(**inputs, **options)
     assert (plain[:, first:] == options["eos_token_id"]).sum() == 1
 
-    # a replayed round does not call what looks at its paths
+    # a replayed round does not call the function that records paths
     with sdt.patched(model, drafter=oracle(plain, 0.5, tree=TREES["skipping"]), impl=impl, cuda_graphs=False):
         assert torch.equal(model.generate(**inputs, **options), plain)
     accepted = [path[live] for path, live in paths[1:]]
@@ -93,7 +93,8 @@ LEARNED = [family for family in FAMILIES if "learned positions" in FAMILIES[fami
     ],
 )
 def test_the_last_learned_position_is_never_passed(family, padding):
-    """One more would be an index error. Padding takes no positions: a padded text may have as many columns more."""
+    """One position more would be an index error. Padding takes no positions, so a padded text may have as many
+    additional columns."""
     limit, shape = 24, {"padding": 0, "length": 8 + padding}
     model, inputs = build(family, max_position_embeddings=limit).to(DEVICE), prompt(**shape)
     inputs["attention_mask"][:, :padding] = 0
@@ -129,7 +130,7 @@ def test_refused_by_name(family):
 
 
 def test_a_softcap_that_sdpa_would_drop_is_refused():
-    """transformers 5.17 runs Gemma 2 under sdpa, without its softcap; 5.23 refuses by itself."""
+    """transformers 5.17 runs Gemma 2 under sdpa without its softcap; 5.23 refuses it."""
     model = build("gemma2")
     model.config._attn_implementation_internal = "sdpa"
     with pytest.raises(ValueError, match="apply its softcap.*got Gemma2ForCausalLM.*set_attn_implementation"):
@@ -140,7 +141,8 @@ def test_a_softcap_that_sdpa_would_drop_is_refused():
 
 
 def test_positions_from_the_cache_are_refused_unless_corrected():
-    """Llama 4's attention is one that is corrected, by its name; another that did the same would be wrong."""
+    """Llama 4's attention is corrected, and it is recognised by name. Another module that takes positions from the
+    cache would be wrong."""
     model = build("llama4")
     attention = model.model.layers[0].self_attn
     attention.__class__ = type("OtherAttention", (type(attention),), {})

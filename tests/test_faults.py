@@ -1,4 +1,4 @@
-"""An exception anywhere in mid-generation: the model is afterwards exactly as before, and so is its text."""
+"""Exceptions anywhere in a call: afterwards the model and its text are exactly as before."""
 
 import sys
 from contextlib import nullcontext
@@ -21,18 +21,18 @@ OPTIONS = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": NEVER}
 
 
 class Fault(BaseException):
-    """Not an Exception, as KeyboardInterrupt is not."""
+    """A BaseException that is not an Exception, like KeyboardInterrupt."""
 
 
 class Tripwire:
-    """Raises at its first call after `at` rounds or more; remembers after how many it was called."""
+    """Raises at its first call after at least `at` rounds. Remembers the number of rounds."""
 
     def __init__(self, model, at, error):
         self.model, self.at, self.error, self.rounds = model, at, error, []
 
     def __call__(self, *args, **kwargs):
         if self.model not in sdt._patch._stats:
-            return  # the prompt goes to the streamer before anything of ours runs
+            return  # the streamer gets the prompt before the engine runs
         self.rounds.append(sdt.stats(self.model).rounds)
         if self.rounds[-1] >= self.at:
             raise self.error
@@ -65,7 +65,7 @@ def processor(call, stateless=False):
 
 
 def before(function, call):
-    """`function` with `call` first."""
+    """`function`, with `call` before it."""
 
     def run(*args, **kwargs):
         call()
@@ -95,7 +95,7 @@ def as_argument(make):
     return lambda wire, target, draft, monkeypatch: (make(wire), lambda: None)
 
 
-# where in a call an exception may come from -> puts it there: (arguments of generate, how to remove it)
+# name of a place in a call -> function that makes it raise; returns (arguments of generate, function that undoes it)
 PLACES = {
     "processor": as_argument(lambda wire: {"logits_processor": [processor(wire)]}),
     "grammar": as_argument(lambda wire: {"prefix_allowed_tokens_fn": lambda row, text: wire() or list(range(VOCAB))}),
@@ -115,7 +115,7 @@ PLACES = {
 
 ERRORS = (KeyboardInterrupt(), torch.OutOfMemoryError("no memory"), Fault())
 MOMENTS = ("first", "third", "last")
-# each place with each error and at each moment; the quick tests leave out that every pair of these two meets there
+# each place with each error and at each moment; the quick tests skip some of these combinations
 CELLS = [
     pytest.param(place, at, error, marks=[] if (number + first + second) % 3 == 0 else pytest.mark.slow)
     for number, place in enumerate(PLACES)
@@ -126,14 +126,14 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def short():
-    """A call of a small model, and its plain text."""
+    """A short call of a small model, and its plain text."""
     call = {**prompt(batch=1, length=6), **OPTIONS, "max_new_tokens": 10}
     return call, build("llama", num_hidden_layers=2).generate(**call)
 
 
 @pytest.mark.parametrize(("place", "at", "error"), CELLS, ids=repr)
 def test_nothing_is_left_behind(place, at, error, short, monkeypatch):
-    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # the cache grows in every round
+    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # makes the cache grow in every round
     monkeypatch.setattr(sdt.engine.generate, "FIRST_RESERVE", 1)
     model, draft = (build("llama", seed=seed, num_hidden_layers=2) for seed in (0, 1))
     call, plain = short
@@ -168,7 +168,7 @@ def test_nothing_is_left_behind(place, at, error, short, monkeypatch):
 
 
 class Countdown:
-    """Raises at its n-th call."""
+    """A callback that raises at its n-th call."""
 
     def __init__(self, calls, error=Fault):
         self.calls, self.error = calls, error
@@ -183,7 +183,7 @@ class Countdown:
 @pytest.mark.parametrize("where", ["logits_processor", "stateless", "stopping_criteria"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_text_before_a_callback_raised_is_streamed(batch, where, calls):
-    """As far as plain `generate` streams it, though a round is further on."""
+    """The same text is streamed as by plain `generate`, although a later round may have run."""
     model, inputs = build("llama"), prompt(batch=batch)
     text = model.generate(**inputs, **OPTIONS)
     make = criterion if where == "stopping_criteria" else partial(processor, stateless=where == "stateless")
@@ -217,7 +217,7 @@ def test_nothing_is_left_behind_by_sampling(rule, place, monkeypatch):
 
 
 def test_an_interrupt_after_the_end_is_heard():
-    """It is not a processor's error, and somebody pressed the key."""
+    """An interrupt is not an error of the processor and must not be dropped."""
     model, inputs = build("llama"), prompt(batch=1)
     text = model.generate(**inputs, **OPTIONS)
     stop = {"stopping_criteria": [lambda ids, scores, **k: torch.tensor([ids.shape[1] >= 12])]}
@@ -227,7 +227,7 @@ def test_an_interrupt_after_the_end_is_heard():
 
 
 def test_scores_of_the_text_before_a_processor_raised():
-    """A criterion sees them."""
+    """A criterion gets the scores of this text."""
     model, inputs, seen = build("llama"), prompt(batch=1), ([], [])
     text = model.generate(**inputs, **OPTIONS)
     options = {"output_scores": True, "return_dict_in_generate": True}
@@ -246,20 +246,20 @@ def test_scores_of_the_text_before_a_processor_raised():
 
 
 def test_a_processor_that_raises_after_the_end_is_not_heard():
-    """Plain `generate` would have stopped before it asked."""
+    """Plain `generate` would have stopped before calling the processor."""
     model, inputs = build("llama"), prompt(batch=1)
     text = model.generate(**inputs, **OPTIONS)
     stop = {"stopping_criteria": [MaxLengthCriteria(14), lambda ids, scores, **k: torch.tensor([ids.shape[1] >= 12])]}
     plain = model.generate(**inputs, **OPTIONS, **stop, logits_processor=[processor(Countdown(4, ValueError))])
     assert plain.shape[1] == 12
     with sdt.patched(model, drafter=sdt.OracleDrafter(text, tree=sdt.Topology.chain(5))):
-        for stateless in (True, False):  # asked once more, or not at all
+        for stateless in (True, False):  # called once more, or not at all
             wire = processor(Countdown(4, ValueError), stateless)
             assert torch.equal(model.generate(**inputs, **OPTIONS, **stop, logits_processor=[wire]), plain)
 
 
 class Broken(Drafter):
-    """Drafts what `spoil` makes of a chain of ones."""
+    """A drafter that returns a chain of ones, changed by `spoil`."""
 
     def __init__(self, spoil):
         self.spoil = spoil
@@ -353,12 +353,13 @@ def test_a_drafter_of_ones_own():
 
 
 def lines_of(*modules):
-    """What to trace: the files of our modules."""
+    """A trace function for the files of the package."""
     return {module.__file__ for module in modules}
 
 
 def interrupted(action, files, at=None):
-    """Run `action` and raise at the first visit of line `at`, a (file, number); or collect the lines visited."""
+    """Run `action`. Raise an exception at the first visit of line `at`, a (file, number) pair; without `at`, return the
+    visited lines."""
     visited = {}
 
     def trace(frame, event, arg):
@@ -388,11 +389,11 @@ def enter_and_leave(model):
 @pytest.mark.parametrize("patched_before", [False, True])
 @pytest.mark.parametrize("action", [sdt.patch, sdt.unpatch, enter_and_leave], ids=lambda action: action.__name__)
 def test_an_interrupt_at_any_line_of_patching(action, patched_before):
-    """Nothing has happened then, and the next call is as good as ever."""
+    """After the interrupt the model is as before, and the next call succeeds."""
     if action is sdt.unpatch and not patched_before:
         pytest.skip("there is nothing to undo")
     model, files = build("llama"), lines_of(sdt.forward.checks, sdt._patch)
-    enter_and_leave(model)  # fills caches: lines that run once a process
+    enter_and_leave(model)  # fills caches, whose lines run once per process
     untouched = snapshot(model)
 
     def prepare():
@@ -434,13 +435,13 @@ def test_an_interrupt_at_any_line_around_a_verify_forward():
             interrupted(lambda: model.generate(**inputs, **options), files, at)
         assert snapshot(model) == before, f"{at} left something behind"
         with torch.no_grad():
-            model(**inputs)  # under its own attention
+            model(**inputs)  # with its own attention
     assert torch.equal(model.generate(**inputs, **options), plain)
     sdt.unpatch(model)
 
 
 def test_a_model_that_is_half_unpatched_heals():
-    """An interrupt between two assignments cannot be ruled out everywhere: the next call of any kind sets it right."""
+    """An interrupt between two assignments cannot always be excluded. The next call of any kind restores the model."""
     plain_class, inputs = transformers.LlamaForCausalLM, prompt(batch=1)
     for heal in (
         lambda model: model.generate(**inputs, **OPTIONS),

@@ -1,4 +1,5 @@
-"""Temperature, top-k, top-p and min-p against transformers' own, alone and together, each row with its own."""
+"""Temperature, top-k, top-p and min-p against transformers' own, alone and together, with different values for each
+row."""
 
 import math
 
@@ -27,13 +28,14 @@ WARPERS = {
 
 
 def filtered(logits, **options):
-    """Of one node: a list of numbers in, its log-probabilities out, whether the host knows a bound on top-k or not."""
+    """The filters for one node: from a list of logits to a list of log-probabilities, with and without a bound on
+    top-k."""
     given = filters_of(**{name: [value] for name, value in options.items()})
     logits = torch.tensor(logits)[None, None]
     result = filtered_log_probs(logits, given)
     if options.get("top_k"):
         for most in (options["top_k"], options["top_k"] + 1, 99):
-            bounded = filtered_log_probs(logits, given._replace(most=most))
+            bounded = filtered_log_probs(logits, given._replace(max_top_k=most))
             torch.testing.assert_close(bounded, result, rtol=0, atol=0, equal_nan=True)
     return result[0, 0]
 
@@ -55,9 +57,10 @@ def test_by_hand():
 
 def test_ties():
     tied = [1.0, 0.0, 1.0, 1.0, 0.0]
-    assert kept(tied, top_k=1) == kept(tied, top_k=2) == [0, 2, 3]  # all that tie with the k-th stay
+    assert kept(tied, top_k=1) == kept(tied, top_k=2) == [0, 2, 3]  # all that tie with the k-th are kept
     assert kept(tied, top_k=4) == [0, 1, 2, 3, 4]
-    assert kept([0.0] * 4, top_p=0.5) == [2, 3] and kept([0.0] * 4, top_p=0.2) == [3]  # the lowest ids go first
+    # the lowest ids are dropped first
+    assert kept([0.0] * 4, top_p=0.5) == [2, 3] and kept([0.0] * 4, top_p=0.2) == [3]
     assert kept(tied, top_k=1, top_p=0.6) == [2, 3]
     assert kept(tied, temperature=0.0) == [0]
 
@@ -83,7 +86,7 @@ def check_reference(palette, dtype, data, seed):
     logits, options = paint(palette, dtype, data.draw(st.integers(1, 70)), seed), draw_filters(data.draw, palette)
     given = filters_of(**{name: [value] for name, value in options.items()})
     for most in {None, options["top_k"] or None}:
-        found = filtered_log_probs(logits[None, None], given._replace(most=most))[0, 0]
+        found = filtered_log_probs(logits[None, None], given._replace(max_top_k=most))[0, 0]
         check_filters_by_hand(logits, found, **options)
 
 
@@ -125,14 +128,14 @@ def test_temperatures_that_would_overflow():
 )
 def test_as_transformers_does_it(seed, vocab, dtype, impossible, **options):
     generator = torch.Generator().manual_seed(seed)
-    # no two logits tie: transformers' own top-p has no order among them
+    # no two logits tie, because transformers' top-p has no defined order among ties
     logits = (torch.stack([torch.randperm(vocab, generator=generator) for _ in range(6)]) / 8).to(dtype)
     logits[torch.rand(6, vocab, generator=generator) < impossible] = -INF
     logits[:, vocab // 2] = vocab / 8
     options = {name: value for name, value in options.items() if value is not None}
     warpers = LogitsProcessorList([WARPERS[name](options[name]) for name in WARPERS if name in options])
     wanted = warpers(None, logits.float())
-    given = filters_of(**{name: [value] * 2 for name, value in options.items()}, most=options.get("top_k"))
+    given = filters_of(**{name: [value] * 2 for name, value in options.items()}, max_top_k=options.get("top_k"))
     got = filtered_log_probs(logits.view(2, 3, vocab), given)
     wanted = wanted.log_softmax(-1).view_as(got)
     assert torch.equal(got.isfinite(), wanted.isfinite())
@@ -150,12 +153,12 @@ def test_ties_keep_as_much_as_transformers_does():
 
 @pytest.mark.parametrize("top_p", [step / 20 for step in range(1, 20)])
 def test_the_threshold_is_transformers_own(top_p):
-    """Equal tokens put the sums where the threshold is: which side they fall on hangs on the last bit."""
+    """With equal tokens, sums lie on the threshold, and the last bit decides on which side."""
     for size in range(2, 41):
         logits = torch.zeros(1, size)
         wanted = TopPLogitsWarper(top_p)(None, logits).isfinite().sum()
         assert filtered_log_probs(logits[None], filters_of(top_p=[top_p])).isfinite().sum() == wanted
-        bounded = filters_of(top_k=[1], top_p=[top_p], most=1)
+        bounded = filters_of(top_k=[1], top_p=[top_p], max_top_k=1)
         assert filtered_log_probs(logits[None], bounded).isfinite().sum() == wanted
 
 
@@ -183,13 +186,13 @@ KINDS = {
     rest=st.sampled_from([{}, {"min_p": [0.1, 0.0]}, {"temperature": [0.0, 0.7]}]),
 )
 def test_a_bound_on_top_k_changes_nothing(seed, vocab, kind, odd, share, top_k, slack, top_p, rest):
-    """To the last bit, however many tie with the k-th."""
+    """Results are equal in every bit, however many logits tie with the k-th."""
     generator = torch.Generator().manual_seed(seed)
     logits = KINDS[kind](3 * torch.randn(2, 3, vocab, generator=generator))
     if odd is not None:
         logits[torch.rand(logits.shape, generator=generator) < share] = odd
     given = filters_of(top_k=top_k, **rest, **({} if top_p is None else {"top_p": top_p}))
-    bounded = given._replace(most=max(top_k) + slack)
+    bounded = given._replace(max_top_k=max(top_k) + slack)
     wanted, got = (filtered_log_probs(logits, filters) for filters in (given, bounded))
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
@@ -199,6 +202,6 @@ def test_with_a_bound_nothing_is_sorted(monkeypatch):
         raise AssertionError("sorted")
 
     monkeypatch.setattr(torch.Tensor, "sort", refuse)
-    filtered_log_probs(torch.zeros(1, 1, 9), filters_of(top_k=[2], top_p=[0.5], most=2))
+    filtered_log_probs(torch.zeros(1, 1, 9), filters_of(top_k=[2], top_p=[0.5], max_top_k=2))
     with pytest.raises(AssertionError, match="sorted"):
         filtered_log_probs(torch.zeros(1, 1, 9), filters_of(top_k=[2]))

@@ -1,4 +1,4 @@
-"""The tests that run first on a new GPU: few enough, and nothing is left out of them that a kernel can do."""
+"""The selection of tests that run first on a new GPU: it is small and covers every feature of the kernels."""
 
 import importlib
 import itertools
@@ -18,7 +18,7 @@ from specdec_triton import ops
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {op: importlib.import_module(f"test_kernel_{op}") for op in sorted(ops.OPS)}
 MODULES["library"] = importlib.import_module("test_library")
-CHOSEN = {"test_on_gpu", "test_real_sizes"}  # of these some cells, of others all
+CHOSEN = {"test_on_gpu", "test_real_sizes"}  # tests with a selection of cells; of other tests all cells run
 DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 
 
@@ -27,12 +27,12 @@ def marks_of(test):
 
 
 def gpu_tests(module):
-    """{name: test} of the gpu-marked ones."""
+    """{name: test} of the tests marked gpu."""
     return {name: test for name, test in vars(module).items() if name[:5] == "test_" and "gpu" in marks_of(test)}
 
 
 def cells(test, only_first=True):
-    """[{argument: value}] of a test's cells, as pytest makes them of its parametrize marks."""
+    """The cells of a test as [{argument: value}], as pytest makes them from its parametrize marks."""
     axes = []
     for mark in test.pytestmark:
         if mark.name == "parametrize":
@@ -58,7 +58,8 @@ def test_there_are_few_of_each_kernel():
 
 
 def test_only_large_crosses_are_cut():
-    """So races, captured graphs and offsets of 64 bits are all there; and nothing that runs without a GPU."""
+    """The selection therefore has all tests of races, captured graphs and 64-bit offsets, and none that runs without a
+    GPU."""
     for module in MODULES.values():
         for name, test in vars(module).items():
             if name[:5] == "test_":
@@ -83,7 +84,7 @@ def test_each_feature_and_shape_of_attention():
     everything, chosen = cells(attention.test_on_gpu, only_first=False), cells(attention.test_on_gpu)
     assert len(everything) > 4 * len(chosen)
     axes = everything[0]
-    for name, other in itertools.permutations(axes, 2):  # all pairs in bf16; of the other dtypes, each value
+    for name, other in itertools.permutations(axes, 2):  # all pairs in bf16; each value in the other dtypes
         for dtype in DTYPES:
             pairs, wanted = (
                 {(str(cell[name]), str(cell[other]) if dtype == torch.bfloat16 else "") for cell in some}
@@ -110,6 +111,6 @@ def test_compilations_are_counted_without_a_gpu():
     command += ["tests/test_kernel_compact_kv.py", "tests/test_kernel_accept_greedy.py", "-k", "captured"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = [line.split() for line in done.stdout.splitlines()]
-    # tests, launches, compilations, most of one test; what is launched after a replay that did nothing is not counted
+    # tests, launches, compilations, most compilations of one test; launches after the failed replay are not counted
     assert ["all", "2", "6", "3", "2"] in lines, done.stdout + done.stderr
     assert "compilations in one of 1 processes: 3 if all are shared, 3 if none are" in done.stdout

@@ -1,6 +1,6 @@
-"""Random legal and illegal calls of the ops and of generate: the right answer, or a ValueError that says what is wrong.
+"""Random valid and invalid calls of the ops and of generate: the result is correct, or a ValueError names the fault.
 
-The quick tests draw the same few examples every time; the slow ones thousands of new ones.
+The quick tests draw the same few examples in every run; the slow tests draw thousands of new ones.
 """
 
 import pytest
@@ -26,7 +26,7 @@ def fuzz(examples, **limits):
 
 
 def parents_of(draw, batch, nodes, padding=True):
-    """[B, N] int32: random trees, some nodes padding."""
+    """[B, N] int32: parents of random trees, in which some nodes are padding."""
     rows = []
     for _ in range(batch):
         row = [-1]
@@ -172,13 +172,13 @@ CALLS = {
 
 
 def sliced(tensor):
-    """Every second element of something larger, the others of no sense as anything."""
+    """A view of every second element of a larger tensor; the other elements are invalid values."""
     wide = torch.full([2 * size + 1 for size in tensor.shape], 77).to(tensor.dtype)
     view = wide[tuple(slice(1, 2 * size, 2) for size in tensor.shape)]
     return view.copy_(tensor)
 
 
-# the first row for all, where rows are expanded
+# the first row for all, if rows are expanded
 LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
     "transposed": lambda tensor: (
@@ -190,24 +190,25 @@ LAYOUTS = {
 
 
 def rearranged(arguments, layout):
-    """The same arguments, each tensor but the storage in another layout; `layout` is a name, or a function of one."""
+    """The same arguments with another memory layout of each tensor except the storage. `layout` is a name or a function
+    of the argument's name."""
     if isinstance(layout, str):
         layout = LAYOUTS[layout]
 
     def moved(name, value):
         if isinstance(value, Filters):
-            return Filters(*(moved(name, option) for option in value.tensors), most=value.most)
+            return Filters(*(moved(name, option) for option in value.tensors), max_top_k=value.max_top_k)
         return layout(value) if torch.is_tensor(value) and value.numel() and name != "storage" else value
 
     return {name: moved(name, value) for name, value in arguments.items()}
 
 
-# their contents are the caller's promise: a change of shape that the op cannot see would break it
+# the caller must ensure their contents, and the op could not detect a change of shape
 PROMISES = ("packed_tree", "parents", "path", "base")
 
 
 def spoil(draw, name, value):
-    """Something else in the place of an argument; now and then as good as what was there."""
+    """Replace an argument by another value, which is occasionally also valid."""
     if not isinstance(value, torch.Tensor):
         return draw(st.sampled_from([None, -1, 0, 0.0, True, float("nan"), 10**9, "text", (), torch.zeros(1)]))
     dims = st.integers(0, value.dim() - 1)
@@ -249,7 +250,7 @@ def check_op(op, data, impl):
         tolerance = 1e-4 if arguments["query"].dtype == torch.float32 else 2e-2
         torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=tolerance)
     elif op == "accept_sample" and impl == "triton":
-        # where sums round differently a choice may fall the other way: test_kernel_accept_sample looks closer
+        # with different rounding of sums, a choice may differ: test_kernel_accept_sample compares more closely
         again = function(**rearranged(arguments, "contiguous"), impl=impl)
         assert all(torch.equal(ours, other) for ours, other in zip(got, again, strict=True))
     elif op.startswith("accept"):
@@ -266,7 +267,7 @@ def test_ops(op, data):
 
 
 def whole_call(op):
-    """Arguments of every kind, all tensors with more than one element in each dimension."""
+    """Arguments for all parameters. All tensors have more than one element in each dimension."""
     random = torch.Generator().manual_seed(4)
     parents = torch.tensor([[-1, 0, 0, 1, 2, 4], [-1, 0, 1, 1, 0, -1]], dtype=torch.int32)
     if op == "tree_attention":
@@ -289,7 +290,7 @@ def whole_call(op):
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_strides(impl, op, layout):
-    """Whatever the layout of all tensors: the result of the same numbers in a row, from the reference."""
+    """With any layout of the tensors, the result is that of contiguous ones from the reference."""
     given = {name: value.cpu() if torch.is_tensor(value) else value for name, value in whole_call(op).items()}
     arguments, function = rearranged(given, layout), CALLS[op][1]
     for name, value in arguments.items():
@@ -390,7 +391,7 @@ def generate_calls(draw):
     options = {"max_new_tokens": 8, "eos_token_id": NEVER, "do_sample": False}
     options |= {name: draw(SUPPORTED[name]) for name in names}
     if "exponential_decay_length_penalty" in options and options["eos_token_id"] == NEVER:
-        options["eos_token_id"] = EOS  # plain generate looks the id up
+        options["eos_token_id"] = EOS  # plain generate uses the id as an index
     if draw(st.integers(0, 3)) == 0:
         name = draw(st.sampled_from(sorted(UNSUPPORTED)))
         options[name] = draw(UNSUPPORTED[name])
@@ -400,13 +401,14 @@ def generate_calls(draw):
 
 
 def check_generate(call):
-    """Plain and speculative: the same output; or an error of ours that names what is refused; or the same error."""
+    """Compare plain and speculative calls: the same output, an error of this package that names the refused argument,
+    or the same error in both."""
     options, assistance, impl = call
     ours = {name: options.pop(name) for name in OURS & set(options)}
     plain = failure = None
     try:
         plain = MODEL.generate(**options)
-    except Exception as error:  # whatever transformers makes of it
+    except Exception as error:  # whichever error transformers raises
         failure = error
     before = snapshot(MODEL), snapshot(DRAFT)
     patch = {"impl": impl} | {name: value for name, value in assistance.items() if name in OURS} | ours

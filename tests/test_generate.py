@@ -1,5 +1,5 @@
-"""Claim 1: in fp32, greedy, every token equals `model.generate(do_sample=False)`; and what `generate` accepts keeps
-its meaning."""
+"""Greedy texts in fp32: every token equals that of `model.generate(do_sample=False)`, and the arguments of `generate`
+keep their meaning."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_a_batch_of_many_lengths(family):
     ],
 )
 def test_rounds_without_a_draft(family, batch):
-    """Unpadded: on the CPU, transformers' own decoding step over our cache, in turn with trees."""
+    """Without padding, the CPU runs transformers' own decoding step over the tree cache, alternating with trees."""
     model, inputs = build(family), prompt(batch=batch, padding=0)
     options = {"do_sample": False, "max_new_tokens": 24}
     plain = model.generate(**inputs, **options)
@@ -79,7 +79,7 @@ def test_a_perfect_draft_takes_the_fewest_rounds():
 
 
 def test_a_draft_model_equal_to_the_target_is_always_accepted():
-    """Its cache is right after every round: trees, compaction, catching up."""
+    """The draft's cache is correct after every round, with trees, compaction and catching up."""
     model, inputs = build("llama"), prompt()
     options = {"do_sample": False, "max_new_tokens": 31, "eos_token_id": NEVER}
     plain = model.generate(**inputs, **options)
@@ -90,7 +90,7 @@ def test_a_draft_model_equal_to_the_target_is_always_accepted():
         if depth:
             assert stats.rounds == -(-30 // (depth + 1))
         else:
-            assert stats.accepted == stats.row_rounds  # its likeliest child is a leaf at depth 1
+            assert stats.accepted == stats.row_rounds  # its most likely child is a leaf at depth 1
 
 
 def test_a_finished_row_adds_no_rounds_and_keeps_its_text():
@@ -161,7 +161,8 @@ def test_min_new_tokens_and_bad_words():
 
 
 def test_a_processor_sees_each_nodes_own_path_at_its_own_row():
-    """It forbids tokens that depend on the row and on all that came before: any foreign text would show."""
+    """The processor forbids tokens that depend on the row and all earlier tokens, so a wrong text would change the
+    result."""
 
     def forbid(input_ids, scores):
         rows = torch.arange(len(input_ids))
@@ -179,7 +180,7 @@ def test_a_processor_sees_each_nodes_own_path_at_its_own_row():
 
 
 def test_processors_are_called_as_plain_generate_calls_them():
-    """One row: the same calls, in the same order, with the same texts."""
+    """With one row, the processors get the same calls, in the same order and with the same texts."""
     model, inputs, texts = build("llama"), prompt(batch=1), []
 
     def spy(input_ids, scores):
@@ -199,7 +200,7 @@ def test_processors_are_called_as_plain_generate_calls_them():
 
 
 def test_a_grammar_by_row():
-    """Each row may only write its own sentence, and knows no other text: transformers raises where it gets none."""
+    """Each row may only write its own sentence. transformers raises an exception for any other text."""
     model, inputs = build("llama"), prompt(batch=3, length=5, padding=2)
     sentences = [[5, 6, 7, 5, 6, 8, EOS], [9, 10, EOS], [11, 12, 11, 12, 11, 12, 11, 13, 14, EOS]]
 
@@ -298,7 +299,7 @@ def test_a_nan_where_the_target_does_not_go_is_not_an_error():
     plain = model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=NEVER)
     never = next(token for token in range(3, VOCAB) if token not in plain[0].tolist())
     with torch.no_grad():
-        model.lm_head.weight[PAD] = float("nan")  # every logit of the pad token, masked below
+        model.lm_head.weight[PAD] = float("nan")  # would be every logit of the pad token, which is masked below
 
     def mend(input_ids, scores):
         return scores.nan_to_num(-100.0)
@@ -324,9 +325,11 @@ def test_the_models_last_position_is_never_passed():
 
 
 def test_bf16_emits_the_targets_choice_up_to_a_near_tie():
-    """Claim 2: every token is the best of logits that are as near to fp32's, teacher-forced, as plain bf16's are.
+    """In bf16, every token is the best one by logits that are as close to fp32 logits (teacher-forced) as those of
+    plain bf16.
 
-    No gap in fp32 is then wider than those roundings. How wide they are is measured on plain's own text.
+    The fp32 logit of an emitted token is then below the best one by at most the rounding error of bf16. That error is
+    measured on the text of plain `generate`.
     """
     model, inputs = build("llama").bfloat16(), prompt()
     options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": NEVER}
@@ -343,7 +346,7 @@ def test_bf16_emits_the_targets_choice_up_to_a_near_tie():
         assert torch.equal(logits.argmax(-1), output.sequences[:, 9:])
         with torch.no_grad():
             wanted = model(output.sequences, attention_mask=mask, position_ids=positions).logits[:, 8:-1]
-        errors.append((logits - wanted).square().mean(-1).sqrt())  # of each position
+        errors.append((logits - wanted).square().mean(-1).sqrt())  # at each position
     null, found = errors
     assert found.square().mean() < 1.5**2 * null.square().mean() and found.max() < 3 * null.max()
 

@@ -1,4 +1,4 @@
-"""A capture that fails leaves the process as it was."""
+"""A capture that fails does not change the state of the process."""
 
 import gc
 import weakref
@@ -51,7 +51,8 @@ def test_a_capture_that_fails_leaves_the_process_as_it_was(cuda, read):
 
 
 def test_a_capture_that_failed_holds_nothing(cuda):
-    """What the stage holds, a cache of gigabytes, is free at once, not at the next garbage collection."""
+    """The function's tensors (in practice a cache of gigabytes) are freed at once, not by the next garbage
+    collection."""
 
     cache = number()
 
@@ -87,7 +88,8 @@ def test_a_capture_that_cannot_begin(cuda, monkeypatch):
 
 
 def test_each_device_has_a_capture_stream(cuda):
-    """torch's own belongs to the first device: captured there, kernels of a second one would run in no order."""
+    """torch's own capture stream belongs to the first device. If kernels of a second device were captured on it, their
+    order would be undefined."""
     for cuda.device in (0, 1, 0):
         graphs.capture(number)
         cuda.assert_sound()

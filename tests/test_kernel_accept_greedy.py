@@ -14,24 +14,25 @@ FEW, MANY = kernel.BLOCK_V_FEW, kernel.BLOCK_V_MANY
 NAN, INF = float("nan"), float("inf")
 FIELDS = reference.Acceptance._fields
 
-# `poisoned_outputs` has PyTorch say so of CUDA's cumsum, among others
+# `poisoned_outputs` makes PyTorch warn about nondeterministic operations, such as cumsum on CUDA
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
 
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
-    """New tensors hold NaN, the largest integer or True until they are written."""
+    """Fill new tensors with NaN, the largest integer or True."""
     before = torch.are_deterministic_algorithms_enabled()
-    # warn_only: the reference has operations that would raise on CUDA; memory is filled all the same
+    # warn_only, because some operations of the reference would raise on CUDA; memory is filled in any case
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
 
 
 def case(batch, nodes, vocab, dtype=torch.float32, seed=0, accepted=0.5, twins=0.2, padding=0.1, ties=False):
-    """Random trees with a path (nodes join it with chance `accepted`) that carries the target's tokens; twins, padding.
+    """Random trees with a path that carries the target's tokens (a node joins it with probability `accepted`), equal
+    siblings and padding.
 
-    The logits are a window of a larger tensor that is +inf everywhere else: what reads outside finds a maximum there.
+    The logits are a window of a larger tensor that is +inf everywhere else, so that a read outside finds a maximum.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -62,7 +63,7 @@ def case(batch, nodes, vocab, dtype=torch.float32, seed=0, accepted=0.5, twins=0
                     continue
             parents[row, node] = parent
             real.append(node)
-    # on a GPU too, the window stays a window
+    # keeps the tensor a window on a GPU, too
     return surroundings.to(DEVICE)[:, 1:, 3 : vocab + 3], tokens.to(DEVICE), parents.to(DEVICE)
 
 
@@ -71,7 +72,7 @@ def budgets(*values):
 
 
 def check(logits, tokens, parents, max_depth=None, budget=None, eos_ids=None):
-    """Kernel and reference agree in every bit and dtype; where a row has NaN, in that only."""
+    """Assert that kernel and reference agree in every bit and dtype. For rows with NaN, only has_nan must agree."""
     batch, nodes, _ = logits.shape
     max_depth = nodes - 1 if max_depth is None else max_depth
     budget = torch.full((batch,), nodes, device=DEVICE) if budget is None else budget
@@ -102,7 +103,7 @@ def test_hand_worked():
 
     got = ops.accept_greedy(
         logits, tokens, parents, max_depth=3, budget=budgets(9), eos_ids=budgets(4), impl="triton"
-    )  # the target says 4, which ends the text: it is the next token, and its draft is not accepted
+    )  # the target's token is 4, which ends the text: it is the next token, and its draft is not accepted
     assert (got.path.tolist(), got.length.tolist(), got.next_ids.tolist()) == ([[1, -1, -1]], [1], [4])
 
     got = ops.accept_greedy(logits, tokens, parents, max_depth=3, budget=budgets(2), impl="triton")
@@ -131,7 +132,7 @@ def test_wide_trees(nodes):
 )  # fmt: skip
 def test_vocabularies_of_several_blocks(batch, nodes, vocab):
     logits, tokens, parents = case(batch, nodes, vocab, torch.float16, seed=nodes)
-    # twins of one maximum in different blocks, the last id among them: the lower counts
+    # equal maxima in different blocks, one of them at the last id; the lowest id is chosen
     logits[:, 0, [vocab - 1, vocab // 2]] = 50.0
     logits[:, 1, vocab - 1] = 50.0
     tokens[:, 1], parents[:, 1] = vocab // 2, 0
@@ -151,7 +152,7 @@ def test_ties_go_to_the_lowest_id():
     check(*case(3, 9, 130, seed=1, ties=True))
     logits, tokens, parents = case(1, 1, 2 * FEW + 9, seed=2)
     logits.fill_(-0.0)
-    logits[0, 0, FEW : 2 * FEW] = 0.0  # a whole block, so that its maximum is not -0.0
+    logits[0, 0, FEW : 2 * FEW] = 0.0  # fill a whole block, so that its maximum is not -0.0
     assert check(logits, tokens, parents).next_ids.tolist() == [0]
 
 
@@ -166,7 +167,7 @@ def test_blocks_of_negative_logits(place):
 
 def test_infinities():
     logits, tokens, parents = case(2, 4, FEW + 1, seed=3)
-    logits[:, 0] = -INF  # nothing allowed: the lowest id, as torch has it
+    logits[:, 0] = -INF  # all logits are -inf: the lowest id is chosen, as in torch
     logits[:, 1, FEW] = INF
     logits[0, 2, :FEW] = -INF
     logits[1, 2] = torch.finfo(logits.dtype).min
@@ -180,12 +181,12 @@ def test_infinities():
 def test_nan_is_flagged_for_its_row_alone(place, value):
     logits, tokens, parents = case(4, 5, FEW + 3, seed=4)
     parents[:, 1], parents[:, 2:] = 0, -1
-    tokens[1, 1] = logits[1, 0].argmax()  # followed
+    tokens[1, 1] = logits[1, 0].argmax()  # on the followed path
     logits[0, 0, place] = INF
-    logits[0, 1, place] = value  # never reached: no flag
+    logits[0, 1, place] = value  # never reached, so no flag is set
     tokens[0, 1] = place + 1
     logits[1, 1, place] = value
-    logits[2, 0, place] = value  # a frozen row has no flag
+    logits[2, 0, place] = value  # a row with budget 0 has no flag
     logits[3, 0, place] = value
     got = check(logits, tokens, parents, budget=budgets(9, 9, 0, 1))
     assert got.has_nan.tolist() == [False, True, False, True]
@@ -226,7 +227,7 @@ def test_no_deeper_than_max_depth(max_depth):
 
 def test_padding_nodes_are_never_reached():
     logits = torch.zeros(1, 4, 3, device=DEVICE)
-    tokens = torch.zeros(1, 4, dtype=torch.int64, device=DEVICE)  # every token is the target's
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device=DEVICE)  # every draft token is the target's choice
     parents = budgets([-1, -1, -1, 0]).int()
     assert check(logits, tokens, parents).path.tolist() == [[3, -1, -1]]
 
@@ -251,7 +252,8 @@ def test_strides(order):
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    logits, tokens, parents = case(3, 7, 130, seed=11)  # 21 nodes in all: long blocks; one sequence: short ones
+    # 21 nodes in total use long blocks; a single sequence uses short ones
+    logits, tokens, parents = case(3, 7, 130, seed=11)
     whole = check(logits, tokens, parents)
     for row in range(3):
         alone = check(*(tensor[row : row + 1] for tensor in (logits, tokens, parents)))
@@ -304,7 +306,7 @@ def test_rows_beyond_32_bit_offsets():
     logits = torch.zeros(70, 256, 128256, dtype=torch.bfloat16, device=DEVICE)  # 2.3e9 elements
     targets = torch.arange(70 * 256, device=DEVICE).view(70, 256) % 128256
     logits.scatter_(2, targets[..., None], 1.0)
-    tokens = targets.roll(1, dims=1)  # a chain that carries on everywhere
+    tokens = targets.roll(1, dims=1)  # a chain that is followed at every node
     parents = torch.arange(-1, 255, dtype=torch.int32, device=DEVICE).expand(70, -1)
     got = ops.accept_greedy(logits, tokens, parents, max_depth=255, impl="triton")
     assert (got.length == 255).all() and torch.equal(got.next_ids, targets[:, -1])
@@ -318,7 +320,7 @@ def test_one_captured_graph_serves_new_inputs_and_the_host_reads_nothing():
     call = {"max_depth": 32, "budget": budget, "eos_ids": eos_ids}
     ops.accept_greedy(logits, tokens, parents, **call, impl="triton")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # which synchronises before it begins
+    with torch.cuda.graph(graph):  # capturing synchronises first
         torch.cuda.set_sync_debug_mode("error")
         try:
             got = ops.accept_greedy(logits, tokens, parents, **call, impl="triton")

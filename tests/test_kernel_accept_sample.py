@@ -1,7 +1,7 @@
 """The sampled acceptance kernel against its reference; on a CPU in Triton's interpreter.
 
-Sums and logarithms may round differently, so a decision that hangs on a rounding may fall the other way: where a row
-differs, the reference must give the kernel's answer for logits that differ by as little.
+Sums and logarithms may round differently, which may change a decision that is close. If a row differs, the reference
+must give the kernel's result for logits that are changed by the size of such a rounding error.
 """
 
 import pytest
@@ -34,9 +34,9 @@ CELLS = [(rule, sampling) for rule in RULES for sampling in SAMPLING if rule in 
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
-    """New tensors hold NaN, the largest integer or True until they are written."""
+    """Fill new tensors with NaN, the largest integer or True."""
     before = torch.are_deterministic_algorithms_enabled()
-    # warn_only: the reference's cumsum would raise on CUDA; memory is filled all the same
+    # warn_only, because cumsum in the reference would raise on CUDA; memory is filled in any case
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
@@ -47,7 +47,8 @@ def run(arguments):
 
 
 def check(arguments, exact=False):
-    """Kernel and reference agree; rows without a distribution in that only. The kernel's answer."""
+    """Assert that kernel and reference agree. For rows without a distribution, only has_nan must agree. Returns the
+    kernel's result."""
     got, want = run(arguments), reference.accept_sample(**arguments)
     for field, wanted in zip(got, want, strict=True):
         assert (field.shape, field.dtype, field.is_contiguous()) == (wanted.shape, wanted.dtype, True)
@@ -66,7 +67,7 @@ def check(arguments, exact=False):
 
 
 def same(got, want):
-    """[B] bool."""
+    """[B] bool: True for rows with equal results."""
     equal = (got.path == want.path).all(1) & (got.length == want.length) & (got.next_ids == want.next_ids)
     return (got.has_nan == want.has_nan) & (equal | want.has_nan)
 
@@ -81,7 +82,7 @@ def nudged(arguments, attempt):
     return changed
 
 
-# The parts
+# Parts of the kernels
 
 
 @triton.jit
@@ -135,7 +136,8 @@ def depths(parents):
 
 
 def depths_by_hand(parents):
-    """Up from each node; a node without a parent hangs below the root, and a parent comes before its children."""
+    """Depths by walking up from each node. A node without a parent counts as a child of the root; parents are clamped
+    to the node before."""
     found = []
     for node in range(len(parents)):
         found.append(0)
@@ -147,7 +149,7 @@ def depths_by_hand(parents):
 
 @pytest.mark.parametrize("nodes", [1, 2, 15, 16, 17, 65, 256])
 def test_depths(nodes):
-    """Chains, stars, random trees, and parents that are no nodes or do not come first."""
+    """Chains, stars, random trees, and invalid parents."""
     random = torch.Generator().manual_seed(nodes)
     parents = torch.zeros(6, nodes, dtype=torch.int32)
     parents[0] = torch.arange(-1, nodes - 1)
@@ -161,7 +163,7 @@ def test_depths(nodes):
 @pytest.mark.parametrize(("rule", "kind"), [("coupled", "none"), ("coupled", "top_k"), ("traversal", "none")])
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's loads")
 def test_a_chain_takes_no_more_loads_than_a_star(monkeypatch, rule, kind):
-    """Depths are found without walking up by loads that wait for each other."""
+    """Depths are computed without walking up by loads that depend on each other."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     counts = []
@@ -197,7 +199,7 @@ def _log_probs_probe(
 
 
 def kernel_log_probs(logits, filters):
-    """[B, V] log-probabilities as the kernel has them, of logits [B, V]."""
+    """[B, V]: the kernel's log-probabilities of logits [B, V]."""
     batch, vocab = logits.shape
     statistics = _rows.row_statistics(logits[:, None], filters.temperature)
     out = torch.empty(batch, vocab, device=DEVICE)
@@ -234,7 +236,7 @@ def test_filters(kind, dtype):
     check_filters(logits, filters_of(kind, 3, random))
 
 
-# each alone, then together: with a nucleus of a part of a tie, and with more asked for than is finite
+# each filter alone, then together; with a nucleus that cuts a tie, and with top-k above the number of finite logits
 FIXED = [
     {"top_k": 5},
     {"top_p": 0.55},
@@ -250,7 +252,7 @@ def skip_what_the_interpreter_cannot(palette, dtype):
 
 
 def check_by_hand_in_float64(logits, rows):
-    """Kernel rows of one launch, each with filters of its own, against the filters one after the other."""
+    """Compare rows of one launch, each with its own filters, with the filters applied one after another in float64."""
     given = made(**{name: [row.get(name, value) for row in rows] for name, value in OFF.items()})
     found = kernel_log_probs(logits.to(DEVICE), Filters(*(option.to(DEVICE) for option in given.tensors))).cpu()
     for row, options in enumerate(rows):
@@ -282,7 +284,7 @@ def test_filters_over_several_tiles():
     logits = (2 * torch.randn(2, vocab, generator=random)).half()
     check_filters(logits, Filters(top_k=torch.tensor([2, 700])))
     logits = torch.zeros(2, vocab, dtype=torch.bfloat16)
-    # all tie, and ties are exact: 1,000 dropped of a power of two is a matter of integers
+    # all logits tie and sums are exact, because 1,000 of a power of two are dropped
     logits[:, 4096:] = -INF
     assert check_filters(logits, Filters(top_p=doubles(1 - 1000 / 4096, 0.5))) == [3096, 2048]
 
@@ -310,14 +312,14 @@ def test_greedy_rows_and_degenerate_ones():
     assert check_filters(lone, Filters(top_p=doubles(0.9, 0.1), top_k=torch.tensor([2, 1]))) == [1, 1]
     large = full(1e4, 1e4 + 2, -1e4)[None]
     assert check_filters(large, Filters(min_p=full(0.2))) == [1]
-    # the threshold lies between two fp32 numbers
+    # the threshold is between two fp32 numbers
     assert check_filters(full(1e6, 1e6 - 0.0625)[None], Filters(min_p=full(0.951))) == [1]
     extreme = Filters(temperature=full(1e-45, INF))
     for options in (extreme, extreme._replace(top_p=doubles(0.99, 0.99), min_p=full(0.5, 0.5))):
         assert (kernel_log_probs(logits[:2], options).cpu() > -30).sum(1).tolist() == [2, 3]
 
 
-# The whole
+# The whole op
 
 
 @pytest.mark.parametrize(
@@ -364,14 +366,15 @@ def test_awkward_shapes(rule, sampling, batch, nodes, vocab):
     ],
 )
 def test_siblings_one_after_the_other(rule, sampling):
-    """Stars of a poor draft: most first children are rejected, and later ones meet what is left, some again."""
+    """Stars of a bad draft: most first children are rejected, and later children, some with repeated tokens, are tried
+    against the residual."""
     arguments = case(rule, sampling, batch=6, nodes=6, vocab=6, seed=21, spread=2.0)
     arguments["parents"][:, 1:] = 0
     arguments["max_depth"] = 1
     tokens = full(1, 1, 2, 3, 2).long().expand(6, -1)
     if sampling != "none":
         random = torch.Generator().manual_seed(5)
-        # draft_row of the root is the last row
+        # draft_row of the root is the last row of draft_logits
         probs = arguments["draft_logits"][:, 5].softmax(-1).cpu()
         tokens = torch.multinomial(probs, 5, sampling == "with", generator=random)
     arguments["tokens"][:, 1:] = tokens
@@ -382,7 +385,8 @@ def test_siblings_one_after_the_other(rule, sampling):
 @pytest.mark.parametrize("kind", ["none", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_accept_probs_are_the_references(monkeypatch, sampling, kind):
-    """Of every child, as if those before it had been rejected; most of them are hardly ever reached in a walk."""
+    """The probabilities of all children, each assuming that the ones before were rejected. A walk would rarely reach
+    most of them."""
     arguments = case("multi_round", sampling, batch=6, nodes=10, vocab=17, kind=kind, seed=31, spread=1.5)
     arguments["logits"] /= 4
     if sampling != "none":
@@ -441,7 +445,7 @@ def test_tiles_of_unlike_height(rule):
 
 @pytest.mark.parametrize("rule", ["rejection", "multi_round", "block", "traversal"])
 def test_a_tile_with_nothing_left(rule):
-    """The drafted token has its tile to itself: once it is rejected, the next one is in the other tile."""
+    """The drafted token is alone in its tile. After its rejection, the next token is in the other tile."""
     arguments = case(rule, "none", batch=8, nodes=2, vocab=_rows.BLOCK_V + 5, seed=23)
     arguments["logits"][..., : _rows.BLOCK_V] = -INF
     arguments["logits"][:, 0, 7] = 3.0
@@ -453,7 +457,7 @@ def test_a_tile_with_nothing_left(rule):
 
 @pytest.mark.parametrize(("rule", "sampling"), [cell for cell in CELLS if cell[1] != "none"])
 def test_a_draft_that_is_the_target(rule, sampling):
-    """Every first child is accepted, and its residual is exactly nothing."""
+    """Every first child is accepted, and its residual is exactly 0."""
     arguments = case(rule, sampling, nodes=6, spread=0.0, seed=5)
     got = check(arguments)
     for row in range(2):
@@ -474,7 +478,8 @@ ONE_OF_EACH_SAMPLING = [("coupled", "none"), ("multi_round", "without"), ("block
     [cell if cell in ONE_OF_EACH_SAMPLING else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS],
 )
 def test_what_cannot_be_said_is_never_said(rule, sampling):
-    """Greedy rows, one-token nuclei, -inf, repeated siblings, exhausted support."""
+    """Greedy rows, nuclei of one token, -inf, repeated siblings, exhausted support: impossible tokens are never
+    emitted."""
     arguments = case(rule, sampling, batch=4, nodes=6, vocab=6, seed=8)
     logits = arguments["logits"]
     logits[:, :, [0, 5]] = -INF
@@ -496,7 +501,7 @@ def test_end_of_text_budget_and_depth(rule):
     arguments |= on_device({"budget": torch.tensor([0, 1, 2, 3, -1, 2**40]), "eos_ids": torch.tensor([3, 9])})
     got = check(arguments)
     assert got.next_ids[[0, 4]].tolist() == [-1, -1] and (got.path[[0, 1, 4]] == -1).all()
-    if rule != "traversal":  # its weights are computed depth by depth: max_depth is what the tree has
+    if rule != "traversal":  # weights are computed depth by depth, so max_depth must be the depth of the tree
         check(arguments | {"max_depth": 1, "eos_ids": None})
     check(arguments | {"eos_ids": torch.tensor([], dtype=torch.int64, device=DEVICE)})
 
@@ -532,7 +537,7 @@ def test_no_distribution_is_flagged(rule, value):
     [cell if cell in QUICK_CELLS else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS],
 )
 def test_a_node_without_a_distribution_is_a_leaf(rule, sampling):
-    """One in each row, most of them off the path: the text of the row is the one without that node's children."""
+    """Each row has one such node, mostly off the path. The text of the row is that without the node's children."""
     arguments = case(rule, sampling, batch=6, nodes=7, vocab=7, seed=33)
     if rule not in ("rejection", "block"):
         arguments["parents"][:] = torch.tensor([-1, 0, 0, 1, 1, 2, 3], dtype=torch.int32)
@@ -553,7 +558,7 @@ def test_a_draft_without_a_distribution_drew_nothing(rule):
     arguments = case(rule, "with", batch=3, nodes=5, vocab=9, seed=12)
     arguments["draft_logits"][0] = NAN
     arguments["draft_row"][1] = -1
-    arguments["draft_logits"][2, 4, 3] = NAN  # the root's row
+    arguments["draft_logits"][2, 4, 3] = NAN  # the row of the root
     assert check(arguments).length.tolist() == [0, 0, 0]
 
 
@@ -604,7 +609,7 @@ def properties(data, most_nodes):
     seed = data.draw(st.integers(0, 1000))
     kind = data.draw(st.sampled_from(FILTERS))
     arguments = case(rule, sampling, batch, nodes, vocab, kind, torch.bfloat16, seed)
-    # zeros, ties, repeated siblings: few values, so that all of them are likely
+    # zeros, ties and repeated siblings; few values, so that all of them are likely
     if data.draw(st.booleans()):
         values = torch.tensor([-INF, -2.0, 0.0, 0.5, 3.0])
         random = torch.Generator().manual_seed(seed)
@@ -641,7 +646,7 @@ def test_every_cell(rule, sampling, kind):
 
 
 REAL_SIZES = [(*cell, kind, torch.bfloat16) for cell in CELLS for kind in FILTERS]
-# the other dtypes: each rule once, and each filter
+# in the other dtypes, each rule once and each filter once
 OTHER_SIZES = [(*cell, kind, torch.float32) for cell, kind in turns(ONE_OF_EACH_RULE, FILTERS)]
 OTHER_SIZES += [(*cell, kind, torch.float16) for cell, kind in turns(ONE_OF_EACH_RULE[::-1], FILTERS)]
 FIRST_SIZES = covering(REAL_SIZES) + OTHER_SIZES
@@ -651,7 +656,7 @@ FIRST_SIZES = covering(REAL_SIZES) + OTHER_SIZES
 @pytest.mark.first_gpu
 @pytest.mark.parametrize("purpose", [noise.COUPLED, noise.BONUS])
 def test_noise_of_a_vocabulary(purpose):
-    """What decides is the highest of many: where the logarithms of the GPU are furthest from the truth."""
+    """The highest of many noise values decides, and there the logarithms of a GPU are least accurate."""
     seeds, at = torch.tensor([77], device=DEVICE), torch.tensor([2**31], device=DEVICE)
     wanted = noise.gumbel(seeds, at, 9, purpose, 2**18)[0]
     got, unit = torch.empty(2, 2**18, device=DEVICE)
@@ -667,11 +672,11 @@ def test_real_sizes(rule, sampling, kind, dtype):
     check(case(rule, sampling, 2, 33, 128256, kind, dtype, 1))
 
 
-# What it costs
+# Costs
 
 
 class Recorder:
-    """In a kernel's place: counts launches, computes nothing."""
+    """Replaces a kernel: counts launches and computes nothing."""
 
     def __init__(self, name, launches):
         self.name, self.launches = name, launches
@@ -681,7 +686,7 @@ class Recorder:
 
 
 def cost(monkeypatch, rule, sampling="none", filtered=True, batch=8, nodes=64, vocab=128256, depth=8):
-    """Launches, and bytes allocated, at the size of a real call."""
+    """Launches and allocated bytes at the size of a real call."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Allocations(TorchDispatchMode):
@@ -711,7 +716,7 @@ def cost(monkeypatch, rule, sampling="none", filtered=True, batch=8, nodes=64, v
     draft = (None, None, Filters())
     if sampling != "none":
         draft = of(batch, nodes, vocab, dtype=torch.bfloat16), of(batch, nodes, dtype=torch.int32), filters
-    torch.use_deterministic_algorithms(False)  # no fills of what is new
+    torch.use_deterministic_algorithms(False)  # new tensors are not filled
     arguments = (
         of(batch, nodes, vocab, dtype=torch.bfloat16), of(batch, nodes), of(batch, nodes, dtype=torch.int32), rule,
         of(batch), of(batch), filters, depth, of(batch), of(2), sampling, *draft,

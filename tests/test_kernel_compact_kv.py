@@ -15,7 +15,7 @@ INTERPRETED = DEVICE == "cpu"
 
 @pytest.fixture(params=["in order", "reversed"])
 def program_order(request, monkeypatch):
-    """A GPU runs programs in any order; the interpreter goes from the first to the last, or here the other way."""
+    """Run the programs in forward or backward order, because a GPU may run them in any order."""
     if request.param == "reversed":
         if not INTERPRETED:
             pytest.skip("the order of programs is the GPU's")
@@ -35,7 +35,7 @@ def bits(tensor):
 
 
 def random_storage(count, dtype, seed=0):
-    """Any bits at all: NaNs with payloads, infinities, denormals."""
+    """Random bits, including NaNs with payloads, infinities and denormals."""
     random = torch.Generator(DEVICE).manual_seed(seed)
     raw = torch.randint(0, 256, (count * dtype.itemsize,), generator=random, dtype=torch.uint8, device=DEVICE)
     if dtype == torch.bool:
@@ -44,13 +44,13 @@ def random_storage(count, dtype, seed=0):
 
 
 def paths(*rows):
-    """Rows of nodes, padded with -1 to one more than the longest."""
+    """Paths as rows, padded with -1 to one more than the longest."""
     longest = max(map(len, rows)) + 1
     return torch.tensor([[*row] + [-1] * (longest - len(row)) for row in rows], dtype=torch.int32, device=DEVICE)
 
 
 def check(storage, widths, base, path):
-    """Kernel and reference leave the same bits everywhere; returns the storage after."""
+    """Assert that kernel and reference leave the same bits everywhere. Returns the storage afterwards."""
     got, want = storage.clone(), storage.clone()
     kernel.compact_kv(got, widths, base, path)
     reference.compact_kv(want, widths, base, path)
@@ -63,7 +63,7 @@ def bases(*values):
 
 
 def test_hand_worked():
-    # two planes, two sequences of 6 slots; plane 0 has 2 elements a slot, plane 1 has 1
+    # two planes, two sequences of 6 slots; plane 0 has 2 elements per slot, plane 1 has 1
     storage = torch.tensor(
         [
             [10, 11], [20, 21], [30, 31], [40, 41], [50, 51], [60, 61],
@@ -71,7 +71,8 @@ def test_hand_worked():
         ], dtype=torch.int16, device=DEVICE,
     ).flatten()  # fmt: skip
     storage = torch.cat([storage, storage[::2] + 5])
-    # sequence 0: root in slot 1, nodes 2 and 4 (slots 3 and 5) to slots 2 and 3; sequence 1: root in slot 0, node 3
+    # sequence 0: the root is in slot 1, nodes 2 and 4 (slots 3 and 5) move to slots 2 and 3; sequence 1: the root is in
+    # slot 0, node 3
     ops.compact_kv(storage, [2, 1], bases(1, 0), paths([2, 4], [3]), impl="triton")
     assert storage.tolist() == [
         10, 11, 20, 21, 40, 41, 60, 61, 50, 51, 60, 61,
@@ -81,7 +82,7 @@ def test_hand_worked():
     ]  # fmt: skip
 
 
-# every step's source is a later target, or its target an earlier source, in every way that an order can get wrong
+# paths in which sources and targets overlap in all ways that a wrong order would corrupt
 OVERLAPPING = {
     "shift by one": [range(2, 34)],
     "shift by two": [range(3, 31)],
@@ -224,7 +225,7 @@ def test_real_sizes(widths, program_order):
 
 
 MANY_PLANES = {
-    "16 bytes": ([1024] * 64, torch.bfloat16),  # an 8B model's; bytes that one access moves
+    "16 bytes": ([1024] * 64, torch.bfloat16),  # the layout of an 8B model; bytes per access
     "8 bytes": ([1028, 512, 644] * 8, torch.bfloat16),
     "4 bytes": ([1026, 512, 642] * 8, torch.bfloat16),
     "2 bytes": ([1023, 512, 640] * 8, torch.bfloat16),
@@ -233,9 +234,9 @@ MANY_PLANES = {
 
 
 def many_planes(kind):
-    """Storage of four sequences for any seed, and the other arguments of `check`."""
+    """A function from a seed to storage of four sequences, and the other arguments of `check`."""
     widths, dtype = MANY_PLANES[kind]
-    # the longest path, and its -1, end in the last slot of the sequence with the highest base
+    # the longest path and its padding end in the last slot of the sequence with the highest base
     path = paths(range(2, 258), range(3, 60), range(1, 120, 2), [1, 2, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49])
     return lambda seed: random_storage(4 * 300 * sum(widths), dtype, seed), widths, bases(0, 40, 9, 42), path
 
@@ -250,7 +251,7 @@ def test_no_race_in_many_trials(kind):
 
 
 def test_the_race_test_keeps_its_slots_apart():
-    """An index out of bounds would end every later test of a process on a GPU."""
+    """An index out of bounds would make all later tests of the process fail on a GPU."""
     for kind in MANY_PLANES:
         _, widths, base, path = many_planes(kind)
         assert int(base.max()) + path.shape[1] < 300
@@ -276,7 +277,7 @@ def test_one_captured_graph_serves_new_paths_and_the_host_reads_nothing():
     base, path = bases(0, 0), paths([2, 3], [])
     ops.compact_kv(storage, widths, base, path, impl="triton")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # which synchronises before it begins
+    with torch.cuda.graph(graph):  # capturing synchronises first
         torch.cuda.set_sync_debug_mode("error")
         try:
             ops.compact_kv(storage, widths, base, path, impl="triton")

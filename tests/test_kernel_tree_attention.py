@@ -38,7 +38,7 @@ def random_trees(batch, nodes, generator):
     parents = torch.full((batch, nodes), -1, dtype=torch.int32)
     for row in parents:
         for node in range(1, nodes):
-            # near parents make deep trees, far ones bushy trees
+            # close parents make deep trees, distant ones bushy trees
             low = 0 if node % 2 else max(0, node - 3)
             row[node] = int(torch.randint(low, node, (), generator=generator))
     return DraftTree.from_parents(torch.zeros(batch, nodes, dtype=torch.int64), parents)
@@ -48,7 +48,7 @@ def make_case(
     batch=2, query_heads=4, kv_heads=2, rows=7, slots=160, head_dim=64, value_dim=None, nodes=None,
     dtype=torch.float32, lengths=None, starts=None, seed=0,
 ):  # fmt: skip
-    """Slot-major storage seen through transposed views; every slot outside [start, length + T) holds NaN or inf."""
+    """Slot-major storage seen through transposed views. All slots outside [start, length + T) hold NaN or inf."""
     generator = torch.Generator().manual_seed(seed)
     value_dim, nodes = value_dim or head_dim, nodes or rows
     if lengths is None:
@@ -70,7 +70,7 @@ def make_case(
 
 
 def in_float64(case, scale=None, softcap=None, sinks=None, **limits):
-    """The reference's formula without its roundings: [B, N, Hq, Dv] float64."""
+    """The reference's formula in float64: [B, N, Hq, Dv]."""
     visible = reference.visible_slots(case.packed, case.query.shape[2], case.key.shape[2], **limits)[:, None]
     group = case.query.shape[1] // case.key.shape[1]
     key, value = (tensor.double().nan_to_num(0, 0, 0).repeat_interleave(group, 1) for tensor in (case.key, case.value))
@@ -83,8 +83,9 @@ def in_float64(case, scale=None, softcap=None, sinks=None, **limits):
 
 
 def check(case, **options):
-    """Against the reference. The tolerance is a small multiple of the error that the reference itself has in fp32,
-    and of a rounding of the greatest value; halves round each weight and the output once more."""
+    """Compare the kernel with the reference. The tolerance is a small multiple of the reference's own fp32 error and
+    of one rounding of the largest value. In half precision it also covers one rounding of each weight and of the
+    output."""
     wanted = case.run("reference", **options)
     got = case.run("triton", **options)
     assert got.shape == wanted.shape and got.dtype == wanted.dtype and got.is_contiguous()
@@ -94,7 +95,7 @@ def check(case, **options):
     roundings = 4 * torch.finfo(torch.float32).eps
     if got.dtype != torch.float32:
         roundings += torch.finfo(got.dtype).eps
-    # the kernel's tanh is exact to a rounding of 1, which the softcap multiplies
+    # the kernel's tanh is exact to a rounding of 1, and the softcap multiplies the error
     roundings += 2 * (options.get("softcap") or 0) * torch.finfo(torch.float32).eps
     tolerance = 8 * (single - exact).abs().max().item() + roundings * greatest
     for name, result in (("the exact result", exact), ("the reference", wanted.double())):
@@ -104,7 +105,8 @@ def check(case, **options):
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
-    """Whatever the launcher allocates holds NaN (`torch.empty` is everybody's: not all that others allocate can)."""
+    """Fill all tensors that the launcher allocates with NaN. Other code also uses `torch.empty`, and not all of its
+    dtypes can hold NaN."""
     empty = torch.empty
 
     def poisoned(*size, **options):
@@ -116,7 +118,8 @@ def poisoned_buffers(monkeypatch):
 
 @pytest.fixture
 def small_splits(monkeypatch):
-    """Tiles of 16 rows and 32 slots, two a split, two splits merged at a time: every loop turns at small sizes."""
+    """Use tiles of 16 rows and 32 slots, two tiles per split, and merge two splits at a time, so that every loop runs
+    more than once at small sizes."""
     config = kernel.AttentionConfig(16, 32, 4, 2, 10**9)
     monkeypatch.setattr(kernel, "attention_config", lambda *shape: config)
     monkeypatch.setattr(kernel, "SHORT_SLOTS", 0)
@@ -130,9 +133,10 @@ def small_splits(monkeypatch):
 
 @pytest.fixture
 def ordered_products(monkeypatch):
-    """Makes the interpreter's matrix product sum in one order: its BLAS picks one by processor, shape and row.
+    """Make the interpreter's matrix product sum in a fixed order. Its BLAS chooses the order by processor, shape and
+    row.
 
-    Elementwise products and sums of floats are the same on every processor. With a GPU nothing is interpreted.
+    Elementwise products and sums of floats are the same on every processor. With a GPU, the interpreter is not used.
     """
     calls = []
 
@@ -182,8 +186,8 @@ def test_several_splits(small_splits, monkeypatch, options, merged):
 @pytest.mark.parametrize(
     ("batch", "query_heads", "kv_heads", "rows", "slots", "head_dim", "value_dim", "nodes"),
     [
-        (1, 1, 1, 1, 1, 64, 64, 1),  # a first token, no prefix
-        (3, 2, 2, 1, 65, 64, 64, 1),  # plain decoding, one head a group
+        (1, 1, 1, 1, 1, 64, 64, 1),  # first token, no prefix
+        (3, 2, 2, 1, 65, 64, 64, 1),  # plain decoding, one query head per KV head
         (2, 7, 1, 3, 97, 80, 80, 3),  # rows and head dim that are not powers of two
         (2, 4, 2, 5, 100, 96, 64, 9),  # D != Dv, N < T
         (1, 4, 2, 4, 70, 192, 128, 4),
@@ -232,7 +236,7 @@ def test_on_gpu(dtype, head_dim, size, options):
     check(make_case(2, 8, 2, rows, slots, head_dim, dtype=dtype), **with_sinks(options, 8))
 
 
-# What a plan comes to: Llama 3.1 8B's attention on a GPU of 132 multiprocessors.
+# Properties of plans: Llama 3.1 8B's attention on a GPU with 132 multiprocessors.
 CONTEXTS, NODES = (2048, 8192, 32768), (1, 16, 32, 64, 128)
 
 
@@ -242,8 +246,8 @@ def plan(nodes, slots, batch=1, kv_heads=8, group=4, head_dim=128, value_dim=128
 
 
 def working_programs(nodes, context, **shape):
-    """Programs that find something to do in a cache of `context` slots and a tree, and how many the card runs at a
-    time."""
+    """The number of programs with work in a cache of `context` slots and a tree, and the number of programs that the
+    GPU runs at a time."""
     (row_tiles, splits, heads), split_tiles, meta, _ = plan(nodes, in_buckets(context + nodes), **shape)
     tiles = -(-context // meta["BLOCK_N"]) - (-nodes // meta["BLOCK_N"])
     working = -(-tiles // split_tiles)
@@ -252,7 +256,8 @@ def working_programs(nodes, context, **shape):
 
 
 def planned_programs(nodes, row_tiles):
-    """On a multiprocessor at a time: one row tile was faster with one than with two (bench/tune_tree_attention.py)."""
+    """Number of programs per multiprocessor. With one row tile, one program was faster than two
+    (bench/tune_tree_attention.py)."""
     return min(row_tiles, kernel.attention_config(90, 4 * nodes, 128, 2, False, False).programs)
 
 
@@ -261,7 +266,8 @@ def planned_programs(nodes, row_tiles):
 def test_the_splits_fill_whole_waves(context, nodes):
     working, at_a_time = working_programs(nodes, context)
     waves = -(-working // at_a_time)
-    # at 2048 slots N = 1 takes splits of 3 tiles, and the smallest split that partial results allow binds for N < 128
+    # at 2048 slots, N = 1 uses splits of 3 tiles, and for N < 128 the smallest size that partial results permit is the
+    # limit
     least = 0.9 if context > 2048 else {1: 0.6, 16: 0.5, 32: 0.5, 64: 0.8, 128: 0.9}[nodes]
     assert working / (waves * at_a_time) > least
 
@@ -271,27 +277,28 @@ def test_the_splits_fill_whole_waves(context, nodes):
 )
 @pytest.mark.parametrize("multiprocessors", [16, 58, 108, 132, 148])
 def test_other_heads_and_cards(kv_heads, nodes, multiprocessors):
-    """At full capacity, whatever the number of heads. The last wave counts as a whole one."""
+    """At full capacity most of the GPU is busy, for any number of heads. The last wave counts as a full one."""
     grid, split_tiles, meta, _ = plan(nodes, 32768, kv_heads=kv_heads, multiprocessors=multiprocessors)
     programs = planned_programs(nodes, grid[0])
     working = math.prod(grid)
     waves = -(-working // (multiprocessors * programs))
     tiles = 32768 // meta["BLOCK_N"]
-    # splits are whole tiles: 2.4 of them become 3
+    # splits are whole tiles, so 2.4 tiles become 3
     assert grid[0] * grid[2] * tiles / (waves * multiprocessors * programs * split_tiles) > 0.78
 
 
 @pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_partial_results_stay_small(context, nodes):
-    """A program writes and reads at most half the bytes of its keys and values for its partial results."""
+    """The traffic of a program's partial results is at most half of that of its keys and values."""
     _, split_tiles, meta, _ = plan(nodes, in_buckets(context + nodes))
     partial = 2 * meta["BLOCK_M"] * 128 * 4
     assert 2 * partial <= split_tiles * meta["BLOCK_N"] * 2 * 128 * 2
 
 
 def test_a_splits_size_is_a_function_of_its_own_shape():
-    """Neither of the batch, nor of the tree inside one number of row tiles, which is the compiled configuration."""
+    """The size of a split depends neither on the batch nor on the tree, as long as the number of row tiles and the
+    configuration are the same."""
     for slots in (2176, 8320, 32896):
         sizes = {plan(nodes, slots, batch)[1] for nodes in (17, 25, 32) for batch in (1, 3, 64)}
         assert len(sizes) == 1
@@ -300,7 +307,8 @@ def test_a_splits_size_is_a_function_of_its_own_shape():
 @pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize(("kv_heads", "blocks"), [(8, {16}), (2, {16, 32, 64, 128})], ids=str)
 def test_a_growing_cache_compiles_rarely(kv_heads, blocks, nodes):
-    """Attention once, or twice if the first capacities are one split; the merge for each power of two of splits."""
+    """Attention is compiled once, or twice if the first capacities are one split; the merge once for each power of two
+    of splits."""
     compiled, merges = set(), set()
     for slots in range(512, 40960 + 1, 128):
         grid, _, meta, merge_meta = plan(nodes, slots, kv_heads=kv_heads)
@@ -313,7 +321,8 @@ def test_a_growing_cache_compiles_rarely(kv_heads, blocks, nodes):
 
 @pytest.mark.parametrize("nodes", [1, 7, 64, 128, 256])
 def test_a_short_context_is_one_launch(nodes):
-    """Whatever the tree and the rounding of the cache add to it. From 512 slots on, more programs are worth a merge."""
+    """This holds for any number of nodes and rounding of the capacity. From 512 slots on, more programs outweigh a
+    merge."""
     for context in (1, 129, 256):
         assert plan(nodes, in_buckets(context + nodes))[0][1] == 1
     assert plan(nodes, in_buckets(512 + nodes))[0][1] > 1
@@ -336,8 +345,8 @@ def no_launch(monkeypatch):
 
 
 def test_heads_too_wide_are_refused(no_launch):
-    """Absorbed MLA: 576 and 512. Before anything is launched."""
-    message = r'tree_attention: key must be of a head dim up to 512 for impl="triton"'
+    """Head dims of absorbed MLA, 576 and 512. They are refused before a launch."""
+    message = r'tree_attention: key must be a tensor with a head dim of at most 512 for impl="triton"'
     with pytest.raises(ValueError, match=message + r".*got torch.float16 \[1, 1, 40, 576\]"):
         wide(576, 512).run()
     with pytest.raises(ValueError, match=message.replace("key", "value") + r".*\[1, 1, 40, 513\]"):
@@ -367,7 +376,8 @@ def test_heads_too_wide_take_the_reference_by_default(no_launch, monkeypatch):
 
 
 def test_by_hand():
-    """Prefix slot 1 (slot 0 is padding), a root and its two children; keys of zero weigh all that is seen alike."""
+    """Prefix slot 1 (slot 0 is padding), a root and its two children. The keys are 0, so all visible values have equal
+    weights."""
     tree = DraftTree.from_topology(Topology.from_widths([2]), torch.zeros(1, 3, dtype=torch.int64))
     packed = tree.pack(torch.tensor([1]), torch.tensor([2]))
     assert packed.tolist() == [[[0b001, 0, 1, 2], [0b011, 1, 1, 2], [0b101, 1, 1, 2]]]
@@ -376,16 +386,16 @@ def test_by_hand():
     query = torch.ones(1, 1, 3, 16)
     case = Case(*(tensor.to(DEVICE) for tensor in (query, key, value, packed)))
     assert case.run()[0, :, 0, 0].tolist() == pytest.approx([12 / 2, 14 / 3, 13 / 3])
-    # position 2 of a child: itself and its parent
+    # position 2, a child: it sees itself and its parent
     assert case.run(sliding_window=2)[0, :, 0, 0].tolist() == pytest.approx([12 / 2, 6 / 2, 5 / 2])
     # positions 0 1 | 2: the children are alone in their chunk
     assert case.run(chunk_size=2)[0, :, 0, 0].tolist() == pytest.approx([12 / 2, 2.0, 1.0])
-    # a sink of logit 0 weighs as much as one key and has no value
+    # a sink with logit 0 has the weight of a key but no value
     assert case.run(sinks=torch.zeros(1, device=DEVICE))[0, :, 0, 0].tolist() == pytest.approx([12 / 3, 14 / 4, 13 / 4])
 
 
 def test_strides(small_splits, ordered_products):
-    """Nothing contiguous but the last dimension."""
+    """No tensor is contiguous except in the last dimension."""
     case = make_case(2, 2, 1, rows=4, slots=100)
     views = []
     for tensor in (case.query, case.key, case.value):
@@ -395,7 +405,7 @@ def test_strides(small_splits, ordered_products):
     packed.copy_(case.packed)
     wanted = case.run()
     assert torch.equal(Case(*views, packed).run(), wanted)
-    # a cache in the other order
+    # a cache with heads before slots
     dense = [tensor.contiguous() for tensor in (case.query, case.key, case.value)]
     assert torch.equal(Case(*dense, packed).run(), wanted)
 
@@ -407,7 +417,7 @@ def test_scale_that_is_not_positive(scale):
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 30, "sinks": True}], ids=str)
 def test_a_row_is_its_own(small_splits, ordered_products, options):
-    """No bit of a row depends on other rows, nodes, sequences, or on what unused slots hold."""
+    """No bit of a row depends on other rows, nodes or sequences, or on the contents of unused slots."""
     options = with_sinks(options, 2)
     case = make_case(query_heads=2, kv_heads=1, rows=12, slots=190, lengths=[150, 40], starts=[7, 0])
     whole = case.run(**options)
@@ -427,10 +437,11 @@ def test_a_row_is_its_own(small_splits, ordered_products, options):
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 40}, {"chunk_size": 160, "sinks": True}], ids=str)
 @pytest.mark.parametrize("group", [1, 3])
 def test_a_row_is_its_own_in_the_merge(small_splits, ordered_products, monkeypatch, group, options, merged):
-    """No bit of a row depends on how many rows there are, nor on which of them share its program.
+    """No bit of a row depends on the number of rows or on the rows of the same program.
 
-    A chain at positions 155 to 167. Splits are 64 slots: with the window, rows from 167 on begin at the third split
-    (slot 128), the others at the second; with chunks, rows from 160 on begin there, the others at the first.
+    The case is a chain at positions 155 to 167, with splits of 64 slots. With the window, the row at position 167
+    begins at the third split (slot 128) and the others at the second. With chunks, rows from position 160 on begin at
+    the third split and the others at the first.
     """
     monkeypatch.setattr(kernel, "MERGE_SPLITS", merged)
     options = with_sinks(options, group)
@@ -457,7 +468,8 @@ PLACES += [(38, math.nan), (69, math.nan), (76, math.inf)]
 @pytest.mark.parametrize("splits", ["one split", pytest.param("several splits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_what_a_row_must_not_see_does_not_reach_it(request, impl, splits, options):
-    """One slot of each sequence, or one query, is not finite: rows that do not see it are as if it were finite."""
+    """One slot of each sequence, or one query, is not finite. Rows that do not see it have the results that they have
+    if it is finite."""
     if splits != "one split":
         request.getfixturevalue("small_splits")
     places = [("key", *place) for place in PLACES] + [("value", *place) for place in PLACES] + [("query", 4, math.nan)]
@@ -488,7 +500,7 @@ def test_more_capacity_changes_nothing(small_splits, ordered_products):
 
 
 def test_lengths_are_read_on_the_device(small_splits):
-    """The same launch arguments serve every length: what a captured graph needs."""
+    """The same launch arguments work for every length, which a captured graph needs."""
     case = make_case(1, 2, 1, rows=4, slots=200, lengths=[196], starts=[0])
     for start, length in ((0, 0), (10, 37), (64, 128), (0, 196)):
         case.packed[..., -2], case.packed[..., -1] = start, length

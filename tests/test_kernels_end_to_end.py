@@ -1,4 +1,5 @@
-"""Text through the Triton kernels (in the interpreter where there is no GPU): plain `generate`'s or the reference's."""
+"""Texts generated with the Triton kernels (in the interpreter if there is no GPU) equal those of plain `generate` or of
+the reference."""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers import DEVICE, TREES, oracle
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """How often each kernel ran: a test that reached none of them would prove nothing."""
+    """Counts the runs of each kernel, because a test that runs none would prove nothing."""
     counts = dict.fromkeys(sdt.ops.OPS, 0)
     launcher = sdt.ops._launcher
 
@@ -48,7 +49,7 @@ def test_text_through_the_kernels(family, calls):
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_a_draft_token_without_finite_numbers(family, impl):
-    """Its siblings, the root and later rounds are none the wiser."""
+    """Its siblings, the root and later rounds are not affected."""
     model = build(family, num_hidden_layers=2).to(DEVICE)
     inputs = {name: tensor.to(DEVICE) for name, tensor in prompt().items()}
     options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": NEVER}
@@ -56,7 +57,7 @@ def test_a_draft_token_without_finite_numbers(family, impl):
     unused = sorted(set(range(3, VOCAB)) - set(plain.flatten().tolist()))[0]
     with torch.no_grad():
         model.get_input_embeddings().weight[unused] = float("nan")
-        # a tied head would give every row a NaN
+        # with tied embeddings every row of the head would get a NaN
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.nan_to_num(0.0))
     assert torch.equal(model.generate(**inputs, **options), plain)
     drafted = plain.clone()
@@ -84,7 +85,8 @@ def test_a_draft_model_through_the_kernels(calls):
     ],
 )
 def test_sampling_through_the_kernels(rule, calls):
-    """The reference's text, with the same seeds: filters, noise, acceptance and recovered tokens are the same."""
+    """With the same seeds, the text is that of the reference: filters, noise, acceptance and recovered tokens are
+    equal."""
     model, draft = (build("llama", seed=seed, num_hidden_layers=1).to(DEVICE) for seed in (0, 1))
     inputs = {name: tensor.to(DEVICE) for name, tensor in prompt().items()}
     options = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_new_tokens": 5}

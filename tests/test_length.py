@@ -1,4 +1,5 @@
-"""How long chains are drafted: as the draft's generation config says, with transformers' meaning, and unbiased."""
+"""The length of drafted chains: it follows the draft's generation config as in transformers, and does not bias the
+text."""
 
 import numpy as np
 import pytest
@@ -20,14 +21,14 @@ SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
 
 @pytest.fixture(params=["", "captured"])
 def captured(request, monkeypatch):
-    """Rounds as on a CPU, and as on a GPU: captured, and read late."""
+    """Rounds as on a CPU, and as on a GPU, with captured rounds and late reports."""
     if request.param:
         capture_here(monkeypatch, 1)
     return bool(request.param)
 
 
 def assisted(target, draft, **options):
-    """The text, and the draft's forwards."""
+    """The text, and the number of forwards of the draft model."""
     calls = []
     hook = draft.register_forward_pre_hook(lambda *_: calls.append(1))
     text = target.generate(**prompt(batch=1), **GREEDY, assistant_model=draft, **options)
@@ -49,8 +50,8 @@ def assisted(target, draft, **options):
     ids=str,
 )
 def test_a_draft_runs_about_as_often_as_in_transformers(asked, captured):
-    """And the schedule leaves the same number behind, or none. (transformers' first round, which we do not have, may
-    move the bound by one step of up to 2.)"""
+    """The schedule also leaves the same number in the config, or none. (transformers has an additional first round,
+    which may change the bound by one step of at most 2.)"""
     target = build("llama", num_hidden_layers=3)
     draft = perturbed("llama", 0.1, num_hidden_layers=3)
     for name, value in asked.items():
@@ -65,7 +66,7 @@ def test_a_draft_runs_about_as_often_as_in_transformers(asked, captured):
     kept = draft.generation_config.num_assistant_tokens
     if asked.get("num_assistant_tokens_schedule") != "heuristic":
         assert kept == left == before
-    elif not captured:  # there, levels that were not drafted are not accepted
+    elif not captured:  # with captured rounds, levels that were not drafted are not accepted
         assert kept != before and abs(kept - left) <= 2
 
 
@@ -98,12 +99,12 @@ def test_each_row_stops_after_its_first_unlikely_token(rule, fixed, monkeypatch)
             chain = proposed.tokens[row, 1 : 1 + int((proposed.parents[row] >= 0).sum())]
             drafted += len(chain)
             if budget[row] <= 6:
-                continue  # what is too deep to be emitted has no position of its own
+                continue  # nodes that are too deep to be emitted have no position of their own
             text = torch.cat([torch.from_numpy(tokens[row, start : length[row] + 1]), chain])
             logits = draft(text[None]).logits[:, -len(chain) - 1 : -1].detach()
             chance = filtered_log_probs(logits, filters)[0].gather(1, chain[:, None]).exp().squeeze(1)
             assert (chance[:-1] >= stop - 1e-4).all()
-            if not fixed:  # there, a row has a limit of its own, too
+            if not fixed:  # with captured rounds, each row has its own limit, too
                 assert len(chain) == 6 or chance[-1] < stop + 1e-4
             lengths.add(len(chain))
     assert drafted == stats.drafted and len(lengths) > 1
@@ -171,7 +172,7 @@ def test_the_kernel_takes_chains_of_each_rows_own_length(rule):
 
 
 def test_shapes_that_were_asked_for_are_not_cut(monkeypatch):
-    """The first round tells; the text ends soon after."""
+    """The first round is enough to see it; the text ends soon after."""
 
     def stop(input_ids, scores, **kwargs):
         return torch.full((len(input_ids),), input_ids.shape[1] > 10)
@@ -232,7 +233,7 @@ def test_the_bound_of_each_row_moves_with_its_luck():
     now = context([[1], [2], [3]], budget=40)
     length = ChainLength(now, LengthRule(5, 0.0, config))
     assert (length.next_round(), length.limit.tolist()) == (5, [5, 5, 5])
-    length.observe_on_host([5, 5, 2], [6, 3, 3])  # whole, not, and whole if shorter
+    length.observe_on_host([5, 5, 2], [6, 3, 3])  # full length, not full length, and full length of a shorter draft
     assert (length.next_round(), length.limit.tolist()) == (7, [7, 4, 7])
     now.host_budget[:] = 4, 20, 0
     length.observe_on_host([7, 4, 0], [1, 1, 0])
@@ -252,9 +253,9 @@ def test_captured_rounds_are_of_few_lengths_and_follow_what_was_heard_late():
     for number in range(60):
         levels.append(length.next_round())
         on_its_way.append(int(length.limit))
-        if len(on_its_way) > 1:  # a round late
+        if len(on_its_way) > 1:  # read one round late
             limit = on_its_way.pop(0)
-            # sure of all that it drafts, and right, then of nothing
+            # a draft that is certain and right, then one that is uncertain
             length.observe_on_host(*(([limit], [limit + 1]) if number < 30 else ([1], [1])))
     assert levels[0] == 4 and levels[29] == 20 and levels[-1] == 1
     assert set(levels) <= {in_steps(step, 20) for step in range(1, 99)} == {1, 2, 4, 8, 16, 20}
@@ -274,7 +275,7 @@ def test_a_row_stops_at_its_own_limit_though_another_goes_on():
 
 
 def test_a_row_that_stopped_is_not_asked_for_numbers():
-    """It goes through the levels that other rows need, on tokens that are no draft of its own."""
+    """The row is fed through the levels that other rows need, with tokens that are not part of its draft."""
     model, inputs = build("llama"), prompt(padding=0)
     options = {"do_sample": False, "max_new_tokens": 12}
     text = model.generate(**inputs, **options, eos_token_id=NEVER)[:, inputs["input_ids"].shape[1] :]

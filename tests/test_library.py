@@ -1,4 +1,4 @@
-"""The kernels as registered ops: what torch.compile, torch.export and graph capture see."""
+"""The kernels as registered ops: their behaviour under torch.compile, torch.export and graph capture."""
 
 import pytest
 import torch
@@ -190,7 +190,7 @@ def test_inductor_and_cuda_graphs(op):
     torch._dynamo.reset()
     call, inputs = CALLS[op]
     compiled = torch.compile(call, fullgraph=True, mode="reduce-overhead")
-    with config.patch(compile_threads=1):  # no pool of compiling processes beside each of pytest's
+    with config.patch(compile_threads=1):  # no pool of compiler processes next to each of pytest's
         for _ in range(4):
             given = inputs()
             wanted = call(*(tensor.clone() for tensor in given), impl="reference")

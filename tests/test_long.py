@@ -1,4 +1,4 @@
-"""Long prompts, large batches, long outputs, many calls: exact text, and memory as the shapes say."""
+"""Long prompts, large batches, long outputs and many calls: the text is exact, and memory follows from the shapes."""
 
 import gc
 import os
@@ -17,7 +17,7 @@ FLOAT = 4  # bytes
 
 @pytest.fixture
 def allocations(monkeypatch):
-    """Bytes of every cache buffer made, target's and draft's, and how many slots each sequence has in it."""
+    """Bytes of every cache buffer of target and draft, and the number of slots that each sequence has in it."""
     made, honest = [], sdt.TreeCache._allocate
 
     def record(cache, capacity, like):
@@ -29,7 +29,7 @@ def allocations(monkeypatch):
 
 
 def slot_bytes(model):
-    """Of one token of one sequence, all layers."""
+    """Bytes of one token of one sequence in all layers."""
     config = model.config
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * FLOAT
 
@@ -43,14 +43,14 @@ def assert_exact(model, inputs, max_new_tokens, **options):
 
 
 def assert_as_computed(allocations, model, batch, first, last):
-    """Buffers are whole buckets of all sequences' slots; the first holds `first` tokens, the last `last`, with less
-    than a bucket and a half's growth to spare."""
+    """Assert that buffers are whole buckets of all sequences' slots. The first holds `first` tokens; the last holds
+    `last` tokens and is at most a bucket and a half larger than needed."""
     for size, capacity in allocations:
         assert capacity % BUCKET == 0 and size == batch * capacity * slot_bytes(model)
     capacities = [capacity for _, capacity in allocations]
     assert capacities == sorted(capacities) and first <= capacities[0] < first + 2 * BUCKET
     assert last <= capacities[-1] <= 1.5 * last + 2 * BUCKET
-    # each is at least half as large again as the one before: few copies, however long the text
+    # each is at least half as large again as the one before, so there are few copies, however long the text
     assert all(later >= min(1.5 * before, last) for before, later in zip(capacities, capacities[1:], strict=False))
 
 
@@ -92,7 +92,8 @@ def resident_bytes():
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not STATM.exists(), reason="memory is read from /proc")
 def test_300_calls_in_a_row():
-    """Drafters, trees, rules, batches, patches that stay and blocks that end: every text right; nothing piles up."""
+    """Different drafters, trees, rules, batches, patches and blocks: every text is correct, and memory does not
+    grow."""
     chosen, model, draft = random.Random(0), build("llama"), build("llama", seed=1)
     model.generation_config.pad_token_id = 0
     chains = [sdt.PromptLookupDrafter(4), sdt.ModelDrafter(draft, num_tokens=3), sdt.EarlyExitDrafter(1, num_tokens=2)]

@@ -1,4 +1,4 @@
-"""The random numbers: the generator's published vectors, keys that do not meet, and the distributions."""
+"""The random numbers: published test vectors of the generator, distinct keys, and distributions."""
 
 import math
 
@@ -21,7 +21,7 @@ def words(text):
     ],
 )
 def test_philox_gives_the_published_words(counter, key, wanted):
-    """The known answers of Random123, where philox4x32-10 was published."""
+    """The known answers of Random123, with which philox4x32-10 was published."""
     assert noise.philox(words(counter), words(key)) == words(wanted)
 
 
@@ -66,8 +66,9 @@ def test_extreme_words_stay_inside():
     assert uniform.dtype == torch.float32 and bool((uniform > 0).all()) and bool((uniform < 1).all())
     gumbel = -(-torch.log1p(-uniform)).log()
     assert bool(gumbel.isfinite().all())
-    assert bool((gumbel[:4].diff() < 0).all()) and gumbel[4] <= gumbel[3]  # these two may round to one number
-    assert float(gumbel[0]) == pytest.approx(math.log(2**33), rel=1e-6)  # the winning end keeps its resolution
+    assert bool((gumbel[:4].diff() < 0).all()) and gumbel[4] <= gumbel[3]  # these two may round to the same number
+    # the end that decides an argmax keeps its resolution
+    assert float(gumbel[0]) == pytest.approx(math.log(2**33), rel=1e-6)
 
 
 def test_the_distributions():
@@ -77,6 +78,6 @@ def test_the_distributions():
     gumbel = noise.gumbel(seeds, 1, 2, noise.BONUS, 50).flatten()
     assert stats.kstest(uniform.double().numpy(), "uniform").pvalue > 1e-3
     assert stats.kstest(gumbel.double().numpy(), "gumbel_r").pvalue > 1e-3
-    # neighbours are unrelated: tokens of a row, rows of a batch
+    # neighbours are independent: tokens of a row, rows of a batch
     for one, other in ((gumbel[:-1], gumbel[1:]), (gumbel[:-50], gumbel[50:])):
         assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.04

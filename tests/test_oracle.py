@@ -1,4 +1,4 @@
-"""The oracle errs at its rate, and follows its text."""
+"""The oracle's error rate, and its drafts on and off the text."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from helpers import TREES, context
 
 
 def test_the_oracle_errs_at_its_rate():
-    """And where it does not, one child of each node on the true path carries the text, at any rank."""
+    """If it makes no error, one child of each node on the true path carries the text, at any rank."""
     length, vocab = 400, 7
     text = torch.randint(0, vocab, (300, length), generator=torch.Generator().manual_seed(0))
     for rate in (0.0, 0.3, 1.0):
@@ -47,7 +47,7 @@ def test_the_oracle_drafts_what_it_is_asked_for(fixed):
     now.fixed_shapes = fixed
     session = sdt.OracleDrafter(text, tree=TREES["skipping"]).start(now)
     key = session.prepare(sdt.Topology.chain(6))
-    shown = 6 if fixed else 2  # only the host's view says that deeper tokens are of no use
+    shown = 6 if fixed else 2  # only the host knows that deeper tokens are not needed
     assert session.draft().tokens.tolist() == [list(range(9, 10 + shown))]
     assert session.prepare(sdt.Topology.chain(6)) == key != session.prepare()
     assert session.draft().num_nodes == (7 if fixed else 6)

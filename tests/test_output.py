@@ -1,4 +1,4 @@
-"""Criteria, streamers and scores: what `generate` accepts is asked, fed and filled as plain decoding does it."""
+"""Criteria, streamers and scores: they get the same calls and values as in plain decoding."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from transformers.generation.streamers import BaseStreamer
 import specdec_triton as sdt
 from families import EOS, NEVER, PAD, build, prompt
 from helpers import TREES, assert_same_output, drafter_of, last_columns, oracle, prepared_processors, speculative
-from specdec_triton.engine import output, stages
+from specdec_triton.engine import graph_runner, output
 
 INF = float("inf")
 
 
 class Recorder(StoppingCriteria):
-    """Stops each row at its own column; remembers every call."""
+    """A criterion that stops each row at its own column and remembers every call."""
 
     def __init__(self, stops):
         self.stops, self.calls = torch.tensor(stops), []
@@ -28,7 +28,7 @@ class Recorder(StoppingCriteria):
 @pytest.mark.parametrize("eos", [EOS, None])
 @pytest.mark.parametrize("stops", [(12, 20, 17), (10, 99, 11), (16, 16, 16)])
 def test_criteria_are_asked_as_plain_generate_asks_them(stops, eos, monkeypatch):
-    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # no slot to spare: a row that ran past its stop needs its own
+    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # no spare slot for a row that ran past its stop
     model, inputs = build("llama", eos_token_id=eos), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": PAD}
     plain_calls, our_calls = Recorder(stops), Recorder(stops)
@@ -41,7 +41,7 @@ def test_criteria_are_asked_as_plain_generate_asks_them(stops, eos, monkeypatch)
 
 
 class Aside:
-    """Stands in for the context in which criteria run."""
+    """Replaces the context in which criteria run."""
 
     inside = False
 
@@ -64,7 +64,7 @@ def test_criteria_copy_each_token_to_the_device_once_and_wait_for_no_round(monke
     def criterion(input_ids, scores, **kwargs):
         assert Aside.inside and input_ids.is_contiguous()
         asked.append(input_ids)
-        input_ids[:] = -1  # its own copy
+        input_ids[:] = -1  # a copy of its own
         return torch.zeros(3, dtype=torch.bool)
 
     monkeypatch.setattr(output.Output, "_aside", lambda self: Aside())
@@ -80,8 +80,8 @@ def test_criteria_copy_each_token_to_the_device_once_and_wait_for_no_round(monke
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("stops", [(12, 20), (10, 60), (31, 12)])
 def test_criteria_get_the_scores_of_all_rows(stops, lag, monkeypatch):
-    """At each column, those of rows that ended, too, however long ago."""
-    monkeypatch.setitem(stages.LAG, "cpu", lag)
+    """At each column, criteria get the scores of finished rows, too, however long ago they ended."""
+    monkeypatch.setitem(graph_runner.LAG, "cpu", lag)
     monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)
     monkeypatch.setattr(output, "AHEAD", 3)
     model, inputs = build("llama"), prompt()
@@ -89,7 +89,7 @@ def test_criteria_get_the_scores_of_all_rows(stops, lag, monkeypatch):
     options |= {"return_dict_in_generate": True, "output_scores": True, "repetition_penalty": 1.2}
 
     class Judge(Recorder):
-        """Ends a row where the scores say so: what it was given decides the text."""
+        """A criterion that ends a row by its scores, so that the scores decide the text."""
 
         def __call__(self, input_ids, scores, **kwargs):
             flagged = super().__call__(input_ids, scores)
@@ -159,8 +159,8 @@ PENALTIES = {
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize(("lag", "padding"), [(0, 3), (1, 0)])
 def test_scores_logits_and_cache_of_all_rows(lag, penalty, padding, monkeypatch):
-    monkeypatch.setitem(stages.LAG, "cpu", lag)
-    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # no slot to spare
+    monkeypatch.setitem(graph_runner.LAG, "cpu", lag)
+    monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # no spare slot
     model, inputs = build("llama"), prompt(batch=3, padding=padding)
     options = {"do_sample": False, "max_new_tokens": 26, "return_dict_in_generate": True, **PENALTIES[penalty]}
     options |= {"output_scores": True, "output_logits": True, "pad_token_id": PAD}
@@ -179,7 +179,7 @@ def test_scores_logits_and_cache_of_all_rows(lag, penalty, padding, monkeypatch)
 
 @pytest.mark.parametrize(("family", "ended"), [("llama4", 10), ("gpt_oss", 60)])
 def test_more_columns_after_the_end_than_one_forward_takes(family, ended, monkeypatch):
-    """With windows, chunks and sinks; one row goes on for long."""
+    """With windows, chunks and sinks. One row continues for long."""
     monkeypatch.setattr(sdt.engine.finished_rows, "CHUNK", 16)
     model, inputs = build(family), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 70, "return_dict_in_generate": True, "output_scores": True}
@@ -207,7 +207,7 @@ def test_sampled_scores_of_all_rows(rule):
 
 
 def teacher_forced(model, inputs, ours, options):
-    """Plain `generate` made to write the very text."""
+    """Plain `generate`, forced to emit the given text."""
 
     def force(input_ids, scores):
         token = ours.sequences[:, input_ids.shape[1]]
@@ -222,7 +222,7 @@ def teacher_forced(model, inputs, ours, options):
 
 
 def test_without_anything_kept_rows_that_ended_cost_nothing(monkeypatch):
-    """No forward more, and none of its reads."""
+    """No additional forwards and reads."""
     monkeypatch.setattr(sdt.engine.finished_rows.FinishedRows, "run", None)
     model, inputs = build("llama"), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD}
@@ -235,7 +235,7 @@ def test_without_anything_kept_rows_that_ended_cost_nothing(monkeypatch):
 
 
 def test_an_end_while_a_processor_raises():
-    """A row of that very round ended, and the criterion that ends the call sees its scores after that."""
+    """A row ended in the same round, and the criterion that ends the call sees its scores after the end."""
     model, inputs = build("llama"), prompt(padding=0)
     options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD}
     options |= {"return_dict_in_generate": True, "output_scores": True}

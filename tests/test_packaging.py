@@ -1,4 +1,4 @@
-"""What is importable from where, and who imports whom."""
+"""The imports: public names, layers, and modules without their optional dependencies."""
 
 import ast
 import re
@@ -16,8 +16,8 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "specdec_triton"
 
-# Part of the package -> the parts that it may import, bottom up. The kernels are reached by the ops, which launch them,
-# and by the tools, which compile them. A part is a folder, or a module of the top.
+# Part of the package -> the parts that it may import, from the bottom up. Kernels are imported by the ops, which launch
+# them, and by the tools, which compile them. A part is a folder, or a module of the top level.
 ARROWS = {
     "kernels": set(),
     "ops": {"kernels"},
@@ -32,10 +32,10 @@ ARROWS = {
     "_patch": {"_stats", "drafters", "engine", "forward", "options", "tree_choice"},
     "_api": {"_patch", "_stats", "drafters", "forward", "ops", "options", "tree", "tree_choice"},
     "specdec_triton": {"_api"},
-    # these use the library as any user would: `import specdec_triton`
+    # these use the library like any user: `import specdec_triton`
     "tools": {"drafters", "engine", "forward", "kernels", "ops", "specdec_triton", "tree", "tree_choice"},
 }
-# third-party packages, where they are limited; of a module, or of all of a folder
+# module or folder -> the third-party packages that it may import, if they are limited
 PACKAGES = {
     "kernels": {"torch", "triton"},
     "ops": {"torch"},
@@ -50,12 +50,13 @@ PACKAGES = {
     "tools.roofline": set(),
     "tools.shrink": {"transformers"},
 }
-# reached without an import statement: by the name of the op
+# imported by the name of the op, not by an import statement
 LATE = {("ops", "kernels"), ("tools", "kernels")}
 
 
 def modules():
-    """{dotted name below specdec_triton: path} of each of our files; a package's `__init__` has the package's name."""
+    """{dotted name below specdec_triton: path} of all files of the package. The `__init__` of a package has the
+    package's name."""
     found = {}
     folders = [PACKAGE, *(path for path in sorted(PACKAGE.iterdir()) if path.is_dir() and path.name != "__pycache__")]
     for folder in folders:
@@ -70,7 +71,7 @@ def part(module):
 
 
 def imported_names(path, package):
-    """Dotted names that a file imports, relative ones resolved; `from a import b` gives `a.b`."""
+    """Dotted names that a file imports, with relative ones resolved. `from a import b` gives `a.b`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -81,7 +82,7 @@ def imported_names(path, package):
 
 
 def ours_and_theirs(path, package, known):
-    """The modules of ours (as `modules` names them) and the third-party packages that a file imports."""
+    """The modules of this package (as named by `modules`) and the third-party packages that a file imports."""
     ours, theirs = set(), set()
     for name in imported_names(path, package):
         first, *rest = name.split(".")
@@ -101,7 +102,7 @@ def package_of(module, path):
 
 @pytest.fixture(scope="module")
 def imports():
-    """{module: (modules of ours, third-party packages)}."""
+    """{module: (modules of this package, third-party packages)}."""
     known = modules()
     return {module: ours_and_theirs(path, package_of(module, path), known) for module, path in known.items()}
 
@@ -123,8 +124,8 @@ def test_no_arrow_is_allowed_that_nothing_needs(imports):
 
 
 def test_no_import_is_a_circle(imports):
-    """Of modules, imports inside functions included. A package's `__init__` is what the modules in it are seen
-    through, and stands above them."""
+    """Imports inside functions count, too. Importing a module of a package also imports its `__init__`, which counts as
+    a module above them."""
     left = {module: {name for name in ours if name != module} for module, (ours, _) in imports.items()}
     while left:
         free = {module for module, names in left.items() if not names & left.keys()}
@@ -170,7 +171,7 @@ def test_the_newest_transformers_is_one_everywhere():
 
 
 def python(code):
-    """Run code from the root."""
+    """Run code in a new Python process in the root of the repository."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -178,9 +179,11 @@ def python(code):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What a process in the root finds: of the name `kernels`, as our kernels' folder, and as that folder elsewhere.
+    """Three lines printed by a process that starts in the root: the origin of the module `kernels`, and the path of
+    `specdec_triton.kernels` in that process and in another folder.
 
-    The last by a process that it forks, which has imported torch and transformers but nothing of ours."""
+    The last line comes from a forked process that has imported torch and transformers but not this package.
+    """
     return python(
         f"""
 import importlib.util, os, sys, transformers, transformers.modeling_utils
@@ -200,7 +203,7 @@ print(list(kernels.__path__)[0])
 
 
 def test_the_root_does_not_shadow_hugging_faces_kernels(found):
-    # a namespace package gives way to a real package of that name anywhere on the path
+    # a regular package of that name anywhere on the path takes precedence over a namespace package
     assert found[0] in ("absent", "namespace") or not Path(found[0]).is_relative_to(ROOT)
 
 
@@ -217,7 +220,8 @@ def test_kernels_import_from_the_root_and_from_elsewhere(found, place):
 
 
 def test_the_package_imports_what_is_used():
-    """The package alone imports neither torch nor transformers, and its ops not transformers. All public names come."""
+    """Importing the package imports neither torch nor transformers, and its ops do not import transformers. All public
+    names can be imported."""
     code = """
 import sys
 import specdec_triton as sdt
@@ -235,7 +239,7 @@ print(sorted(set(sdt.__all__) - set(globals())), set(sdt.__all__) <= set(dir(sdt
 
 
 def test_each_module_has_its_tests_or_a_line_that_says_where():
-    """`tests/test_<name>.py` of a module `<name>.py`, or a row of the table in CONTRIBUTING."""
+    """Each module `<name>.py` has `tests/test_<name>.py` or a row in the table in CONTRIBUTING."""
     table = [
         line
         for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Patching: per instance, reversible, and refusing by name what it cannot serve."""
+"""Patching: it affects single instances, is reversible, and refuses unsupported models and options by name."""
 
 import asyncio
 import concurrent.futures
@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def unchanged(request):
-    """Whatever a test does, the shared model is afterwards exactly as before."""
+    """After each test, the shared model must be exactly as before."""
     if "model" not in request.fixturenames:
         yield
         return
@@ -53,7 +53,7 @@ def test_patch_and_unpatch_leave_nothing(model):
     assert torch.equal(model.generate(**options, **OPTIONS, prompt_lookup_num_tokens=3), plain)
     sdt.unpatch(model)
     assert snapshot(model) == before
-    assert sdt.stats(model).rounds > 0  # survives
+    assert sdt.stats(model).rounds > 0  # must be kept
 
 
 def test_a_patched_model_without_assistance_is_untouched(model):
@@ -141,7 +141,7 @@ def test_copies_and_pickles_are_of_the_models_own_class(tmp_path):
 
 @pytest.mark.parametrize("drafter", [None, sdt.ModelDrafter, lambda model: sdt.EarlyExitDrafter(1)])
 def test_nothing_keeps_a_model_alive(drafter):
-    """Not even a drafter that is the model itself."""
+    """This also holds if the drafter refers to the model itself."""
     model = build("llama")
     if drafter is None:
         sdt.patch(model)
@@ -293,7 +293,7 @@ def test_embeddings_need_their_tokens(model):
         assert torch.equal(model.generate(**inputs, inputs_embeds=embeds, **lookup), plain)
         with pytest.raises(ValueError, match="input_ids must hold a prompt"):
             model.generate(inputs_embeds=embeds, **lookup)
-        with pytest.raises(ValueError, match="inputs_embeds must be those of the 9 input_ids .*got 8"):
+        with pytest.raises(ValueError, match="inputs_embeds must have the 9 columns of input_ids .*got 8"):
             model.generate(**inputs, inputs_embeds=embeds[:, 1:], **lookup)
 
 
@@ -330,7 +330,7 @@ def test_threads_share_a_model(model):
 
 
 def test_another_threads_patched_block_is_not_disturbed(model):
-    """While a thread is inside `patched`, no other may patch or unpatch the model; its generate is welcome."""
+    """While a thread is inside `patched`, no other thread may patch or unpatch the model, but it may call generate."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with sdt.patched(model, drafter=sdt.PromptLookupDrafter()), sdt.patched(model, tree=5):
             for call in (lambda: sdt.patch(model), lambda: sdt.unpatch(model), lambda: sdt.patched(model).__enter__()):
@@ -343,7 +343,8 @@ def test_another_threads_patched_block_is_not_disturbed(model):
 
 
 def test_other_calls_in_other_threads_run_as_always():
-    """Plain calls, beams and direct forwards of the target and of the draft, while drafts are verified."""
+    """Plain calls, beam search and direct forwards of target and draft give the usual results while drafts are
+    verified."""
     target, draft = build("llama"), build("llama", seed=1)
     for each in (target, draft):
         each.set_attn_implementation("eager")
@@ -370,7 +371,7 @@ def test_other_calls_in_other_threads_run_as_always():
 
 
 def test_a_hook_may_run_another_model():
-    """Under its own attention, though it runs in the middle of a verify forward."""
+    """The other model uses its own attention, although it runs during a verify forward."""
     model, inputs = build("llama"), prompt()
     for other in (build("gpt2"), build("llama", seed=1)):
         expected, seen = other(inputs["input_ids"]).logits, []
@@ -385,7 +386,7 @@ def test_a_hook_may_run_another_model():
 
 
 def test_two_models_run_side_by_side():
-    """Each waits for the other in the middle of its text: were there one lock for both, neither would go on."""
+    """Each thread waits for the other in the middle of its text. With a shared lock, neither could continue."""
     models, barrier = (build("llama"), build("qwen2")), threading.Barrier(2, timeout=60)
 
     def meet(ids, scores, **kwargs):
@@ -427,7 +428,7 @@ def test_a_child_forked_in_the_middle_of_a_call_can_call(model):
             done = queue.Queue()
             threading.Thread(
                 target=lambda: done.put(_answer_of_a_child(model, plain))
-            ).start()  # while this one is inside
+            ).start()  # while this thread is inside
             children.append(done.get(timeout=120))
         return torch.zeros(len(ids), dtype=torch.bool)
 
@@ -437,7 +438,8 @@ def test_a_child_forked_in_the_middle_of_a_call_can_call(model):
 
 
 def _answer_of_a_child(model, plain):
-    """Exit code of a forked child that patches anew and generates: 0 if the text is right, 2 if it waits for ever."""
+    """Exit code of a forked child that patches again and generates: 0 if the text is correct, 2 if it waits for
+    ever."""
     child = os.fork()
     if not child:
         signal.alarm(60)
@@ -448,7 +450,7 @@ def _answer_of_a_child(model, plain):
 
 
 def test_blocks_of_tasks_may_overlap_and_end_in_any_order(model):
-    """Every call has the options of its own task's block, and the model is plain when all have ended."""
+    """Every call uses the options of its own task's block, and the model is unpatched after all blocks have ended."""
     plain, seen = model.generate(**prompt(), **OPTIONS), {}
 
     async def task(name, nodes, enter, leave, wait_for):
@@ -480,7 +482,7 @@ def test_blocks_of_tasks_may_overlap_and_end_in_any_order(model):
 
 
 def test_a_patched_block_may_be_left_by_another_thread(model):
-    """As a generator closed elsewhere does."""
+    """This happens if a generator is closed in another thread."""
     block = sdt.patched(model, drafter=sdt.PromptLookupDrafter())
     block.__enter__()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -495,7 +497,7 @@ def test_leaving_a_patched_block_checks_nothing_again(model):
     with sdt.patched(model, drafter=sdt.ModelDrafter(draft)):
         outer = sdt._patch._current_options(model)
         with sdt.patched(model, tree=5):
-            draft.to("meta")  # the outer drafter would be refused now
+            draft.to("meta")  # the outer drafter would now be refused
         assert sdt._patch._current_options(model) is outer
     assert type(model) is transformers.LlamaForCausalLM
 
@@ -526,7 +528,7 @@ ROPES = {
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_a_rope_that_changes_with_the_length(rope):
-    """Draft tokens would reach its change before the text does."""
+    """Draft tokens would reach the length at which the embedding changes before the text does."""
     longest = 20 if rope == "dynamic" else 256
     model = build("llama", rope_parameters=ROPES[rope], max_position_embeddings=longest)
     within, beyond = {**OPTIONS, "max_new_tokens": 11}, {**OPTIONS, "max_new_tokens": 12}
@@ -537,7 +539,7 @@ def test_a_rope_that_changes_with_the_length(rope):
             ValueError, match="generate: the text must be at most 20 tokens .*got 21: from there on the"
         ):
             model.generate(**prompt(), **beyond, assistant_model=build("llama"))
-        if rope == "longrope":  # a prompt beyond it stays beyond it
+        if rope == "longrope":  # a prompt that is longer stays beyond it
             inputs = prompt(length=24)
             plain = model.generate(**inputs, **beyond)
             model.generate(**prompt(), **within, prompt_lookup_num_tokens=2)

@@ -1,4 +1,4 @@
-"""Positions and arguments as the model's own preparation gives them; caches of earlier turns."""
+"""Positions and arguments from the model's own preparation, and caches of earlier turns."""
 
 import copy
 
@@ -18,7 +18,7 @@ LOOKUP = {**OPTIONS, "prompt_lookup_num_tokens": 3}
 
 
 def preparing(change, family="llama"):
-    """A model whose class changes what it prepares."""
+    """A model of a class that changes the prepared inputs."""
     model = build(family)
     own = type(model)
 
@@ -37,7 +37,8 @@ def with_positions(change):
 @pytest.mark.parametrize("shift", [1, 7])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_positions_that_do_not_count_from_0(shift, padding):
-    """RoPE attends by differences, which a shift for all would not change: learned positions tell."""
+    """Rotary embeddings depend on differences of positions, so a common shift would not be noticed. Learned positions
+    show it."""
     model = preparing(with_positions(lambda positions: positions + shift), "gpt2")
     inputs = prompt(padding=padding)
     plain = model.generate(**inputs, **OPTIONS)
@@ -91,7 +92,7 @@ def test_what_cannot_be_continued_is_refused_in_patch(change, message):
 
 
 def test_a_preparation_replaced_after_patch_is_refused_in_the_call():
-    """As PEFT does for prompt tuning, for the time of a call."""
+    """PEFT does this for prompt tuning, for the duration of a call."""
     model, inputs = build("llama"), prompt()
     sdt.patch(model)
     own = model.prepare_inputs_for_generation
@@ -103,7 +104,7 @@ def test_a_preparation_replaced_after_patch_is_refused_in_the_call():
 
 
 def test_constants_and_token_types_go_to_every_forward():
-    """GPT-2 adds the embedding of token type 0 where it is given."""
+    """GPT-2 adds the embedding of token type 0 if token types are given."""
     model, inputs = build("gpt2"), prompt()
     types = torch.zeros_like(inputs["input_ids"])
     plain = model.generate(**inputs, token_type_ids=types, **OPTIONS)
@@ -200,7 +201,7 @@ def test_text_through_a_vision_language_model(make):
 
 
 def test_the_model_is_asked_in_a_copy():
-    """Qwen-VL notes on itself what it prepared last, and another thread may be in the middle of a text."""
+    """Qwen-VL stores its last preparation as an attribute, and another thread may be in the middle of a text."""
     model = enlarge_weights(_qwen2_vl())
     model.model.rope_deltas = noted = torch.tensor([[7]])
     with sdt.patched(model):

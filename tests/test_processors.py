@@ -1,4 +1,4 @@
-"""Logits processors over draft trees: each node gets what transformers' own call on its whole row gives."""
+"""Logits processors on draft trees: each node gets the scores that transformers' own call for its whole row gives."""
 
 import itertools
 from dataclasses import replace
@@ -23,7 +23,7 @@ from specdec_triton.tree import DraftTree
 INF, NAN = float("inf"), float("nan")
 _ENDS = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), -INF)
 DECAY_KEEPS_THE_IMPOSSIBLE = not hf.ExponentialDecayLengthPenalty((0, 2.0), 0, 0)(*_ENDS).isnan().any()  # not in 5.17
-PENALTY_BY_ROW = hasattr(hf.SequenceBiasLogitsProcessor({(1,): 0.0}), "multi_token_biases")  # came with 5.23, too
+PENALTY_BY_ROW = hasattr(hf.SequenceBiasLogitsProcessor({(1,): 0.0}), "multi_token_biases")  # new in 5.23, too
 
 
 def sequences(rng, vocab):
@@ -43,7 +43,8 @@ def ignored(rng, columns, batch):
     ]
 
 
-# name -> makes one, given a random generator, V, columns of the prompt (a root is there or some columns on), and B
+# name -> function that makes a processor from a random generator, V, columns of the prompt, and B; a root is at the
+# last column of the prompt or some columns later
 MADE = {
     "repetition": lambda rng, v, c, b: hf.RepetitionPenaltyLogitsProcessor(
         float(rng.choice([0.75, 1.5, 3.0])), ignored(rng, c, b)
@@ -73,7 +74,8 @@ MADE = {
 
 
 def case(rng, batch=3, nodes=9, vocab=11, columns=7, impossible=0.1, nan=0.0):
-    """A tree, logits, tokens [B, C] whose tails are rubbish, and root columns. Few tokens, so that they repeat."""
+    """A tree, logits, tokens [B, C] whose tails are invalid, and root columns. The vocabulary is small, so that tokens
+    repeat."""
     some = rng.integers(0, vocab, 3)
 
     def draw(*shape):
@@ -85,7 +87,7 @@ def case(rng, batch=3, nodes=9, vocab=11, columns=7, impossible=0.1, nan=0.0):
     parents = np.full((batch, nodes), -1, np.int32)
     for row, node in itertools.product(range(batch), range(1, nodes)):
         real = [0, *np.flatnonzero(parents[row] >= 0)]
-        if rng.random() < 0.85:  # else padding
+        if rng.random() < 0.85:  # otherwise padding
             parents[row, node] = real[-1] if rng.random() < 0.6 else rng.choice(real)
     drafted = draw(batch, nodes)
     drafted[:, 0] = tokens[np.arange(batch), length]
@@ -99,7 +101,7 @@ def case(rng, batch=3, nodes=9, vocab=11, columns=7, impossible=0.1, nan=0.0):
 
 
 def path_of(tree, row, node):
-    """The nodes from below the root to `node`."""
+    """The nodes on the path to `node`, without the root."""
     path = []
     while node > 0:
         path.insert(0, node)
@@ -122,7 +124,8 @@ def real_nodes(tree):
 
 
 def by_hand(processors, tree, logits, tokens, length):
-    """(row, node) -> transformers' scores [V] for the node's whole row, or None where it raises for a NaN."""
+    """{(row, node): scores [V]} by transformers' own call for the node's whole row; None if it raises because of
+    NaN."""
     wanted = {}
     for row, node in real_nodes(tree):
         text = text_of(tree, tokens, length, row, node).expand(len(tokens), -1)
@@ -181,7 +184,7 @@ def test_trees_of_more_than_a_word_of_ancestors(nodes):
 
 
 def test_by_hand():
-    """Prompt 5 6 | 5; nodes: 1 = 6 after the root, 2 = 7 after it, 3 = 5 after node 1, 4 is padding."""
+    """Prompt 5 6 | 5. Nodes: 1 is token 6 after the root, 2 is 7 after the root, 3 is 5 after node 1, 4 is padding."""
     tokens, length = torch.tensor([[5, 6, 5, 0, 0]]), torch.tensor([2])
     parents = torch.tensor([[-1, 0, 0, 1, -1]], dtype=torch.int32)
     tree = DraftTree.from_parents(torch.tensor([[5, 6, 7, 5, 3]]), parents)
@@ -248,7 +251,7 @@ def test_only_what_is_known_is_vectorised():
         assert not is_vectorised(LogitsProcessorList([warper, other]), 9)
     for last in (hf.ForcedEOSTokenLogitsProcessor(9, [2, 8]), hf.ExponentialDecayLengthPenalty((1, 2.0), [8], 4)):
         assert is_vectorised(LogitsProcessorList([last]), 9)
-        assert not is_vectorised(LogitsProcessorList([last]), 8)  # they raise where they reach that length
+        assert not is_vectorised(LogitsProcessorList([last]), 8)  # they raise if they reach that length
 
 
 class Calls(TorchDispatchMode):
@@ -267,7 +270,7 @@ def test_no_host_read_and_no_loop_over_nodes_or_rows(name):
     for batch, nodes in ((1, 2), (4, 40)):
         arguments = case(rng, batch, nodes)
         processors = LogitsProcessorList([MADE[name](np.random.default_rng(6), 11, 3, batch)])
-        process_nodes(processors, *arguments)  # some prepare themselves
+        process_nodes(processors, *arguments)  # some initialise themselves in the first call
         with count_host_reads() as reads, Calls() as calls:
             process_nodes(processors, *arguments)
         assert reads.total == 0, reads.by_name
@@ -275,7 +278,7 @@ def test_no_host_read_and_no_loop_over_nodes_or_rows(name):
     assert counts[0] == counts[1]
 
 
-# --- what is fused
+# --- processors that become filters
 
 SAMPLING = {
     "temperature": 0.7,
@@ -293,7 +296,7 @@ FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
 def prepared(model, inputs, **options):
-    """The list that `generate` makes."""
+    """The list of processors that `generate` creates."""
     config = GenerationConfig(do_sample=True, eos_token_id=1, pad_token_id=0, **{"top_k": 0, **options})
     model._prepare_special_tokens(config, True, device="cpu")
     return model._get_logits_processor(config, inputs.shape[1], device="cpu", model_kwargs={})
@@ -304,8 +307,8 @@ def check_split(processors, fused, inputs):
     assert [*others, *warpers] == list(processors)
     assert {name for name in FILTERS if getattr(filters, name) is not None} == fused
     assert all(option is None or option.shape == (2,) for option in filters.tensors)
-    assert filters.most == (12 if "top_k" in fused else None)
-    # no two logits tie: transformers' own top-p has no order among them
+    assert filters.max_top_k == (12 if "top_k" in fused else None)
+    # no two logits tie, because transformers' top-p has no defined order among ties
     logits = torch.stack([torch.randperm(VOCAB) for _ in range(2)]) / 8
     got = filtered_log_probs(others(inputs, logits.clone())[:, None], filters)[:, 0]
     wanted = processors(inputs, logits.clone()).log_softmax(-1)
@@ -364,7 +367,7 @@ def test_odd_warpers_are_not_fused(odd):
 
 
 class ByRow(LogitsProcessor):
-    """Forbids tokens that depend on the row, on all of its text and on what was made for that row."""
+    """Forbids tokens by the row, its whole text and its earlier calls."""
 
     def __init__(self, batch, seed=0):
         self.state = torch.randint(0, 100, (batch,), generator=torch.Generator().manual_seed(seed))
@@ -378,12 +381,12 @@ class ByRow(LogitsProcessor):
 def on_host(arguments, budget=None, ends=()):
     tree, logits, tokens, length = arguments
     budget = np.full(len(tokens), 50) if budget is None else budget
-    room = torch.nn.functional.pad(tokens, (0, 50)).numpy()  # for all that a budget allows
+    room = torch.nn.functional.pad(tokens, (0, 50)).numpy()  # for all nodes that the budget permits
     return tree, logits.clone(), room, length.numpy(), budget, list(ends)
 
 
 def reachable(processors, arguments, budget, ends):
-    """(row, node) -> scores of the nodes that a target can reach; the rule is written out once more, from the root."""
+    """{(row, node): scores} of the nodes that the target can reach, computed independently from the root."""
     tree, logits, tokens, length = arguments
     wanted = {}
     for row, node in real_nodes(tree):
@@ -414,7 +417,8 @@ def test_each_node_that_can_be_reached_is_processed(seed, batch, nodes, columns)
 
 
 def test_a_grammar_is_asked_only_about_its_own_texts():
-    """Sentences count up or down from the last token of the prompt, or have ended; it raises for any other."""
+    """A grammar whose sentences count up or down from the last token of the prompt, or have ended. It raises an
+    exception for any other text."""
     asked, end = [], 19
 
     def allowed(row, text):
@@ -443,7 +447,7 @@ def test_a_grammar_is_asked_only_about_its_own_texts():
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), **SIZES)
 def test_a_path_of_ones_own_choice(seed, batch, nodes, columns):
-    """The walk follows any choice, such as one with noise keyed by row and depth."""
+    """The walk follows any given choice, such as one with noise keyed by row and depth."""
     rng = np.random.default_rng(seed)
     tree, logits, tokens, length = arguments = case(rng, batch, nodes, 11, columns, impossible=0.0)
     noise = torch.from_numpy(rng.gumbel(size=(batch, nodes, 11)).astype(np.float32) * 4)
@@ -497,7 +501,7 @@ GREEDY = {
 
 @pytest.mark.parametrize("names", [*((name,) for name in GREEDY), tuple(GREEDY)], ids=lambda names: names[-1])
 def test_greedy_as_generate_does_it(names, monkeypatch):
-    monkeypatch.setattr(sdt.engine.scores, "process_path", None)  # no walk on the host
+    monkeypatch.setattr(sdt.engine.scores, "process_path", None)  # the host does not walk the tree
     model, inputs = build("llama"), prompt(batch=3, padding=4)
     end = int(model.generate(**inputs, do_sample=False, eos_token_id=NEVER, max_new_tokens=6)[0, -1])
     options = {name: GREEDY[name] for name in names}

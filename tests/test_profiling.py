@@ -12,7 +12,7 @@ import specdec_triton as sdt
 import tiny
 from families import NEVER, build, prompt
 from helpers import capture_here
-from specdec_triton.engine.round import Round
+from specdec_triton.engine.round import RoundSteps
 from specdec_triton.tools import host_sync, profiling
 from specdec_triton.tools.plan import Engine, forward_seconds, make_plan, planned_shape, predicted_costs
 from specdec_triton.tools.profiling import record_rounds
@@ -35,10 +35,10 @@ def decode(model, drafter=None, tokens=12):
 
 def test_every_round_is_recorded_stage_by_stage(model):
     plain = decode(model)
-    before = dict(vars(Round))
+    before = dict(vars(RoundSteps))
     with profiling.record_rounds(CPU) as rounds:
         assert torch.equal(decode(model), plain)
-    assert dict(vars(Round)) == before
+    assert dict(vars(RoundSteps)) == before
     assert len(rounds) == sdt.stats(model).rounds
     for found in rounds:
         assert list(dict.fromkeys(name for name, _ in found.stages)) == list(profiling.STAGES)
@@ -48,11 +48,11 @@ def test_every_round_is_recorded_stage_by_stage(model):
 
 
 def test_an_exception_leaves_the_engine_as_it_was(model, monkeypatch):
-    before = dict(vars(Round))
+    before = dict(vars(RoundSteps))
     monkeypatch.setattr(sdt.DraftTree, "from_topology", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), profiling.record_rounds(CPU):
         decode(model)
-    assert dict(vars(Round)) == before
+    assert dict(vars(RoundSteps)) == before
 
 
 def test_a_profile_counts_reads_and_writes_a_trace(model, tmp_path):

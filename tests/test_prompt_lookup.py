@@ -1,4 +1,4 @@
-"""Prompt lookup: what it proposes, on the host and on the device."""
+"""Prompt lookup: its drafts on the host and on the device."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,8 @@ def test_lookup_branches_share_what_they_have_in_common():
     rows = [[5, 1, 2, 3, 5, 1, 4, 3, 5], [7, 8, 9]]
     tree = sdt.PromptLookupDrafter(num_tokens=3, branches=2, adaptive=False).start(context(rows)).draft()
     assert tree.tokens[0].tolist() == [5, 1, 4, 3, 2, 3, 0, 0]  # padded to a multiple of 4
-    assert tree.parents.tolist() == [[-1, 0, 1, 2, 1, 4, -1, -1], [-1] * 8]  # no match in the second row: padding
+    # no match in the second row, so it is padding
+    assert tree.parents.tolist() == [[-1, 0, 1, 2, 1, 4, -1, -1], [-1] * 8]
     tree.check(torch.tensor([5, 9]), 100, "lookup")
 
 
@@ -44,7 +45,7 @@ def test_no_match_is_no_draft():
 def test_lookup_does_not_match_padding_and_stops_at_the_budget():
     assert sdt.PromptLookupDrafter().start(context([[0]], start=5)).draft().num_nodes == 1
     eager = sdt.PromptLookupDrafter(adaptive=False)
-    assert eager.start(context([[1, 2, 3, 4, 1]], budget=3)).draft().tokens.tolist() == [[1, 2, 3, 0]]  # and padding
+    assert eager.start(context([[1, 2, 3, 4, 1]], budget=3)).draft().tokens.tolist() == [[1, 2, 3, 0]]  # then padding
     assert eager.start(context([[1, 2, 1]], budget=1)).draft().num_nodes == 1
 
 
@@ -53,18 +54,18 @@ def test_lookup_drafts_where_matches_of_such_a_length_have_paid():
     now = context([[*phrase, 1, 2, 3, 20, *phrase]], budget=400, max_length=400)
 
     def after(*tokens):
-        """The width of the draft once the target has said `tokens` in one round."""
+        """The width of the draft after the target has emitted `tokens` in one round."""
         now.host_tokens[0, now.host_length[0] + 1 :][: len(tokens)] = tokens
         now.host_length = now.host_length + len(tokens)
         return session.draft().num_nodes
 
     session = sdt.PromptLookupDrafter(num_tokens=3).start(now)
-    assert session.draft().num_nodes == 4  # four tokens in common
-    assert after(5) == 4 and after(60) == 1  # one in common, and the draft fails
-    assert after(5) == 1  # such a match does not pay now
-    assert after(6) == 4  # a longer one does
+    assert session.draft().num_nodes == 4  # a match of four tokens
+    assert after(5) == 4 and after(60) == 1  # a match of one token, whose draft is rejected
+    assert after(5) == 1  # matches of one token are skipped now
+    assert after(6) == 4  # a longer match is drafted
     tries = 0
-    while after(5) == 1 and tries < 99:  # passed over, the short one is tried again some time
+    while after(5) == 1 and tries < 99:  # after a few skips, the short match is tried again
         tries += 1
         assert after(1000 + tries) == 1
     assert 20 < tries < 90
@@ -81,7 +82,7 @@ def test_a_tree_asked_of_the_lookup():
 
 
 def accepted_in(tree, length):
-    """What verification says of a round that accepted so many tokens in each row."""
+    """The `Acceptance` of a round with this number of accepted tokens in each row."""
     return Acceptance(
         path=torch.full((len(length), tree.max_depth), -1, dtype=torch.int32),
         length=length,
@@ -91,7 +92,7 @@ def accepted_in(tree, length):
 
 
 def say(now, count, random, alphabet):
-    """The target emits so many tokens of each row, on the host and on the device."""
+    """Let the target emit this number of tokens in each row, on the host and on the device."""
     for row, number in enumerate(count):
         columns = slice(now.host_length[row] + 1, now.host_length[row] + 1 + number)
         now.host_tokens[row, columns] = random.integers(0, alphabet, number)
@@ -114,12 +115,13 @@ def say(now, count, random, alphabet):
     ids=str,
 )
 def test_the_lookup_on_the_device_proposes_what_it_would_on_the_host(options, asked):
-    """Node for node, at one width, without a read of the host, over rounds in which it succeeds and fails."""
+    """The drafts are equal node for node, at a constant width and without host reads, over rounds with accepted and
+    rejected drafts."""
     random, lookup, drafted = np.random.default_rng(0), sdt.PromptLookupDrafter(**options), 0
     for alphabet in (1, 2, 3, 9):
         texts = [random.integers(0, alphabet, length).tolist() for length in (2, 9, 30, 17)]
         now = context(texts, start=5, budget=99)
-        now.start.copy_(torch.tensor([5, 7, 5, 21]))  # of the last row one token is text
+        now.start.copy_(torch.tensor([5, 7, 5, 21]))  # the text of the last row has one token
         now.tokens.masked_fill_(torch.arange(65) > now.length[:, None], 0)
         host = lookup.start(now, asked)
         now.fixed_shapes = True

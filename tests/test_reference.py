@@ -1,4 +1,4 @@
-"""The references against brute force: one token, one head, one row at a time."""
+"""The references against loops over single tokens, heads and rows."""
 
 import itertools
 
@@ -12,7 +12,7 @@ NAN = float("nan")
 
 
 def attention_case(seed, batch=2, heads=(4, 2), dims=(8, 8), slots=40, topology=None, rows=None):
-    """Random tensors with ragged lengths; everything that must not be read is NaN."""
+    """Random tensors with different lengths. All values that must not be read are NaN."""
     generator = torch.Generator().manual_seed(seed)
     topology = topology or Topology.from_widths([3, 2])
     nodes = topology.num_nodes
@@ -32,7 +32,8 @@ def attention_case(seed, batch=2, heads=(4, 2), dims=(8, 8), slots=40, topology=
 
 
 def seen_by_each(topology, rows, start, length):
-    """For `attention_by_hand`, from the topology itself: nothing of a packed tree is read."""
+    """The slots and positions that each row sees, for `attention_by_hand`. They are computed from the topology, not
+    from a packed tree."""
 
     def visible(b, i):
         path = [topology.num_nodes - rows + i]
@@ -88,7 +89,7 @@ def test_tree_attention_of_other_shapes(options):
 
 
 def test_tree_attention_by_hand():
-    """One head of width 1, scale 0: every visible value counts the same."""
+    """One head of width 1 with scale 0, so that all visible values have equal weights."""
     tree = DraftTree.from_topology(Topology((-1, 0, 0, 1), (0, 0, 1, 0)), torch.zeros(1, 4, dtype=torch.int64))
     packed = tree.pack(torch.tensor([1]), torch.tensor([3]))
     assert packed[0].tolist() == [[0b0001, 0, 1, 3], [0b0011, 1, 1, 3], [0b0101, 1, 1, 3], [0b1011, 2, 1, 3]]
@@ -109,9 +110,9 @@ def test_accept_greedy_walks_down_the_tree(seed):
     parents = torch.full((batch, nodes), -1, dtype=torch.int32)
     for b, i in itertools.product(range(batch), range(1, nodes)):
         parent = int(integers(0, i))
-        # a tenth of the nodes, and all below them, are padding
+        # a tenth of the nodes, and all nodes below them, are padding
         parents[b, i] = parent if (parent == 0 or parents[b, parent] >= 0) and integers(0, 10) else -1
-    tokens, logits = integers(0, vocab, batch, nodes), integers(0, 3, batch, nodes, vocab).float()  # ties abound
+    tokens, logits = integers(0, vocab, batch, nodes), integers(0, 3, batch, nodes, vocab).float()  # with many ties
     budget = integers(0, 6, batch)
     eos = integers(0, vocab, int(integers(0, 3)))
     max_depth = nodes - 1
@@ -127,7 +128,7 @@ def test_accept_greedy_walks_down_the_tree(seed):
 
 
 def test_accept_greedy_by_hand():
-    """Root 7 with children 3 and 5; 5 with children 1 and 3. The target says 5, then 3, then 9."""
+    """Root 7 with children 3 and 5; node 5 with children 1 and 3. The target's tokens are 5, then 3, then 9."""
     logits = torch.zeros(1, 5, 10)
     for node, target in enumerate([5, 0, 3, 0, 9]):
         logits[0, node, target] = 1.0
@@ -175,7 +176,7 @@ def valid_arguments():
         ),
         ({"query": torch.zeros(2, 4, 10, 8, dtype=torch.float64)}, "query must be fp32, bf16 or fp16"),
         ({"key": torch.zeros(2, 2, 40, 9)}, r"key must be torch.float32 \[2, Hkv, S, 8\]"),
-        ({"key": torch.zeros(2, 3, 40, 8)}, "key must be of a number of heads that divides 4"),
+        ({"key": torch.zeros(2, 3, 40, 8)}, "key must be a tensor whose number of heads divides 4"),
         ({"value": torch.zeros(2, 2, 39, 8)}, r"value must be torch.float32 \[2, 2, 40, Dv\]"),
         ({"value": torch.zeros(2, 2, 40, 8, dtype=torch.float16)}, "value must be torch.float32"),
         ({"packed_tree": torch.zeros(2, 10, 4)}, r"packed_tree must be torch.int64 \[2, T, W \+ 3\]"),

@@ -1,4 +1,5 @@
-"""Sampled acceptance against the papers' rules on single rows, by hand and at random, and where it could break."""
+"""Sampled acceptance against the rules of the papers on single rows, by hand and at random, and in numerical edge
+cases."""
 
 import itertools
 import math
@@ -22,7 +23,8 @@ def logs(*probs):
 
 
 def accept(logits, tokens, parents, rule, *, draft=None, sampling="without", rows=1, seeds=None, **options):
-    """One tree for many seeds. logits and draft: N lists of V numbers, the draft's row i for the children of node i."""
+    """Apply a rule to one tree with many seeds. logits and draft are N lists of V numbers; row i of the draft is for
+    the children of node i."""
 
     def repeat(values, dtype):
         return torch.tensor([values] * rows, dtype=dtype)
@@ -47,7 +49,7 @@ def accept(logits, tokens, parents, rule, *, draft=None, sampling="without", row
 
 
 def share(result, node):
-    """How often the walk ends at `node`, and what then comes next."""
+    """The share of walks that end at `node`, and the distribution of the next token in them."""
     last = torch.where(
         result.length > 0, result.path.gather(1, (result.length - 1).clamp(min=0)[:, None]).squeeze(1).long(), 0
     )
@@ -62,24 +64,26 @@ NEAR = {"abs": 4 * 0.5 / MANY**0.5}
 
 @pytest.mark.parametrize("rule", ["rejection", "block", "multi_round", "traversal"])
 def test_one_drawn_token_by_hand(rule):
-    """Target (1/2, 1/4, 1/4), draft (1/4, 3/4, 0); 1 was drawn: stays with 1/3, else (1/4, 0, 1/4) is left."""
+    """Target (1/2, 1/4, 1/4), draft (1/4, 3/4, 0). Token 1 was drawn and is accepted with 1/3; otherwise the residual
+    is (1/4, 0, 1/4)."""
     target, draft = logs(0.5, 0.25, 0.25), logs(0.25, 0.75, 0)
     result = accept([target, logs(0, 0, 1)], [0, 1], [-1, 0], rule, draft=[draft, None], rows=MANY)
     chance, following = share(result, 1)
     assert chance == pytest.approx(1 / 3, **NEAR) and following == [0, 0, 1, 0]
     chance, following = share(result, 0)
     assert following[1] == 0 and following[0] == pytest.approx(0.5, abs=0.02)
-    # and 0 always stays
+    # token 0 is always accepted
     certain = accept([target, logs(0, 0, 1)], [0, 0], [-1, 0], rule, draft=[draft, None], rows=500)
     assert bool((certain.length == 1).all())
 
 
 @pytest.mark.parametrize(("sampling", "stays"), [("with", 1.0), ("without", 0.5)])
 def test_the_second_sibling_by_hand(sampling, stays):
-    """Target (1/2, 1/5, 3/10), draft (1/5, 3/5, 1/5); drawn 1, then 2.
+    """Target (1/2, 1/5, 3/10), draft (1/5, 3/5, 1/5); 1 and then 2 were drawn.
 
-    1 stays with 1/3. Else (3/10, 0, 1/10) is left, that is (3/4, 0, 1/4), and 2 was drawn with 1/5, or with 1/2 where
-    1 had left the draft. It then stays with 1/2, and if not, (3/4, 0, 1/4) - (1/2, 0, 1/2) leaves token 0 alone.
+    Token 1 is accepted with 1/3. Otherwise the residual is (3/10, 0, 1/10), normalised (3/4, 0, 1/4). Token 2 was drawn
+    with 1/5, or with 1/2 without replacement. In the latter case it is accepted with 1/2; if it is rejected, the
+    residual (3/4, 0, 1/4) - (1/2, 0, 1/2) contains only token 0.
     """
     result = accept(
         [logs(0.5, 0.2, 0.3), logs(1, 0, 0), logs(1, 0, 0)], [0, 1, 2], [-1, 0, 0], "multi_round",
@@ -93,7 +97,7 @@ def test_the_second_sibling_by_hand(sampling, stays):
 
 @pytest.mark.parametrize("rule", ["multi_round", "traversal"])
 def test_repeated_siblings_without_chance(rule):
-    """1 twice, then 2: the second 1 changes nothing."""
+    """Token 1 twice, then 2. The second 1 has no effect."""
     result = accept([logs(0.4, 0.35, 0.25), *[logs(1, 0, 0)] * 3], [0, 1, 1, 2], [-1, 0, 0, 0], rule, rows=MANY)
     assert share(result, 1)[0] == pytest.approx(0.35, **NEAR)
     assert share(result, 2)[0] == 0
@@ -102,7 +106,7 @@ def test_repeated_siblings_without_chance(rule):
 
 
 def test_traversal_by_hand():
-    """Token-level 1/2 x 1 becomes min(1/2 x 4/3, 1) for the pair: the example that the paper begins with."""
+    """The token-level probability 1/2 x 1 becomes min(1/2 x 4/3, 1) for the pair: the first example of the paper."""
     target = [logs(0.3, 0.7), logs(0.8, 0.2), logs(0.5, 0.5)]
     draft = [logs(0.6, 0.4), logs(0.6, 0.4), None]
     pair = accept(target, [0, 0, 0], [-1, 0, 1], "traversal", draft=draft, rows=MANY)
@@ -112,7 +116,8 @@ def test_traversal_by_hand():
 
 
 def test_typical_by_hand():
-    """A flat target takes every token, a sharp one only its own; the deepest of what was taken stays."""
+    """A flat target accepts every token, a peaked one only its most likely token. The deepest accepted path is
+    taken."""
     flat, sharp = logs(0.25, 0.25, 0.25, 0.25), logs(0.01, 0.97, 0.01, 0.01)
     result = accept([flat, sharp, sharp, flat], [0, 2, 3, 1], [-1, 0, 0, 2], "typical", rows=50)
     assert result.path[:, :2].tolist() == [[2, 3]] * 50
@@ -176,28 +181,29 @@ def test_a_draft_without_probabilities_costs_acceptance_only(rule):
 
 @pytest.mark.parametrize("rule", ["multi_round", "traversal"])
 def test_exhausted_support(rule):
-    """Two tokens can be drawn; a third child carries one of them again, or one that cannot be drawn."""
+    """Two tokens can be drawn. A third child carries one of them again, or a token of probability 0."""
     target, draft = logs(0.25, 0.25, 0.25, 0.25), logs(0.5, 0.5, 0, 0)
     for third in (0, 1, 2):
         result = accept([target] * 4, [0, 0, 1, third], [-1, 0, 0, 0], rule, draft=[draft, None, None, None], rows=MANY)
         assert share(result, 3)[0] == 0
         assert share(result, 1)[0] == pytest.approx(0.5, **NEAR)
-        # what is left, (0, 0, 1/4, 1/4), has nothing of the second
+        # the residual (0, 0, 1/4, 1/4) is 0 at the second token
         assert share(result, 2)[0] == 0 and share(result, 0)[1][2] == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_confident_draft_keeps_its_digits():
-    """A token of mass 1 - 9e-8 was drawn and rejected: fp32 has no such number, and the rest of the draft counts."""
+    """A token of mass 1 - 9e-8 was drawn and rejected. fp32 cannot represent this number, but the remaining draft mass
+    matters."""
     rest = 3e-8
     target, draft = logs(0.1, 0.1, 0.4, 0.4), logs(1 - 3 * rest, rest, rest, rest)
     result = accept([target] * 3, [0, 0, 1], [-1, 0, 0], "multi_round", draft=[draft, None, None], rows=MANY)
     assert share(result, 1)[0] == pytest.approx(0.1, **NEAR)
-    # 1/9 of what the target has left, drawn with 1/3
+    # 1/9 of the target's residual, drawn with 1/3
     assert share(result, 2)[0] == pytest.approx(0.9 / 3, **NEAR)
 
 
 def test_nothing_left_by_rounding():
-    """A residual of no mass: no more children, and the next token is the target's own."""
+    """If the residual has mass 0, no more children are accepted, and the next token is the target's own."""
     target = torch.tensor([[0.25, 0.75, 0.0, 0.0]]).expand(MANY, -1)
     for draft in (None, torch.full((MANY, 4), 0.25)):
         zeros, ones = torch.zeros(MANY), torch.ones(MANY)
@@ -254,7 +260,8 @@ def test_coupled_follows_its_noise():
 
 
 def cases():
-    """A random tree, its distributions with zeros, ties, one-token nuclei and equal ones, and tokens that could be."""
+    """A random tree and distributions with zeros, ties, one-token nuclei and equal entries, with tokens that could be
+    drawn."""
     return st.fixed_dictionaries(
         {
             "seed": st.integers(0, 10**6),
@@ -287,7 +294,7 @@ def random_tree(seed, nodes, vocab, sampling, zeros, chain):
         offered = draft[parent].copy() if sampling != "none" else np.ones(vocab)
         if sampling == "without":
             offered[used.get(parent, [])] = 0
-        # exhausted: now and then with a token all the same
+        # exhausted support: sometimes with a token nevertheless
         real = offered.sum() > 0 and (chain and (parent == node - 1) or not chain and random.random() > 0.1)
         tokens.append(int(random.choice(vocab, p=offered / offered.sum())) if real else int(random.integers(vocab)))
         parents.append(parent if real or (offered.sum() == 0 and parent == node - 1) else -1)
@@ -307,7 +314,8 @@ def run_case(tree, sampling, rule, rows, **options):
 @settings(max_examples=150, deadline=None)
 @given(case=cases(), rule=st.sampled_from(sorted(exact.RULES)))
 def test_every_decision_is_the_papers(case, rule):
-    """The same numbers decide the same in float64, one row at a time; the next token is one that may come."""
+    """In float64, one row at a time, the same random numbers give the same decisions, and the next token is a possible
+    one."""
     tree, rows = random_tree(**case), 16
     if rule in rules.CHAIN_RULES and case["sampling"] != "none" and not case["chain"]:
         return
@@ -347,7 +355,7 @@ def test_every_decision_is_the_papers(case, rule):
     ),
 )
 def test_what_is_emitted_is_always_possible(case, rule, budget, eos, options):
-    """Under any filters no impossible token comes out, nothing exceeds the budget, and what is said is consistent."""
+    """With any filters, no impossible token is emitted, the budget is not exceeded, and the results are consistent."""
     tree, rows = random_tree(**case), 8
     if rule in rules.CHAIN_RULES and not case["chain"]:
         return
@@ -374,7 +382,7 @@ def test_what_is_emitted_is_always_possible(case, rule, budget, eos, options):
         nodes = [0, *path[:length]]
         said = [tree.tokens[node] for node in nodes[1:]] + [int(result.next_ids[row])]
         assert all(tree.parents[child] == parent for parent, child in itertools.pairwise(nodes))
-        # typical acceptance, too, takes what the target may say
+        # typical acceptance also accepts only tokens that the target may emit
         assert all(bool(possible[row, node, token]) for node, token in zip(nodes, said, strict=True))
         assert eos not in said[:-1]
 
@@ -417,14 +425,14 @@ def test_half_precision_logits_count_in_fp32(dtype):
 def test_an_out_of_range_token_is_padding():
     for rule in rules.RULES:
         result = accept([logs(0, 1, 0)] * 3, [999, -1, 1], [-1, 0, 0], rule)
-        assert int(result.length) == (rule not in rules.CHAIN_RULES)  # node 2 does not continue node 1
+        assert int(result.length) == (rule not in rules.CHAIN_RULES)  # node 2 is not the child of node 1
         assert int(accept([logs(0, 1, 0)] * 2, [-7, 3], [-1, 0], rule).length) == 0
 
 
 @pytest.mark.parametrize("most", [None, 4])
 @pytest.mark.parametrize("rule", rules.RULES)
 def test_nothing_is_read_on_the_host(rule, most):
-    """A meta tensor has no values: whatever asks for one fails."""
+    """A meta tensor has no values, so reading one raises an error."""
     batch, nodes, vocab = 2, 5, 8
     on = {"device": "meta"}
     filters = Filters(*(torch.empty(batch, dtype=dtype, **on) for dtype in ops.FILTER_DTYPES.values()), most)
@@ -478,14 +486,17 @@ VALID = {
         ({"filters": Filters(temperature=torch.ones(1).double())}, r"filters.temperature must be torch.float32 \[1\]"),
         ({"filters": Filters(top_k=[2])}, "filters.top_k must be a tensor, got list"),
         ({"filters": Filters(top_k=torch.ones(2).long())}, r"filters.top_k must be torch.int64 \[1\]"),
-        ({"filters": Filters(most=2)}, "filters.most must be None, or at least 1 beside a top_k, got 2"),
-        ({"filters": Filters(top_k=torch.ones(1).long(), most=0)}, "filters.most must be None, or at least 1"),
+        ({"filters": Filters(max_top_k=2)}, "filters.max_top_k must be None, or at least 1 with a top_k, got 2"),
+        (
+            {"filters": Filters(top_k=torch.ones(1).long(), max_top_k=0)},
+            "filters.max_top_k must be None, or at least 1",
+        ),
         ({"draft_filters": Filters(top_p=torch.ones(1, 1))}, r"draft_filters.top_p must be torch.float64 \[1\]"),
         ({"draft_logits": torch.zeros(1, 2, 5)}, r"draft_logits must be fp32, bf16 or fp16 \[1, P, 4\]"),
         ({"draft_row": torch.zeros(1, 3)}, r"draft_row must be torch.int32 \[1, 3\]"),
-        ({"draft_row": None}, "draft_logits and draft_row come together"),
-        ({"sampling": "none"}, 'draft_logits are of trees that were drawn, got them with sampling="none"'),
-        ({"draft_logits": None, "draft_row": None}, 'rule "multi_round" weighs the tokens of a tree drawn with'),
+        ({"draft_row": None}, "draft_logits and draft_row must both be given"),
+        ({"sampling": "none"}, 'draft_logits must be None with sampling="none", got a tensor'),
+        ({"draft_logits": None, "draft_row": None}, 'draft_logits must be given with rule "multi_round"'),
         ({"sampling": "some"}, 'rule "multi_round": sampling must be one of none, with, without'),
         ({"rule": "greedy"}, 'rule "greedy" is ops.accept_greedy'),
         ({"rule": "greed"}, "rule must be one of greedy, coupled"),
@@ -506,5 +517,5 @@ def test_legal_trees():
     for rule, (sampling, words) in itertools.product(
         rules.CHAIN_RULES, {"none": "chosen without sampling", "with": "with rep", "without": "without rep"}.items()
     ):
-        with pytest.raises(ValueError, match=f'rule "{rule}" takes a chain, got a tree .*{words}'):
+        with pytest.raises(ValueError, match=f'rule "{rule}" needs a chain, got a tree .*{words}'):
             rules.check_legal(rule, sampling, is_chain=False)

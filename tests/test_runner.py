@@ -12,14 +12,14 @@ from specdec_triton.tree import DraftTree
 
 
 def reads_a_round(model, generate):
-    """Host reads that a longer output adds, a round of ours or a token of plain decoding."""
+    """Host reads per round of the engine, or per token of plain decoding, measured by a longer output."""
 
     def run(tokens):
         with count_host_reads() as reads:
             generate(max_new_tokens=tokens)
         return reads.total, sdt.stats(model).rounds
 
-    generate(max_new_tokens=4)  # what is made once, is made
+    generate(max_new_tokens=4)  # creates everything that is created only once
     (few, first), (many, last) = run(8), run(20)
     assert last > first
     return (many - few) / (last - first)
@@ -89,7 +89,7 @@ def test_the_verify_forward_is_one_graph_and_is_not_compiled_again(family):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt_neox"])
 def test_every_node_gets_the_logits_of_its_own_path(family):
-    """Against a plain forward over prompt and path, one node at a time."""
+    """Compare with a plain forward over prompt and path, one node at a time."""
     model, inputs = build(family), prompt()
     start, length = [3, 0], torch.tensor([9, 9])
     tokens = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))

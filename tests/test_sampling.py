@@ -1,4 +1,4 @@
-"""Sampling with speculation: texts that no drafter can change, and distributions that no rule does."""
+"""Sampling with speculation: seeded texts do not depend on the drafter, and rules do not change distributions."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ FOUR_FAMILIES = ["llama", "gemma2", "mistral_window", "gpt_neox"]
 
 
 def drafters(family, text):
-    """Four ways to draft for `build(family)`, some much better than others."""
+    """Four drafters for `build(family)`, some much better than others."""
     return [
         sdt.PromptLookupDrafter(branches=2, adaptive=False),
         sdt.ModelDrafter(perturbed(family), tree=BUSHY),
@@ -68,7 +68,7 @@ def test_coupled_rows_keep_their_texts_when_shuffled_with_their_seeds():
     with sdt.patched(model, drafter=sdt.PromptLookupDrafter(), seed=[seeds[row] for row in order]):
         shuffled = model.generate(**{name: value[order] for name, value in inputs.items()}, **options)
     assert torch.equal(shuffled, text[order])
-    # alone, without its padding
+    # alone, without padding
     with sdt.patched(model, drafter=sdt.EarlyExitDrafter(1), seed=[seeds[0]]):
         alone = model.generate(inputs["input_ids"][:1, 3:], **OPTIONS)
         padded = model.generate(**{name: value[:1] for name, value in inputs.items()}, **OPTIONS)
@@ -76,7 +76,7 @@ def test_coupled_rows_keep_their_texts_when_shuffled_with_their_seeds():
 
 
 def test_a_draft_with_the_targets_noise_is_accepted_more_often():
-    """Ranked without it, a draft that is the target itself would agree only where chance has it."""
+    """If ranked without the noise, a draft model that equals the target would agree only by chance."""
     model = build("llama")
     with sdt.patched(model, drafter=sdt.ModelDrafter(build("llama"), num_tokens=4), seed=1):
         model.generate(**prompt(), **OPTIONS)
@@ -91,7 +91,7 @@ def test_a_draft_that_is_the_target_is_always_accepted(rule):
     assert sdt.stats(model).acceptance_length == 5
 
 
-# vocabulary of a few tokens: every text can be counted
+# a vocabulary of a few tokens, so that every text can be counted
 SMALL = {"vocab_size": 5, "num_hidden_layers": 2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 WAYS = {
     "plain": {},
@@ -113,7 +113,7 @@ def small(seed=0):
 
 
 def shapes(rule):
-    """Drafters for a rule: chain and tree, drawn with and without replacement, and chosen without sampling."""
+    """Drafters for a rule: chains and trees, drawn with and without replacement, and chosen without sampling."""
     draft = small(seed=1)
     made = [sdt.ModelDrafter(draft, num_tokens=2), sdt.EarlyExitDrafter(1, num_tokens=3), sdt.PromptLookupDrafter(3)]
     if rule not in CHAIN_RULES:
@@ -161,7 +161,7 @@ LOSSLESS = [rule for rule in RULES if rule not in LOSSY_RULES]
     [
         pytest.param(rule, way, marks=[] if (first + second) % 2 else pytest.mark.slow)
         for first, rule in enumerate(LOSSLESS)
-        # a chain is a tree, too
+        # a chain is also a tree
         for second, way in enumerate(("all", "plain" if rule in CHAIN_RULES else "repetition_penalty"))
     ],
 )
@@ -185,7 +185,7 @@ def test_typical_does_not():
 
 @pytest.mark.parametrize("rule", ["coupled", pytest.param("multi_round", marks=pytest.mark.slow)])
 def test_a_penalty_blind_to_ancestors_is_caught(rule, monkeypatch):
-    """The proof has teeth here, too: every node penalised as the root is."""
+    """The test must detect a wrong penalty: every node is penalised like the root."""
     honest = sdt.engine.scores.process_nodes
 
     def blind(processors, tree, *rest):
@@ -213,7 +213,7 @@ def test_seeds():
     torch.manual_seed(0)
     assert torch.equal(text(None), first)
     with pytest.raises(
-        ValueError, match="generate: seed must be a number or a list of one for each of the 2 rows.*got 3"
+        ValueError, match="generate: seed must be a number or a list with one for each of the 2 rows.*got 3"
     ):
         text([1, 2, 3])
     assert torch.equal(text([-(2**63), 2**63 - 1]), text([-(2**63), 2**63 - 1]))
@@ -285,8 +285,8 @@ def test_the_end_of_a_text_and_criteria():
         ({"seed": 2**64}, {}, "seed must be None, a 64-bit integer or a list of them"),
         ({"seed": "one"}, {}, "seed must be None, a 64-bit integer or a list of them"),
         ({}, {"temperature": 1e-40}, "temperature must be at least 1e-20 with speculative decoding, got 1e-40"),
-        ({"rule": "block", "tree": BUSHY}, {}, 'rule "block" takes a chain, got a tree drawn without replacement'),
-        ({"rule": "rejection", "lookup": 2}, {}, 'PromptLookupDrafter: rule "rejection" takes a chain'),
+        ({"rule": "block", "tree": BUSHY}, {}, 'rule "block" needs a chain, got a tree drawn without replacement'),
+        ({"rule": "rejection", "lookup": 2}, {}, 'PromptLookupDrafter: rule "rejection" needs a chain'),
     ],
 )
 def test_refusals(options, call, message):
@@ -326,7 +326,7 @@ def test_an_illegal_tree_of_a_drafter_of_ones_own():
     for rule in RULES:
         with sdt.patched(model, drafter=Own(), rule=rule):
             if rule in CHAIN_RULES:
-                with pytest.raises(ValueError, match=f'Own: rule "{rule}" takes a chain, got a tree of tokens chosen'):
+                with pytest.raises(ValueError, match=f'Own: rule "{rule}" needs a chain, got a tree of tokens chosen'):
                     model.generate(**prompt(), **OPTIONS)
             else:
                 model.generate(**prompt(), **OPTIONS)

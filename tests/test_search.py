@@ -1,4 +1,4 @@
-"""Which tree pays: the search against all trees, its limits, and its work."""
+"""The search for the best tree: compared with all trees, its limits, and its amount of work."""
 
 import itertools
 import sys
@@ -19,7 +19,7 @@ def random_acceptance(generator, depth, ranks):
 
 
 def every_tree(max_nodes, max_depth, ranks):
-    """Sets of paths, each with its parent."""
+    """All trees, as sets of paths that contain the parent of each path."""
     trees = level = {frozenset([()])}
     for _ in range(max_nodes - 1):
         level = {
@@ -34,7 +34,7 @@ def every_tree(max_nodes, max_depth, ranks):
 
 
 def rate_of(tree, acceptance, costs):
-    """Tokens a second, from the definition."""
+    """Expected tokens per second, from the definition."""
     tokens = sum(np.prod([acceptance[depth, rank] for depth, rank in enumerate(path)]) for path in tree)
     return tokens / costs.round_seconds(len(tree), max(map(len, tree)))
 
@@ -76,14 +76,15 @@ def test_limits_hold_and_a_tree_that_cannot_pay_is_a_lone_root():
     assert optimal_topology(ACCEPTANCE[:2], GPU, 30, 5).max_depth == 2
     assert optimal_topology(ACCEPTANCE, CPU_PRIOR, 30, 3).num_nodes == 1
     assert optimal_topology(np.zeros((3, 2)), GPU, 30, 3).num_nodes == 1
-    dear = Costs(verify=((1, 1.0), (2, 1.8)), other=2.0)  # by verify alone, half a token more would not pay
+    # by the verify time alone, half a token more would not be faster
+    dear = Costs(verify=((1, 1.0), (2, 1.8)), other=2.0)
     assert optimal_topology([[0.5]], dear, 2, 1).num_nodes == 2
-    # parents before children, where all are as likely
+    # parents before children, even if all are equally likely
     assert optimal_topology(np.ones((4, 1)), GPU, 5, 4) == Topology.chain(4)
 
 
 def test_the_search_loops_over_levels_and_over_the_nodes_of_one_tree():
-    """Not over candidates, of which there are thousands: it is called in the middle of a text."""
+    """It must not loop over candidates, of which there are thousands, because it runs in the middle of a text."""
     calls = []
     sys.setprofile(lambda frame, event, argument: calls.append(event) if event in ("call", "c_call") else None)
     try:

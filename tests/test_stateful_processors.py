@@ -1,4 +1,4 @@
-"""Processors that keep state, or look across rows: they get exactly the calls that plain `generate` makes."""
+"""Processors that keep state or look at other rows: they get exactly the calls that plain `generate` makes."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ RULES = ("rejection", "block", "multi_round", "traversal", "typical")
 
 
 class Memory:
-    """A processor that remembers every call; each kind forbids or changes what it does by state or by other rows."""
+    """Base class of processors that remember every call. Each one forbids or changes tokens by its state or by other
+    rows."""
 
     def __init__(self):
         self.calls = []
@@ -26,7 +27,8 @@ class Memory:
 
 
 class Matcher(Memory):
-    """A grammar with a state for each row, moved on by the row's last token. Pads after the end move nothing."""
+    """A grammar with a state for each row, which the row's last token advances. Pad tokens after the end do not change
+    it."""
 
     state = None
 
@@ -45,7 +47,7 @@ class Matcher(Memory):
 
 
 class ByText(Memory):
-    """States kept by text: a text whose beginning was never offered is a KeyError."""
+    """Keeps a state for each text. A text whose beginning was never passed raises a KeyError."""
 
     states = None
 
@@ -61,21 +63,21 @@ class ByText(Memory):
 
 
 class Counting(Memory):
-    """What is forbidden depends on the number of the call."""
+    """Forbids tokens by the number of the call."""
 
     def process(self, input_ids, scores):
         return scores.index_fill(1, (len(self.calls) * 7 + torch.arange(0, VOCAB, 5)) % VOCAB, -INF)
 
 
 class Across(Memory):
-    """Guidance between rows: each is pushed away from the one before it."""
+    """Guidance between rows: each row is pushed away from the row before it."""
 
     def process(self, input_ids, scores):
         return scores * 1.5 - scores.roll(1, 0) * 0.5
 
 
 class Pairs(Memory):
-    """All rows follow the text of the longest one, the one that has not ended."""
+    """All rows follow the text of the longest row, which has not ended."""
 
     def process(self, input_ids, scores):
         others = (input_ids == input_ids[:, :1]).long().sum(1).flip(0)
@@ -93,7 +95,7 @@ def assert_same_calls(ours, plain):
 
 
 def ends_of(model, inputs, kind, **options):
-    """Tokens that end the first row of what `kind` makes early and the second one later, if they get there."""
+    """Tokens that end the first row of the output of `kind` early and the second one later, if they occur."""
     options |= {"max_new_tokens": 18, "eos_token_id": NEVER}
     text = model.generate(**inputs, **options, logits_processor=[kind()])[:, LENGTH:].tolist()
     return [
@@ -103,7 +105,7 @@ def ends_of(model, inputs, kind, **options):
 
 
 def with_each(names):
-    """Every drafter with some kind, every kind with the oracle."""
+    """Combinations of every drafter with some kinds, and of every kind with the oracle."""
     rotated = [(name, KINDS[place % len(KINDS)]) for place, name in enumerate(names) if name != "oracle"]
     return [*rotated, *(("oracle", kind) for kind in KINDS)]
 
@@ -153,7 +155,7 @@ def test_where_columns_and_positions_differ(family):
 
 
 class Events(BaseStreamer):
-    """Processor, criterion and streamer in one: what each was asked, in order."""
+    """Processor, criterion and streamer in one object. It records its calls in order."""
 
     def __init__(self, stops):
         self.stops, self.log = torch.tensor(stops), []
@@ -177,7 +179,7 @@ class Events(BaseStreamer):
 @pytest.mark.parametrize("eos", [EOS, None])
 @pytest.mark.parametrize("stops", [(12, 20, 17), (10, 99, 11), (16, 16, 16), (12, 99, 99)])
 def test_processors_criteria_and_streamers_take_turns_as_in_plain_generate(stops, eos):
-    """None is asked about a column before the others have had their say on the one before it."""
+    """None of them is called for a column before all of them were called for the column before."""
     model, inputs = build("llama", eos_token_id=eos), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 14, "pad_token_id": PAD}
     options |= {"output_scores": True, "return_dict_in_generate": True}
@@ -197,7 +199,7 @@ def test_processors_criteria_and_streamers_take_turns_as_in_plain_generate(stops
 
 @pytest.mark.parametrize(("name", "kind"), with_each(["model", "dynamic", "lookup", "oracle"]))
 def test_sampling_in_the_calls_of_plain_steps(name, kind):
-    """Coupled: the text that the seed has without a draft, in the same calls."""
+    """With "coupled", the text is that of the seed without a draft, and processors get the same calls."""
     model, inputs = build("llama"), prompt(batch=3)
     options = {"do_sample": True, "max_new_tokens": 24, "pad_token_id": PAD, "top_k": 20, "temperature": 0.9}
     free, _ = speculative(model, None, {**inputs, **options, "eos_token_id": NEVER}, seed=3)
@@ -239,7 +241,7 @@ def test_scores_logits_and_cache(kind, padding):
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_classifier_free_guidance(sampled):
-    """It runs the model itself, with a cache of its own."""
+    """This processor runs the model itself, with its own cache."""
     model, inputs = build("llama"), prompt(batch=3)
     options = {"do_sample": sampled, "max_new_tokens": 16, "guidance_scale": 1.7, "pad_token_id": PAD}
     options |= {"negative_prompt_ids": prompt(batch=3, padding=0, seed=4)["input_ids"], "eos_token_id": [5, 9, 12, 20]}
@@ -335,11 +337,11 @@ def test_a_nan_is_found_before_its_column_is_told():
         model.generate(
             **inputs, do_sample=False, prompt_lookup_num_tokens=3, logits_processor=[poison], streamer=events
         )
-    assert len(events.log) == 1 + 4  # the prompt, and the columns 9 to 12
+    assert len(events.log) == 1 + 4  # the prompt, and columns 9 to 12
 
 
 def test_lists_are_called_as_one():
-    """What follows a processor with state sees what it made of the scores."""
+    """A processor after a stateful one gets its scores."""
     model, inputs = build("llama"), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": NEVER, "repetition_penalty": 1.3}
     texts = []

@@ -1,4 +1,4 @@
-"""Statistics of a call, as users print and save them; drafters as they are printed."""
+"""Statistics of a call as users print and save them, and drafters as they are printed."""
 
 import dataclasses
 import json
@@ -40,7 +40,8 @@ def test_stats_are_plain_data(model, tree):
 
 
 def test_positions_count_rows_that_had_not_ended(model):
-    """A chain of 2 that is always right: of 7 tokens a row has 3 in two rounds each, and the last in a third."""
+    """A chain of 2 that is always right. Of 7 tokens, a row emits 3 in each of two rounds, and the last one in a
+    third."""
     inputs = {**prompt(batch=3), **OPTIONS, "max_new_tokens": 8}
     plain = model.generate(**inputs)
     model.generate(**inputs, custom_generate=sdt.SpeculativeGenerate(drafter=oracle(plain, 0.0, tree=3)))

@@ -1,4 +1,4 @@
-"""Topologies, packed trees, the best-first builder."""
+"""Topologies, packed trees and the best-first builder."""
 
 import itertools
 
@@ -55,7 +55,7 @@ def test_topologies_by_hand():
     wide = Topology.from_widths([2, 2])
     assert (wide.parents, wide.ranks) == ((-1, 0, 0, 1, 1, 2, 2), (0, 0, 1, 0, 1, 0, 1))
     assert Topology.from_paths([(0, 1), (2,)]) == Topology((-1, 0, 0, 1), (0, 0, 2, 1))
-    # of a chance of 0.6 for the first candidate and 0.3 for the second, the four best beside the root
+    # with probabilities of 0.6 for the first candidate and 0.3 for the second, the four best nodes besides the root
     assert Topology.from_budget(5, (0.6, 0.3)) == Topology.from_paths([(0, 0, 0), (1,)])
     assert Topology.from_budget(1).num_nodes == 1
 
@@ -144,7 +144,7 @@ def test_a_drawn_tree_refuses_what_does_not_fit(changes, message):
 
 
 def test_ancestors_of_a_tree_that_grows():
-    """Level by level, past one word and past two."""
+    """Added level by level, to more than one word and more than two words."""
     random, parents = torch.Generator().manual_seed(0), torch.full((2, 1), -1, dtype=torch.int64)
     grown = DraftTree.root_only(parents).ancestors
     for level in (1, 40, 30, 70):
@@ -159,10 +159,10 @@ def test_ancestors_of_a_tree_that_grows():
         ((0, 2, 2), "DynamicTree: num_nodes must be an integer of at least 1, got 0"),
         ((4, 2.0, 2), "DynamicTree: width must be an integer of at least 1, got 2.0"),
         ((4, 2, True), "DynamicTree: depth must be an integer of at least 1, got True"),
-        ((8, 2, 2), "DynamicTree: num_nodes must be at most the 7 that width 2 and depth 2 make, got 8"),
+        ((8, 2, 2), "DynamicTree: num_nodes must be at most the 7 candidates of width 2 and depth 2, got 8"),
     ],
 )
 def test_what_no_dynamic_tree_can_be(numbers, message):
     with pytest.raises(ValueError, match=message):
         DynamicTree(*numbers)
-    assert [DynamicTree(7, 2, 2).made(levels) for levels in range(4)] == [1, 3, 7, 11]
+    assert [DynamicTree(7, 2, 2).num_candidates(levels) for levels in range(4)] == [1, 3, 7, 11]

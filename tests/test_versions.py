@@ -1,4 +1,4 @@
-"""An unknown newer transformers warns once, and breaks nothing."""
+"""An untested newer transformers gives one warning and no error."""
 
 import warnings
 

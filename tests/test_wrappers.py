@@ -1,5 +1,5 @@
-"""Models as people load them: adapters, compilation, quantized weights, hooks. The text is that of the same model
-without a patch, and the wrapper is afterwards as it was."""
+"""Wrapped models: adapters, compilation, quantized weights, hooks. The text equals that of the same model without a
+patch, and the wrapper is unchanged afterwards."""
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ OPTIONS = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": NEVER}
 
 
 def assert_same_text(model, inner=None):
-    """Plain, then with a lookup, a draft model and an early exit; `inner` is the transformers model inside."""
+    """Compare plain text with that of prompt lookup, a draft model and an early exit. `inner` is the transformers model
+    inside the wrapper."""
     inner = model if inner is None else inner
     inputs, before = prompt(), snapshot(inner)
     plain = model.generate(**inputs, **OPTIONS)
@@ -43,7 +44,7 @@ def test_a_peft_adapter():
     model = adapted()
     base = model.get_base_model()
     text = assert_same_text(model, base)
-    assert not torch.equal(text, build("llama").generate(**prompt(), **OPTIONS))  # the adapter does something
+    assert not torch.equal(text, build("llama").generate(**prompt(), **OPTIONS))  # the adapter changes the text
     assert type(base) is transformers.LlamaForCausalLM
 
 
@@ -70,7 +71,7 @@ def test_the_compiled_wrapper():
 
 @pytest.mark.slow
 def test_a_model_compiled_in_place():
-    """A verify forward has another attention than the forward that was compiled: it is traced again, not ignored."""
+    """A verify forward uses a different attention than the compiled forward, so it must be traced again."""
     model = build("llama", num_hidden_layers=2)
     plain = model.generate(**prompt(), **OPTIONS)
     model.compile(backend="eager")
@@ -101,8 +102,8 @@ def test_torchao_weights():
 
 @pytest.mark.parametrize("granularity", ["PerRow", "PerTensor"])
 def test_torchaos_dynamic_activations(granularity):
-    """One scale for all rows of a forward makes each depend on the others, with speculation and without: a limit that
-    cannot be detected. A scale for each row does not."""
+    """With one scale for all rows of a forward, each row depends on the others, with and without speculation. This
+    limit cannot be detected. With a scale for each row, rows are independent."""
     torchao = pytest.importorskip("torchao.quantization")
     config = torchao.Int8DynamicActivationInt8WeightConfig(granularity=getattr(torchao, granularity)())
     layer = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))

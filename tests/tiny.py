@@ -1,4 +1,4 @@
-"""A tiny random Llama with a tiny tokenizer, built here: for tests of loading and of the command line."""
+"""A tiny random Llama with a tiny tokenizer, for tests of loading and of the command line."""
 
 import json
 
@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
 END_ID = 0
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-# two, since transformers 5.17 reads a list of one merge as a string
+# two merges, because transformers 5.17 reads a list of one merge as a string
 MERGES = [("a", "b"), ("x", "y")]
 TOKENS = [*SPECIAL, *ALPHABET, *("".join(pair) for pair in MERGES)]
 CHAT_TEMPLATE = (
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and three special ones."""
+    """A tokenizer with one token per byte and three special tokens."""
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(TOKENS)}, merges=MERGES))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -30,7 +30,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
-    """Random weights large enough that greedy text does not fall into a loop of one token."""
+    """Random weights that are large enough that greedy text does not repeat one token for ever."""
     config = LlamaConfig(
         vocab_size=len(TOKENS),
         hidden_size=64,
@@ -56,7 +56,8 @@ def save(folder, seed: int = 0, layers: int = 2):
 
 
 def save_gguf(file, source: LlamaForCausalLM, without: str | None = None) -> None:
-    """Write `source` with the tokenizer above as an unquantized GGUF file, leaving out weights named like `without`."""
+    """Write `source` with the tokenizer above as an unquantized GGUF file, without weights whose names are like
+    `without`."""
     import gguf
 
     config = source.config
@@ -98,11 +99,11 @@ def save_gguf(file, source: LlamaForCausalLM, without: str | None = None) -> Non
 
 
 def _interleave_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    # llama.cpp pairs neighbouring channels where transformers pairs the two halves of a head
+    # llama.cpp pairs neighbouring channels; transformers pairs the two halves of a head
     rows, columns = weight.shape
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()
 
 
 def saved_config(folder) -> dict:
-    """The config.json of a transformers folder."""
+    """The contents of config.json in a folder of a transformers model."""
     return json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""How a typed program uses the package: `make lint` checks its types. Nothing runs it.
+"""A typed program that uses the package. `make lint` checks its types; it is never run.
 
 A `type: ignore` here must be needed: mypy reports it if the call that it covers is accepted.
 """

@@ -1,4 +1,4 @@
-"""Drafters: where draft trees come from."""
+"""Drafters: they propose draft trees."""
 
 from .base import DraftContext, Drafter, DraftSession, NoDrafter
 from .early_exit import EarlyExitDrafter

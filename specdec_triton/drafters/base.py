@@ -1,7 +1,7 @@
-"""Drafters propose a tree of tokens for every sequence, once a round.
+"""The interface of drafters: in every round, a drafter proposes a tree of tokens for every sequence.
 
-A `Drafter` holds options and may serve many calls and models. `start` opens a `DraftSession`, which lives for one
-`generate` call.
+A `Drafter` holds options and may serve many calls and models. Its method `start` opens a `DraftSession`, which serves a
+single `generate` call.
 """
 
 import inspect
@@ -22,29 +22,29 @@ from ..tree import DraftTree, DynamicTree, Topology
 
 @dataclass
 class DraftContext:
-    """The sequences of one call between two rounds. Drafters read it and never write to it.
+    """The state of one call's sequences between two rounds. Drafters must not write to it.
 
     Attributes:
-        tokens: [B, max_length + 1] int64 on the device. Prompt (left padding included) and emitted tokens by column;
-            what lies beyond `length` means nothing.
-        start: [B] int64. First column that holds a real token.
-        length: [B] int64. Column of the last emitted token, the tree's root.
-        host_tokens: [B, max_length] int64. The same tokens on the host; what was read with the last round.
-        host_length: [B] int64. The same lengths.
-        host_budget: [B] int64. Tokens each row may still emit; 0 when it is done.
-        max_length: columns that may ever be filled.
+        tokens: [B, max_length + 1] int64 on the device. Prompt (left padding included) and emitted tokens by column.
+            Columns after `length` are undefined.
+        start: [B] int64 on the device. First column that holds a real token.
+        length: [B] int64 on the device. Column of the last emitted token, which is the root of the tree.
+        host_tokens: [B, max_length] int64. The tokens on the host, as of the last report that the host has read.
+        host_length: [B] int64. The lengths on the host, as of the same report.
+        host_budget: [B] int64. Number of tokens that each row may still emit; 0 if the row is finished.
+        max_length: number of columns that may be filled.
         vocab_size: draft tokens must be below it.
         target: the target with its cache. A drafter that runs a part of the target may write keys and values from slot
-            `length` on: verification overwrites them.
+            `length` on, because verification overwrites them.
         rule: acceptance rule of the call.
-        seeds: [B] int64. What each row's noise is keyed by; None with "greedy".
+        seeds: [B] int64. Seeds of the noise of each row; None with "greedy".
         filters: the call's temperature, top-k, top-p and min-p.
-        eos_ids: [E] int64. Tokens after which a row emits nothing; None for none.
-        impl: implementation of the ops that was asked for.
-        fixed_shapes: rounds may be captured, and read late: shapes of a session that is `on_device` must not follow the
-            host's view of the text.
-        compiled: models are run through `torch.compile`.
-        ahead: tokens that a row may have emitted beyond the host's view.
+        eos_ids: [E] int64. Tokens after which a row emits nothing; None if there are none.
+        impl: implementation of the ops; see `Options`.
+        fixed_shapes: True if rounds may be captured as CUDA graphs and their reports read late. The tensor shapes of a
+            session that is `on_device` must then not depend on `host_tokens`, `host_length` or `host_budget`.
+        compiled: True if models run through `torch.compile`.
+        unread_tokens: upper bound on the number of tokens that a row has emitted but the host has not read.
     """
 
     tokens: torch.Tensor
@@ -63,7 +63,7 @@ class DraftContext:
     impl: str | None = None
     fixed_shapes: bool = False
     compiled: bool = False
-    ahead: int = 0
+    unread_tokens: int = 0
 
     @property
     def root(self) -> torch.Tensor:
@@ -72,17 +72,17 @@ class DraftContext:
 
     @property
     def position(self) -> torch.Tensor:
-        """[B] int64. The roots' positions: real tokens before them."""
+        """[B] int64. Position of each root: the number of real tokens before it."""
         return self.length - self.start
 
     @property
     def longest(self) -> int:
-        """The largest `length` there can be, by what the host knows."""
-        return min(int(self.host_length.max()) + self.ahead, self.max_length - 1)
+        """Upper bound on `length` in all rows, computed on the host."""
+        return min(int(self.host_length.max()) + self.unread_tokens, self.max_length - 1)
 
     @property
     def useful_depth(self) -> int:
-        """Deepest draft token that any row could still emit."""
+        """Depth of the deepest draft token that any row could still emit."""
         return max(int(self.host_budget.max()) - 1, 0)
 
 
@@ -90,15 +90,16 @@ class DraftSession(ABC):
     """One drafter during one `generate` call.
 
     Attributes:
-        max_nodes: largest N, root included, that `draft` returns.
-        max_depth: largest depth.
-        trusted: the trees need not be checked on the host. The trees of a drafter from outside are checked in every
-            round, so its drafts are not captured, and the host reads each round before the next.
-        on_device: `draft` and `observe` are tensor operations only, on tensors that stay where they are from round to
-            round: no value is read on the host, no host state (`host_tokens`, `host_length`, `host_budget`) is used,
-            and no shape depends on values. So a round can be captured once and replayed.
-        chains_only: of the trees that `prepare` may ask for, it can make chains only.
-        level_cost: seconds that drafting one level takes, of the target's for one token; 0 where no model runs.
+        max_nodes: largest number of nodes, root included, that `draft` returns.
+        max_depth: largest depth of a node that `draft` returns.
+        trusted: True if the trees need not be checked. If it is False, the host checks the tree of every round. The
+            draft is then not captured as a CUDA graph, and the host reads each round's report before the next round.
+        on_device: True if `draft` and `observe` consist of tensor operations on tensors that keep their addresses from
+            round to round. They must not read values on the host, must not use `host_tokens`, `host_length` or
+            `host_budget`, and no shape may depend on values. A round can then be captured once and replayed.
+        chains_only: True if the session can only draft chains when `prepare` asks for a tree.
+        level_cost_ratio: estimated time to draft one level, divided by the time of a target forward over one token.
+            0 if no model runs. `ModelDrafter` estimates it by the ratio of the numbers of parameters.
     """
 
     max_nodes: int
@@ -106,45 +107,47 @@ class DraftSession(ABC):
     trusted = False
     on_device = False
     chains_only = False
-    level_cost = 0.0
+    level_cost_ratio = 0.0
 
     def prepare(self, tree: Topology | None = None) -> Hashable:  # noqa: B027, most have nothing to prepare
-        """The host's part of the next draft, called before each.
+        """Prepare the next draft on the host. It is called before every `draft`.
 
         Args:
-            tree: the shape asked for by `tree="auto"`, or None.
+            tree: the shape that `tree="auto"` asks for, or None.
 
         Returns:
-            What tells drafts of different shapes apart.
+            A hashable key. Equal keys mean equal shapes.
         """
 
     @abstractmethod
     def draft(self) -> DraftTree:
-        """A tree for each sequence, its root the context's last emitted token."""
+        """Return a tree for each sequence. Its root is the last emitted token, `context.root`."""
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:  # noqa: B027, most have no use for it
-        """Called after each round with the accepted path, before the context moves on."""
+        """Called after verification with the accepted path, before `context.length` advances."""
 
     def observe_on_host(self, drafted: list[int], emitted: list[int]) -> None:  # noqa: B027, most have no use for it
-        """Called on the host when it has read a round's report, in order. Later rounds may have begun by then.
+        """Called each time the host has read the report of a round, in the order of the rounds. Later rounds may have
+        begun already.
 
         Args:
-            drafted: draft tokens of each row.
-            emitted: tokens that each row emitted, its accepted ones and the target's own; 0 where the row had ended.
+            drafted: number of draft tokens of each row.
+            emitted: number of tokens that each row emitted: its accepted tokens and the target's own token. 0 if the
+                row was finished.
         """
 
 
 class Drafter(ABC):
-    """See the module.
+    """Base class of drafters; see the module.
 
     Attributes:
-        resizable: its sessions draft what `prepare` asks for, so that `tree="auto"` can choose.
+        resizable: True if its sessions draft the tree that `prepare` asks for. `tree="auto"` requires it.
     """
 
     resizable = False
 
     def __repr__(self) -> str:
-        """The arguments that are not the defaults; of a model its class, of a tensor its shape."""
+        """The arguments that differ from their defaults. Models are shown by class, tensors by shape."""
         shown = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value = getattr(self, name, parameter.default)
@@ -159,19 +162,20 @@ class Drafter(ABC):
     def check(  # noqa: B027, most serve every target
         self, model: PreTrainedModel, rule: str | None = None, tree: Topology | DynamicTree | int | None = None
     ) -> None:
-        """Refuse what this drafter cannot draft for; asked in `patch` and before each `generate`.
+        """Refuse arguments that this drafter does not support. It is called in `patch` and before each `generate`.
 
         Args:
             model: the target.
-            rule: acceptance rule, or None where the call decides.
+            rule: acceptance rule, or None if each call decides.
             tree: as in `start`.
 
         Raises:
-            ValueError: names the drafter, what is wanted and what came.
+            ValueError: an argument is not supported; the message names the drafter, the values that it takes and the
+                value that it got.
         """
 
     def graph_hazard(self) -> str | None:
-        """Why rounds with this drafter cannot be captured as CUDA graphs, or None."""
+        """The reason why rounds with this drafter cannot be captured as CUDA graphs, or None."""
         return None
 
     @abstractmethod
@@ -179,20 +183,20 @@ class Drafter(ABC):
         """Open a session.
 
         Args:
-            context: the call's sequences after the prompt; updated in place from round to round.
+            context: the call's sequences after the prompt. It is updated in place after every round.
             tree: the shape asked for in `patch`: a topology, a number of nodes (root included), a dynamic tree, or None
-                for the drafter's own.
+                for the drafter's own shape.
 
         Raises:
-            ValueError: this drafter cannot make such a tree.
+            ValueError: this drafter cannot draft such a tree.
         """
 
 
 def topology_of(
     tree: Topology | DynamicTree | int | None, default: Topology, rule: str | None = None
 ) -> Topology | DynamicTree:
-    """The topology that `tree` asks for: itself, the likeliest of so many nodes (a chain where the rule takes no
-    other), or the drafter's default."""
+    """The topology that `tree` asks for. A topology or dynamic tree is returned as it is, None gives `default`, and a
+    number of nodes gives the most likely tree of that size, or a chain if the rule accepts only chains."""
     if tree is None:
         return default
     if not isinstance(tree, int):
@@ -201,10 +205,10 @@ def topology_of(
 
 
 def check_tree(owner: str, tree: Topology | DynamicTree | int | None) -> None:
-    """Refuse what is no shape of a tree.
+    """Refuse a value that does not describe the shape of a tree.
 
     Raises:
-        ValueError: names `owner`.
+        ValueError: the message begins with `owner`.
     """
     is_number = isinstance(tree, int) and not isinstance(tree, bool) and tree >= 1
     if tree is not None and not isinstance(tree, (Topology, DynamicTree)) and not is_number:
@@ -214,23 +218,23 @@ def check_tree(owner: str, tree: Topology | DynamicTree | int | None) -> None:
 
 
 def check_static(owner: str, tree: Topology | DynamicTree | int | None) -> None:
-    """Refuse a dynamic tree, for a drafter without probabilities.
+    """Refuse a dynamic tree, on behalf of a drafter without draft probabilities.
 
     Raises:
-        ValueError: names `owner`.
+        ValueError: `tree` is a dynamic tree; the message begins with `owner`.
     """
     if isinstance(tree, DynamicTree):
         raise ValueError(
-            f"{owner}: tree must not be a DynamicTree, which takes a draft's probabilities (ModelDrafter and "
+            f"{owner}: tree must not be a DynamicTree, which needs draft probabilities (ModelDrafter and "
             f"EarlyExitDrafter have them), got {tree}"
         )
 
 
 def check_draft(drafter: Drafter, session: DraftSession, context: DraftContext, tree: DraftTree) -> None:
-    """Refuse what a session of someone else's drafter returned, unless it is a tree that a round can verify.
+    """Check the return value of a third-party drafter's `draft`.
 
     Raises:
-        ValueError: names the drafter.
+        ValueError: it is not a tree that a round can verify; the message names the drafter.
     """
     name = type(drafter).__name__
     if not isinstance(tree, DraftTree):
@@ -239,12 +243,12 @@ def check_draft(drafter: Drafter, session: DraftSession, context: DraftContext, 
     check_rule(drafter, context.rule, tree.is_chain, tree.sampling)
     if tree.num_nodes > session.max_nodes:
         raise ValueError(
-            f"{name}: draft must return at most its max_nodes, {session.max_nodes} nodes, got {tree.num_nodes}"
+            f"{name}: draft must return at most {session.max_nodes} nodes (its max_nodes), got {tree.num_nodes}"
         )
 
 
 def check_rule(drafter: Drafter, rule: str | None, is_chain: bool, sampling: str = "none") -> None:
-    """Refuse a rule that cannot use, or would be biased on, the trees that `drafter` makes."""
+    """Refuse a rule that cannot be applied to the trees of `drafter`, or would give biased samples."""
     try:
         check_legal(rule or "greedy", sampling, is_chain)
     except ValueError as refusal:
@@ -252,7 +256,7 @@ def check_rule(drafter: Drafter, rule: str | None, is_chain: bool, sampling: str
 
 
 class NoDrafter(Drafter):
-    """No draft: every round is a plain decoding step of the same engine. The honest baseline."""
+    """Drafts nothing: every round is a plain decoding step of the same engine. Use it as the baseline in benchmarks."""
 
     resizable = True
 

@@ -1,8 +1,8 @@
-"""A draft model's dynamic tree, built on the device: its shape follows the draft's probabilities from round to round.
+"""Drafts a dynamic tree with a model, on the device. The shape follows the draft's probabilities in every round.
 
-Source: EAGLE-2 (Li et al. 2024, arXiv 2406.16858), whose draft is a head on the target; here it is any model.
+Source: EAGLE-2 (Li et al. 2024, arXiv 2406.16858). Its draft is a head on the target; here it may be any model.
 
-Letters: B sequences, N nodes kept, K nodes expanded a level and children of each, C nodes made, V vocabulary.
+Letters: B sequences, N nodes kept, K nodes expanded per level and children of each, C candidate nodes, V vocabulary.
 """
 
 from dataclasses import replace
@@ -18,23 +18,23 @@ from .model_session import ModelSession
 
 
 class DynamicSession(ModelSession):
-    """A model that drafts a `DynamicTree`. Tokens are chosen, not sampled, by their probability after filters.
+    """Drafts a `DynamicTree` with a model. Tokens are ranked by their probability after filters; none is sampled.
 
-    Under "coupled" the noise that the target will have is added first, and a node's score is the log-softmax of the
-    sum. That is a heuristic: the order of siblings is the target's own where the two models agree, but how sure a
-    choice is, and so which paths are kept, is a guess.
+    Under "coupled", the noise that the target will use is added to the log-probabilities first, and the score of a node
+    is the log-softmax of the sum. This is a heuristic. If the two models agree, siblings are in the target's order, but
+    the scores are not calibrated probabilities, so the choice of paths may not be optimal.
 
     Args:
         model, context, shares_cache: see `ModelSession`.
-        tree: what to draft.
+        tree: the tree to draft.
     """
 
     def __init__(self, model: PreTrainedModel, context: DraftContext, tree: DynamicTree, shares_cache: bool = False):
         super().__init__(model, context, tree, shares_cache)
         self._kept, self._levels = tree.num_nodes, tree.max_depth
-        # what a round begins with is a path down to the root; kept, since captured rounds read its tensors
+        # a round begins with a path that ends in the root; stored here because captured rounds read its tensors
         self._path = topology_tensors(Topology.chain(self._catch_up - 1), context.start.device)
-        # [B, N]: slot of each node in the draft's cache, from the root's; -1: never forwarded
+        # [B, N]: slot of each node in the draft's cache, relative to the root's slot; -1 if it was not forwarded
         self._slots = torch.full((len(context.start), tree.num_nodes), -1, device=context.start.device)
 
     @property
@@ -42,14 +42,14 @@ class DynamicSession(ModelSession):
         return self._catch_up + self.topology.width * (self.topology.depth - 1)
 
     def prepare(self, tree: Topology | DynamicTree | None = None):
-        """A tree that is asked for limits the nodes kept and the levels."""
+        """A requested `tree` limits the number of nodes kept and the number of levels."""
         wanted, context = self.topology, self.context
         self._kept, self._levels = wanted.num_nodes, wanted.max_depth
         if tree is not None:
             self._kept, self._levels = min(self._kept, tree.num_nodes), min(self._levels, tree.max_depth)
         if not context.fixed_shapes:
             self._levels = min(self._levels, context.useful_depth)
-        self._kept = min(self._kept, wanted.made(self._levels))
+        self._kept = min(self._kept, wanted.num_candidates(self._levels))
         self.forwards += self._levels
         self._follow(self._levels > 0)
         return self._levels, self._kept, self._runner.cache.slots
@@ -59,12 +59,13 @@ class DynamicSession(ModelSession):
         first, fed = self._catching_up()
         batch, device = len(first), first.device
         root = fed[:, -1:]
-        # the nodes made so far, and the slots of those that are forwarded
+        # the candidates so far; slots are -1 for nodes that are not forwarded
         tokens, parents, scores = [root], [torch.full_like(root, -1)], [torch.zeros(batch, 1, device=device)]
         slots = [torch.zeros_like(root)]
         has_nan = torch.zeros_like(first, dtype=torch.bool)
-        _, depth, ancestors = (part.expand(batch, *part.shape[1:]) for part in self._path)  # of the draft cache's tree
-        at, made = torch.zeros_like(root), 1  # the nodes to expand, and how many there are
+        # the tree in the draft's cache: catch-up tokens and expanded nodes
+        _, depth, ancestors = (part.expand(batch, *part.shape[1:]) for part in self._path)
+        at, made = torch.zeros_like(root), 1  # the nodes to expand, and the number of candidates so far
         mass, row = scores[0], torch.full_like(root, self._catch_up - 1)
         for level in range(1, self._levels + 1):
             logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
@@ -96,7 +97,8 @@ class DynamicSession(ModelSession):
         return replace(tree, has_nan=has_nan)
 
     def _log_probs(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
-        """How likely each token is the target's choice at this depth, by the draft's logits [B, n, V] above it."""
+        """Log-probabilities [B, n, V] that each token is the target's choice at `depth`, from the draft's logits
+        [B, n, V] of the parents."""
         log_probs = filtered_log_probs(logits, self.context.filters)
         if self.context.rule == "coupled":
             return (log_probs + self._noise(depth, logits.shape[-1])).log_softmax(-1)

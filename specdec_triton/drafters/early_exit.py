@@ -1,4 +1,4 @@
-"""Self-drafting: the target itself with layers left out. No second model, no second set of weights."""
+"""Self-drafting: the target without some of its layers is the draft model. It needs no second set of weights."""
 
 import copy
 from collections.abc import Sequence
@@ -14,20 +14,24 @@ PER_LAYER_OPTIONS = ("hidden_size_per_layer_input", "num_kv_shared_layers")
 
 
 class EarlyExitDrafter(Drafter):
-    """The target without some of its layers: its last ones (LayerSkip, Elhoushi et al. 2024), or any that are named
-    (Draft & Verify, Zhang et al. 2024). Its final norm and head follow the last layer kept.
+    """Drafts with the target without some of its layers. The target's final norm and head follow the last layer kept.
 
-    Weights are the target's. So are keys and values where the first layers are kept: what they computed while
-    verifying is what they would compute while drafting, so there is no prompt to run twice. With a layer left out
-    before one that is kept, the draft has a cache of its own.
+    The layers left out are the last ones (LayerSkip, Elhoushi et al. 2024) or any given ones (Draft & Verify, Zhang et
+    al. 2024). Early exit needs a model that was trained for it, such as the LayerSkip checkpoints; with other models
+    few drafts are accepted.
+
+    The draft uses the target's weights. If the first layers are kept, it also uses the target's key-value cache: those
+    layers compute the same keys and values while drafting and verifying, so the prompt is not run a second time. If a
+    layer is left out before one that is kept, the draft has its own cache.
 
     Args:
-        num_layers: how many of the first layers to keep.
-        skip: or which layers to leave out, by index.
+        num_layers: number of layers to keep, from the first.
+        skip: indices of the layers to leave out, instead of `num_layers`.
         num_tokens, tree, replacement, confidence_threshold: see `ModelDrafter`; the generation config is the target's.
 
     Raises:
-        ValueError: not exactly one of `num_layers` and `skip`, both shapes are given, or a number is outside its range.
+        ValueError: `num_layers` and `skip` are both given or both missing, `num_tokens` and `tree` are both given, or a
+            number is out of range.
     """
 
     def __init__(
@@ -40,9 +44,7 @@ class EarlyExitDrafter(Drafter):
         confidence_threshold: float | None = None,
     ):
         if (num_layers is None) == (skip is None):
-            raise ValueError(
-                f"EarlyExitDrafter: give num_layers (of the first) or skip (a list), got {num_layers!r} and {skip!r}"
-            )
+            raise ValueError(f"EarlyExitDrafter: give either num_layers or skip, got {num_layers!r} and {skip!r}")
         if num_layers is not None and (isinstance(num_layers, bool) or not isinstance(num_layers, int)):
             raise ValueError(f"EarlyExitDrafter: num_layers must be an integer, got {num_layers!r}")
         if skip is not None and (
@@ -66,13 +68,13 @@ class EarlyExitDrafter(Drafter):
         uneven = [name for name in PER_LAYER_OPTIONS if getattr(config, name, None)]
         if uneven and len(kept) < config.num_hidden_layers:
             raise ValueError(
-                f"EarlyExitDrafter: layers must not have inputs or caches of each other, got {type(model).__name__} "
-                f"with {', '.join(uneven)}: use another drafter"
+                f"EarlyExitDrafter: layers must not share inputs or caches, got {type(model).__name__} with "
+                f"{', '.join(uneven)}: use another drafter"
             )
         draft_shape(self, tree, model, rule, config.vocab_size)
 
     def _kept(self, model: PreTrainedModel) -> list[int]:
-        """Indices of the layers that draft."""
+        """Indices of the layers that are kept."""
         name, layers = decoder_layers(model)
         total = len(layers)
         if self.skip is None:
@@ -98,10 +100,10 @@ class EarlyExitDrafter(Drafter):
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder's list of layers, and its dotted name in the model.
+    """The dotted name of the decoder's list of layers, and the list.
 
     Raises:
-        ValueError: there is none, or more than one might be it.
+        ValueError: the model has no such list, or more than one candidate.
     """
     total = model.config.get_text_config().num_hidden_layers
     lists = [
@@ -120,11 +122,12 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def with_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A model of the same modules, but for its list of layers, which holds those `kept`. `model` is left as it is.
+    """A copy of the model that shares all modules but whose list of layers holds only those `kept`. `model` itself is
+    not changed.
 
     Raises:
-        ValueError: a module on the way to the layers has a `forward` of its own (a hook of accelerate's, say), which
-            would run the original.
+        ValueError: `forward` was replaced on a module that contains the layers, for example by a hook of accelerate's.
+            The copy would run the original modules.
     """
     name, layers = decoder_layers(model)
     *path, last = name.split(".")
@@ -138,7 +141,7 @@ def with_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
             )
         copied = copy.copy(module)
         copied._modules = dict(module._modules)
-        copied._compiled_call_impl = None  # compiled for the original
+        copied._compiled_call_impl = None  # it was compiled for the original module
         config = getattr(module, "config", None)
         if getattr(config, "num_hidden_layers", None) == total:
             copied.config = configs.setdefault(id(config), _config_of(config, kept))

@@ -1,9 +1,10 @@
-"""How long a chain is drafted where nobody fixed its length: by the assistant's own generation config, with the meaning
-that transformers gives it.
+"""The length of a drafted chain if the user did not fix it. The assistant's generation config decides, as in
+transformers.
 
-`num_assistant_tokens` bounds a draft. `assistant_confidence_threshold` ends it after a token whose draft probability,
-after filters, is below it; that token is still verified. `num_assistant_tokens_schedule` moves the bound from
-round to round. The threshold stays: where scikit-learn is installed, transformers moves it within a call.
+`num_assistant_tokens` bounds the length of a draft. `assistant_confidence_threshold` ends a draft after a token whose
+draft probability, after filters, is below the threshold; that token is still verified. `num_assistant_tokens_schedule`
+changes the bound after each round. The threshold is constant; transformers adapts it during a call if scikit-learn is
+installed.
 
 Letters: B sequences, N tree nodes.
 """
@@ -17,21 +18,21 @@ from transformers import GenerationConfig
 
 from .base import DraftContext
 
-DEFAULT_TOKENS, DEFAULT_CONFIDENCE = 20, 0.4  # transformers' own, where a generation config says nothing
-SCHEDULES = ("heuristic", "heuristic_transient")  # those that move the bound
-LONGEST = 128  # tokens that a schedule's bound may grow to
-FIRST_GUESS = 4  # tokens until the next stop, before the first is seen
-LEARNING = 0.5  # share of the newest round in that guess
+DEFAULT_TOKENS, DEFAULT_CONFIDENCE = 20, 0.4  # transformers' defaults, if the generation config sets no value
+SCHEDULES = ("heuristic", "heuristic_transient")  # the schedules that change the bound
+LONGEST = 128  # upper limit, in tokens, of a bound that a schedule changes
+FIRST_GUESS = 4  # guessed length of a draft, in tokens, before the first round
+LEARNING = 0.5  # weight of the latest round in later guesses
 
 
 @dataclass(frozen=True)
 class LengthRule:
-    """What a call is to do about the length of its chains.
+    """The rule that sets the length of a call's chains.
 
     Attributes:
-        tokens: bound of the first round.
-        confidence: draft probability of a token below which nothing is drafted after it; 0 for never.
-        config: whose `num_assistant_tokens` the schedule moves; None: the bound stays.
+        tokens: upper bound on the draft tokens of the first round.
+        confidence: a draft ends after a token whose draft probability is below this; 0 disables it.
+        config: the generation config whose schedule changes the bound; None if the bound is constant.
     """
 
     tokens: int
@@ -40,10 +41,10 @@ class LengthRule:
 
 
 def assistant_tokens(owner: str, config: GenerationConfig) -> int:
-    """`num_assistant_tokens`, or transformers' default.
+    """`num_assistant_tokens` of the config, or transformers' default.
 
     Raises:
-        ValueError: it is no number of at least 0; names `owner`.
+        ValueError: it is not a number of at least 0; the message begins with `owner`.
     """
     tokens = DEFAULT_TOKENS if config.num_assistant_tokens is None else config.num_assistant_tokens
     if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or not tokens >= 0:
@@ -55,7 +56,8 @@ def assistant_tokens(owner: str, config: GenerationConfig) -> int:
 
 
 def assistant_rule(owner: str, config: GenerationConfig, confidence: float | None = None) -> LengthRule:
-    """What the draft's generation config asks for; `confidence`, where it is given, is the drafter's own."""
+    """The rule that the draft's generation config asks for. `confidence`, unless it is None, replaces the config's
+    threshold."""
     if confidence is None:
         confidence = config.assistant_confidence_threshold
     return LengthRule(
@@ -66,22 +68,23 @@ def assistant_rule(owner: str, config: GenerationConfig, confidence: float | Non
 
 
 class ChainLength:
-    """The lengths of one call's drafts, each row's by what the row itself has seen.
+    """The lengths of one call's drafts. Each row's length depends only on that row's own rounds.
 
-    The host bounds each row before a round, and the device ends it within the bound. Where the host may look, it does
-    after each token, and a round ends with its last row. Where rounds are captured it may not: there the bound is also
-    its guess of where confidence will end, a power of two, so that few lengths are captured.
+    The host sets a bound for each row before a round, and the device may stop a row earlier. If rounds are not
+    captured, the host checks after each token whether any row goes on, and the draft ends when none does. If rounds are
+    captured, the host cannot check. It then also limits each row to a guess of the length at which the confidence
+    threshold will stop it. The guess is a power of two, so that few lengths are captured.
 
-    A row's stop depends on tokens that it has drawn already and on earlier rounds, never on the token that would come
-    next: given the tokens before it, every token that is drawn has the draft's distribution. That is all that
-    "rejection" and "block" ask of a draft: the former tests one token after the other; the latter tests every prefix
-    from the last token backwards, which holds whatever the prefix at which a draft ends. ("coupled" and
-    "greedy" do not look at how tokens came about.)
+    Why this is lossless: whether a row stops depends on tokens that it has drawn already and on earlier rounds, never
+    on the next token. Given the tokens before it, every drawn token therefore follows the draft's distribution.
+    "rejection" and "block" require nothing else: "rejection" tests one token after another, and "block" tests every
+    prefix from the last token backwards, which is valid for any length. "coupled" and "greedy" do not depend on how
+    draft tokens were chosen.
 
     Attributes:
-        longest: tokens that a draft may ever have.
-        limit: [B] int64 on the device. Each row's bound in this round; 0 where nothing is of use.
-        looks: the host reads one number a level.
+        longest: upper limit on the draft tokens of any round.
+        limit: [B] int64 on the device. Bound of each row in this round; 0 if the row needs no draft.
+        looks: True if the host reads one number per level to end the draft early.
     """
 
     def __init__(self, context: DraftContext, rule: LengthRule):
@@ -92,10 +95,10 @@ class ChainLength:
         self._bound = np.full(batch, rule.tokens)
         guesses = rule.confidence > 0 and context.fixed_shapes
         self._guess = np.full(batch, float(FIRST_GUESS)) if guesses else None
-        self._rounds: deque[np.ndarray] = deque()  # the limits of rounds whose reports the host has not read
+        self._rounds: deque[np.ndarray] = deque()  # limits of the rounds whose reports the host has not read
 
     def next_round(self) -> int:
-        """Set the rows' limits: the levels that the round may take."""
+        """Set `limit` for the next round. Returns the number of levels that the round may take."""
         context, limit = self._context, self._bound
         if self._guess is not None:
             limit = np.minimum(limit, 2 ** np.round(np.log2(self._guess)).astype(np.int64))
@@ -104,23 +107,24 @@ class ChainLength:
         if not self._rounds or (limit != self._rounds[-1]).any():
             on_host = torch.from_numpy(limit)
             if self.limit.is_cuda:
-                on_host = on_host.pin_memory()  # a copy from elsewhere would wait for the device
+                on_host = on_host.pin_memory()  # a copy from pageable memory would wait for the device
             self.limit.copy_(on_host, non_blocking=True)
         self._rounds.append(limit)
         levels = int(limit[context.host_budget > 0].max(initial=0))
         return in_steps(levels, self.longest) if context.fixed_shapes else levels
 
     def going(self) -> torch.Tensor:
-        """[B] bool: the rows that draft a first token."""
+        """[B] bool: True for rows that draft a first token."""
         return self.limit > 0
 
     def goes_on(self, going: torch.Tensor, depth: int, tokens: torch.Tensor, draft_prob: torch.Tensor) -> torch.Tensor:
-        """[B] bool: the rows that draft another token, of those that were `going`.
+        """[B] bool: True for rows that draft another token.
 
         Args:
-            depth: tokens drafted.
-            tokens: [B] int64, the last of them.
-            draft_prob: [B] fp32, its draft probability.
+            going: [B] bool. Rows that drafted the last token.
+            depth: number of tokens drafted.
+            tokens: [B] int64. The last drafted token.
+            draft_prob: [B] fp32. Draft probability of that token.
         """
         going = going & (self.limit > depth) & (draft_prob >= self._rule.confidence)
         if self._context.eos_ids is not None:
@@ -135,15 +139,15 @@ class ChainLength:
         if rule.config is not None:
             moved = np.where(emitted > drafted, self._bound + 2, self._bound - 1).clip(1, self.longest)
             self._bound = np.where(live, moved, self._bound)
-            # as transformers leaves it behind when a call has ended
+            # transformers, too, stores the bound in the config at the end of a call
             if rule.config.num_assistant_tokens_schedule == "heuristic" and not self._context.host_budget.any():
                 rule.config.num_assistant_tokens = int(self._bound.mean())
         if self._guess is not None:
-            # a draft that reached its limit and was right might have gone on
+            # a draft that reached its limit and was fully accepted might have been longer
             seen = np.where((drafted == limit) & (emitted > drafted), 1.5 * limit, drafted).clip(1)
             self._guess = np.where(live, self._guess + LEARNING * (seen - self._guess), self._guess)
 
 
 def in_steps(levels: int, longest: int) -> int:
-    """The least power of two that is at least `levels`, or `longest`: few lengths, so few plans and graphs."""
+    """`levels` rounded up to a power of two, at most `longest`; 0 stays 0. Few lengths mean few plans and graphs."""
     return min(1 << max(levels - 1, 0).bit_length(), longest) if levels else 0

@@ -1,4 +1,4 @@
-"""How a model drafts a topology: which forwards it takes, and what each of them looks at."""
+"""The plan by which a model drafts a topology: its forwards, and the tokens and attention mask of each."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,15 +10,17 @@ from ..tree import Topology, topology_tensors
 
 @dataclass(frozen=True)
 class Level:
-    """One forward of the draft: the nodes of one depth that have children.
+    """One forward of the draft model. It expands the nodes of one depth that have children.
 
     Attributes:
-        num_parents: nodes expanded; the last rows of the forward.
-        num_ranks, num_draws: candidates wanted of each, by rank or by drawing them.
-        parent_rows, ranks, draws: [children] int64. Which expanded node, and which of its candidates, each child is.
-        expanded: [next level's parents] int64. Which children are expanded in their turn.
-        depth, ancestors: [1, T], [1, T, W] int64. The draft cache's tree so far: catch-up tokens and expanded nodes.
-        parents, children: [parents], [children] int64. Their nodes in the tree.
+        num_parents: number of nodes that are expanded; they are the last rows of the forward.
+        num_ranks, num_draws: number of candidates needed from each parent, if they are ranked or if they are drawn.
+        parent_rows: [children] int64. Index of each child's parent among the expanded nodes.
+        ranks, draws: [children] int64. Index of each child among its parent's ranked or drawn candidates.
+        expanded: [parents of the next level] int64. Indices of the children that the next level expands.
+        depth, ancestors: [1, T], [1, T, W] int64. The tree in the draft's cache so far: catch-up tokens and expanded
+            nodes.
+        parents, children: [parents], [children] int64. Their node numbers in the topology.
         depth_below: depth of the children.
     """
 
@@ -38,13 +40,13 @@ class Level:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to draft a topology.
+    """The forwards that draft a topology.
 
     Attributes:
-        levels: forwards in order.
-        order: [N] int64. Where each node's token stands when root and levels are put one after another.
-        slots: [N] int64. Slot of each expanded node in the draft's cache, from the root's; -1: never forwarded.
-        draft_row: [1, N] int32. Place of each node among the expanded ones, -1: not expanded.
+        levels: the forwards in order.
+        order: [N] int64. Index of each node's token in the concatenation of the root and the children of all levels.
+        slots: [N] int64. Slot of each node in the draft's cache, relative to the root's slot; -1 if it is not expanded.
+        draft_row: [1, N] int32. Index of each node among the expanded nodes; -1 if it is not expanded.
     """
 
     levels: tuple[Level, ...]
@@ -55,7 +57,7 @@ class Plan:
 
 @lru_cache(maxsize=64)
 def plan_of(topology: Topology, catch_up: int, device: torch.device) -> Plan:
-    """How to draft `topology` from a cache that lacks the last `catch_up` tokens of the text; made once."""
+    """The plan for `topology` if the draft's cache lacks the last `catch_up` tokens of the text. Plans are cached."""
     depths, parents = topology.depths, topology.parents
     by_depth = [[node for node, depth in enumerate(depths) if depth == at] for at in range(topology.max_depth + 1)]
     inner = set(parents)

@@ -1,4 +1,4 @@
-"""Drafts from a smaller model: a chain, or a tree whose children are expanded level by level."""
+"""Drafts from a smaller model: a chain, or a tree that is expanded level by level."""
 
 from transformers import PreTrainedModel
 
@@ -10,34 +10,42 @@ from .dynamic import DynamicSession
 from .length import LengthRule, assistant_rule, assistant_tokens
 from .model_session import ModelSession
 
-VOCABULARY_PADDING = 0.01  # vocabularies whose sizes differ by no more share a tokenizer, padded differently
+# Vocabularies whose sizes differ by at most this share are assumed to belong to one tokenizer with different padding.
+VOCABULARY_PADDING = 0.01
 
 
 class ModelDrafter(Drafter):
-    """A draft model with the target's tokenizer.
+    """Drafts with a smaller model that has the target's tokenizer.
 
-    A node's children are what the call's acceptance rule has use for: the draft's likeliest tokens, by rank; under
-    "coupled" the likeliest with the target's own noise added; under the rules that weigh a token by its draft
-    probability, draws from the draft's distribution, filtered as the target's is. A `DynamicTree` is cut by value, so
-    it is made without sampling under every rule, and those weigh its tokens as certain.
+    The acceptance rule of the call decides how the children of a node are chosen:
 
-    The draft keeps its own tree cache through the call: a token's keys and values are computed once (the last one
-    twice, to keep shapes fixed).
+    - "greedy" and "typical": the draft's most likely tokens, by rank.
+    - "coupled": the most likely tokens after adding the noise that the target will use.
+    - Rules that use draft probabilities ("rejection", "block", "multi_round", "traversal"): tokens drawn from the
+      draft's distribution, with the call's filters applied.
+
+    The nodes of a `DynamicTree` are selected by score, so its tokens are never drawn. Rules that use draft
+    probabilities treat them as having probability 1.
+
+    The draft model has its own tree cache during the call. The keys and values of each token are computed once, except
+    those of the last token, which are computed twice to keep shapes fixed.
 
     Args:
-        model: decoder-only, in transformers' attention interface, on the target's device (PEFT and `torch.compile`
-            wrappers are looked through).
-        num_tokens: length of a chain. Without it (and a tree) the model's own generation config says how long drafts
-            are, as in transformers: up to `num_assistant_tokens` (20), moved by `num_assistant_tokens_schedule`
-            ("constant"), and no further than a token that the draft holds for unlikely.
-        tree: a topology, a number of nodes (root included) or a `DynamicTree`; instead of a chain.
-        replacement: siblings that are drawn may be equal; else the draft's distribution loses a token once drawn.
-        confidence_threshold: nothing is drafted after a token whose draft probability is below this; 0 for never. It
-            cuts chains of a fixed length, too. None: the model's own `assistant_confidence_threshold` (0.4), and
-            never in a shape that was asked for.
+        model: a decoder-only model that uses transformers' attention interface, on the target's device. PEFT and
+            `torch.compile` wrappers are unwrapped.
+        num_tokens: length of the drafted chain. If `num_tokens` and `tree` are None, the model's generation config
+            sets the length, as in transformers: at most `num_assistant_tokens` (20 by default), adjusted by
+            `num_assistant_tokens_schedule` ("constant" by default), and the draft ends early after a token of low
+            probability (see `confidence_threshold`).
+        tree: a topology, a number of nodes (root included) or a `DynamicTree`, instead of a chain.
+        replacement: True draws siblings with replacement, so that they may be equal. False draws them without
+            replacement.
+        confidence_threshold: a chain ends after a token whose draft probability is below this, also if `num_tokens`
+            is given; 0 disables it. None: if `num_tokens` and `tree` are None, the model's own
+            `assistant_confidence_threshold` (0.4 by default) applies, otherwise no threshold.
 
     Raises:
-        ValueError: the model cannot draft, both shapes are given, or a number is outside its range.
+        ValueError: the model is not supported, `num_tokens` and `tree` are both given, or a number is out of range.
     """
 
     def __init__(
@@ -77,10 +85,10 @@ class ModelDrafter(Drafter):
 
 
 def check_shape(drafter: Drafter) -> None:
-    """Refuse a drafter's options: both shapes at once, and what is none."""
+    """Refuse invalid options of a drafter that runs a model: its shape, `replacement` and `confidence_threshold`."""
     name, length = type(drafter).__name__, drafter.num_tokens
     if length is not None and drafter.tree is not None:
-        raise ValueError(f"{name}: give num_tokens (a chain) or tree, got both")
+        raise ValueError(f"{name}: give either num_tokens (a chain) or tree, got both")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
         raise ValueError(f"{name}: num_tokens must be an integer of at least 1, got {length!r}")
     check_tree(name, drafter.tree)
@@ -99,11 +107,12 @@ def draft_shape(
     rule: str | None,
     vocab_size: int,
 ) -> Topology | DynamicTree:
-    """The tree asked for in the call, else the drafter's, else a chain as long as the drafter or `model` says.
+    """The shape to draft: `tree` if it is given, else the drafter's tree, else a chain. The length of the chain is the
+    drafter's `num_tokens` or, without it, `num_assistant_tokens` of `model`'s generation config.
 
     Raises:
-        ValueError: the rule cannot use it, it is none that confidence could cut where it shall, or it has more children
-            a node than there are tokens.
+        ValueError: the rule does not accept the shape, a confidence threshold is set but the shape is not a chain, or a
+            node has more children than there are tokens.
     """
     name = type(drafter).__name__
     length = drafter.num_tokens or assistant_tokens(name, model.generation_config)
@@ -112,13 +121,14 @@ def draft_shape(
     check_rule(drafter, rule, shape.is_chain, "none" if dynamic else "without")
     if drafter.confidence_threshold and not shape.is_chain:
         raise ValueError(
-            f"{name}: confidence_threshold must be None or 0 with a tree that is no chain, got "
+            f"{name}: confidence_threshold must be None or 0 with a tree that is not a chain, got "
             f"{drafter.confidence_threshold}: give num_tokens, or no threshold"
         )
     children = shape.width if dynamic else 1 + max(shape.ranks)
     if children > vocab_size:
         raise ValueError(
-            f"{name}: tree must not have more children a node than the vocabulary's {vocab_size} tokens, got {children}"
+            f"{name}: a node of the tree must have at most {vocab_size} children, the size of the vocabulary, got "
+            f"{children}"
         )
     return shape
 
@@ -126,7 +136,7 @@ def draft_shape(
 def length_rule(
     drafter: Drafter, tree: Topology | DynamicTree | int | None, model: PreTrainedModel, shape: Topology | DynamicTree
 ) -> LengthRule | None:
-    """How long chains are drafted; None: as long as the shape that was asked for."""
+    """The rule for the length of chains, or None if every chain has the length of `shape`."""
     if tree is None and drafter.tree is None and drafter.num_tokens is None:
         rule = assistant_rule(type(drafter).__name__, model.generation_config, drafter.confidence_threshold)
         return rule if rule.confidence > 0 or rule.config is not None else None
@@ -140,7 +150,8 @@ def start_session(
     tree: Topology | DynamicTree | int | None,
     shares_cache: bool = False,
 ) -> ModelSession:
-    """The session in which `model` drafts what the call or `drafter` asks for; `shares_cache`: see `ModelSession`."""
+    """Start the session in which `model` drafts the shape that the call or `drafter` asks for. For `shares_cache` see
+    `ModelSession`."""
     shape = draft_shape(drafter, tree, model, context.rule, context.vocab_size)
     if isinstance(shape, DynamicTree):
         return DynamicSession(model, context, shape, shares_cache)

@@ -1,4 +1,4 @@
-"""A model that drafts a topology, level by level, in a key-value cache of its own or in the target's."""
+"""Drafts a topology with a model, level by level, in the draft's own key-value cache or in the target's."""
 
 import torch
 from torch.nn.functional import pad
@@ -15,25 +15,25 @@ from .base import DraftContext, DraftSession
 from .length import ChainLength, LengthRule, in_steps
 from .levels import Level, Plan, plan_of
 
-# The draft's cache may lack the last accepted token and always lacks the root, so each round begins with both.
+# Each round begins with two tokens: the root is never in the draft's cache, and the last accepted token may be missing.
 CATCH_UP = 2
-CHUNK = 128  # tokens a forward, where the draft has more to catch up with
+CHUNK = 128  # maximal number of tokens per forward when the draft catches up with more tokens than that
 
 
 class ModelSession(DraftSession):
-    """A model that drafts a topology, level by level.
+    """Drafts a topology with a model, level by level.
 
     Args:
-        model: drafts.
+        model: the draft model.
         context: the call's sequences.
-        topology: what to draft.
-        shares_cache: the model is made of the target's first layers, and the target's keys and values are its own:
-            there is no prompt to run and nothing to catch up with.
+        topology: the topology to draft.
+        shares_cache: True if the model consists of the target's first layers and uses the target's cache. It then has
+            no prompt to run and no tokens to catch up with.
         replacement: see `ModelDrafter`.
-        length: the topology is a chain, and this says how much of it is drafted.
+        length: if given, `topology` is a chain and this rule limits the number of tokens drafted in each round.
 
     Attributes:
-        forwards: the draft's forwards so far, its prompt and what it caught up with left out.
+        forwards: number of forwards that drafted. The prompt and catching up are not counted.
     """
 
     trusted = True
@@ -61,14 +61,14 @@ class ModelSession(DraftSession):
         last = (context.max_length - context.start).clamp(max=limit) - 1
         self._runner = TreeRunner(model, context.start, last, context.impl, context.fixed_shapes, context.compiled)
         self._behind = 0  # rounds since the draft model last ran
-        self._plans: dict[Topology, Plan] = {}  # kept: captured rounds read their tensors
+        self._plans: dict[Topology, Plan] = {}  # never dropped, because captured rounds read their tensors
         if shares_cache:
             self._runner.cache = context.target.cache
         else:
             self._prefill()
 
     def _prefill(self) -> None:
-        """The prompt, left padding and all, through the draft: its cache has the target's columns."""
+        """Run the prompt through the draft model, left padding included, so that its cache has the target's columns."""
         context, model = self.context, self._runner.model
         prompt = context.tokens[:, : int(context.host_length[0])]
         columns = torch.arange(prompt.shape[1], device=prompt.device)
@@ -86,11 +86,11 @@ class ModelSession(DraftSession):
 
     @property
     def _room(self) -> int:
-        """Slots that a round needs beyond the root's column."""
+        """Number of cache slots that a round needs after the root's column."""
         return self._catch_up + self.max_nodes
 
     @property
-    def level_cost(self) -> float:
+    def level_cost_ratio(self) -> float:
         draft, target = (
             sum(weight.numel() for weight in runner.model.parameters())
             for runner in (self._runner, self.context.target)
@@ -107,7 +107,7 @@ class ModelSession(DraftSession):
             topology = topology if context.fixed_shapes else topology.limited(context.useful_depth)
             self._levels = topology.max_depth
         if self.on_device:
-            self.forwards += self._levels  # no Python runs where a round is replayed
+            self.forwards += self._levels  # counted here, because `draft` does not run if the round is replayed
         self._follow(self._levels > 0)
         if topology not in self._plans:
             self._plans[topology] = plan_of(topology, self._catch_up, context.length.device)
@@ -115,7 +115,7 @@ class ModelSession(DraftSession):
         return topology, self._levels, self._runner.cache.slots
 
     def _follow(self, drafts: bool) -> None:
-        """Room for the round; and before one that drafts, what the rounds left out that did not."""
+        """Reserve cache slots for the round. If it drafts, first run the tokens of earlier rounds that did not."""
         self._runner.cache.reserve(self.context.longest + self._room)
         if not drafts:
             self._behind += 1
@@ -124,11 +124,12 @@ class ModelSession(DraftSession):
             self._behind = 0
 
     def _catch_up_with(self, rounds: int) -> None:
-        """Run the tokens of rounds that drafted nothing, one a round, in a row that had not ended."""
+        """Run the tokens of the last `rounds` rounds, which drafted nothing: each emitted one token per unfinished
+        row."""
         context = self.context
         if self._shares_cache:
             return
-        # a row that had ended goes back too far, and no further than to its first token
+        # a finished row emitted fewer tokens, so this goes back too far; its first token is the limit
         first = torch.maximum(context.length - (self._catch_up - 1) - rounds, context.start)
         for done in range(0, rounds, CHUNK):
             base = first + done
@@ -143,14 +144,14 @@ class ModelSession(DraftSession):
         going = drafted = None
         if stops is not None:
             going = stops.going()
-            drafted = going.long()  # tokens of each row
+            drafted = going.long()  # number of draft tokens of each row
         for level in plan.levels[: self._levels]:
             depth, ancestors = (part.expand(len(first), *part.shape[1:]) for part in (level.depth, level.ancestors))
             logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
             logits = logits[:, -level.num_parents :, : context.vocab_size]
             best, children, draft_prob = self._children(level, logits)
             is_nan = best.isnan().any(1)
-            has_nan |= is_nan if going is None else is_nan & going  # a row that stopped is fed anything
+            has_nan |= is_nan if going is None else is_nan & going  # inputs of a row that stopped are undefined
             tokens.append(children)
             fed = children[:, level.expanded]
             drawn_from.append(logits)
@@ -170,7 +171,7 @@ class ModelSession(DraftSession):
             draft_row = torch.where(node < drafted[:, None], node, -1).int()
         if context.rule not in WEIGHING_RULES or not drawn_from:
             return tree
-        unknown = context.vocab_size - drawn_from[0].shape[-1]  # padding of a larger vocabulary, never drawn
+        unknown = context.vocab_size - drawn_from[0].shape[-1]  # tokens that the draft's vocabulary lacks; never drawn
         return tree.drawn(
             "with" if self._replacement else "without",
             pad(torch.cat(drawn_from, 1), (0, unknown), value=float("-inf")),
@@ -179,23 +180,24 @@ class ModelSession(DraftSession):
         )
 
     def _catching_up(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a round begins in the draft's cache [B], and the tokens that it begins with [B, catch-up], the root the
-        last of them."""
+        """The slot [B] in the draft's cache at which a round begins, and the tokens [B, catch-up] that it begins with.
+        The root is the last of them."""
         first = self.context.length - (self._catch_up - 1)
         columns = first[:, None] + torch.arange(self._catch_up, device=first.device)
         return first, self.context.tokens.gather(1, columns)
 
     def _noise(self, depth: int, width: int) -> torch.Tensor:
-        """[B, 1, V]: the noise that the target will have at this depth, under "coupled"."""
+        """[B, 1, V]: the noise that the target will use at this depth under "coupled"."""
         context = self.context
         return gumbel(context.seeds, context.position + depth, 0, COUPLED, width)[:, None]
 
     def _children(self, level: Level, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The level's candidates from its parents' logits [B, parents, V].
+        """Choose the tokens of a level's children from the logits [B, parents, V] of its parents.
 
         Returns:
-            [B, parents], the best score at each parent: a NaN ranks first; [B, children] int64, the tokens; [B,
-            children] fp32, their draft probabilities, where confidence asks for them.
+            The best score at each parent: [B, parents], NaN if any logit is NaN.
+            The tokens: [B, children] int64.
+            Their draft probabilities: [B, children] fp32, or None if there is no length rule.
         """
         context, scores = self.context, logits
         weighs = context.rule in WEIGHING_RULES

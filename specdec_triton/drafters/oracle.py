@@ -1,4 +1,4 @@
-"""A drafter that knows the answer: for tests, and for benchmarks with a controlled acceptance."""
+"""A drafter that replays a known text, for tests and for benchmarks with a controlled acceptance rate."""
 
 import numpy as np
 import torch
@@ -10,17 +10,17 @@ DEFAULT_TOKENS = 5
 
 
 class OracleDrafter(Drafter):
-    """Replays a given text, corrupted at a set rate.
+    """Drafts a given text with errors at a given rate.
 
-    In a tree, one child of each node on the true path carries the true token, at a rank drawn anew for each column of
-    the text; all other children carry other tokens. Where the text has ended or was left, the draft is wrong on
-    purpose.
+    In a tree, one child of each node on the true path carries the true token, and its siblings carry other tokens. The
+    rank of that child is drawn independently for each column of the text. All tokens are wrong on purpose after the
+    end of the text, and at nodes off the true path.
 
     Args:
-        text: [B, L] int64. Prompt and continuation of every sequence, columns as `generate` returns them.
+        text: [B, L] int64. Prompt and continuation of every sequence, in the columns that `generate` returns.
         error_rate: probability, 0 to 1, that no child carries the true token.
-        tree: shape of the draft, or a number of nodes; default a chain of 5.
-        seed: of the corruption.
+        tree: shape of the draft, or a number of nodes; a chain of 5 tokens by default.
+        seed: seed of the random errors and ranks.
 
     Raises:
         ValueError: `text` is not 2-D, or `error_rate` is not a probability.
@@ -54,8 +54,9 @@ class OracleDrafter(Drafter):
 
 
 class _OracleSession(DraftSession):
-    """What each column of the text will be drafted as is drawn at the start. A column that is drafted twice was not
-    judged the first time, since the target's own token replaces one that is rejected; so every trial is a new one.
+    """The errors and ranks of all columns are drawn at the start of the call. They give independent trials: the target
+    judges each column once, because its own token replaces a rejected one. A column is drafted a second time only if it
+    was not judged before.
     """
 
     trusted = on_device = True
@@ -64,13 +65,14 @@ class _OracleSession(DraftSession):
         self.context, self.topology = context, topology
         self.max_nodes, self.max_depth = topology.num_nodes, topology.max_depth
         random, device = np.random.default_rng(drafter.seed), context.tokens.device
-        text = np.pad(drafter.text, ((0, 0), (0, 1)), constant_values=-1)  # the last column stands for all beyond it
+        text = np.pad(drafter.text, ((0, 0), (0, 1)), constant_values=-1)  # the last column stands for all later ones
         others = max(context.vocab_size - 1, 1)
-        # [B, L + 1]: the text; what a child carries of it; which child, as a share of them; where wrong tokens begin
+        # [B, L + 1] each: the text; the token that a child carries, -1 for an error; the child that carries it, as a
+        # fraction of the number of children; the offset from which wrong tokens are made
         self._text = torch.from_numpy(text).to(device)
         self._carried = torch.from_numpy(np.where(random.random(text.shape) < drafter.error_rate, -1, text)).to(device)
         self._share = torch.from_numpy(random.random(text.shape)).to(device)
-        self._tables: dict[Topology, tuple[torch.Tensor, ...]] = {}  # kept: captured rounds read their tensors
+        self._tables: dict[Topology, tuple[torch.Tensor, ...]] = {}  # kept for captured rounds
         self._wrong = torch.from_numpy(random.integers(0, others, text.shape)).to(device)
 
     def prepare(self, tree=None):
@@ -86,7 +88,7 @@ class _OracleSession(DraftSession):
         nodes = torch.arange(topology.num_nodes, device=context.tokens.device)
         depth = self._tables[topology][1]
         column = (context.length[:, None] + depth).clamp(max=self._text.shape[1] - 1)
-        # a true token plus 1 to V - 1 is another token
+        # adding 1 to V - 1 to the true token, modulo V, gives a different token
         offset = 1 + (self._wrong.gather(1, column) + nodes) % max(context.vocab_size - 1, 1)
         wrong = (self._text.gather(1, column) + offset) % context.vocab_size
         carried = self._carried.gather(1, column)
@@ -95,7 +97,7 @@ class _OracleSession(DraftSession):
         return DraftTree.from_topology(topology, tokens)
 
     def _path(self, topology: Topology) -> torch.Tensor:
-        """[B, N] bool: the nodes that may carry the text, one at each depth, as far as a path goes down."""
+        """[B, N] bool: the nodes that may carry the text. They form a path from the root to a leaf."""
         length, last = self.context.length, self._text.shape[1] - 1
         *_, children, counts = self._tables[topology]
         node = torch.zeros_like(length)
@@ -111,7 +113,8 @@ class _OracleSession(DraftSession):
 
 
 def _children(topology: Topology, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Children [N + 1, K] int64 and their numbers [N + 1]; past the last child, and of node N, there is node N."""
+    """The children [N + 1, K] int64 of each node and the number of them [N + 1]. Rows are padded with N, which stands
+    for "no node"; row N belongs to it and has no children."""
     num_nodes = topology.num_nodes
     children = [[node for node, parent in enumerate(topology.parents) if parent == at] for at in range(num_nodes + 1)]
     most = max(1, *map(len, children))

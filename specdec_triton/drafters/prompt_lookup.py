@@ -1,7 +1,8 @@
-"""Drafts copied from the text so far: what followed the last few tokens when they occurred before.
+"""Drafts copied from the text so far: the tokens that followed an earlier occurrence of the last few tokens.
 
-Costs no model and pays where the output repeats its input: edits, quotes, summaries. Source: prompt lookup decoding
-(Saxena 2023), as in transformers' `prompt_lookup_num_tokens`; several matches become the branches of one tree.
+It needs no draft model and helps if the output repeats its input, as in edits, quotes and summaries. Source: prompt
+lookup decoding (Saxena 2023), as in transformers' `prompt_lookup_num_tokens`. Here several matches may become the
+branches of one tree.
 """
 
 import numpy as np
@@ -11,29 +12,30 @@ from ..ops.reference import Acceptance
 from ..tree import DraftTree, Topology
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_static
 
-# trees are padded to a multiple: on CPUs a product over 2, 3 or 11 rows takes longer than over 4 or 12, and fewer
-# widths mean fewer compiled graphs
+# The number of nodes is padded to a multiple of this. On CPUs a matrix product over 2, 3 or 11 rows takes longer than
+# one over 4 or 12, and fewer widths mean fewer compiled graphs.
 NODE_BUCKET = 4
-# A draft after a match of m tokens is expected to have so many accepted at first, for each of the m, and later what
-# such drafts have had; it pays where that makes up for the longer forward. What is passed over drifts back to the
-# first expectation, so that it is tried again.
+# With `adaptive`, each row estimates the number of accepted tokens for each length of the match. The estimate for a
+# match of m tokens starts at m * FIRST_WORTH. Nothing is drafted if it is below PAYS, because the longer forward would
+# then cost more than it gains. LEARNING is the weight of the latest round in the estimate. If nothing was drafted, the
+# estimate moves by the share DRIFT towards its start, so that drafts are tried again later.
 FIRST_WORTH, PAYS = 0.8, 0.75
 LEARNING, DRIFT = 0.2, 0.02
 
 
 class PromptLookupDrafter(Drafter):
-    """N-gram lookup in prompt and output.
+    """N-gram lookup in the prompt and the output. A round without a match is a plain decoding step.
 
     Args:
-        num_tokens: longest continuation copied from one match.
-        max_ngram: longest n-gram compared; matches of more tokens come first, earlier ones before later ones. What
-            transformers calls `max_matching_ngram_size`.
-        branches: matches that may become branches; common beginnings are shared. No match: no draft, a plain step.
-        adaptive: draft where a match of such a length has been worth it in this row. Matters where a forward of more
-            rows takes longer, as on a CPU.
+        num_tokens: largest number of tokens copied from one match.
+        max_ngram: length of the longest n-gram that is compared, `max_matching_ngram_size` in transformers. Longer
+            matches are preferred, and earlier ones among equally long matches.
+        branches: largest number of matches that become branches of the tree. Branches share their common prefix.
+        adaptive: draft only if matches of the same length were accepted often enough in this row. This matters if a
+            forward over more rows takes longer, as on a CPU.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is not an integer of at least 1.
     """
 
     def __init__(self, num_tokens: int = 10, max_ngram: int = 4, branches: int = 1, adaptive: bool = True):
@@ -63,43 +65,43 @@ class PromptLookupDrafter(Drafter):
 
 
 class _Session(DraftSession):
-    """What both sessions share: the shape."""
+    """Base class of both sessions; it determines the shape of the tree."""
 
     trusted = chains_only = True
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
         self.drafter, self.context = drafter, context
         self._most = min(max_nodes, 1 + drafter.num_tokens * drafter.branches)
-        self.max_nodes = in_buckets(self._most)
+        self.max_nodes = padded_width(self._most)
         self.max_depth = self._depth = min(drafter.num_tokens, self._most - 1)
 
     def prepare(self, tree=None):
-        """A tree that is asked for limits the length of continuations to its depth. Returns the widest draft's number
-        of nodes, and its depth."""
+        """The depth of a requested `tree` limits the length of continuations. Returns the largest number of nodes of
+        the next draft, and its depth."""
         self._depth = self.max_depth if tree is None else min(self.max_depth, tree.max_depth)
         return self._width, self._depth
 
     @property
     def _width(self) -> int:
-        return in_buckets(min(self._most, 1 + self._depth * self.drafter.branches))
+        return padded_width(min(self._most, 1 + self._depth * self.drafter.branches))
 
 
-def in_buckets(nodes: int) -> int:
-    """The width of a tree of so many nodes: a lone root stays alone."""
+def padded_width(nodes: int) -> int:
+    """`nodes` rounded up to a multiple of `NODE_BUCKET`; a tree of the root alone is not padded."""
     return nodes if nodes == 1 else -(-nodes // NODE_BUCKET) * NODE_BUCKET
 
 
 class _LookupSession(_Session):
-    """On the host, each round as wide as its longest row."""
+    """Lookup on the host. The tree of each round is as wide as its widest row."""
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
         super().__init__(drafter, context, max_nodes)
-        self._start = context.start.tolist()  # once a call, before the first round
+        self._start = context.start.tolist()  # the only read from the device, before the first round
         batch = len(self._start)
         self._first_worth = np.arange(1, drafter.max_ngram + 1, dtype=np.float32) * np.float32(FIRST_WORTH)
-        self._worth = np.tile(self._first_worth, (batch, 1))  # tokens accepted, by length of the match
+        self._worth = np.tile(self._first_worth, (batch, 1))  # estimated accepted tokens, by length of the match
         self._matched = np.zeros(batch, dtype=np.int64)  # length of the row's last match, 0 for none
-        self._drafted = np.zeros(batch, dtype=bool)  # whether the row's last tree had a draft
+        self._drafted = np.zeros(batch, dtype=bool)  # whether the row's last tree had draft tokens
         self._length = context.host_length.copy()
 
     def draft(self) -> DraftTree:
@@ -111,7 +113,7 @@ class _LookupSession(_Session):
         width = max(len(tokens) for tokens, _ in rows)
         if width == 1:
             return DraftTree.root_only(context.root[:, None])
-        depth, width = min(self.max_depth, width - 1), in_buckets(width)
+        depth, width = min(self.max_depth, width - 1), padded_width(width)
         chains = all(parents == list(range(-1, len(parents) - 1)) for _, parents in rows)
         tokens = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows], device=device)
         parents = [parents + [-1] * (width - len(parents)) for _, parents in rows]
@@ -129,7 +131,7 @@ class _LookupSession(_Session):
         self._worth[places] = np.where(self._drafted[rows], learnt, drifted)
 
     def _row(self, row: int) -> tuple[list[int], list[int]]:
-        """Tokens and parents of one row's tree: a trie of the continuations, cut at the nodes asked for."""
+        """Tokens and parents of one row's tree: a trie of the continuations, cut at the largest number of nodes."""
         context = self.context
         end = int(context.host_length[row]) + 1
         text = context.host_tokens[row, self._start[row] : end]
@@ -154,7 +156,8 @@ class _LookupSession(_Session):
 
 
 class _DeviceLookupSession(_Session):
-    """On the device, every round of one width: node for node the host's trees, but for what the budget would cut."""
+    """Lookup on the device. All rounds have the same width. The trees equal those of the host session, except that
+    they are not cut at the row's budget."""
 
     on_device = True
 
@@ -162,7 +165,7 @@ class _DeviceLookupSession(_Session):
         super().__init__(drafter, context, max_nodes)
         lengths = torch.arange(1, drafter.max_ngram + 1, dtype=torch.float32, device=context.length.device)
         self._first_worth = (lengths * FIRST_WORTH).expand(len(context.length), -1)
-        self._worth = self._first_worth.clone()  # [B, max_ngram]: tokens accepted, by length of the match
+        self._worth = self._first_worth.clone()  # [B, max_ngram]: estimated accepted tokens, by length of the match
         self._matched = torch.zeros_like(context.length)  # length of the row's last match, 0 for none
 
     def draft(self) -> DraftTree:
@@ -171,14 +174,15 @@ class _DeviceLookupSession(_Session):
             return DraftTree.root_only(root[:, None])
         copied, real = self._continuations()
         branch = torch.arange(copied.shape[1], device=root.device)[:, None]
-        # two tokens are one node where all that leads to them is the same; the earlier branch has it
+        # tokens of two branches are one node if the branches are equal up to them; the earlier branch owns the node
         alike = (copied[:, :, None] == copied[:, None]) & real[:, :, None] & real[:, None]  # [B, M, M, D]
         alike = alike.int().cumprod(-1).bool()
         owner = torch.where(alike, branch, len(branch)).amin(2)
         number = (real & (owner == branch)).flatten(1).cumsum(1).view_as(copied)
         node = number.gather(1, owner.clamp(max=len(branch) - 1))
         parent = torch.nn.functional.pad(node[:, :, :-1], (1, 0))
-        # what is no node of its own, or one too many, goes to the root's place, and the root is put there afterwards
+        # tokens without a node of their own, and those beyond the limit, are written to place 0; the root then
+        # overwrites it
         place = torch.where(real & (owner == branch) & (node < self._most), node, 0).flatten(1)
         tokens = root.new_zeros(len(root), width).scatter_(1, place, copied.flatten(1))
         parents = torch.full_like(tokens, -1, dtype=torch.int32).scatter_(1, place, parent.flatten(1).int())
@@ -186,7 +190,8 @@ class _DeviceLookupSession(_Session):
         return DraftTree.from_parents(tokens, parents, self._depth, is_chain=self.drafter.branches == 1)
 
     def _continuations(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What followed the M best matches: tokens [B, M, D] int64, and which of them are text, [B, M, D] bool."""
+        """The continuations of the M best matches: tokens [B, M, D] int64, and [B, M, D] bool, True for tokens inside
+        the text."""
         context = self.context
         text, length = context.tokens[:, : context.max_length], context.length[:, None]
         columns = torch.arange(text.shape[1], device=text.device)
@@ -197,7 +202,7 @@ class _DeviceLookupSession(_Session):
             running = running & torch.nn.functional.pad(same, (back, 0))
             running = running & (columns - back >= context.start[:, None])
             matched = matched + running
-        # the longest first, then the earliest
+        # longest matches first, then earliest
         order = torch.where(matched > 0, (matched + 1) * len(columns) - columns, 0)
         best, end = order.topk(min(self.drafter.branches, len(columns)), dim=1)
         self._matched.copy_(matched.amax(1))
@@ -209,7 +214,7 @@ class _DeviceLookupSession(_Session):
 
     @property
     def _place(self) -> torch.Tensor:
-        """[B, 1] int64. The last match's column of `_worth`."""
+        """[B, 1] int64. The column of `_worth` for the length of the row's last match."""
         return (self._matched - 1).clamp(min=0)[:, None]
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
@@ -224,8 +229,12 @@ class _DeviceLookupSession(_Session):
 
 
 def _matches(text: np.ndarray, max_ngram: int, count: int) -> tuple[list[int], int]:
-    """Where the last tokens of `text` [L] occurred before: ends of `count` matches, longest first, then earliest; and
-    the length of the first, 0 where there is none."""
+    """Earlier occurrences of the last tokens of `text` [L].
+
+    Returns:
+        The end positions of at most `count` matches, longest first, then earliest; and the length of the longest match,
+        0 if there is none.
+    """
     matched = np.zeros(len(text) - 1, dtype=np.int64)
     running = np.ones(len(text) - 1, dtype=bool)
     for back in range(min(max_ngram, len(text) - 1)):

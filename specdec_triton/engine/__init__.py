@@ -1,1 +1,1 @@
-"""One speculative `generate` call: its rounds, its CUDA graphs, its output."""
+"""Runs one speculative `generate` call: its rounds, its CUDA graphs and its output."""

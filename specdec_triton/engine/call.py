@@ -1,4 +1,4 @@
-"""One `generate` call, validated: what transformers prepared for it, and the options of `patch` applied to it."""
+"""The validated arguments of one `generate` call: those that transformers prepared, and the options of `patch`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,36 +15,36 @@ from ..ops.filters import Filters
 from ..options import Options
 from ..processors.device import is_vectorised
 from ..processors.host import check_stateless, split_processors
+from .graph_runner import cannot_capture
 from .inputs import callers_cache, check_drafter, check_model_arguments, left_padding, row_seeds_of
-from .stages import cannot_capture
 
-ONE_CHOICE_RULES = ("greedy", "coupled")  # which look at one node of each depth
+ONE_CHOICE_RULES = ("greedy", "coupled")  # rules that look at one node of each depth
 LEAST_TEMPERATURE = 1e-20
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of a call, checked. Letters: B sequences, T tokens of the prompt.
+    """The checked arguments of a call. Letters: B sequences, T tokens of the prompt.
 
     Attributes:
         model: the target.
-        options: those of `patch`, with a drafter.
+        options: the options of `patch`, with a drafter.
         input_ids: [B, T] int64, left-padded, on the model's device.
         start: [B] int64. The column of each row's first token.
-        model_kwargs: of the model's forward; no None among them.
+        model_kwargs: arguments of the model's forward, without those that are None.
         config: the generation config.
         rule: acceptance rule; "greedy" if the call does not sample.
         seeds: [B] int64, or None if the call does not sample.
-        filters: temperature, top-k, top-p and min-p, which acceptance applies itself.
-        warpers: the processors that `filters` stands for.
-        processors: all others.
-        over_nodes: the device applies these to all nodes of a tree at once.
-        criteria: stopping criteria other than the text's length and EOS, which the device checks.
-        streamer: of the caller, or None.
-        max_length: columns of the longest text.
+        filters: temperature, top-k, top-p and min-p, which are applied during acceptance.
+        warpers: the logits processors that `filters` replaces.
+        processors: all other logits processors.
+        over_nodes: True if `processors` are applied on the device to all nodes of a tree at once.
+        criteria: stopping criteria except the maximal length and EOS, which are checked on the device.
+        streamer: the caller's streamer, or None.
+        max_length: largest number of columns of the text.
         eos_ids: [E] int64 on the model's device, or None.
-        pad_id: the token that follows in rows that ended, or None.
-        keep: "scores" and "logits", if the caller wants them.
+        pad_id: the token that fills finished rows, or None.
+        keep: the kinds of scores to return: "scores", "logits", both or none.
     """
 
     model: PreTrainedModel
@@ -78,30 +78,29 @@ class Call:
         streamer: BaseStreamer | None,
         model_kwargs: dict,
     ) -> "Call":
-        """From the arguments that `generate` gives its decoding method.
+        """Create a call from the arguments that `generate` passes to its decoding method.
 
         Args:
             model: the target.
-            options: those that the caller of `patch` asked for, with a drafter.
+            options: the options of `patch`, with a drafter.
             input_ids: [B, T] int64.
             logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: as `generate` prepared them.
 
         Raises:
-            ValueError: a batch that is padded elsewhere than on the left, or an argument that speculation cannot
-                honour.
+            ValueError: the batch is not padded on the left, or an argument is not supported with speculation.
         """
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "tokenizer"}  # criteria have it
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "tokenizer"}  # only for criteria
         check_model_arguments(input_ids, model_kwargs)
         model_kwargs[CACHE] = callers_cache(model_kwargs.get(CACHE), input_ids)
         rule = (options.rule or "coupled") if generation_config.do_sample else "greedy"
         check_drafter("generate", model, options.drafter, rule, options.tree)
-        # both may have changed since `patch`
+        # the model's forward and attention may have changed since `patch`
         check_forward(model, "the model")
         check_attention(model, "the model")
         if torch.is_autocast_enabled(model.device.type):
             raise ValueError(
                 "generate: autocast must be off with speculative decoding, got a torch.autocast context: load the "
-                "model in the dtype wanted instead"
+                "model in the wanted dtype instead"
             )
         input_ids = input_ids.to(model.device).long()
         batch, prompt_length = input_ids.shape
@@ -116,14 +115,14 @@ class Call:
             processors, filters, warpers = split_processors(logits_processor, batch, model.device)
         if rule not in ONE_CHOICE_RULES:
             check_stateless(processors, rule)
-        # a criterion of the caller's replaces the one that the generation config would have made
+        # a MaxLengthCriteria of the caller replaces the one from the generation config
         limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
         max_length = max(min(limits, default=generation_config.max_length), prompt_length + 1)
         limit = constant_rope_limit(model, prompt_length)
         if limit is not None and max_length > limit:
             raise ValueError(
                 f"generate: the text must be at most {limit} tokens with speculative decoding, got {max_length}: "
-                f"from there on the rope of {type(model).__name__} changes with the length, and draft tokens would "
+                f"beyond that length the rotary embedding of {type(model).__name__} changes, and draft tokens would "
                 "change it too early"
             )
         ends = [c.eos_token_id.view(-1) for c in stopping_criteria if type(c) is EosTokenCriteria]
@@ -173,20 +172,20 @@ class Call:
 
     @property
     def on_device(self) -> bool:
-        """Everything between two forwards is computed on the device."""
+        """True if everything between two forwards is computed on the device."""
         return not self.processors or self.over_nodes
 
     def why_eager(self) -> str | None:
-        """Why rounds cannot be captured, or None.
+        """The reason why rounds cannot be captured as CUDA graphs, or None.
 
         Raises:
-            ValueError: they cannot, and `cuda_graphs=True`.
+            ValueError: rounds cannot be captured and `cuda_graphs` is True.
         """
         if self.options.cuda_graphs is False:
             return "cuda_graphs=False"
         why = cannot_capture(self.device) or graph_hazard(self.model) or self.drafter.graph_hazard()
         if not why and not self.on_device:
-            why = f"{', '.join(type(each).__name__ for each in self.processors)} in logits_processor: on the host"
+            why = f"{', '.join(type(each).__name__ for each in self.processors)} in logits_processor runs on the host"
         if why and self.options.cuda_graphs is True:
             raise ValueError(f'generate: cuda_graphs must be "auto" or False in such a call, got True: {why}')
         return why

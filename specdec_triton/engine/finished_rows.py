@@ -1,7 +1,7 @@
-"""Rows that ended while others go on. Plain `generate` feeds them pad tokens in every step.
+"""Rows that have finished while other rows go on. Plain `generate` feeds them a pad token in every step.
 
-Rounds leave such a row as it is. Only if its scores, or its keys and values in a returned cache, are needed, pad tokens
-are fed, many columns in one forward.
+Rounds do not change a finished row. Pad tokens are fed only if the row's scores are needed, or its keys and values in a
+returned cache. One forward then feeds many columns.
 
 Letters: B sequences, n columns, V vocabulary.
 """
@@ -15,18 +15,18 @@ from ..drafters import DraftContext
 from ..tree import DraftTree, Topology
 from .output import Output
 
-CHUNK = 64  # columns a forward at most
+CHUNK = 64  # largest number of columns per forward
 
 
 class FinishedRows:
-    """The rows of one call that ended.
+    """The finished rows of one call.
 
-    Each is taken further by the columns that were asked for: its root, in the context, is the next pad token to feed,
-    and the keys and values before it stay.
+    Each row advances by the columns that `run` was asked for. In the context, its root is then the next token to feed,
+    and the keys and values before it are in the cache.
 
     Args:
-        context: the call's sequences; `length`, `tokens` and `host_length` of rows that ended move on.
-        output: knows which rows ended, and where.
+        context: the call's sequences; `length`, `tokens` and `host_length` of finished rows are updated.
+        output: holds the text and the end of each row.
     """
 
     def __init__(self, context: DraftContext, output: Output):
@@ -34,25 +34,27 @@ class FinishedRows:
         self._begun = np.zeros(len(context.host_length), dtype=bool)
 
     def reached(self) -> np.ndarray:
-        """[B] int64. Columns whose keys and values are in the cache, in rows that ended."""
+        """[B] int64. Number of columns whose keys and values are in the cache; valid for finished rows."""
         return np.where(self._begun, self._context.host_length, self._output.length)
 
     def run(self, rows: list[int], count: int) -> Iterator[tuple[DraftTree, torch.Tensor, torch.Tensor, np.ndarray]]:
-        """Feed `count` further tokens, fewer where a row's columns end; to be consumed whole, and not between a
-        verification and its compaction.
+        """Feed `count` more tokens to each of `rows`, or fewer if a row reaches its last column.
+
+        The iterator must be consumed completely. It must not run between a verification and its compaction.
 
         Args:
-            rows: of those that ended.
-            count: tokens, at least 1.
+            rows: finished rows.
+            count: number of tokens, at least 1.
 
         Yields:
-            a chain of n tokens, the logits [B, n, V] after each, [B] int64 the column of the first, and [B] int64 on
-            the host: how many of them `rows` have columns for. Other rows' are of no text.
+            A chain of n tokens; the logits [B, n, V] after each of them; [B] int64, the column of the first token; and
+            [B] int64 on the host, the number of these tokens that are within the row's columns. The values of rows that
+            are not in `rows` are undefined.
         """
         context, end, pad = self._context, self._output.length, self._output.pad_id
         device = context.length.device
         index = torch.tensor(rows, device=device)
-        # a row that a criterion stopped had gone on
+        # a row that a criterion stopped may have advanced further on the device
         context.host_length[rows] = self.reached()[rows]
         context.length[index] = torch.from_numpy(context.host_length[rows]).to(device)
         self._begun[rows] = True
@@ -63,12 +65,12 @@ class FinishedRows:
         left = np.zeros_like(end)
         left[rows] = np.minimum(context.max_length - 1 - context.host_length[rows], count)
         count = int(left.max())
-        # what is written for other rows lies where nothing is kept
+        # keys and values of other rows are written to unused slots
         base = torch.maximum(context.length, torch.from_numpy(end).to(device))
         context.target.cache.reserve(max(context.longest, int(end.max())) + -(-count // CHUNK) * CHUNK)
         for done in range(0, count, CHUNK):
             wanted = min(CHUNK, count - done)
-            width = 1 << (wanted - 1).bit_length()  # few shapes
+            width = 1 << (wanted - 1).bit_length()  # powers of two, for few shapes
             fed = context.tokens.new_full((len(base), width), pad)
             if not done:
                 last = self._output.tokens[rows, context.host_length[rows]]

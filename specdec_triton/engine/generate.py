@@ -1,7 +1,8 @@
-"""One speculative `generate` call, from prompt to output: the loop over its rounds, and the host's part of each.
+"""One speculative `generate` call, from prompt to output: the loop over the rounds and the host's part of each round.
 
-Everything a round needs is on the device; the host reads one small tensor a round: its report. On a GPU a round is two
-CUDA graphs, "draft" and "verify" (all steps after the draft), and the host reads its report while the next round runs.
+All inputs of a round are on the device. The host reads one small tensor per round, its report. On a GPU, a round
+consists of two CUDA graphs: "draft", and "verify" with all steps after the draft. The host reads the report while the
+next round runs.
 """
 
 from collections import deque
@@ -13,7 +14,7 @@ import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .. import ops
-from .._stats import Stats, timed
+from .._stats import Stats, records_time
 from ..drafters import DraftContext, DraftSession
 from ..forward.runner import TreeRunner
 from ..forward.versions import CACHE
@@ -24,15 +25,15 @@ from ..tree_choice.controller import AdaptiveTree
 from .auto_tree import controller, most_nodes
 from .call import Call
 from .finished_rows import FinishedRows
+from .graph_runner import LAG, GraphRunner, Reports
 from .output import Output
-from .round import Round
+from .round import RoundSteps
 from .scores import Scores
-from .stages import LAG, Reports, Stages
 from .stateful_processors import Lockstep
 
-FIRST_RESERVE = 512  # new tokens that the first cache buffer has room for
-NODES_RESERVE = 256  # and draft tokens, where it should not move
-WORTH_CAPTURING = 16  # tokens left to emit: fewer are done sooner by rounds that are not captured
+FIRST_RESERVE = 512  # number of new tokens that the first cache buffer has room for
+NODES_RESERVE = 256  # additional room for draft tokens if captured rounds need a buffer that is not reallocated
+WORTH_CAPTURING = 16  # with fewer tokens left to emit, capturing a graph takes longer than it saves
 
 
 class Generation:
@@ -55,17 +56,18 @@ class Generation:
             streamer=call.streamer,
             keep=call.keep,
         )
-        self.stages = Stages(call.device, call.why_eager())
-        # what runs on the host at every node cannot run behind
+        self.graph_runner = GraphRunner(call.device, call.why_eager())
+        # processors that run on the host need each report before the next round
         self.reports = Reports(call.device, LAG.get(call.device.type, 0) if call.on_device else 0)
-        fixed = self.stages.why_eager is None or self.reports.lag > 0
+        fixed = self.graph_runner.why_eager is None or self.reports.lag > 0
         impl, compiled = call.options.impl, call.options.compile
         last = call.max_length - 1 - call.start
         self.runner = TreeRunner(call.model, call.start, last, impl, fixed, compiled)
-        self.stopped = np.zeros(batch, dtype=bool)  # by a criterion
-        self.slots = 0  # of the cache in the last round
+        self.stopped = np.zeros(batch, dtype=bool)  # rows that a criterion has stopped
+        self.slots = 0  # cache slots in the last round
         self.controller: AdaptiveTree | None = None
-        self.copies: dict[Hashable, DraftTree] = {}  # trees of drafters that run on the host, where captures read them
+        # trees that were drafted on the host, copied to the addresses that captured rounds read
+        self.copies: dict[Hashable, DraftTree] = {}
         self.context = DraftContext(
             tokens=torch.nn.functional.pad(call.input_ids, (0, call.max_length + 1 - prompt_length)),
             start=call.start,
@@ -92,18 +94,18 @@ class Generation:
         budget = torch.full((batch,), call.max_length - prompt_length, device=call.device)
         by_default = impl is None and ops.implementation("tree_attention", call.device)[0] == "reference"
         plain_steps = by_default and not fixed and not compiled and not call.start.any()
-        self.round = Round(call, self.context, budget, self.scores, self.lockstep, bool(plain_steps), self.stats)
+        self.round = RoundSteps(call, self.context, budget, self.scores, self.lockstep, bool(plain_steps), self.stats)
 
     def run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """The whole call: what `generate` returns."""
+        """Run the call. Returns the return value of `generate`."""
         device = self.call.device
-        # Triton and events go by the current device
+        # Triton launches and CUDA events use the current device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return self._run()
 
     def _run(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         try:
-            # the prompt is verified as a tree of one node, its last token, whose logits give the first token
+            # the prompt is treated as a verified tree of one node, its last token; its logits give the first new token
             tree = DraftTree.root_only(self.call.input_ids[:, -1:])
             accepted, kept = self.round.accept(tree, self.prefill())
             self.reports.put(self.round.emit(tree, accepted), kept, (0, None, {}))
@@ -112,18 +114,18 @@ class Generation:
                 self.start_drafter()
                 self.start_controller()
             while not self.output.done:
-                # unless what is on its way is all that may still be emitted
+                # no new round if the rounds in flight emit all remaining tokens in any case
                 if self.context.host_budget.max() > len(self.reports) or not self.reports:
                     self.step()
                 if len(self.reports) > self.reports.lag or self.context.host_budget.max() <= len(self.reports):
                     self.read()
         except BaseException:
             if self.call.device.type == "cuda":
-                torch.cuda.synchronize(self.call.device)  # nothing may be restored under a running kernel
-            self.stages.forget()  # whose stages hold this call in a cycle
+                torch.cuda.synchronize(self.call.device)  # kernels must end before the model is restored
+            self.graph_runner.forget()  # its functions refer to this call, a reference cycle
             raise
         self.finish_stats()
-        self.stages.forget()
+        self.graph_runner.forget()
         if self.call.streamer is not None:
             self.call.streamer.end()
         return self.result()
@@ -132,9 +134,9 @@ class Generation:
     def session(self) -> DraftSession:
         return self.round.session
 
-    @timed("prefill")
+    @records_time("prefill")
     def prefill(self) -> torch.Tensor:
-        """transformers' own forward over the prompt: logits [B, 1, V]."""
+        """Run transformers' own forward over the prompt. Returns the logits [B, 1, V] after its last token."""
         call = self.call
         room = min(call.max_length, call.input_ids.shape[1] + FIRST_RESERVE)
         if self.context.fixed_shapes:
@@ -143,35 +145,35 @@ class Generation:
         self.round.plain_steps = self.round.plain_steps and self.runner.can_decode
         return logits
 
-    @timed("draft")
+    @records_time("draft")
     def start_drafter(self) -> None:
         adapts = self.call.options.tree == "auto"
         largest = Topology.chain(most_nodes(self.call.device) - 1) if adapts else None
         self.round.session = self.call.drafter.start(self.context, largest or self.call.options.tree)
-        # a tree that must be checked is looked at by the host
+        # trees of sessions that are not trusted are checked on the host
         self.drafts_on_device = self.session.on_device and self.session.trusted
         if not self.drafts_on_device:
-            self.reports.lag = 0  # it drafts from what the host has read
-        self.context.ahead = self.reports.lag * (self.session.max_depth + 1)
+            self.reports.lag = 0  # the draft may depend on the last report
+        self.context.unread_tokens = self.reports.lag * (self.session.max_depth + 1)
 
-    @timed("measure")
+    @records_time("measure")
     def start_controller(self) -> None:
         if self.call.options.tree == "auto" and self.session.max_nodes > 1:
-            self.controller = controller(self.context, self.session, self.stages, self.call.options.costs)
+            self.controller = controller(self.context, self.session, self.graph_runner, self.call.options.costs)
 
     def step(self) -> None:
-        """Prepare a round and run it, captured where that is possible. Its report is read later."""
+        """Prepare and run a round, as CUDA graphs if possible. Its report is read later."""
         before = dict(self.stats.seconds)
         asked = self.controller.choose() if self.controller else None
         if asked and not self.context.fixed_shapes:
             asked = asked.limited(self.context.useful_depth)
-        self.stages.worthwhile = self.context.host_budget.max() >= WORTH_CAPTURING
-        self.prepare_finished_rows()  # it may move rows on
-        shape, run = self.prepare(asked), self.stages.run
+        self.graph_runner.worthwhile = self.context.host_budget.max() >= WORTH_CAPTURING
+        self.prepare_finished_rows()  # may advance finished rows
+        shape, run = self.prepare(asked), self.graph_runner.run
         if self.drafts_on_device:
             tree = run("draft", shape, self.round.draft)
             report, kept = run("verify", shape, lambda: self.round.after_draft(tree))
-        else:  # its Python comes between, and a replay would not run it
+        else:  # the session's Python code must run in every round, so it is not part of a graph
             shape, tree = self.at_fixed_addresses(self.round.draft())
             accepted, kept = run("verify", shape, lambda: self.round.verify_accept_compact(tree))
             self.session.observe(tree, accepted)
@@ -182,26 +184,27 @@ class Generation:
         verified = asked and asked.limited(tree.max_depth)
         self.reports.put(report, kept, (self.stats.rounds, verified, spent))
 
-    @timed("draft")
+    @records_time("draft")
     def prepare(self, asked: Topology | None) -> Hashable:
-        """The host's part before a round: the shape of the draft, and room for it."""
+        """Prepare the draft on the host and reserve cache slots. Returns a key; equal keys mean equal shapes."""
         cache = self.runner.cache
         cache.reserve(self.context.longest + self.session.max_nodes)
         shape = self.session.prepare(asked), cache.slots
         if self.context.fixed_shapes and cache.slots > self.slots:
-            self.stages.forget()  # the buffer was outgrown, now or by rows that ended
+            self.graph_runner.forget()  # the cache buffer has grown, now or while finished rows were fed
         self.slots = cache.slots
         return shape
 
-    @timed("accept")
+    @records_time("accept")
     def prepare_finished_rows(self) -> None:
         if self.lockstep:
             self.lockstep.prepare(self.session.max_depth)
 
     def at_fixed_addresses(self, tree: DraftTree) -> tuple[Hashable, DraftTree]:
-        """The shape of a tree that was drafted on the host, and the tree in the tensors that captured stages read."""
+        """The shape key of a tree that was drafted on the host, and the tree, copied to the tensors that captured
+        graphs read."""
         shape = tree.shape, self.runner.cache.slots
-        if not self.stages.captures("verify", shape):
+        if not self.graph_runner.captures("verify", shape):
             return shape, tree
         if shape in self.copies:
             self.copies[shape].copy_(tree)
@@ -209,11 +212,11 @@ class Generation:
             self.copies[shape] = tree.clone()
         return shape, self.copies[shape]
 
-    @timed("emit")
+    @records_time("emit")
     def read(self) -> None:
-        """Read the oldest report that the host has not read: the one read of a round."""
+        """Read the oldest unread report. It is the only read from the device in a round."""
         report, kept, (number, verified, spent) = self.reports.take()
-        if not self.output.done or self.lockstep:  # it may be done already: a processor raised after the last token
+        if not self.output.done or self.lockstep:  # it may be done already if a processor raised after the last token
             self.process_report(report, kept, number, verified, spent)
         if self.output.done:
             self.complete_cache()
@@ -228,7 +231,7 @@ class Generation:
     ) -> None:
         context, batch = self.context, len(report)
         counts, drafted, budget, has_nan, draft_nan = ([row[field] for row in report] for field in range(-5, 0))
-        # a row that a criterion stopped may have gone on until the device got the new budget
+        # a row that a criterion stopped may have emitted tokens before the device had its new budget
         counts, budget, has_nan, draft_nan = (
             [0 if stopped else number for number, stopped in zip(numbers, self.stopped, strict=True)]
             for numbers in (counts, budget, has_nan, draft_nan)
@@ -262,7 +265,8 @@ class Generation:
             self.session.observe_on_host(drafted, counts)
 
     def complete_cache(self) -> None:
-        """If the caller gets the cache, rows that ended have the keys and values of the pad tokens after it."""
+        """If the caller gets the cache, feed the pad tokens of finished rows, so that the cache holds their keys and
+        values as after plain `generate`."""
         lacking = self.output.column - 1 - self.finished.reached()
         rows = np.flatnonzero(self.output.ended & (lacking > 0)).tolist()
         is_wanted = self.call.config.return_dict_in_generate or self.call.callers_cache is not None
@@ -281,20 +285,20 @@ class Generation:
         )
 
     def finish_stats(self) -> None:
-        stats, stages = self.stats, self.stages
-        stats.why_eager, stats.lag = stages.why_eager, self.reports.lag
-        stats.captured, stats.replayed, stats.graph_bytes = stages.captured, stages.replayed, stages.nbytes
+        stats, runner = self.stats, self.graph_runner
+        stats.why_eager, stats.lag = runner.why_eager, self.reports.lag
+        stats.captured, stats.replayed, stats.graph_bytes = runner.captured, runner.replayed, runner.nbytes
         stats.auto = self.controller and self.controller.summary
-        if stages.captured:
-            stats.seconds["capture"] = stages.capture_seconds
-        if stages.replayed:
-            stats.seconds["replay"] = stages.replay_seconds
+        if runner.captured:
+            stats.seconds["capture"] = runner.capture_seconds
+        if runner.replayed:
+            stats.seconds["replay"] = runner.replay_seconds
 
     def result(self) -> torch.Tensor | GenerateDecoderOnlyOutput:
         sequences = self.output.sequences
         as_dict, cache = self.call.config.return_dict_in_generate, None
         if as_dict or self.call.callers_cache is not None:
-            # plain `generate` does not run the last token either
+            # the last token is not in the cache, as after plain `generate`
             cache = self.runner.cache.to_dynamic(sequences.shape[1] - 1, self.call.callers_cache)
         if not as_dict:
             return sequences

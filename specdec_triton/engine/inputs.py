@@ -1,4 +1,4 @@
-"""The arguments of a `generate` call: which are refused by name, and the tensors made of them."""
+"""Checks the arguments of a `generate` call, and creates tensors from them."""
 
 import warnings
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "positio
 
 
 def asked_assistance(generation_config: GenerationConfig, arguments: dict) -> list[str]:
-    """The assistance that a call asks for, by argument name."""
+    """Names of the arguments by which a call asks for assistance."""
     asked = [name for name in ("assistant_model", "assistant_tokenizer") if arguments.get(name) is not None]
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"):
         if getattr(generation_config, name, None) not in (None, False):
@@ -37,11 +37,13 @@ def asked_assistance(generation_config: GenerationConfig, arguments: dict) -> li
 
 
 def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict, options: Options) -> None:
-    """Refuse, by name, options of the call that speculation cannot honour. Options of the cache that the model's saved
-    generation config has are overridden, with a warning. Options of the call that are not used get a warning as well.
+    """Refuse options of the call that are not supported with speculation.
+
+    `use_cache` and `cache_implementation` are overridden, with a warning, if they come from the model's saved
+    generation config. Options of the call that are not used get a warning as well.
 
     Raises:
-        ValueError: names the option.
+        ValueError: an option is not supported; the message names it.
     """
     asked = asked_assistance(config, arguments)
     unsupported = sorted(set(asked) - set(ASSISTANCE))
@@ -59,7 +61,8 @@ def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict
         )
     if (config.num_beams or 1) > 1:
         raise ValueError(
-            f"generate: num_beams must be 1 with speculative decoding, got {config.num_beams}: search beams without it"
+            f"generate: num_beams must be 1 with speculative decoding, got {config.num_beams}: run beam search without "
+            "speculation"
         )
     for name, wanted, accepted in (
         ("use_cache", "True", (True, None)),
@@ -70,7 +73,7 @@ def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict
             continue
         if value != getattr(model.generation_config, name):
             raise ValueError(
-                f"generate: {name} must be {wanted} with speculative decoding, got {value!r}: the cache is made here"
+                f"generate: {name} must be {wanted} with speculative decoding, got {value!r}: it creates its own cache"
             )
         warnings.warn(
             f"generate: {name}={value!r} of the model's generation config is not used with speculative decoding, which "
@@ -112,21 +115,22 @@ def check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: st
     """Refuse a drafter that cannot draft for this model, rule and tree.
 
     Raises:
-        ValueError: names `owner` or the drafter.
+        ValueError: the message begins with `owner` or the name of the drafter.
     """
     if tree == "auto" and not drafter.resizable:
         raise ValueError(
-            f'{owner}: tree="auto" must have a drafter that drafts what it is asked for, got {type(drafter).__name__}: '
-            "give a tree, or for prompt lookup branches=1"
+            f'{owner}: drafter must be resizable with tree="auto", got {type(drafter).__name__}, which is not: give a '
+            "tree, or for prompt lookup branches=1"
         )
     drafter.check(model, rule, None if tree == "auto" else tree)
 
 
 def check_model_arguments(input_ids: torch.Tensor, model_kwargs: dict) -> None:
-    """Refuse arguments of the forward that speculation cannot pass on.
+    """Refuse arguments of the model's forward that are not supported with speculation.
 
     Raises:
-        ValueError: there is no prompt, an unknown argument has a meaning, or `inputs_embeds` is not `input_ids`' own.
+        ValueError: there is no prompt, an unknown argument would change the result, or `inputs_embeds` does not have
+            the length of `input_ids`.
     """
     if not input_ids.shape[1]:
         raise ValueError("generate: input_ids must hold a prompt with speculative decoding, got inputs_embeds alone")
@@ -141,16 +145,16 @@ def check_model_arguments(input_ids: torch.Tensor, model_kwargs: dict) -> None:
     embeds = model_kwargs.get("inputs_embeds")
     if embeds is not None and embeds.shape[1] != input_ids.shape[1]:
         raise ValueError(
-            f"generate: inputs_embeds must be those of the {input_ids.shape[1]} input_ids with speculative decoding, "
-            f"got {embeds.shape[1]}"
+            f"generate: inputs_embeds must have the {input_ids.shape[1]} columns of input_ids with speculative "
+            f"decoding, got {embeds.shape[1]}"
         )
 
 
 def callers_cache(cache, input_ids) -> DynamicCache | None:
-    """The cache that the caller gave, if it can be used; None: `generate` made it.
+    """The cache that the caller passed, or None if `generate` created it.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the caller's cache cannot be used.
     """
     if cache is None or not getattr(cache, "_is_user_defined", False):
         return None
@@ -171,26 +175,26 @@ def callers_cache(cache, input_ids) -> DynamicCache | None:
 
 
 def row_seeds_of(seed: int | Sequence[int] | None, batch: int) -> torch.Tensor:
-    """[B] int64. A list is taken as it is.
+    """The seeds of the rows: [B] int64. A list is used as it is; a number gives each row a seed derived from it.
 
     Raises:
-        ValueError: a list is not of one seed for each row.
+        ValueError: the length of the list is not the number of rows.
     """
     if isinstance(seed, (list, tuple)):
         if len(seed) != batch:
             raise ValueError(
-                f"generate: seed must be a number or a list of one for each of the {batch} rows (each prompt's "
-                f"num_return_sequences among them), got {len(seed)}"
+                f"generate: seed must be a number or a list with one for each of the {batch} rows (each prompt has "
+                f"num_return_sequences rows), got {len(seed)}"
             )
         return torch.tensor(seed, dtype=torch.int64)
     return row_seeds(int(torch.randint(2**62, ())) if seed is None else seed, batch)
 
 
 def left_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """First real column of each sequence: [B] int64, from `attention_mask` [B, T] or, without one, 0.
+    """The first real column of each sequence, [B] int64, from `attention_mask` [B, T]. It is 0 if there is no mask.
 
     Raises:
-        ValueError: the mask is of another shape, has holes or padding on the right, or a row is all padding.
+        ValueError: the mask has another shape, has holes or padding on the right, or a row is all padding.
     """
     batch, length = input_ids.shape
     columns = torch.arange(length, device=input_ids.device)

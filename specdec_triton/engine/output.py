@@ -1,12 +1,13 @@
-"""The texts on the host: tokens as they arrive, passed to stopping criteria and streamers as plain `generate` does.
+"""Collects the emitted tokens on the host and passes them to stopping criteria and streamers, as plain `generate` does.
 
-Sequences of a batch emit different numbers of tokens a round. Stopping criteria and streamers of transformers expect
-whole columns, one step at a time. So `Output` advances column by column, and only over columns that every sequence has
-reached: each call gets the batch that plain decoding would have passed.
+The sequences of a batch emit different numbers of tokens in a round. Stopping criteria and streamers of transformers
+expect whole columns, one step at a time. `Output` therefore advances column by column, and only over columns that every
+sequence has reached. Each call gets the batch that plain decoding would have passed.
 
-When a row ends by EOS, acceptance has cut its path there and `Round.emit` has set its budget to 0, so it emits nothing
-more. If a criterion ends it, the host cuts the row here, and `Generation.process_report` sets its budget to 0. Other
-rows go on. A finished row shows pad tokens; its scores, keys and values come from `FinishedRows` if they are needed.
+If a row ends by EOS, acceptance has cut its path there and `RoundSteps.emit` has set its budget to 0, so it emits no
+more tokens. If a criterion ends it, the host cuts the row here and `Generation.process_report` sets its budget to 0.
+Other rows go on. A finished row shows pad tokens. If its scores, keys or values are needed, `FinishedRows` computes
+them.
 """
 
 import contextlib
@@ -18,9 +19,9 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-# (finished rows, how many columns) -> name -> [B, at most so many, V] scores of their next columns
+# (finished rows, number of columns n) -> name -> scores of their next columns, [B, at most n, V]
 More = Callable[[list[int], int], dict[str, torch.Tensor]]
-AHEAD = 32  # columns of finished rows, for criteria, that are computed at once
+AHEAD = 32  # number of columns of finished rows whose scores are computed at once, if criteria need them
 
 
 class Output:
@@ -28,21 +29,21 @@ class Output:
 
     Args:
         input_ids: [B, T] int64. The prompt, padding included.
-        max_length: columns at most.
+        max_length: largest number of columns.
         eos_ids: tokens that end a row.
-        pad_id: what fills a row after its end, or None: rows go on until all have stopped (plain `generate` does so
-            when no EOS is set).
-        criteria: stopping criteria that must be asked; EOS and `max_length` are known here already.
-        streamer: gets [B] tokens a column.
-        keep: names of the per-token scores to keep ("scores", "logits"); `criteria` get the first where it is kept.
+        pad_id: the token that fills a row after its end. None: rows go on until all have stopped, as in plain
+            `generate` without an EOS token.
+        criteria: the other stopping criteria; EOS and `max_length` are checked here.
+        streamer: gets [B] tokens for each column.
+        keep: names of the scores to keep ("scores", "logits"). `criteria` get "scores" if they are kept.
 
     Attributes:
-        tokens: [B, max_length] int64 on the host; what no row has reached is padding.
+        tokens: [B, max_length] int64 on the host. Columns that a row has not reached hold padding.
         length: [B] int64. Column of each row's last token.
-        ended: [B] bool. The row emits nothing more.
-        column: the next one that criteria and streamer get.
-        done: every row has stopped.
-        columns_kept: name -> the scores kept, a [B, V] for each column; complete once `done`.
+        ended: [B] bool. True if the row emits no more tokens.
+        column: the next column for criteria and the streamer.
+        done: True if every row has stopped.
+        columns_kept: name -> kept scores, a tuple with [B, V] for each column; complete once `done` is True.
     """
 
     def __init__(
@@ -66,25 +67,25 @@ class Output:
         self.unfinished = np.ones(batch, dtype=bool)
         self.done = False
         self.ended = np.zeros(batch, dtype=bool)
-        # of columns that are not in `columns_kept` yet
+        # name -> for each row the scores of columns that are not in `columns_kept` yet
         self._kept = {name: [deque() for _ in range(batch)] for name in keep}
         self.columns_kept = dict.fromkeys(keep, ())
-        # for criteria: the text on the device, how many of its columns are there, and the stream they run on
+        # for criteria: the text on the device, the number of columns copied to it, and the stream that they run on
         self._copied, self._known, self._stream = None, 0, None
 
     def append(
         self, tokens: list[list[int]], counts: list[int], kept: dict[str, torch.Tensor], more: More | None = None
     ) -> list[int]:
-        """Take in a round.
+        """Append the tokens of a round.
 
         Args:
-            tokens: [B][>= count] emitted tokens.
-            counts: [B] how many of them.
+            tokens: for each row a list of at least `counts[row]` emitted tokens.
+            counts: for each row the number of tokens to append.
             kept: name -> [B, >= count, V] scores of those tokens.
-            more: gives scores of finished rows that `keep` did not get.
+            more: computes scores of finished rows that were not passed to `keep`.
 
         Returns:
-            Rows that a criterion has stopped just now and that must emit no more.
+            Rows that a criterion has stopped in this call. They must emit no more tokens.
         """
         for row, count in enumerate(counts):
             first = self.length[row] + 1
@@ -101,10 +102,10 @@ class Output:
         return stopped
 
     def keep(self, rows: list[int], kept: dict[str, torch.Tensor]) -> None:
-        """Take in scores [B, n, V] by name: those of the next n columns of `rows`, finished or not."""
+        """Append scores [B, n, V], by name, of the next n columns of `rows`. The rows may be finished."""
         for name, scores in kept.items():
             for row in rows:
-                self._kept[name][row] += scores[row].clone().unbind()  # a view would hold all of scores
+                self._kept[name][row] += scores[row].clone().unbind()  # a view would keep all scores alive
 
     def _finish_column(self, more: More | None) -> list[int]:
         column, before = self.column, self.unfinished.copy()
@@ -129,8 +130,8 @@ class Output:
         return stopped
 
     def _aside(self) -> contextlib.AbstractContextManager:
-        """On a GPU, a stream of its own: criteria do not wait for the round that is on its way, unless they get scores,
-        which are put together behind it."""
+        """On a GPU, run criteria on a separate stream, so that they do not wait for the round in flight. They do wait
+        for it if they get scores, because those are assembled on the current stream."""
         if self.device.type != "cuda":
             return contextlib.nullcontext()
         self._stream = self._stream or torch.cuda.Stream(self.device)
@@ -139,7 +140,7 @@ class Output:
         return torch.cuda.stream(self._stream)
 
     def _columns(self) -> torch.Tensor:
-        """[B, columns finished] int64 on the device; only new columns are copied there, without a wait."""
+        """The text [B, finished columns] int64 on the device. Only new columns are copied, without waiting."""
         if self._copied is None:
             self._copied = torch.empty(self.tokens.shape, dtype=torch.int64, device=self.device)
         new = torch.from_numpy(self.tokens[:, self._known : self.column].copy())
@@ -150,8 +151,8 @@ class Output:
         return self._copied[:, : self.column].clone()
 
     def _keep_columns(self, more: More | None) -> None:
-        """Put together the kept scores up to the last finished column. Criteria may get them at each column; if there
-        are none, the scores of finished rows are computed all at once."""
+        """Move the kept scores of all finished columns to `columns_kept`. It is called for each column if there are
+        criteria; without criteria, the missing scores of finished rows are computed all at once at the end."""
         if not self._kept:
             return
         had, rows = next(iter(self.columns_kept.values())), next(iter(self._kept.values()))
@@ -165,5 +166,5 @@ class Output:
 
     @property
     def sequences(self) -> torch.Tensor:
-        """[B, columns finished] int64 on the device."""
+        """The text [B, finished columns] int64 on the device."""
         return torch.from_numpy(self.tokens[:, : self.column].copy()).to(self.device)

@@ -1,10 +1,10 @@
-"""One round: draft, verify, accept, compact, emit.
+"""The steps of a round: draft, verify, accept, compact, emit.
 
 The drafter proposes a tree of tokens for every sequence. The target verifies all of them in one forward. The longest
-path that the target agrees with is accepted, its keys and values move into place, and its tokens and the target's own
-next one are appended. So a round emits at least one token, and every token is the target's.
+path that the target agrees with is accepted, and its keys and values move into place. Its tokens and the target's own
+next token are appended to the text. A round therefore emits at least one token, and every token is the target's.
 
-Everything stays on the device: `generate` prepares a round and reads its report; `Stages.run` captures and replays it.
+All data stays on the device. `Generation` prepares a round and reads its report; `GraphRunner` captures and replays it.
 
 Letters: B sequences, N tree nodes, D edges on the longest path, V vocabulary.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops
-from .._stats import Stats, timed
+from .._stats import Stats, records_time
 from ..drafters import DraftContext, DraftSession
 from ..drafters.base import check_draft
 from ..ops.filters import Filters
@@ -28,20 +28,20 @@ Kept = dict[str, torch.Tensor]  # scores to keep [B, D + 1, V], by name
 
 
 @dataclass(eq=False)
-class Round:
-    """The rounds of one call."""
+class RoundSteps:
+    """The steps of a call's rounds."""
 
     call: Call
     context: DraftContext  # the call's sequences, updated in place
-    budget: torch.Tensor  # [B] int64: tokens that each row may still emit, updated in place
-    scores: Scores  # the call's logits processors
-    lockstep: Lockstep | None  # processors that must get plain `generate`'s calls
-    plain_steps: bool  # rounds without a draft may run as the model's own decoding step: faster with the reference
-    stats: Stats  # gets the time of each step
-    session: DraftSession | None = None  # the drafter's, once it has started
+    budget: torch.Tensor  # [B] int64: number of tokens that each row may still emit, updated in place
+    scores: Scores  # applies the call's logits processors
+    lockstep: Lockstep | None  # runs processors that must be called exactly as by plain `generate`
+    plain_steps: bool  # rounds without a draft may use the model's own attention, faster than the reference
+    stats: Stats  # the time of each step is added to it
+    session: DraftSession | None = None  # the drafter's session, once it has started
 
     def after_draft(self, tree: DraftTree) -> tuple[torch.Tensor, Kept]:
-        """All steps after the draft: the round's report to the host, and the scores to keep."""
+        """Run all steps after the draft. Returns the report for the host, and the scores to keep."""
         accepted, kept = self.verify_accept_compact(tree)
         self.session.observe(tree, accepted)
         return self.emit(tree, accepted), kept
@@ -52,24 +52,24 @@ class Round:
         self.compact(tree, accepted)
         return accepted, kept
 
-    @timed("draft")
+    @records_time("draft")
     def draft(self) -> DraftTree:
-        """The drafter's tree: N tokens, the first of them the last emitted one."""
+        """The drafter's tree of N tokens. Its root is the last emitted token."""
         tree = self.session.draft()
         if not self.session.trusted:
             check_draft(self.call.drafter, self.session, self.context, tree)
         return tree
 
-    @timed("verify")
+    @records_time("verify")
     def verify(self, tree: DraftTree) -> torch.Tensor:
         """The target's logits [B, N, V] at every node."""
-        # the reference pays for a mask that a lone root in unpadded rows of one length does not need
+        # the root alone, in unpadded rows of equal length, needs no mask; the reference would spend time on it
         length = int(self.context.host_length[0])
         if self.plain_steps and tree.num_nodes == 1 and (self.context.host_length == length).all():
             return self.context.target.decode(tree.tokens, length)
         return self.context.target.forward(tree.tokens, tree.depth, tree.ancestors, self.context.length)
 
-    @timed("accept")
+    @records_time("accept")
     def accept(self, tree: DraftTree, logits: torch.Tensor) -> tuple[Acceptance, Kept]:
         """The accepted path, and the scores to keep at the root and along the path."""
         call, context = self.call, self.context
@@ -87,15 +87,20 @@ class Round:
         nodes = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
         return accepted, self.scores.at(nodes, scores, logits)
 
-    @timed("compact")
+    @records_time("compact")
     def compact(self, tree: DraftTree, accepted: Acceptance) -> None:
-        """Accepted keys and values move next to the root's, in the target's cache."""
+        """Move the accepted keys and values behind the root's in the target's cache."""
         if not tree.is_chain:
             self.context.target.cache.compact(self.context.length, accepted.path, self.context.impl)
 
-    @timed("emit")
+    @records_time("emit")
     def emit(self, tree: DraftTree, accepted: Acceptance) -> torch.Tensor:
-        """Append the accepted tokens and the target's own: the report [B, 2 D + 6], tokens, path and five numbers."""
+        """Append the accepted tokens and the target's own token to the text.
+
+        Returns:
+            The report [B, 2 D + 6] int64: D + 1 emitted tokens, D path nodes, then the number of emitted tokens, the
+            number of draft tokens, the remaining budget, and two flags for NaN in the target's and the draft's logits.
+        """
         context = self.context
         drafts = tree.tokens.gather(1, accepted.path.clamp(min=0).long())
         emitted = torch.cat([drafts, torch.zeros_like(accepted.next_ids)[:, None]], dim=1)
@@ -104,7 +109,7 @@ class Round:
         count = torch.where(live, accepted.length + 1, 0)
 
         place = torch.arange(emitted.shape[1], device=emitted.device)
-        # a spare last column takes what is not emitted
+        # tokens that are not emitted are written to a spare last column
         columns = torch.where(place < count[:, None], context.length[:, None] + 1 + place, self.call.max_length)
         context.tokens.scatter_(1, columns, emitted)
         context.length.add_(count)

@@ -1,4 +1,4 @@
-"""Processed scores of a tree's nodes: logits processors where they apply, and the scores that the caller keeps.
+"""Processed scores of a tree's nodes: applies logits processors, and selects the scores that the call returns.
 
 Letters: B sequences, N tree nodes, D edges on the longest path, V vocabulary.
 """
@@ -23,9 +23,9 @@ class Scores:
     """The logits processors of one call.
 
     Args:
-        call: its processors, rule and filters.
+        call: the call.
         context: the call's sequences.
-        output: says which scores are kept, and gets tokens that were chosen before a processor raised.
+        output: knows which scores are kept. It gets the tokens that were chosen before a processor raised an exception.
         finished: computes the logits of finished rows.
     """
 
@@ -33,14 +33,18 @@ class Scores:
         self._call, self._context, self._output, self._finished = call, context, output, finished
 
     def process(self, tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Processed scores [B, N, V], and parents [B, N] for acceptance: nodes that were not processed are padding.
+        """Apply the logits processors to a tree.
 
-        The device processes every node, if it can. Else the host asks node by node: along the path that will be
-        accepted, for rules that make one choice at a node; for the others, wherever the target may get to.
+        All nodes are processed on the device if all processors support it. Otherwise the host calls the processors for
+        single nodes. For rules that make one choice at each depth, these are the nodes of the path that will be
+        accepted; for other rules, all nodes that the target can reach.
 
-        If a processor raises, criteria and the streamer still get the tokens chosen before it did: plain `generate` had
-        handed them on by then. If a criterion stops the text at one of them, no processor would have seen more: the
-        text is then complete, and the exception does not count.
+        If a processor raises an exception, criteria and the streamer still get the tokens chosen before, as in plain
+        `generate`. If a criterion stops the text at one of these tokens, plain decoding would not have called the
+        processor again; the text is then complete and the exception is dropped.
+
+        Returns:
+            Processed scores [B, N, V], and parents [B, N] in which nodes that were not processed are padding.
         """
         call, context = self._call, self._context
         if not call.processors:
@@ -68,7 +72,7 @@ class Scores:
         return scores, torch.where(torch.from_numpy(walked).to(logits.device), tree.parents, -1)
 
     def _hand_on(self, tree: DraftTree, scores: torch.Tensor, logits: torch.Tensor, chosen: list[list]) -> None:
-        """Give the output the (node, token) pairs that were `chosen` in each row."""
+        """Append the (node, token) pairs in `chosen` to the output."""
         counts = [len(row) for row in chosen]
         if not max(counts):
             return
@@ -76,14 +80,19 @@ class Scores:
         nodes = torch.tensor([[node for node, _ in row] for row in padded], device=logits.device)
         tokens = [[token for _, token in row] for row in padded]
         kept = self.at(nodes, scores, logits)
-        if not tree.is_chain:  # rows that end here may be taken further
+        if not tree.is_chain:  # finished rows may be extended later, so their cache must be compact
             path = nodes[:, 1:].where(torch.arange(1, max(counts)) < torch.tensor(counts)[:, None], -1)
             self._context.target.cache.compact(self._context.length, path.int(), self._call.options.impl)
         self._output.append(tokens, counts, kept, self.after_end)
 
     def choose(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
-        """The tokens that greedy decoding or `rules.coupled` takes, from processed scores [R, V] at these depths of
-        these rows."""
+        """The tokens that greedy decoding or `rules.coupled` chooses.
+
+        Args:
+            scores: [R, V]. Processed scores.
+            rows: R row numbers in the batch.
+            depth: R depths in the tree.
+        """
         call, context = self._call, self._context
         if call.rule == "greedy":
             return first_choice(scores, rows, depth)
@@ -92,14 +101,14 @@ class Scores:
         return (filtered_log_probs(scores[:, None], call.filters.of_rows(rows)).squeeze(1) + noise).argmax(-1).tolist()
 
     def at(self, nodes: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The scores to keep of `nodes` [B, K]: [B, K, V] by name."""
+        """The scores to keep, [B, K, V] by name, of `nodes` [B, K]."""
         if not self._output.columns_kept:
             return {}
         places = nodes[:, :, None].expand(-1, -1, logits.shape[-1])
         return self.kept(scores.gather(1, places), logits.gather(1, places))
 
     def kept(self, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is kept of processed scores and logits [..., V], by name."""
+        """The scores to keep, by name, from processed scores and logits [..., V]."""
         sources = {"scores": scores, "logits": logits}
         kept = {name: sources[name].float() for name in self._output.columns_kept}
         if "scores" in kept and self._call.warpers:
@@ -107,7 +116,7 @@ class Scores:
         return kept
 
     def after_end(self, rows: list[int], count: int) -> dict[str, torch.Tensor]:
-        """The scores to keep [B, n <= count, V] of the next columns of `rows`, which ended."""
+        """The scores to keep, [B, n, V] by name with n <= count, of the next columns of finished `rows`."""
         call, context, parts = self._call, self._context, []
         for tree, logits, base, counts in self._finished.run(rows, count):
             scores = logits
@@ -122,5 +131,5 @@ class Scores:
         return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
 
     def _pads(self, scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
-        """The tokens that a row goes on with after it ended."""
+        """The pad token for each row, as the choice at nodes of finished rows."""
         return [self._output.pad_id] * len(rows)

@@ -1,9 +1,9 @@
-"""Logits processors that are not known to be functions of their arguments: exactly plain `generate`'s calls.
+"""Runs logits processors that may keep state, with exactly the calls that plain `generate` would make.
 
-All rows go down their trees together, a column at a time: the processors get the texts and scores of all B rows, rows
-that ended with pad tokens and the scores after them. Each unfinished row's token is chosen, and the stopping criteria
-get the column. The walk goes on as long as every unfinished row has a draft token for it. So after a round all rows are
-of one length.
+All rows walk down their trees together, one column at a time. The processors get the texts and scores of all B rows;
+finished rows have pad tokens and the scores after them. Then a token is chosen for each unfinished row, and the
+stopping criteria get the column. The walk continues while the chosen token of every unfinished row is a draft token of
+its tree. After a round, all rows therefore have the same length.
 
 Letters: B sequences, N tree nodes, D edges on the longest path, V vocabulary.
 """
@@ -40,11 +40,12 @@ class Lockstep:
 
     def __init__(self, processors: LogitsProcessorList, context: DraftContext, output: Output, finished: FinishedRows):
         self._processors, self._context, self._output, self._finished = processors, context, output, finished
-        self._ahead = [deque() for _ in context.host_length]  # by row that ended: logits [V] of its next columns
+        self._ahead = [deque() for _ in context.host_length]  # for each finished row: logits [V] of its next columns
         self.stopped: list[int] = []
 
     def prepare(self, max_depth: int) -> None:
-        """Before a round of at most `max_depth` edges is verified: the logits that rows which ended will need."""
+        """Compute the logits that finished rows will need in a round of at most `max_depth` levels. It must be called
+        before the round is verified."""
         context, columns = self._context, max_depth + 1
         ended = self._output.ended & (self._finished.reached() < context.max_length - 1)
         rows = [row for row in np.flatnonzero(ended).tolist() if len(self._ahead[row]) < columns]
@@ -54,16 +55,16 @@ class Lockstep:
                     self._ahead[row] += logits[row, : counts[row]].to(torch.float32, copy=True).unbind()
 
     def accept(self, tree: DraftTree, logits: torch.Tensor, choose: Choose, keep: Keep) -> Acceptance:
-        """The paths that the rows go together, and each one's own token after them.
+        """Walk down the trees of all rows. Returns the accepted paths and the token after each of them.
 
-        Output, criteria and streamer get the round's tokens column by column, before the processors are called again.
-        If a token cannot be chosen (NaN), the walk stops before its column.
+        Output, criteria and streamer get each column before the processors are called for the next one. If a token
+        cannot be chosen because of NaN, the walk stops before its column.
 
         Args:
-            tree: N nodes.
-            logits: [B, N, V] floating point. The target's.
-            choose: (processed scores [R, V], their R rows in the batch, the R nodes' depths) -> R tokens.
-            keep: (processed scores [B, V], logits [B, V]) -> the scores to keep [B, V] by name.
+            tree: draft tree of N nodes.
+            logits: [B, N, V] floating point. The target's logits.
+            choose: (processed scores [R, V], R row numbers in the batch, R depths) -> R tokens.
+            keep: (processed scores [B, V], logits [B, V]) -> the scores to keep, [B, V] by name.
         """
         output, device = self._output, logits.device
         live, batch = np.flatnonzero(self._context.host_budget).tolist(), len(logits)

@@ -1,1 +1,1 @@
-"""A Hugging Face model, run over the nodes of a draft tree."""
+"""Runs a Hugging Face model over the nodes of a draft tree."""

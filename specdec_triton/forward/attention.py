@@ -1,12 +1,12 @@
-"""The seam into transformers: an attention function that reads a packed tree from the `attention_mask` slot.
+"""An attention function for transformers that reads a packed tree from the `attention_mask` argument.
 
-transformers hands a 4-D tensor in that slot to the attention function untouched, in every family that uses its
-attention interface. The packed tree of `DraftTree.pack` travels there as [B, 1, N, W + 3] int64.
+In every model that uses its attention interface, transformers passes a 4-D `attention_mask` to the attention function
+unchanged. The packed tree of `DraftTree.pack` is passed this way, as [B, 1, N, W + 3] int64.
 
-A verify forward runs in a `contextvars` context of its own, in which the model's configs name our function as their
-`_attn_implementation`. The one change that lasts is a property of transformers' `PreTrainedConfig`, which returns the
-stored name outside of such a context. So there is nothing to restore: forwards of the same model in other threads,
-models that share its config, and other models that a hook runs meanwhile, run as always.
+A verify forward runs in its own `contextvars` context. In it, `_attn_implementation` of the model's configs is the name
+of our function. The only permanent change is a property on transformers' `PreTrainedConfig`; outside of such a context,
+it returns the stored name. Nothing needs to be restored: forwards of the same model in other threads, models that share
+its config, and other models that a hook runs at the same time are not affected.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,19 @@ from transformers.masking_utils import sdpa_mask
 from .. import ops
 from ..ops.reference import TREE_FIELDS
 
-# (implementation, whether the cache keeps all keys) -> a registered name, so that a choice needs no global state
+# (implementation, True if the cache keeps all keys) -> registered name; separate names avoid global state
 NAMES = {
     (impl, all_keys): "specdec_tree" + (f"_{impl}" if impl else "") + ("_all_keys" if all_keys else "")
     for impl in (None, "triton", "reference")
     for all_keys in (False, True)
 }
-SETTING = "_attn_implementation_internal"  # where a config keeps the name of its attention function
+SETTING = "_attn_implementation_internal"  # attribute of a config that holds the name of its attention function
 
-# our function's name, and the ids of the configs that are to answer with it
+# the name of our function, and the ids of the configs that return it
 _current: ContextVar[tuple[str | None, frozenset[int]]] = ContextVar("specdec_triton_attention", default=(None, ()))
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace a context variable; graphs differ by their mask anyway
+@torch.compiler.assume_constant_result  # Dynamo cannot trace a context variable; graphs differ by their mask
 def _current_name() -> str | None:
     return _current.get()[0]
 
@@ -60,7 +60,8 @@ setattr(PreTrainedConfig, SETTING, property(_get_setting, _set_setting))
 
 
 def config_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Of the config objects that the model's modules, or parts of these configs, read their attention function from."""
+    """The ids of all config objects, sub-configs included, from which modules of the model read the name of their
+    attention function."""
     pending = [model.config, *(getattr(module, "config", None) for module in model.modules())]
     found = set()
     while pending:
@@ -74,15 +75,15 @@ def config_ids(model: PreTrainedModel) -> frozenset[int]:
 def call_with_tree_attention(
     impl: str | None, configs: frozenset[int], call: Callable, all_keys: bool = False, **arguments
 ) -> Any:
-    """`call(**arguments)`, with attention through `ops.tree_attention` inside.
+    """Return `call(**arguments)`, with `ops.tree_attention` as the model's attention.
 
-    Only this call is affected: not other threads, and nothing after it, however it ends.
+    Other threads and later calls are not affected, even if the call raises an exception.
 
     Args:
-        impl: the implementation that the op is told to use.
+        impl: implementation of the op.
         configs: `config_ids` of the model.
-        call: the model; its `attention_mask` is a packed tree.
-        all_keys: plain decoding would have all keys, see `window_of_cache`.
+        call: the model. Its `attention_mask` must be a packed tree.
+        all_keys: True if plain decoding would keep all keys, see `window_of_cache`.
     """
     context = copy_context()
     context.run(_current.set, (NAMES[impl, all_keys], configs))
@@ -104,26 +105,29 @@ def tree_attention_forward(
     all_keys: bool = False,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature around `ops.tree_attention`.
+    """`ops.tree_attention` with the signature of transformers' attention functions.
 
     Args:
-        query, key, value: [B, Hq, N, D], [B, Hkv, S, D], [B, Hkv, S, Dv]; key and value as the cache returned them.
-        attention_mask: [B, 1, T, W + 3] int64, the packed tree.
-        sliding_window: positions that a query sees, its own included; 0 and None are no window.
+        query, key, value: [B, Hq, N, D], [B, Hkv, S, D], [B, Hkv, S, Dv]. Key and value are those that the cache
+            returned.
+        attention_mask: [B, 1, T, W + 3] int64. The packed tree.
+        sliding_window: number of positions that a query sees, its own included; 0 and None mean no window.
+        softcap, s_aux: `softcap` and `sinks` of `ops.tree_attention`.
+        impl, all_keys: see `call_with_tree_attention`.
 
     Returns:
-        [B, N, Hq, Dv] and None (no attention weights).
+        [B, N, Hq, Dv], and None in place of attention weights.
 
     Raises:
-        ValueError: the mask is not a packed tree, which happens only outside a verify forward.
+        ValueError: the mask is not a packed tree, which only happens outside a verify forward.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         got = "None" if attention_mask is None else f"{attention_mask.dtype} {list(attention_mask.shape)}"
         raise ValueError(
             f"{NAMES[impl, all_keys]}: attention_mask must be a packed tree, torch.int64 [B, 1, N, W + 3], got {got}: "
-            "this attention runs in verify forwards only; choose another with model.set_attn_implementation"
+            "this attention function is for verify forwards only; choose another with model.set_attn_implementation"
         )
-    # Llama 4: chunks on layers with rope, a temperature on those without
+    # Llama 4: layers with rotary embedding attend in chunks, the others scale queries by a temperature
     use_rope = getattr(module, "use_rope", False)
     chunk_size = getattr(module.config, "attention_chunk_size", None) if use_rope else None
     if getattr(module, "attn_temperature_tuning", False) and not use_rope:
@@ -145,17 +149,21 @@ def tree_attention_forward(
 
 
 def window_of_cache(config: PreTrainedConfig) -> int | None:
-    """Keys that plain decoding has, whatever the attention asks for: without layer types, the cache that `generate`
-    makes keeps no more than a window that the config names, even if the class never reads it. A `DynamicCache()` of the
-    caller's keeps all keys."""
+    """The window to which the cache of plain `generate` is limited, or None.
+
+    If a config has a sliding window but no layer types, the cache that `generate` creates keeps only the keys within
+    that window, even if the model's attention does not use the window. A `DynamicCache()` that the caller passes keeps
+    all keys.
+    """
     return None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None) or None
 
 
 def _temperature_correction(module: nn.Module, packed_tree: torch.Tensor, rows: int, slots: int) -> torch.Tensor:
-    """What makes up for Llama 4's attention temperature at wrong positions: [B, 1, N, 1], a factor for each query.
+    """Correct Llama 4's attention temperature: a factor for each query, [B, 1, N, 1].
 
-    It scales a query by its column (padding counts), which it takes to be the cache's length and on: here, after all
-    slots. A node stands at its sequence's length + depth.
+    Llama 4 scales a query by a function of its column, padding included. It assumes that new tokens are in the columns
+    after the cache's length, which in a tree forward is the number of slots. The column of a node is in fact its
+    sequence's length + depth.
     """
 
     def temperature(columns: torch.Tensor) -> torch.Tensor:

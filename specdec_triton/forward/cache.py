@@ -1,10 +1,11 @@
-"""A key-value cache for tree verification: one buffer for all layers, written in place at slots named by a tensor.
+"""A key-value cache for tree verification. One buffer holds all layers and is written in place, at slots that a tensor
+gives.
 
 Letters: B sequences, S slots, H key-value heads, D head dim, N tree nodes, P planes (keys or values of one layer).
 
-A plane is [B, S, H, D]: a token's row is contiguous, so accepting a path moves whole rows. The model sees [B, H, S, D]
-views. A sequence's tokens keep their columns of the prompt: slot 0 is the first column, padding included, so sequences
-of one batch differ in their lengths only. Sliding layers keep the whole history; attention applies the window.
+A plane is [B, S, H, D]. The row of a token is contiguous, so accepting a path moves whole rows. The model sees
+[B, H, S, D] views. Slots correspond to columns of the prompt, padding included, so the sequences of a batch differ only
+in their lengths. Layers with a sliding window keep all tokens; attention applies the window.
 """
 
 import torch
@@ -13,16 +14,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import ops
 
-BUCKET = 128  # slots; what is allocated and what is shown grows in multiples of it
+BUCKET = 128  # the number of slots, both allocated and visible to the model, is a multiple of this
 
 
 def in_buckets(slots: int) -> int:
-    """The least multiple of `BUCKET` that is at least `slots`."""
+    """`slots` rounded up to a multiple of `BUCKET`."""
     return -(-slots // BUCKET) * BUCKET
 
 
 class TreeLayer(CacheLayerMixin):
-    """One layer's views of the buffer; `TreeCache` does the writing."""
+    """The views of one layer into the buffer. `TreeCache` writes to them."""
 
     is_sliding = False
 
@@ -32,10 +33,10 @@ class TreeLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states, value_states):
-        raise RuntimeError("TreeLayer: its buffer is made by TreeCache.from_prefill")
+        raise RuntimeError("TreeLayer: the buffer must be created by TreeCache.from_prefill")
 
     def update(self, key_states, value_states, *args, **kwargs):
-        raise RuntimeError("TreeLayer: write through TreeCache.update, which knows the slots")
+        raise RuntimeError("TreeLayer: keys and values must be written by TreeCache.update, which knows the slots")
 
     def get_seq_length(self) -> int:
         return self.keys.shape[2]
@@ -48,18 +49,19 @@ class TreeLayer(CacheLayerMixin):
 
 
 class TreeCache(Cache):
-    """See the module. Made by `from_prefill`; `place` or `place_after` says where the next forward writes.
+    """The cache of one `generate` call; see the module. It is created by `from_prefill`. `place` or `place_after` sets
+    the slots to which the next forward writes.
 
     Attributes:
-        storage: [B * S * sum(widths)], planes one after another: all keys, then all values.
+        storage: [B * S * sum(widths)]. The planes one after another: keys of all layers, then values of all layers.
         widths: P numbers, H * D of each plane.
-        capacity: S.
-        slots: how many of them the model sees; a multiple of `BUCKET`, at least what `reserve` was asked for.
+        capacity: S, the number of allocated slots.
+        slots: number of slots that the model sees: a multiple of `BUCKET`, at least the number passed to `reserve`.
     """
 
     def __init__(self, prefilled: Cache, capacity: int, fixed: bool = False):
         layers = prefilled.layers
-        # layers that share another's keys and values are never written and stay as they are
+        # layers that use the keys and values of other layers are not initialized and are kept unchanged
         self._own = [index for index, layer in enumerate(layers) if layer.is_initialized]
         shapes = [layers[index].keys.shape for index in self._own] + [layers[index].values.shape for index in self._own]
         first = layers[self._own[0]].keys
@@ -78,39 +80,41 @@ class TreeCache(Cache):
     def from_prefill(
         cls, prefilled: Cache | None, capacity: int, fixed: bool = False, columns: int | None = None
     ) -> "TreeCache":
-        """Take over what a prefill wrote.
+        """Create a cache with the keys and values of a prefill.
 
         Args:
-            prefilled: cache whose layers hold keys [B, H, T, D] and values [B, H, T, Dv] of all T columns; a sliding
-                layer may hold the last ones alone, as many as its window reaches back from the next column.
-            capacity: slots wanted, at least T; rounded up to a multiple of `BUCKET`.
-            fixed: the model sees all slots from the start, so that views change only where the buffer must grow.
-            columns: T. If None, T is the length of the cache.
+            prefilled: cache whose layers hold keys [B, H, T, D] and values [B, H, T, Dv] of all T columns. A layer with
+                a sliding window may hold only the last columns, if they include all that the next column can see.
+            capacity: number of slots, at least T; rounded up to a multiple of `BUCKET`.
+            fixed: True if the model is to see all slots from the start, so that views change only if the buffer grows.
+            columns: T; None for the length of the cache.
 
         Raises:
-            ValueError: there is no such cache, or its layers differ from that, or among each other, in dtype, device,
-                batch or length.
+            ValueError: there is no such cache, a layer lacks columns, or the layers differ in dtype, device, batch size
+                or length.
         """
         layers = [layer for layer in getattr(prefilled, "layers", ()) if layer.is_initialized]
         if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
             raise ValueError(
                 f"generate: the prompt's forward must leave a cache of keys and values, got {type(prefilled).__name__} "
-                "without any: is the model in training mode with gradient checkpointing, or its forward replaced?"
+                "without any: check that the model is not in training mode with gradient checkpointing, and that its "
+                "forward was not replaced"
             )
         lengths = sorted({layer.get_seq_length() for layer in layers})
         if lengths != [lengths[0] if columns is None else columns]:
             raise ValueError(
                 f"generate: the prompt's forward must leave keys and values of its {columns or lengths[0]} columns in "
-                f"every layer, got {', '.join(map(str, lengths))}: prompt and prefix tuning add columns; decode such a "
-                "model without speculation"
+                f"every layer, got {', '.join(map(str, lengths))}: prompt tuning and prefix tuning add columns; decode "
+                "such a model without speculation"
             )
         kinds = {
             (tensor.dtype, tensor.device, tensor.shape[0]) for layer in layers for tensor in (layer.keys, layer.values)
         }
         if len(kinds) != 1 or any(not _reaches_back(layer) for layer in layers):
             raise ValueError(
-                "generate: every layer must have keys and values of one dtype, device and batch size, and all that its "
-                f"window reaches, got {sorted(map(str, kinds))}: load the model in one dtype, without mixed precision"
+                "generate: every layer must have keys and values of the same dtype, device and batch size, and all "
+                f"columns within its window, got {sorted(map(str, kinds))}: load the model in one dtype, without mixed "
+                "precision"
             )
         cache = cls(prefilled, capacity, fixed)
         for plane, filled in zip(
@@ -120,7 +124,7 @@ class TreeCache(Cache):
         return cache
 
     def _allocate(self, capacity: int, like: torch.Tensor) -> None:
-        """A new buffer of zeros, nothing shown yet."""
+        """Allocate a new buffer of zeros. The layers' views are set later, by `_show`."""
         self.capacity = capacity
         slots = self._batch * capacity
         self.storage = torch.zeros(slots * sum(self.widths), dtype=like.dtype, device=like.device)
@@ -132,14 +136,14 @@ class TreeCache(Cache):
         ]
 
     def _show(self, slots: int) -> None:
-        """Views of the first `slots` slots for the model."""
+        """Give the model views of the first `slots` slots."""
         self.slots = slots
         for place, index in enumerate(self._own):
             keys, values = self._planes[place], self._planes[len(self._own) + place]
             self.layers[index] = TreeLayer(keys[:, :, :slots], values[:, :, :slots])
 
     def reserve(self, slots: int) -> None:
-        """Hold and show at least `slots` slots; views grow by buckets, an outgrown buffer is copied to a larger one."""
+        """Make at least `slots` slots visible to the model. A buffer that is too small is copied to a larger one."""
         slots = in_buckets(slots)
         if slots > self.capacity:
             old = self._planes
@@ -150,24 +154,26 @@ class TreeCache(Cache):
             self._show(self.capacity if self._fixed else slots)
 
     def place(self, base: torch.Tensor, num_rows: int) -> None:
-        """The next forward's `num_rows` tokens go to slots base, base + 1, ... of each sequence.
+        """Let the next forward write its tokens to slots base, base + 1, ... of each sequence.
 
         Args:
-            base: [B] int64.
+            base: [B] int64. First slot of each sequence.
+            num_rows: number of tokens.
         """
         self._written = base[:, None] + torch.arange(num_rows, device=base.device)
         self._length = None
 
     def place_after(self, length: int) -> None:
-        """The next forward's tokens go to slots length, length + 1, ... of every sequence, which attends to all slots
-        up to its own: a plain decoding step, seen as an ordinary cache."""
+        """Let the next forward write to slots length, length + 1, ... of every sequence, and behave like an ordinary
+        cache of that length. It is for a plain decoding step, in which each token attends to all slots up to its own.
+        """
         self._length = length
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """Write keys [B, H, N, D] and values [B, H, N, Dv] at the placed slots.
+        """Write keys [B, H, N, D] and values [B, H, N, Dv] to the slots set by `place` or `place_after`.
 
         Returns:
-            Views [B, H, S, D], [B, H, S, Dv] of the slots shown; after `place_after`, of those in use.
+            Views [B, H, S, D] and [B, H, S, Dv] of the visible slots or, after `place_after`, of the slots in use.
         """
         layer = self.layers[layer_idx]
         if key_states.dtype != layer.keys.dtype or value_states.dtype != layer.values.dtype:
@@ -180,7 +186,7 @@ class TreeCache(Cache):
             keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
             keys[:, :, self._length :], values[:, :, self._length :] = key_states, value_states
             return keys, values
-        # Inductor writes these rows in place. Written through a transposed view, it would copy the whole plane.
+        # with this indexing, Inductor writes the rows in place; with a transposed view it would copy the whole plane
         layer.keys[self._rows, :, self._written] = key_states.transpose(1, 2)
         layer.values[self._rows, :, self._written] = value_states.transpose(1, 2)
         return layer.keys, layer.values
@@ -192,14 +198,15 @@ class TreeCache(Cache):
         return self.slots if self._length is None else self._length + query_length, 0
 
     def compact(self, base: torch.Tensor, path: torch.Tensor, impl: str | None = None) -> None:
-        """Close the gaps between the accepted nodes: see `ops.compact_kv`."""
+        """Move accepted nodes next to each other, see `ops.compact_kv`."""
         ops.compact_kv(self.storage, self.widths, base, path, impl=impl)
 
     def to_dynamic(self, length: int, into: DynamicCache | None = None) -> DynamicCache:
-        """The first `length` slots as an ordinary cache.
+        """Copy the first `length` slots to an ordinary cache.
 
         Args:
-            into: the cache that the prefill came from, whose layers are replaced; None: a new one.
+            length: number of slots.
+            into: the cache of the prefill, whose keys and values are replaced; None creates a new cache.
         """
         dynamic = DynamicCache() if into is None else into
         for index in self._own:
@@ -217,7 +224,7 @@ class TreeCache(Cache):
 
 
 def _reaches_back(layer: CacheLayerMixin) -> bool:
-    """Whether the layer holds all the columns that a later one can attend to."""
+    """True if the layer holds all columns that later columns can attend to."""
     held, length = layer.keys.shape[2], layer.get_seq_length()
     needed = min(length, layer.sliding_window - 1) if layer.is_sliding else length
     return layer.values.shape[2] == held >= needed

@@ -1,4 +1,5 @@
-"""Checks of a model before it is patched: unsupported models are refused by name, and nothing is changed."""
+"""Checks a model before it is patched. Unsupported models are refused with an error that names the reason; the model is
+not changed."""
 
 import inspect
 from collections.abc import Iterator
@@ -14,33 +15,35 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .preparation import check_preparation
 
-# these take positions from the cache, which attention._temperature_correction makes up for
+# modules that take positions from the cache; attention._temperature_correction corrects the result
 CORRECTED_MODULES = ("Llama4TextAttention",)
-DENSE_MASK_MODELS = ("doge", "moshi")  # they make more of their dense mask than attention is told
+DENSE_MASK_MODELS = ("doge", "moshi")  # models whose dense mask contains more than the arguments of attention
 RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm", "hybrid")
-# kinds of layers whose visible keys follow from positions alone, and kinds without attention; any other is refused
+# types of layers whose visible keys depend only on positions, and types without attention; all others are refused
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe", "dummy"}
-# A module calls the attention function if its code contains the first name. It masks keys outside of a window if its
-# code contains one of the others.
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-WINDOW_MASKS = {"create_sliding_window_causal_mask", "sliding_window"}
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # code that contains this name calls the attention function
+WINDOW_MASKS = {"create_sliding_window_causal_mask", "sliding_window"}  # names in code that masks keys by a window
 
-HOST_READS = {"bincount", "item", "nonzero", "tolist", "unique"}  # methods that wait for a value
+HOST_READS = {"bincount", "item", "nonzero", "tolist", "unique"}  # methods that wait for the device
 
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
-    """The part of the model that its text runs through."""
+    """The part of the model that processes text, without a vision tower."""
     decoder = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model
-    return decoder if isinstance(decoder, PreTrainedModel) else model  # some call their language head a decoder
+    return decoder if isinstance(decoder, PreTrainedModel) else model  # in some models `decoder` is the language head
 
 
 def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
-    """Refuse, by name, what tree verification cannot serve.
+    """Refuse a model whose forwards cannot verify a tree.
+
+    Args:
+        model: the model.
+        role: "the model" or "the draft model", for the error message.
 
     Raises:
-        ValueError: an encoder-decoder, a model with recurrent state or with layers that choose their keys by content,
-            one outside the attention interface or with an attention function of its own, one whose positions, window or
-            softcap attention is not told, or one that does not continue a text token by token.
+        ValueError: the model is an encoder-decoder, has recurrent state, has layers that choose keys by content, does
+            not use transformers' attention interface or uses a custom attention function, does not pass its positions,
+            window or softcap to attention, is not on one device, or does not continue a text token by token.
     """
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
@@ -87,25 +90,26 @@ def check_supported(model: PreTrainedModel, role: str = "the model") -> None:
 
 
 def check_generate(model: PreTrainedModel) -> None:
-    """Refuse a class whose `generate` does not call `GenerationMixin.generate`: the patch would have no effect.
+    """Refuse a class whose `generate` does not call `GenerationMixin.generate`, because a patch would have no effect.
 
     Raises:
-        ValueError: names it.
+        ValueError: it does not; the message names the class.
     """
     own = inspect.unwrap(type(model).generate)
     if own is not inspect.unwrap(GenerationMixin.generate) and "super" not in own.__code__.co_names:
         name = type(model).__name__
         raise ValueError(
             f"patch: the model must generate by GenerationMixin.generate, got {name} with a generate() that does not "
-            "call it: if it generates with a part of it (a language_model), patch that part"
+            "call it: if it generates with a submodule (such as language_model), patch the submodule"
         )
 
 
 def check_forward(model: PreTrainedModel, role: str) -> None:
-    """Refuse a forward that was replaced by one that takes less, and one that will keep no keys and values.
+    """Refuse a model whose forward was replaced and no longer takes `position_ids`, runs under autocast, or does not
+    keep keys and values.
 
     Raises:
-        ValueError: names which.
+        ValueError: the message names the reason.
     """
     own = vars(model).get("forward")
     if own is not None:
@@ -114,12 +118,12 @@ def check_forward(model: PreTrainedModel, role: str) -> None:
         if not takes_any and "position_ids" not in {parameter.name for parameter in parameters}:
             raise ValueError(
                 f"patch: {role} must have a forward that takes position_ids, got {type(model).__name__} whose forward "
-                "was replaced by one that does not: let the replacement take **kwargs and hand them on"
+                "was replaced by one that does not: let the replacement take **kwargs and pass them on"
             )
     if own is not None and _runs_under_autocast(own):
         raise ValueError(
             f"patch: {role} must run in the dtype of its weights, got {type(model).__name__} whose forward runs under "
-            "torch.autocast (accelerate's mixed precision): load the model in the dtype wanted instead"
+            "torch.autocast (accelerate's mixed precision): load the model in the wanted dtype instead"
         )
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
@@ -129,7 +133,7 @@ def check_forward(model: PreTrainedModel, role: str) -> None:
 
 
 def _runs_under_autocast(forward) -> bool:
-    """Whether `torch.autocast` is among the wrappers of a function."""
+    """True if `torch.autocast` is among the wrappers of a function."""
     pending, seen = [forward], set()
     while pending:
         each = pending.pop()
@@ -147,13 +151,13 @@ def _runs_under_autocast(forward) -> bool:
 
 
 def check_attention(model: PreTrainedModel, role: str) -> None:
-    """Refuse a text decoder with attention that is not transformers' own, or that leaves something out of its call.
+    """Refuse a text decoder whose attention is not transformers' own, or that does not pass its window or positions.
 
-    Only modules of the text decoder are checked, not those of a vision tower. The check reads their compiled code,
-    since it must not run the model.
+    Only modules of the text decoder are checked, not those of a vision tower. The check inspects the modules' bytecode,
+    because it must not run the model.
 
     Raises:
-        ValueError: names the module or the attention function.
+        ValueError: the message names the module or the attention function.
     """
     name, modules = type(model).__name__, list(text_decoder(model).modules())
     words = {kind: _attention_words(kind) for kind in {type(module): None for module in modules}}
@@ -187,7 +191,7 @@ def check_attention(model: PreTrainedModel, role: str) -> None:
 
 
 def _window(config: PreTrainedConfig | None) -> int | None:
-    """The window of a config's layers; None and 0: none has one."""
+    """The sliding window of a config's layers; None or 0 if no layer has one."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and "sliding_attention" not in layer_types:
         return None
@@ -195,7 +199,7 @@ def _window(config: PreTrainedConfig | None) -> int | None:
 
 
 def _check_function(config: PreTrainedConfig, role: str, name: str) -> None:
-    """Refuse an attention function that is unknown, or that somebody registered: verification would run another."""
+    """Refuse an attention function that is not part of transformers, because verification would not run it."""
     setting = config._attn_implementation or "eager"
     function = ALL_ATTENTION_FUNCTIONS.get(setting.removeprefix("paged|"))
     if function is None and setting.removeprefix("paged|") == "eager":
@@ -206,17 +210,18 @@ def _check_function(config: PreTrainedConfig, role: str, name: str) -> None:
         got = "which is not registered" if function is None else f"a function of {function.__module__}"
         raise ValueError(
             f"patch: {role} must run an attention function of transformers (eager, sdpa, flash_attention_2, ...), got "
-            f"{name} with {setting!r}, {got}: verification would run ops.tree_attention in its place; if that is what "
-            "you want, call model.set_attn_implementation('sdpa') first"
+            f"{name} with {setting!r}, {got}: verification would run ops.tree_attention in its place; if you want "
+            "that, call model.set_attn_implementation('sdpa') first"
         )
 
 
 def constant_rope_limit(model: PreTrainedModel, prompt_length: int) -> int | None:
-    """How long a text may become before the model's rotary embedding changes with its length; None: it never does.
+    """The length of text up to which the model's rotary embedding does not change with the length; None if it never
+    changes.
 
-    "dynamic" rope changes with every token beyond a length. "longrope" has one set of frequencies up to a length and
-    another beyond, where a prompt of `prompt_length` may be already. A draft tree reaches ahead of the text, so what it
-    would change must not be reached at all.
+    "dynamic" rope changes with every token after a certain length. "longrope" has one set of frequencies up to a
+    certain length and another beyond it; a prompt of `prompt_length` tokens may already be beyond it. A draft tree is
+    longer than the text, so it could change the embedding too early. The text must therefore not reach that length.
     """
     limits = []
     for module in model.modules():
@@ -232,17 +237,17 @@ def constant_rope_limit(model: PreTrainedModel, prompt_length: int) -> int | Non
 
 
 def graph_hazard(model: PreTrainedModel) -> str | None:
-    """What in the model's forward cannot be captured as a CUDA graph; or None.
+    """The reason why the model's forward cannot be captured as a CUDA graph, or None.
 
-    A rope that may change with the length compares positions. Experts that run one by one list the tokens of each;
-    torch's grouped product in fp32, off the CPU, runs them one by one, too (seen with torch 2.11). And hooks are
-    Python, which a replay does not run.
+    There are three reasons. A rotary embedding that changes with the length compares positions on the host. Experts
+    that run one by one list the tokens of each expert on the host; torch's grouped matrix product in fp32 does so, too,
+    on devices other than the CPU (torch 2.11). Hooks are Python code, which a replay does not run.
     """
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return "forward hooks of all modules"
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"{type(module).__name__}: has hooks or a forward of its own"
+            return f"{type(module).__name__}: has hooks or a replaced forward"
         kinds = getattr(module, "rope_type", None)
         changing = {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds])
         if changing:
@@ -263,8 +268,8 @@ def graph_hazard(model: PreTrainedModel) -> str | None:
 
 @cache
 def _attention_words(module_class: type[nn.Module]) -> frozenset:
-    """The names and constants in the code of the method that calls the attention function, keywords of its calls among
-    them; nothing if none does."""
+    """The names and constants in the bytecode of the method that calls the attention function, including the keywords
+    of its calls. Empty if no method calls it."""
     words = _words_of_forward(module_class)
     if INTERFACE in words:
         return words
@@ -277,7 +282,7 @@ def _attention_words(module_class: type[nn.Module]) -> frozenset:
 
 @cache
 def _updates_cache(module_class: type[nn.Module]) -> bool:
-    """Whether the forward of a layer's part writes keys and values: it is an attention."""
+    """True if the forward of a module writes keys and values to the cache: the module is an attention module."""
     code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
     names = {"cache", "past_key_value", "past_key_values", "layer_past"}
     is_model = issubclass(module_class, PreTrainedModel)

@@ -1,8 +1,8 @@
-"""What transformers' own `generate` would give a model at its next decoding step.
+"""The arguments that transformers' own `generate` would pass to a model at its next decoding step.
 
-Between `generate` and a forward stands the model's `prepare_inputs_for_generation`. It may count positions in its own
-way (PaliGemma counts from 1, Qwen-VL has several planes) and add arguments. So the model itself is asked, once after
-the prompt, and verify forwards go on from its answer.
+`generate` calls the model's `prepare_inputs_for_generation` before each forward. This method may count positions in its
+own way (PaliGemma counts from 1, Qwen-VL has several planes) and add arguments. It is therefore called once after the
+prompt, and verify forwards continue from its result.
 """
 
 import copy
@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from .versions import CACHE
 
 TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"}
-# arguments that a verify forward has of its own, or has no use for
+# arguments that a verify forward sets itself (_OWN) or does not need (_UNUSED)
 _OWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache", "return_dict"}
 _UNUSED = {"cache_position", "is_first_iteration", "logits_to_keep", "output_attentions", "output_hidden_states"}
 
@@ -27,9 +27,9 @@ class NextStep:
     """Arguments of a model's next forwards.
 
     Attributes:
-        origin: [B] or [P, B] int64. A token in column c has position c - origin, in each of P planes.
-        token_types: name -> [B, 1]. Each new token has this type.
-        constants: other arguments, the same at every step.
+        origin: [B] or, with P planes of positions, [P, B] int64. A token in column c has position c - origin.
+        token_types: name -> [B, 1], the type of all new tokens.
+        constants: other arguments, which are the same at every step.
     """
 
     origin: torch.Tensor
@@ -37,26 +37,28 @@ class NextStep:
     constants: dict[str, Any] = field(default_factory=dict)
 
     def positions(self, columns: torch.Tensor) -> torch.Tensor:
-        """[B, N] or [P, B, N] int64, of tokens in `columns` [B, N]."""
+        """Positions of tokens in `columns` [B, N]: [B, N] or [P, B, N] int64."""
         return columns - self.origin[..., None]
 
 
 def is_neutral(name: str, value: Any) -> bool:
-    """Whether a forward does the same with and without this argument."""
+    """True if a forward gives the same result without this argument."""
     if name in TOKEN_TYPES and isinstance(value, torch.Tensor):
         return not value.any()
     return value is None or value is False or (isinstance(value, (dict, list, tuple, str)) and not value)
 
 
 def next_step(model: PreTrainedModel, input_ids: torch.Tensor, outputs: ModelOutput, model_kwargs: dict) -> NextStep:
-    """What comes after a forward over `input_ids` [B, T].
+    """The step that follows a forward over `input_ids` [B, T].
 
     Args:
-        outputs: of that forward, with the cache.
-        model_kwargs: the call's, as they were before it.
+        model: the model.
+        input_ids: [B, T] int64.
+        outputs: outputs of that forward, with the cache.
+        model_kwargs: arguments of the call before that forward.
 
     Raises:
-        ValueError: the step is not one more token of text after the T that there are.
+        ValueError: the model does not prepare a step that appends one token of text to the T tokens.
     """
     batch, columns = input_ids.shape
     kwargs = model._update_model_kwargs_for_generation(outputs, dict(model_kwargs))
@@ -98,8 +100,8 @@ def _refusal(model: PreTrainedModel, wanted: str, got: str) -> ValueError:
 
 
 def _shadow(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model with the same weights and layers, to be asked instead of it: some models note on themselves
-    what they prepared last (Qwen-VL's `rope_deltas`)."""
+    """A copy of the model that shares its weights and layers. Its `prepare_inputs_for_generation` is called instead of
+    the model's own, because some models store results as attributes (`rope_deltas` of Qwen-VL)."""
     shadow = copy.copy(model)
     shadow._buffers = dict(model._buffers)
     shadow._modules = {
@@ -109,10 +111,10 @@ def _shadow(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_preparation(model: PreTrainedModel, role: str) -> None:
-    """Ask for two steps after a short made-up prompt, one row of it padded.
+    """Prepare two steps after a short artificial prompt in which one row is padded.
 
     Raises:
-        ValueError: the model cannot be asked, or its positions do not grow by one.
+        ValueError: the preparation fails, or positions do not grow by one.
     """
     device, model = model.device, _shadow(model)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], device=device)

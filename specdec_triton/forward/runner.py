@@ -1,4 +1,5 @@
-"""A model with its tree cache: prefilled by transformers, then run over tree nodes. Serves target and draft alike."""
+"""Runs a model with a tree cache: transformers runs the prompt, then forwards run over tree nodes. It is used for both
+target and draft models."""
 
 import copy
 import inspect
@@ -15,21 +16,21 @@ from .cache import TreeCache
 from .preparation import NextStep, next_step
 from .versions import CACHE
 
-RECOMPILES = 64  # shapes that one process may compile a model for; torch's own limit of 8 counts all models together
-PREFILL_CHUNK = 8192  # columns of a long prompt that one forward takes, where the call does not say
+RECOMPILES = 64  # number of shapes for which a model may be compiled; torch's limit of 8 applies to all models together
+PREFILL_CHUNK = 8192  # number of columns per forward over a long prompt, unless the call sets one
 
 
 class TreeRunner:
-    """One model during one generation.
+    """A model during one `generate` call.
 
     Args:
-        model: the model, left as it is outside `forward`.
+        model: the model. It is not changed outside of `forward`.
         start: [B] int64. First column that holds a real token.
-        last_position: [B] int64, or one for all. Largest position that may be fed, counted from 0 at `start`; deeper
-            nodes, which can never be emitted, are clamped to it.
+        last_position: [B] int64, or one number for all rows. Largest position that may be fed, counted from 0 at
+            `start`. The positions of deeper nodes, which can never be emitted, are clamped to it.
         impl: implementation of the ops, see `ops`.
-        fixed: shapes and addresses stay, see `TreeCache.from_prefill`.
-        compiled: run tree nodes through `torch.compile`.
+        fixed: True to keep shapes and addresses, see `TreeCache.from_prefill`.
+        compiled: True to run tree forwards through `torch.compile`.
     """
 
     def __init__(
@@ -50,34 +51,36 @@ class TreeRunner:
         self.cache: TreeCache | None = None
         self.step = NextStep(origin=start)
         self._configs = config_ids(model)
-        self._all_keys = False  # the cache keeps them, whatever window the config names
-        # some mixtures of experts read the attention mask for a training loss when their config says so
+        self._all_keys = False  # True if the cache keeps all keys although the config has a window
+        # some mixture-of-experts models would use the attention mask to compute a training loss
         routers = "output_router_logits" in inspect.signature(model.forward).parameters
         self._arguments = {"output_router_logits": False} if routers else {}
 
     def prefill(
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict, capacity: int
     ) -> torch.Tensor:
-        """Run the prompt [B, T] as transformers does, under the model's own attention.
+        """Run the prompt as transformers does, with the model's own attention.
+
+        A prompt longer than `PREFILL_CHUNK` runs in chunks, unless the generation config sets a size.
 
         Args:
-            model_kwargs: `attention_mask`, `position_ids` and the like, as `generate` prepared them; the caller's cache
-                if it is to be used: what it holds of the prompt is not run again.
-            capacity: slots to hold.
-
-        A prompt longer than `PREFILL_CHUNK` is run in chunks, unless the generation config has a size of its own.
+            input_ids: [B, T] int64.
+            generation_config: the call's generation config.
+            model_kwargs: `attention_mask`, `position_ids` and other arguments, as `generate` prepared them. If they
+                include a cache of the caller, tokens that it holds are not run again.
+            capacity: number of cache slots to allocate.
 
         Returns:
-            logits [B, 1, V] after the last column.
+            Logits [B, 1, V] after the last column.
 
         Raises:
-            ValueError: the forward does not leave the keys and values of all T columns, or the model would not go on
-                from there token by token.
+            ValueError: the cache does not hold the keys and values of all T columns after the forward, or the model
+                does not continue the text token by token.
         """
         cache = model_kwargs.get(CACHE)
         self._all_keys = cache is not None and not any(layer.is_sliding for layer in cache.layers)
         if cache is None:
-            cache = DynamicCache()  # without layer types: it keeps the whole history in sliding layers too
+            cache = DynamicCache()  # without a config, it keeps all tokens in layers with a sliding window, too
         model_kwargs = {**model_kwargs, CACHE: cache, "use_cache": True}
         columns, is_fresh = input_ids.shape[1], not cache.get_seq_length()
         if columns > PREFILL_CHUNK and generation_config.prefill_chunk_size is None and is_fresh:
@@ -95,7 +98,7 @@ class TreeRunner:
         return outputs.logits[:, -1:]
 
     def _arguments_of(self, tokens: torch.Tensor, columns: torch.Tensor) -> dict:
-        """Arguments of a forward over tokens [B, N] that stand in `columns` [B, N], but for its mask."""
+        """Arguments of a forward over tokens [B, N] in `columns` [B, N], except the mask."""
         types = {name: last.expand(len(tokens), tokens.shape[1]) for name, last in self.step.token_types.items()}
         return {
             "input_ids": tokens,
@@ -111,13 +114,13 @@ class TreeRunner:
     def forward(
         self, tokens: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor, base: torch.Tensor
     ) -> torch.Tensor:
-        """Logits [B, N, V] of the last N nodes of a tree of T, whose first T - N are in the cache already.
+        """Logits [B, N, V] of the last N nodes of a tree of T nodes. The first T - N nodes are already in the cache.
 
         Args:
-            tokens: [B, N] int64.
-            depth: [B, T] int64. Edges from node 0.
+            tokens: [B, N] int64. Tokens of the last N nodes.
+            depth: [B, T] int64. Number of edges from node 0.
             ancestors: [B, T, W] int64. See `DraftTree`.
-            base: [B] int64. Slot of node 0; node i goes to slot base + i.
+            base: [B] int64. Slot of node 0; node i is written to slot base + i.
         """
         num_rows, first = tokens.shape[1], depth.shape[1] - tokens.shape[1]
         last_column = (self.start + self.last_position)[:, None]
@@ -135,16 +138,16 @@ class TreeRunner:
 
     @property
     def can_decode(self) -> bool:
-        """Whether `decode` attends to the keys that plain decoding has: it attends to all of them."""
+        """True if `decode`, which attends to all keys, sees the same keys as plain decoding."""
         return self._all_keys or window_of_cache(self.model.config.get_text_config(decoder=True)) is None
 
     def forward_chain(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """`forward` of tokens [B, N] that continue each other, the first at slot `base`: logits [B, N, V]."""
+        """`forward` over a chain of tokens [B, N], the first of them at slot `base`. Returns logits [B, N, V]."""
         depth, ancestors = chain_tensors(tokens.shape[1], tokens.device)
         return self.forward(tokens, *(part.expand(len(tokens), *part.shape[1:]) for part in (depth, ancestors)), base)
 
     def decode(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
-        """Logits [B, 1, V] of one token [B, 1] after `length` unpadded ones: transformers' own decoding step, see
-        `can_decode`."""
+        """Run transformers' own decoding step over one token [B, 1] after `length` unpadded tokens. Returns logits
+        [B, 1, V]. See `can_decode`."""
         self.cache.place_after(length)
         return self.model(**self._arguments_of(tokens, torch.full_like(tokens, length))).logits

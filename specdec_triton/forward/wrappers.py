@@ -7,8 +7,8 @@ def unwrap(model, owner: str = "patch") -> PreTrainedModel:
     """The transformers model inside PEFT and `torch.compile` wrappers.
 
     Raises:
-        ValueError: it is none, is wrapped in something else, or has a PEFT adapter that adds tokens or keys; names
-            `owner`.
+        ValueError: there is no such model, it is wrapped in something else, or a PEFT adapter adds tokens or keys. The
+            message begins with `owner`.
     """
     inner = model
     if hasattr(inner, "_orig_mod"):
@@ -19,7 +19,7 @@ def unwrap(model, owner: str = "patch") -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
         raise ValueError(
             f"{owner}: model must be a transformers model with generate(), got {type(model).__module__}."
-            f"{type(model).__qualname__}: pass the model inside it"
+            f"{type(model).__qualname__}: pass the wrapped model itself"
         )
     return inner
 
@@ -30,15 +30,15 @@ def _check_adapters(wrapper, owner: str) -> None:
     for name in [active] if isinstance(active, str) else active:
         if getattr(adapters.get(name), "is_prompt_learning", False):
             raise ValueError(
-                f"{owner}: a PEFT adapter must change weights (LoRA and the like), got {type(adapters[name]).__name__} "
-                f"{name!r}, which puts tokens or keys of its own before the prompt: decode it without speculation"
+                f"{owner}: a PEFT adapter must change weights (such as LoRA), got {type(adapters[name]).__name__} "
+                f"{name!r}, which adds tokens or keys before the prompt: decode it without speculation"
             )
 
 
 def embedded_tokens(model: PreTrainedModel) -> int:
-    """How many tokens the model's embedding has rows for.
+    """Number of rows of the model's token embedding.
 
-    It need not be an `nn.Embedding`: adapters (LoRA, trainable tokens) and quantized layers stand in its place.
+    The embedding need not be an `nn.Embedding`: adapters (LoRA, trainable tokens) and quantized layers may replace it.
     """
     embedding = model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)

@@ -1,12 +1,12 @@
-"""The ops: one contract each, checked here, computed by a Triton kernel or by its PyTorch reference.
+"""The ops. Each op checks its arguments here and is computed by a Triton kernel or by its PyTorch reference.
 
-`impl=None` takes the Triton kernel where the tensors are on a CUDA GPU and the reference elsewhere; `tree_attention`
-takes the reference for heads that are too wide for its kernel, too. An explicit `impl="triton"` or `impl="reference"`
-is obeyed or refused, never replaced. Kernels are imported when first used, and called as registered ops
-(`torch.ops.specdec_triton`): torch.compile sees one opaque op with known outputs.
+`impl=None` uses the Triton kernel if the tensors are on a CUDA GPU, and the reference otherwise. `tree_attention` also
+uses the reference for heads that are too wide for its kernel. An explicit `impl="triton"` or `impl="reference"` is
+obeyed or refused, never replaced. Kernels are imported on first use. They are called as registered ops
+(`torch.ops.specdec_triton`), so that torch.compile sees one opaque op with known outputs.
 
-Strides: each op's docstring says which tensors are read in place. All others may have any strides, too: those that are
-not contiguous are copied.
+Strides: tensors may have any strides unless an op's docstring says otherwise. The docstring names the tensors that are
+read in place; other tensors are copied if they are not contiguous.
 
 Letters: B sequences, T tree nodes, N query rows, W = ceil(T/64) mask words, Hq/Hkv query/key-value heads, S cache
 slots, D head dim of keys, Dv of values, V vocabulary, P cache planes (in `accept_sample` expanded nodes).
@@ -34,15 +34,21 @@ FILTER_DTYPES = {
 }
 NO_FILTERS = Filters()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# of tree_attention's kernel by bytes an element: a program holds whole heads, and has neither registers nor shared
-# memory for wider ones
+# Bytes per element -> largest head dim of tree_attention's kernel. A program holds whole heads; wider ones do not fit
+# into its registers and shared memory.
 MAX_HEAD_DIMS = {2: 512, 4: 256}
 
 
 def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
-    """Which implementation `impl=None` takes for tensors on `device`, and why: ("triton" | "reference", reason).
+    """The implementation that `impl=None` selects for tensors on `device`, and the reason for it.
 
-    Of `tree_attention`, for head dims up to `MAX_HEAD_DIMS`.
+    For `tree_attention`, the result holds for head dims up to `MAX_HEAD_DIMS`.
+
+    Returns:
+        ("triton" or "reference", reason).
+
+    Raises:
+        ValueError: `op` is not the name of an op.
     """
     if op not in OPS:
         raise ValueError(f"implementation: op must be one of {', '.join(OPS)}, got {op!r}")
@@ -57,7 +63,7 @@ def resolve(op: str, impl: str | None, device: torch.device) -> Callable:
     `specdec_triton.kernels.<op>.<op>` (see `_register`).
 
     Raises:
-        ValueError: `impl` is unknown, or "triton" was asked for where it cannot run.
+        ValueError: `impl` is unknown, or it is "triton" and the kernel cannot run on `device`.
     """
     if impl is None:
         impl, _ = implementation(op, device)
@@ -87,42 +93,42 @@ def tree_attention(
     sinks: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Attention of draft-tree nodes over a ragged prefix and their own ancestors.
+    """Attention of draft-tree nodes over the text before the tree and over their own ancestors.
 
-    Row i of the query is tree node T - N + i. It attends to the prefix slots [start, length) of its sequence and to
-    slot length + j for every node j whose bit is set in its ancestor words (itself included). Slots outside
-    [start, length + T) are never used, whatever they hold. Softmax and sums are in fp32. A query, key or value that is
-    not finite reaches the rows that see it and no other: of those, outputs may be NaN.
+    Row i of the query is tree node T - N + i. It attends to the slots [start, length) of its sequence and to slot
+    length + j for every node j whose bit is set in its ancestor words, which include the node itself. Slots outside
+    [start, length + T) are ignored, whatever they hold. Softmax and sums are computed in fp32. A query, key or value
+    that is not finite affects only the rows that attend to it; their outputs may be NaN.
 
     Strides: any. Query, key, value and packed tree are read in place if their last dimension is contiguous.
 
     Args:
         query: [B, Hq, N, D] fp32, bf16 or fp16.
-        key: [B, Hkv, S, D], same dtype; query heads h * Hq/Hkv ... share key head h.
+        key: [B, Hkv, S, D], same dtype. Query heads h * Hq/Hkv to (h + 1) * Hq/Hkv - 1 use key head h.
         value: [B, Hkv, S, Dv], same dtype.
-        packed_tree: [B, T, W + 3] int64, T >= N: per node its ancestor words (bit j % 64 of word j // 64 is node j),
-            depth, then the sequence's start and length in slots (`tree.DraftTree.pack` makes it).
-            length + T <= S is the caller's promise: lengths are read on the device only.
-        scale: multiplies query @ key; default D ** -0.5.
-        sliding_window: a row sees keys whose position is less than this many before its own.
-        chunk_size: a row sees keys of its own chunk of positions only (Llama 4).
+        packed_tree: [B, T, W + 3] int64, T >= N, as `DraftTree.pack` returns it. For each node: its ancestor words
+            (bit j % 64 of word j // 64 is node j), its depth, and the start and length of its sequence in slots. The
+            caller must ensure that length + T <= S; it is not checked, because lengths are only read on the device.
+        scale: factor for query @ key; D ** -0.5 by default.
+        sliding_window: a row sees only keys whose position is less than this number of positions before its own.
+        chunk_size: a row sees only keys of its own chunk of positions (Llama 4).
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
-        sinks: [Hq] float. One more logit a head in the softmax's denominator (gpt-oss).
-        impl: None, "triton" or "reference". The kernel takes D and Dv up to 512, in fp32 up to 256; None is
-            the reference for more.
+        sinks: [Hq] float. An additional logit per head in the softmax's denominator (gpt-oss).
+        impl: None, "triton" or "reference". The kernel supports D and Dv up to 512, in fp32 up to 256. None selects
+            the reference for wider heads.
 
     Returns:
         [B, N, Hq, Dv], query's dtype, contiguous.
 
     Raises:
-        ValueError: a shape, dtype, device or option is not the one above.
+        ValueError: a shape, dtype, device or option differs from the above.
     """
     op = "tree_attention"
     check = Check(op)
     _, query_heads, rows, head_dim = check("query", query, "B, Hq, N, D", *FLOAT_DTYPES)
     _, kv_heads, slots, _ = check("key", key, "B, Hkv, S, D", query.dtype)
     if query_heads % kv_heads:
-        raise check.refusal("key", f"of a number of heads that divides {query_heads}", key)
+        raise check.refusal("key", f"a tensor whose number of heads divides {query_heads}", key)
     *_, value_dim = check("value", value, "B, Hkv, S, Dv", query.dtype)
     _, nodes, fields = check("packed_tree", packed_tree, "B, T, W + 3", torch.int64)
     if not rows <= nodes <= slots or fields != -(-nodes // WORD_BITS) + TREE_FIELDS:
@@ -137,7 +143,7 @@ def tree_attention(
     if max(head_dim, value_dim) > widest:
         if impl == "triton":
             name, tensor = ("key", key) if head_dim > widest else ("value", value)
-            wanted = f'of a head dim up to {widest} for impl="triton" (impl=None takes the reference for more)'
+            wanted = f'a tensor with a head dim of at most {widest} for impl="triton" (impl=None uses the reference)'
             raise check.refusal(name, wanted, tensor)
         impl = impl or "reference"
     compute = resolve(op, impl, query.device)
@@ -156,31 +162,31 @@ def accept_greedy(
     eos_ids: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> Acceptance:
-    """Follow the target's argmax from the root until no child carries it.
+    """Greedy acceptance: follow the target's argmax from the root until no child carries it.
 
-    Where the target's own token ends the text (an id of `eos_ids`), the walk stops and that token is `next_ids`: a
-    drafted EOS is emitted as the target's token and never counted as accepted.
+    If the target's token is in `eos_ids`, the walk stops and that token becomes `next_ids`. A drafted EOS is therefore
+    emitted as the target's token and never counted as accepted.
 
     Strides: any. Logits are read in place.
 
     Args:
-        logits: [B, N, V] fp32, bf16 or fp16. The target's logits after the path that ends at each node. Of equal
-            maxima the lowest id counts.
+        logits: [B, N, V] fp32, bf16 or fp16. The target's logits after the path that ends at each node. Among equal
+            maxima the lowest id is used.
         tokens: [B, N] int64. Draft token of each node; node 0 is the root, the last emitted token.
-        parents: [B, N] int32. -1 at the root and at padding nodes (never reached), parents[:, i] < i elsewhere. Of
-            siblings with the same token the first is followed.
-        max_depth: D, edges on the longest path.
-        budget: [B] int64. Tokens a row may still emit: at most budget - 1 draft tokens are accepted, and 0 freezes
-            the row. Default: no limit.
-        eos_ids: [E] int64, or None.
+        parents: [B, N] int32. -1 at the root and at padding nodes, which are never reached; parents[:, i] < i at all
+            other nodes. Among siblings with the same token the first is followed.
+        max_depth: D, number of edges on the longest path.
+        budget: [B] int64. Number of tokens that each row may still emit. At most budget - 1 draft tokens are accepted;
+            a row with budget 0 emits nothing. No limit by default.
+        eos_ids: [E] int64. Tokens that end a text; None if there are none.
         impl: None, "triton" or "reference".
 
     Returns:
-        `Acceptance`: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool. A row with a budget
-        emits length + 1 tokens.
+        `Acceptance`: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool. A row whose budget is
+        not 0 emits length + 1 tokens.
 
     Raises:
-        ValueError: a shape, dtype, device or option is not the one above.
+        ValueError: a shape, dtype, device or option differs from the above.
     """
     op = "accept_greedy"
     budget = _check_acceptance(Check(op), logits, tokens, parents, max_depth, budget, eos_ids)
@@ -206,46 +212,48 @@ def accept_sample(
     draft_filters: Filters = NO_FILTERS,
     impl: str | None = None,
 ) -> Acceptance:
-    """Accept draft tokens at random, such that the emitted tokens have the distribution of the target's own samples.
+    """Stochastic acceptance. The emitted tokens have the distribution of the target's own samples.
 
     Temperature, top-k, top-p and min-p are applied here, to the target's logits and to the draft's. The rules are
-    functions of `rules`, each citing its paper. All noise is a function of the row's seed, of `position` and of the
-    node (`noise`): a call has no state, and rows do not depend on each other.
+    functions in `rules`; each cites its paper. All noise is a function of the row's seed, `position` and the node (see
+    `noise`). The op therefore has no state, and rows do not depend on each other.
 
-    The emitted tokens are the accepted ones and then `next_ids`; they end with the first EOS and with the budget, and
-    the last one that is left is `next_ids`. Nothing is read on the host. Logits of nodes that are not reached may hold
-    anything: a node whose logits make no distribution has no children, so it ends the path if it is accepted.
+    The emitted tokens are the accepted draft tokens followed by `next_ids`. They are cut after the first EOS and at the
+    budget; the last remaining token is then `next_ids`. Nothing is read on the host. Logits of nodes that are not
+    reached may hold any values. If the logits of an accepted node do not define a distribution, its children count as
+    padding, so the path ends there.
 
-    Strides: any, of the tensors in `filters` and `draft_filters`, too. Logits and draft logits are read in place.
+    Strides: any, also for the tensors in `filters` and `draft_filters`. Logits and draft logits are read in place.
 
     Args:
         logits: [B, N, V] fp32, bf16 or fp16. The target's logits after the path that ends at each node.
         tokens: [B, N] int64. Draft token of each node; node 0 is the root, the last emitted token. A node whose token
-            is not 0 to V - 1 is padding.
-        parents: [B, N] int32. -1 at the root and at padding nodes (never reached), parents[:, i] < i elsewhere.
-            Siblings count in index order: where they were drawn, that is the order in which they were drawn.
-        rule: a name in `rules.RULES`; "typical" is lossy. For "rejection" and "block", nodes that do not continue the
-            one before are padding.
-        seeds: [B] int64.
-        position: [B] int64. Real tokens before the root.
-        filters: `Filters` of the target. A row of temperature 0 is greedy.
-        max_depth: D, edges on the longest path.
-        budget: [B] int64. Tokens a row may still emit; 0 freezes the row. Default: no limit.
-        eos_ids: [E] int64, or None.
-        sampling: how the tokens came about: "none" (chosen without sampling), or siblings drawn from the draft's
-            filtered probabilities "with" or "without" replacement, nothing cut or reordered by value.
-        draft_logits: [B, P, V] fp32, bf16 or fp16. For drawn trees: the draft's logits at its P expanded nodes.
-        draft_row: [B, N] int32. The row of `draft_logits` that a node's children were drawn from, -1 for none. That
-            rows are below P is the caller's promise.
-        draft_filters: `Filters` with which they were drawn.
+            is outside 0 to V - 1 is padding.
+        parents: [B, N] int32. -1 at the root and at padding nodes, which are never reached; parents[:, i] < i at all
+            other nodes. Siblings are tried in index order. If they were drawn, this must be the order of the draws.
+        rule: a name in `rules.RULES`; "typical" is lossy. For "rejection" and "block", nodes that are not the child of
+            the node before them are padding.
+        seeds: [B] int64. Seed of each row.
+        position: [B] int64. Number of real tokens before the root.
+        filters: `Filters` of the target. A row with temperature 0 is greedy.
+        max_depth: D, number of edges on the longest path.
+        budget: [B] int64. Number of tokens that each row may still emit; a row with budget 0 emits nothing. No limit by
+            default.
+        eos_ids: [E] int64. Tokens that end a text; None if there are none.
+        sampling: how the draft tokens were chosen. "none": without sampling. "with" or "without": siblings were drawn
+            from the draft's filtered probabilities with or without replacement, and none was cut or reordered by value.
+        draft_logits: [B, P, V] fp32, bf16 or fp16. The draft's logits at its P expanded nodes, if tokens were drawn.
+        draft_row: [B, N] int32. The row of `draft_logits` that a node's children were drawn from; -1 if it has none.
+            The caller must ensure that rows are below P; it is not checked.
+        draft_filters: `Filters` that were applied to `draft_logits` before the draws.
         impl: None, "triton" or "reference".
 
     Returns:
-        `Acceptance`: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool. A row with a budget
-        emits length + 1 tokens.
+        `Acceptance`: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool. A row whose budget is
+        not 0 emits length + 1 tokens.
 
     Raises:
-        ValueError: a shape, dtype, device or option is not the one above, or the rule cannot use such a tree.
+        ValueError: a shape, dtype, device or option differs from the above, or the rule does not accept such a tree.
     """
     op = "accept_sample"
     if rule == "greedy":
@@ -261,21 +269,21 @@ def accept_sample(
     _check_filters(check, "filters", filters)
     _check_filters(check, "draft_filters", draft_filters)
     if (draft_logits is None) != (draft_row is None):
-        raise ValueError(f"{op}: draft_logits and draft_row come together, got one of them")
+        raise ValueError(f"{op}: draft_logits and draft_row must both be given or both be None, got one of them")
     if draft_logits is not None and draft_row is not None:
         if sampling == "none":
-            raise ValueError(f'{op}: draft_logits are of trees that were drawn, got them with sampling="none"')
+            raise ValueError(f'{op}: draft_logits must be None with sampling="none", got a tensor')
         check("draft_logits", draft_logits, "B, P?, V", *FLOAT_DTYPES)
         check("draft_row", draft_row, "B, N", torch.int32)
     elif sampling != "none" and rule in WEIGHING_RULES and tokens.shape[1] > 1:
         raise ValueError(
-            f'{op}: rule "{rule}" weighs the tokens of a tree drawn {sampling} replacement by their draft '
-            "probabilities, and draft_logits is None"
+            f'{op}: draft_logits must be given with rule "{rule}", which needs the draft probabilities of a tree drawn '
+            f"{sampling} replacement, got None"
         )
     if draft_logits is not None and not draft_logits.shape[1]:
         draft_logits, draft_row, sampling = None, None, "none"
     compute = resolve(op, impl, logits.device)
-    # the operator takes tensors alone
+    # the registered op takes lists of tensors
     both = (filters, draft_filters) if compute is reference.accept_sample else (filters.tensors, draft_filters.tensors)
     return Acceptance(
         *compute(
@@ -286,7 +294,7 @@ def accept_sample(
 
 
 def _check_acceptance(check: Check, logits, tokens, parents, max_depth, budget, eos_ids) -> torch.Tensor:
-    """What the acceptance ops have in common; the budget, which may be None, comes back as a tensor."""
+    """Check the common arguments of the acceptance ops. Returns the budget; if it is None, one that does not limit."""
     batch, nodes, _ = check("logits", logits, "B, N, V", *FLOAT_DTYPES)
     check("tokens", tokens, "B, N", torch.int64)
     check("parents", parents, "B, N", torch.int32)
@@ -307,35 +315,41 @@ def _check_filters(check: Check, name: str, filters: Filters) -> None:
         option = getattr(filters, field)
         if option is not None:
             check(f"{name}.{field}", option, "B", dtype)
-    if filters.most is not None and (filters.top_k is None or not is_number(filters.most, int) or filters.most < 1):
-        raise ValueError(f"{check.owner}: {name}.most must be None, or at least 1 beside a top_k, got {filters.most!r}")
+    if filters.max_top_k is not None and (
+        filters.top_k is None or not is_number(filters.max_top_k, int) or filters.max_top_k < 1
+    ):
+        raise ValueError(
+            f"{check.owner}: {name}.max_top_k must be None, or at least 1 with a top_k, got {filters.max_top_k!r}"
+        )
 
 
 @typed
 def compact_kv(
     storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor, path: torch.Tensor, *, impl: str | None = None
 ) -> None:
-    """Move the accepted nodes' keys and values to the slots that follow the root's, in place, for all layers at once.
+    """Move the keys and values of accepted nodes to the slots after the root's, in place, for all layers at once.
 
-    The cache is one flat buffer of P planes (keys or values of one layer), plane p of shape [B, S, widths[p]]: a
-    token's row is contiguous. In every plane, slot base + path[k] is copied to slot base + 1 + k.
+    The cache is one flat buffer of P planes. A plane holds the keys or the values of one layer; plane p has shape
+    [B, S, widths[p]], so the row of a token is contiguous. In every plane, slot base + path[k] is copied to slot
+    base + 1 + k.
 
-    Strides: the storage must be contiguous, since it is changed in place; base and path may have any.
+    Strides: the storage must be contiguous, since it is changed in place; base and path may have any strides.
 
     Args:
         storage: [B * S * sum(widths)], any dtype, contiguous.
-        widths: P numbers, elements a slot in each plane (heads * head dim).
-        base: [B] int64. The root's slot.
-        path: [B, D] int32. Strictly increasing nodes, then -1 (nothing to move). base + D < S is the caller's promise.
+        widths: P numbers, the elements per slot in each plane (heads * head dim).
+        base: [B] int64. Slot of the root.
+        path: [B, D] int32. Strictly increasing node numbers, then -1 as padding. The caller must ensure that
+            base + D < S; it is not checked.
         impl: None, "triton" or "reference".
 
     Raises:
-        ValueError: a shape, dtype, device or option is not the one above.
+        ValueError: a shape, dtype, device or option differs from the above.
     """
     op = "compact_kv"
     check = Check(op, storage.device)
     if storage.dim() != 1 or not storage.is_contiguous() or not storage.numel():
-        raise check.refusal("storage", "contiguous [B * S * sum(widths)], none of them 0", storage)
+        raise check.refusal("storage", "contiguous [B * S * sum(widths)], not empty", storage)
     (batch,) = check("base", base, "B?", torch.int64)
     check("path", path, "B?, D?", torch.int32)
     slot_elements = sum(widths)
@@ -348,7 +362,7 @@ def compact_kv(
         resolve(op, impl, storage.device)(storage, widths, base, path)
 
 
-# Library.define and impl rather than torch.library.custom_op: 3 µs of the host's time a call instead of 15 to 25
+# Library.define and impl take 3 µs of host time per call, torch.library.custom_op 15 to 25 µs
 _LIBRARY = torch.library.Library("specdec_triton", "FRAGMENT")
 
 
@@ -358,7 +372,8 @@ def _launcher(op: str) -> Callable:
 
 
 def _register(schema: str, fake: Callable) -> None:
-    """Make a kernel `torch.ops.specdec_triton.<op>`; `fake` gives its outputs' shapes and dtypes to compilers."""
+    """Register a kernel as `torch.ops.specdec_triton.<op>`. `fake` returns empty outputs of the right shapes and dtypes
+    for compilers."""
     op = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(op, lambda *arguments: _launcher(op)(*arguments), "CompositeExplicitAutograd")
@@ -395,7 +410,7 @@ _register(
     "-> (Tensor path, Tensor length, Tensor next_ids, Tensor has_nan)",
     _fake_accept_greedy,
 )
-# a `Filters` travels as the list of its tensors
+# a `Filters` is passed as the list of its tensors
 _register(
     "accept_sample(Tensor logits, Tensor tokens, Tensor parents, str rule, Tensor seeds, Tensor position, "
     "Tensor?[] filters, SymInt max_depth, Tensor budget, Tensor? eos_ids, str sampling, Tensor? draft_logits, "

@@ -1,4 +1,4 @@
-"""Checks of an op's arguments: shapes by letter, dtypes, devices, and kinds of plain values."""
+"""Checks the arguments of ops: shapes by letter, dtypes, devices, and types of plain values."""
 
 import functools
 import inspect
@@ -13,29 +13,33 @@ DTYPE_NAMES = {FLOAT_DTYPES: "fp32, bf16 or fp16", ANY_FLOAT: "float"}
 
 
 class Check:
-    """Checks tensors one after the other; each raises a `ValueError` that names the owner and the argument.
+    """Checks tensors one after the other. A tensor that does not fit raises a `ValueError` that names the owner and the
+    argument.
 
     Args:
-        owner: the op, or the name of the class or function whose arguments these are.
-        like: all tensors must be on this device; None: on the first one's.
-        sizes: those known before, by letter.
+        owner: name of the op, class or function whose arguments are checked.
+        like: the device of all tensors; None for the device of the first tensor.
+        sizes: sizes that are known in advance, by letter.
 
     Attributes:
-        sizes: of each letter, from the first tensor that had it.
+        sizes: letter -> size, from the first tensor with that letter.
     """
 
     def __init__(self, owner: str, like: torch.device | None = None, **sizes: int) -> None:
         self.owner, self.device, self.sizes = owner, like, sizes
 
     def __call__(self, name: str, tensor: torch.Tensor, shape: str, *dtypes: torch.dtype) -> torch.Size:
-        """The shape of a tensor that is as wanted.
+        """Check a tensor and return its shape.
 
         Args:
-            name: of the argument.
+            name: name of the argument.
             tensor: its value.
-            shape: a letter for each dimension, "B, N, V". A letter without a size takes it from this tensor. A size
-                must not be 0, unless the letter ends with "?" ("E?").
-            dtypes: those that are taken.
+            shape: a letter for each dimension, such as "B, N, V". A letter that is not known yet takes its size from
+                this tensor. A size must not be 0 unless the letter ends with "?", such as "E?".
+            dtypes: the permitted dtypes.
+
+        Raises:
+            ValueError: the type, shape, dtype or device of the tensor differs from the above.
         """
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{self.owner}: {name} must be a tensor, got {type(tensor).__name__}")
@@ -59,7 +63,7 @@ class Check:
         return got
 
     def refusal(self, name: str, wanted: str, got: torch.Tensor) -> ValueError:
-        """The error for a tensor; it shows no contents."""
+        """The error for a tensor. It shows dtype, shape, device and strides, never values."""
         strides = "" if got.is_contiguous() else f" with strides {list(got.stride())}"
         return ValueError(
             f"{self.owner}: {name} must be {wanted}, got {got.dtype} {list(got.shape)} on {got.device}{strides}"
@@ -67,13 +71,13 @@ class Check:
 
 
 def is_number(value: typing.Any, kinds: type | tuple[type, ...]) -> bool:
-    """Whether a value is a number of 64 bits, and no bool."""
+    """True if a value is a number of one of the `kinds` within the range of 64-bit integers, and not a bool."""
     if not isinstance(value, kinds) or isinstance(value, bool):
         return False
     return -(2.0**63) <= value < 2.0**63  # type: ignore[operator]
 
 
-# annotation -> the wanted kind in words, and the test of a value
+# annotation -> (description of the type, function that tests a value)
 KINDS = {
     torch.Tensor: ("a tensor", lambda value: isinstance(value, torch.Tensor)),
     int: ("an integer of 64 bits", lambda value: isinstance(value, torch.SymInt) or is_number(value, int)),
@@ -87,7 +91,7 @@ KINDS = {
 
 
 def typed(op: Callable) -> Callable:
-    """Refuse an argument that is not of its annotation's kind, before anything looks into it."""
+    """Decorator: before the op runs, refuse arguments whose type differs from their annotation."""
     kinds = {}
     for name, annotation in typing.get_type_hints(op).items():
         plain, optional = (*typing.get_args(annotation), annotation)[0], type(None) in typing.get_args(annotation)

@@ -1,15 +1,15 @@
-"""Random numbers without state: Philox4x32-10, keyed by a row's seed and counted by what the number is for.
+"""Stateless random numbers: Philox4x32-10, whose key is the row's seed and whose counter encodes the use of the number.
 
-Every number is a function of (row seed, position, node, purpose, token) alone, so the host keeps nothing, rows do not
-depend on their neighbours, and whoever needs a number again computes it again. The integers are exact, here and in
-the Triton kernels: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+Every number is a function of (row seed, position, node, purpose, token) alone. No state is kept on the host, rows do
+not depend on each other, and a number can be computed again at any time. The random integers here and in the Triton
+kernels are identical. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
 
-Letters: V vocabulary. Arguments that are tensors broadcast against each other.
+Letters: V vocabulary. Tensor arguments broadcast against each other.
 """
 
 import torch
 
-# What a number is for. Two uses that share a stream are correlated, and the output is biased.
+# Purposes of random numbers. Two uses with the same purpose would be correlated, which would bias the output.
 COUPLED, DRAFT, ACCEPT, RECOVER, BONUS = range(5)
 
 WORD = 0xFFFFFFFF
@@ -24,8 +24,8 @@ def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> 
     """Philox4x32-10: four random words for each counter.
 
     Args:
-        counter: four int64 tensors that broadcast, each of 32 bits (0 to 2^32 - 1).
-        key: two of them.
+        counter: four int64 tensors that broadcast, with values from 0 to 2^32 - 1.
+        key: two such tensors.
 
     Returns:
         Four int64 tensors of values in [0, 2^32).
@@ -33,7 +33,7 @@ def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> 
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # int64 products wrap, and the wrapped bits are those of the unsigned 64-bit product
+        # int64 products wrap around; their bits equal those of the unsigned 64-bit product
         first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((second >> 32) & WORD) ^ c1 ^ k0,
@@ -58,9 +58,14 @@ def _unit(words: torch.Tensor) -> torch.Tensor:
 def uniform(
     seeds: torch.Tensor, position: torch.Tensor | int, node: torch.Tensor | int, purpose: torch.Tensor | int
 ) -> torch.Tensor:
-    """One number in the open (0, 1) for each (seed, position, node, purpose): fp32, of the arguments' joint shape.
+    """A uniform random number in the open interval (0, 1) for each (seed, position, node, purpose).
 
-    `seeds` is int64, all 64 bits of it the key; the others are int64 tensors or numbers, of which 32 bits count.
+    Args:
+        seeds: int64. All 64 bits are used as the key.
+        position, node, purpose: int64 tensors or numbers. The lowest 32 bits are used.
+
+    Returns:
+        fp32, with the broadcast shape of the arguments.
     """
     return _unit(_words(seeds, position, node, purpose, torch.zeros_like(seeds))[0])
 
@@ -72,22 +77,29 @@ def gumbel(
     purpose: torch.Tensor | int,
     vocab: int,
 ) -> torch.Tensor:
-    """Gumbel noise for every token: fp32 [..., V], finite; argmax(log p + noise) is a draw from p.
+    """Gumbel noise for every token, so that argmax(log p + noise) is a sample from p.
 
-    Token t is lane t % 4 of counter block t // 4. The leading shape is the arguments' joint shape, as in `uniform`.
+    Token t uses lane t % 4 of counter block t // 4.
+
+    Args:
+        seeds, position, node, purpose: see `uniform`.
+        vocab: V.
+
+    Returns:
+        fp32 [..., V], finite. The leading shape is the broadcast shape of the other arguments.
     """
     seeds, position, node, purpose = (
         word[..., None] if torch.is_tensor(word) else word for word in (seeds, position, node, purpose)
     )
     blocks = torch.arange(-(-vocab // LANES), device=seeds.device)
     words = torch.stack(torch.broadcast_tensors(*_words(seeds, position, node, purpose, blocks)), dim=-1)
-    # the least exponential wins, so it is the one that must be exact: log1p, from a uniform that is exact near 0
+    # the smallest exponential determines the argmax and must be exact, hence log1p of a uniform that is exact near 0
     exponential = -torch.log1p(-_unit(words.flatten(-2)[..., :vocab]))
     return -exponential.log()
 
 
 def row_seeds(seed: int, rows: int) -> torch.Tensor:
-    """A seed for each row of a batch: [B] int64, a function of (seed, row) alone."""
+    """A seed for each row of a batch: [B] int64. Each is a function of (seed, row) alone."""
     numbers = torch.arange(rows)
     key = torch.tensor(seed & WORD), torch.tensor((seed >> 32) & WORD)
     low, high, _, _ = philox((numbers, numbers * 0, numbers * 0, numbers * 0), key)

@@ -1,9 +1,9 @@
-"""PyTorch references of the ops: the meaning of each kernel, and what runs where there is no GPU.
+"""PyTorch references of the ops. They define the results of the kernels, and they run if there is no GPU.
 
 Letters: B sequences, T tree nodes, N query rows (the last N of the T nodes), W = ceil(T/64) mask words,
 Hq/Hkv query/key-value heads, S cache slots, D head dim of keys, Dv of values, V vocabulary, P cache planes.
 
-The arguments are checked in `ops`; here they are taken as described. Nothing here reads a value on the host.
+Arguments are described and checked in `ops` and not checked again here. No function reads a value on the host.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,16 @@ TREE_FIELDS = 3  # columns of a packed tree after its W ancestor words: depth, s
 
 
 class Acceptance(NamedTuple):
-    """What verification made of a draft tree.
+    """The result of verifying a draft tree.
 
     Attributes:
-        path: [B, D] int32. Accepted nodes from shallow to deep (the root left out), padded with -1.
-        length: [B] int64. Accepted draft tokens, 0 to D.
-        next_ids: [B] int64. The target's own token after the last accepted node: the recovered token where a draft
-            was rejected, the bonus token where the whole path was accepted; -1 in a row that may emit nothing.
-        has_nan: [B] bool. The row may emit tokens, and the logits of the root or of a node on the path hold a NaN (when
-            sampling, also +inf, or nothing but -inf: no distribution): the row's other results mean nothing.
+        path: [B, D] int32. Accepted nodes from shallow to deep, without the root, padded with -1.
+        length: [B] int64. Number of accepted draft tokens, 0 to D.
+        next_ids: [B] int64. The target's own token after the last accepted node. It is the recovered token if a draft
+            token was rejected, the bonus token if a whole path was accepted, and -1 if the row's budget is 0.
+        has_nan: [B] bool. True if the row's budget is not 0 and the logits of the root or of a node on the path hold a
+            NaN. With sampling, it is also True if they hold +inf or only -inf, which do not define a distribution. The
+            row's other results are then undefined.
     """
 
     path: torch.Tensor
@@ -43,10 +44,11 @@ def visible_slots(
     sliding_window: int | None = None,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Which cache slots each of the last `num_rows` tree nodes may attend to: [B, num_rows, num_slots] bool.
+    """The attention mask of the last `num_rows` tree nodes: [B, num_rows, num_slots] bool.
 
-    A row sees the prefix slots [start, length) and, among the tree's slots [length, length + T), its ancestors and
-    itself. Window and chunk compare positions: slot - start in the prefix, length - start + depth in the tree.
+    A row sees the slots [start, length) of the text and, among the tree's slots [length, length + T), its ancestors and
+    itself. Sliding window and chunks compare positions. The position of a slot is slot - start in the text and
+    length - start + depth in the tree.
     """
     batch, num_nodes, fields = packed_tree.shape
     words, depth = packed_tree[..., : fields - TREE_FIELDS], packed_tree[..., -TREE_FIELDS]
@@ -86,9 +88,10 @@ def tree_attention(
     batch, query_heads, rows, head_dim = query.shape
     kv_heads, num_slots = key.shape[1], key.shape[2]
     query, key, value = query.float(), key.float(), value.float()
-    # A row selects the scores that it sees: a NaN plus -inf would stay one. Values it cannot select without a copy of
-    # them for every row, and 0 * NaN is NaN: where they are not finite they become 0, and the scores of those who see
-    # the slot NaN. One bad value in a slot counts for all its heads.
+    # Keys and values that are not finite may only affect the rows that see them. Scores are masked by selection,
+    # because NaN plus -inf is NaN. Values are not masked: that would take a copy for every row, and 0 * NaN is NaN.
+    # Instead, values that are not finite become 0, and the scores of all rows that see such a slot become NaN. One such
+    # value marks the slot for all heads.
     visible = visible_slots(packed_tree, rows, num_slots, sliding_window, chunk_size)
     finite = (value.amax((1, 3)).isfinite() & value.amin((1, 3)).isfinite())[:, None]
     unseen = torch.where(visible, float("nan"), float("-inf"))[:, None]
@@ -129,7 +132,7 @@ def accept_greedy(
     if eos_ids is not None:
         goes_on = goes_on & ~torch.isin(target_ids, eos_ids)
 
-    # a node is reached if every step from the root to it was followed: pointer jumping, log2(N) steps
+    # a node is reached if every step from the root to it is followed; computed by pointer jumping in log2(N) steps
     jump = parents.clamp(min=0)
     reached = goes_on.gather(1, jump) & (followed.gather(1, jump) == nodes)
     reached[:, 0] = True
@@ -137,14 +140,14 @@ def accept_greedy(
         reached = reached & reached.gather(1, jump)
         jump = jump.gather(1, jump)
 
-    rank = reached.cumsum(1) - 1  # depth along the one reached path, since parents come before children
+    rank = reached.cumsum(1) - 1  # depth on the reached path, because parents come before children
     kept = reached & (rank < budget[:, None]) & (rank <= max_depth)
     length = (kept.sum(1) - 1).clamp(min=0)
     last = torch.where(kept, nodes, 0).amax(1)
     next_ids = target_ids.gather(1, last[:, None]).squeeze(1)
 
     path = torch.full((batch, max_depth + 1), -1, dtype=torch.int32, device=logits.device)
-    place = torch.where(kept & (rank > 0), rank - 1, max_depth)  # the last column takes what is not on the path
+    place = torch.where(kept & (rank > 0), rank - 1, max_depth)  # other nodes are written to the last column
     path.scatter_(1, place, nodes.int().expand(batch, -1))
     live = budget > 0
     return Acceptance(
@@ -171,12 +174,12 @@ def accept_sample(
     draft_row: torch.Tensor | None,
     draft_filters: Filters,
 ) -> Acceptance:
-    """See `ops.accept_sample`. The rules are in `rules`; here is what they share."""
+    """See `ops.accept_sample`. The rules are in `rules`; this function contains their common parts."""
     if sampling == "none" or draft_logits is None:
         draft_probs, draft_row = None, None
     else:
         draft_probs, draft_row = filtered_log_probs(draft_logits, draft_filters).exp(), draft_row.long()
-    if rule == "coupled":  # looks at one node a depth: the others need not be filtered
+    if rule == "coupled":  # looks at one node of each depth, so filters are applied to single nodes
 
         def log_probs(node):
             return filtered_log_probs(_row(logits, node), filters).squeeze(1)
@@ -186,8 +189,9 @@ def accept_sample(
         def log_probs(node):
             return _row(all_log_probs, node).squeeze(1)
 
-    # The root's token is not looked up. A node is padding if the target does not know its token, or its parent has no
-    # distribution: the parent is then tested as a leaf, by its own token's probability, and no NaN decides anything.
+    # The token of the root is not used. A node is padding if its token is not in the target's vocabulary, or if its
+    # parent's logits do not define a distribution. The parent is then tested as a leaf, by the probability of its own
+    # token, so that no NaN affects a decision.
     vocab, parents = logits.shape[2], parents.long()
     has_distribution = logits.amax(-1).isfinite()
     is_real = (tokens >= 0) & (tokens < vocab) & has_distribution.gather(1, parents.clamp(min=0))
@@ -213,10 +217,9 @@ def _emitted(
     budget: torch.Tensor,
     eos_ids: torch.Tensor | None,
 ) -> Acceptance:
-    """The path to `last` [B] and `next_ids` [B] after it, cut at the first EOS, the budget and the depth.
+    """The path to node `last` [B], followed by `next_ids` [B], cut after the first EOS and at the budget and the depth.
 
-    `has_distribution` is [B, N] bool. Cut within the path, the last token that stays is `next_ids`: what the target
-    said after the node before it.
+    `has_distribution` is [B, N] bool. If the cut is within the path, the last remaining token becomes `next_ids`.
     """
     batch, num_nodes = round.tokens.shape
     nodes = torch.arange(num_nodes, device=last.device)
@@ -224,10 +227,10 @@ def _emitted(
     for _ in range(num_nodes - 1):
         node = round.parents.gather(1, node).clamp(min=0)
         on_path = on_path | (nodes == node)
-    rank = on_path.cumsum(1) - 1  # depth, since parents come before children
+    rank = on_path.cumsum(1) - 1  # depth, because parents come before children
     accepted = rank[:, -1]
 
-    # emitted[b, k]: the k-th token of the row, accepted ones and then next_ids
+    # emitted[b, k]: the k-th token of the row; accepted tokens first, then next_ids
     emitted = torch.full((batch, num_nodes + 1), -1, dtype=torch.int64, device=last.device)
     emitted.scatter_(1, torch.where(on_path & (nodes > 0), rank - 1, num_nodes), round.tokens)
     emitted.scatter_(1, accepted[:, None], next_ids[:, None])
@@ -241,7 +244,7 @@ def _emitted(
 
     path = torch.full((batch, round.max_depth + 1), -1, dtype=torch.int32, device=last.device)
     stays = on_path & (nodes > 0) & (rank <= length[:, None])
-    # the last column takes what is not on the path
+    # other nodes are written to the last column
     path.scatter_(1, torch.where(stays, rank - 1, round.max_depth), nodes.int().expand(batch, -1))
     return Acceptance(
         path=path[:, : round.max_depth].contiguous(),
@@ -272,6 +275,6 @@ def compact_kv(storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor,
             count += 1
         size = count * batch * slots * width
         planes = storage[offset : offset + size].view(count, batch, slots, width)
-        # the gather is complete before anything is written, so sources and targets may overlap
+        # all reads happen before the writes, so sources and targets may overlap
         planes[:, rows, target] = planes[:, rows, source]
         offset, plane = offset + size, plane + count

@@ -1,18 +1,20 @@
-"""Acceptance rules: which draft tokens of a sampled round stay, and which token follows them.
+"""Acceptance rules: they decide which draft tokens of a sampled round are accepted, and choose the token after them.
 
-Each rule is one function, to be read beside its paper. It sees a `SampledRound` and gives `(last, next_ids)`: the last
-accepted node and the token after it. Cutting that at EOS and at a row's budget is common to all, in
-`reference.accept_sample`. All rules but `typical` leave the target's distribution as it is.
+Each rule is one function that follows the paper cited in its docstring. It takes a `SampledRound` and returns
+`(last, next_ids)`: the last accepted node and the token after it. `reference.accept_sample` then cuts the result at EOS
+and at each row's budget, for all rules. All rules except `typical` preserve the target's distribution.
 
-What the papers have in common is here, too. At a node whose children are tried one after the other, the *residual* is
-what the target's probabilities still have to give, unnormalised. It starts as the target's own probabilities. A child
-token x that was drawn from the draft's probabilities is accepted with probability residual(x) / draft(x). If it is
-rejected, the draft's probabilities are subtracted from the residual, and what falls below zero is cut. A token that
-was chosen without sampling is a draw from a one-hot distribution: subtracting that takes the token out.
+The parts that the papers have in common are also here. The children of a node are tried one after another. The
+*residual* of the node is the part of the target's probabilities that has not been used yet, unnormalised. It starts as
+the target's probabilities. A child token x that was drawn from the draft's probabilities is accepted with probability
+residual(x) / draft(x). If it is rejected, the draft's probabilities are subtracted from the residual, and negative
+entries are set to 0. A token that was chosen without sampling counts as a draw from a one-hot distribution, so its
+rejection removes it from the residual.
 
-A child that its draft could not have drawn (probability 0: the support was exhausted, or the draft's logits hold NaN)
-counts as padding. So do the children of a node whose target logits make no distribution: that node is tested as a leaf,
-by the acceptance probability of its own token. A row that ends there is reported; in all others the node has no effect.
+A child whose token has draft probability 0 counts as padding. This happens if the support of the draft is exhausted or
+the draft's logits hold NaN. The children of a node whose target logits do not define a distribution also count as
+padding. Such a node is tested as a leaf, by the acceptance probability of its own token. If a row ends there, `has_nan`
+reports it; otherwise the node has no effect.
 
 Letters: B sequences, N tree nodes, P expanded nodes, D edges on the longest path, V vocabulary.
 """
@@ -28,21 +30,21 @@ from . import noise
 SAMPLING = ("none", "with", "without")
 CHAIN_RULES = ("rejection", "block")
 
-# Typical acceptance: the constants of Medusa's own code
+# Typical acceptance: the constants in Medusa's code
 TYPICAL_EPSILON, TYPICAL_DELTA = 0.09, 0.3
 
 
 def check_legal(rule: str, sampling: str, is_chain: bool) -> None:
-    """Refuse a rule on a tree that it cannot use, or would be biased on.
+    """Refuse a rule that cannot be applied to a tree or would give biased samples.
 
     Args:
         rule: "greedy" or a name in `RULES`.
-        sampling: how the tree's tokens came about: "none" (chosen without sampling: top-k, n-gram), or drawn from the
-            draft's probabilities "with" or "without" replacement among siblings.
-        is_chain: every node continues the one before.
+        sampling: how the tree's tokens were chosen. "none": without sampling, for example by top-k or n-gram. "with"
+            or "without": siblings were drawn from the draft's probabilities with or without replacement.
+        is_chain: True if every node is the child of the node before it.
 
     Raises:
-        ValueError: names the rule and the tree.
+        ValueError: the rule does not accept such a tree; the message names both.
     """
     if rule != "greedy" and rule not in RULES:
         raise ValueError(f"rule must be one of greedy, {', '.join(RULES)}, got {rule!r}")
@@ -55,23 +57,24 @@ def check_legal(rule: str, sampling: str, is_chain: bool) -> None:
             "without": "a tree drawn without replacement",
         }
         raise ValueError(
-            f'rule "{rule}" takes a chain, got {drawn[sampling]}: use "multi_round" or "traversal", or a chain '
-            "(DraftTree's is_chain says that it is one)"
+            f'rule "{rule}" needs a chain, got {drawn[sampling]}: use "multi_round" or "traversal", or draft a chain '
+            "and set is_chain of the DraftTree"
         )
 
 
 @dataclass(frozen=True)
 class SampledRound:
-    """What a rule sees of one round.
+    """The inputs of a rule.
 
     Attributes:
         tokens, parents: [B, N] int64.
         max_depth: D.
-        log_probs: nodes [B] int64 -> [B, V] fp32, the target's filtered log-probabilities after each row's node.
-        draft_probs: [B, P, V] fp32, the draft's filtered probabilities; None for tokens chosen without sampling.
-        draft_row: [B, N] int64, the row of `draft_probs` that a node's children were drawn from; -1 for none.
-        replaces: siblings were drawn with replacement.
-        seeds, position: [B] int64; the position is the root's.
+        log_probs: function from nodes [B] int64 to [B, V] fp32, the target's filtered log-probabilities after each
+            row's node.
+        draft_probs: [B, P, V] fp32. The draft's filtered probabilities; None if tokens were chosen without sampling.
+        draft_row: [B, N] int64. The row of `draft_probs` that a node's children were drawn from; -1 if it has none.
+        replaces: True if siblings were drawn with replacement.
+        seeds, position: [B] int64. Seed of each row, and position of its root.
     """
 
     tokens: torch.Tensor
@@ -86,7 +89,7 @@ class SampledRound:
 
     @property
     def roots(self) -> torch.Tensor:
-        """[B] int64 zeros: every row's root."""
+        """[B] int64 zeros: the root of every row."""
         return torch.zeros_like(self.seeds)
 
     def probs(self, node: torch.Tensor) -> torch.Tensor:
@@ -94,7 +97,8 @@ class SampledRound:
         return self.log_probs(node).exp()
 
     def draft(self, node: torch.Tensor) -> torch.Tensor | None:
-        """[B] nodes -> [B, V] fp32: the draft's probabilities for their children, 0 if none; None without sampling."""
+        """[B] nodes -> [B, V] fp32: the draft's probabilities for the children of each node, 0 for nodes that were not
+        expanded. None if tokens were chosen without sampling."""
         if self.draft_probs is None:
             return None
         row = self.draft_row.gather(1, node[:, None])
@@ -103,15 +107,16 @@ class SampledRound:
 
 
 class Siblings(NamedTuple):
-    """A node whose children are being tried, in each row.
+    """The state of one node per row whose children are being tried.
 
     Attributes:
-        residual: [B, V] fp32. What the target still has to give, unnormalised.
-        mass: [B] fp32. Its sum.
-        missing_mass: [B] fp32. 1 - the node's weight: the residual is normalised by mass + missing_mass.
-        draft: [B, V] fp32. The draft's probabilities of what can still be drawn, unnormalised; None without sampling.
-        draft_mass: [B] fp32. Their sum.
-        tried: [B] bool. A child was tried.
+        residual: [B, V] fp32. The part of the target's probabilities that has not been used yet, unnormalised.
+        mass: [B] fp32. Sum of the residual.
+        missing_mass: [B] fp32. 1 - the node's weight. The residual is normalised by mass + missing_mass.
+        draft: [B, V] fp32. The draft's probabilities of tokens that can still be drawn, unnormalised; None if tokens
+            were chosen without sampling.
+        draft_mass: [B] fp32. Sum of `draft`.
+        tried: [B] bool. True if a child was tried.
     """
 
     residual: torch.Tensor
@@ -123,7 +128,8 @@ class Siblings(NamedTuple):
 
 
 def first_of(round: SampledRound, node: torch.Tensor, weight: torch.Tensor) -> Siblings:
-    """Before any child of `node` [B] is tried; `weight` [B] is the node's probability so far."""
+    """The state of `node` [B] before any child is tried. `weight` [B] is the probability with which the node's path may
+    be accepted."""
     return Siblings(
         residual=weight[:, None] * round.probs(node),
         mass=weight,
@@ -135,9 +141,11 @@ def first_of(round: SampledRound, node: torch.Tensor, weight: torch.Tensor) -> S
 
 
 def acceptance(siblings: Siblings, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B] fp32 probability that the next child, `token` [B], is accepted; [B] bool, whether it could be drawn at all.
+    """The acceptance probability of the next child, whose token is `token` [B].
 
-    min(1, residual(token) / draft(token)), both normalised; 0 where the residual is, even if nothing is left of it.
+    Returns:
+        [B] fp32: min(1, residual(token) / draft(token)), both normalised; 0 if residual(token) is 0, even if the whole
+        residual is 0. And [B] bool: True if the draft's probability of the token is above 0.
     """
     wanted, total = _at(siblings.residual, token), siblings.mass + siblings.missing_mass
     if siblings.draft is None:
@@ -149,34 +157,36 @@ def acceptance(siblings: Siblings, token: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def leaf_accept_prob(siblings: Siblings) -> torch.Tensor:
-    """[B] fp32 acceptance probability of a node itself, once its children are rejected: its weight, if none was tried.
+    """[B] fp32: acceptance probability of a node after all its children were rejected. It is the node's weight if no
+    child was tried.
 
-    No mass is missing at the root, so its probability is 1 (or 0/0, which passes: see `passes`).
+    The missing mass of the root is 0, so its probability is 1, or 0/0 = NaN, which passes (see `passes`).
     """
     return siblings.mass / (siblings.mass + siblings.missing_mass)
 
 
 def rejected(siblings: Siblings, token: torch.Tensor, replaces: bool) -> Siblings:
-    """After the child `token` [B] was rejected: residual <- max(residual - draft, 0), and the token leaves the draft.
+    """The state after the child with `token` [B] was rejected: residual <- max(residual - draft, 0). Without
+    replacement, the token is also removed from the draft.
 
-    The rejected token's own residual is zero by this rule, since its acceptance probability was below 1. It is set to
-    exactly that.
+    The residual of the rejected token itself is 0 by this formula, because its acceptance probability was below 1. It
+    is set to 0 explicitly, so that rounding cannot leave a remainder.
     """
     residual, mass, missing_mass, draft, draft_mass, _ = siblings
     if draft is not None:
         residual = (residual - ((mass + missing_mass) / draft_mass)[:, None] * draft).clamp(min=0)
         if not replaces:
             draft = _without(draft, token)
-            # summed anew: 1 minus the mass of likely tokens would keep no digit of a small remainder
+            # summed again, because 1 minus the mass of likely tokens would lose all digits of a small remainder
             draft_mass = draft.sum(-1)
     residual = _without(residual, token)
     return Siblings(residual, residual.sum(-1), missing_mass, draft, draft_mass, torch.ones_like(siblings.tried))
 
 
 def next_token(round: SampledRound, node: torch.Tensor, siblings: Siblings) -> torch.Tensor:
-    """[B] int64: a recovered token from the residual at `node` [B], the bonus token where no child was tried.
+    """[B] int64: a recovered token drawn from the residual at `node` [B], or the bonus token if no child was tried.
 
-    A residual of no mass can only come from rounding; the target's own distribution stands in for it.
+    A residual whose sum is 0 can only result from rounding. The target's own distribution then replaces it.
     """
     use_target = ~siblings.tried | ~(siblings.mass > 0)
     scores = torch.where(use_target[:, None], round.log_probs(node), siblings.residual.log())
@@ -185,19 +195,19 @@ def next_token(round: SampledRound, node: torch.Tensor, siblings: Siblings) -> t
 
 
 def passes(round: SampledRound, node: torch.Tensor, accept_prob: torch.Tensor) -> torch.Tensor:
-    """[B] bool: each row's `node` [B] passes with probability `accept_prob` [B], by the node's own random number.
-
-    A probability of NaN passes.
+    """[B] bool: True with probability `accept_prob` [B], by the random number of `node` [B]. A probability of NaN gives
+    True.
     """
     return ~(noise.uniform(round.seeds, round.position, node, noise.ACCEPT) >= accept_prob)
 
 
 def coupled(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target samples every node with noise that only (seed, position, token) decide; a child that matches stays.
+    """The target samples a token at every node with noise that depends only on (seed, position, token). A child with
+    that token is accepted.
 
-    The text is the one that the target alone would sample with this noise, whatever was drafted. Siblings share their
-    position's noise: that is what makes it so. Daliri, Musco and Suresh, "Coupling without communication and
-    drafter-invariant speculative decoding" (2024).
+    The text is the one that the target alone would sample with this noise, whatever was drafted, because all nodes at a
+    position use the same noise. Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant
+    speculative decoding" (2024).
     """
     nodes = torch.arange(round.tokens.shape[1], device=round.tokens.device)
     last, next_ids, walking = round.roots, None, torch.ones_like(round.seeds).bool()
@@ -214,7 +224,7 @@ def coupled(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rejection(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
-    """Down a chain: each token is accepted with probability min(1, target/draft), until one is not.
+    """Walk down a chain. Each token is accepted with probability min(1, target/draft), until one is rejected.
 
     Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding" (2023), algorithm 1;
     Chen et al., "Accelerating large language model decoding with speculative sampling" (2023), algorithm 2.
@@ -234,12 +244,12 @@ def rejection(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def block(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
-    """A chain tested as a whole: the longest prefix that passes its own test stays.
+    """Test every prefix of a chain, and accept the longest prefix that passes.
 
-    weight_i = min(1, weight_{i-1} target/draft) is the probability that prefix i may have. The last one passes with its
-    weight, prefix i before it with S / (S + 1 - weight_i), where S is the mass of max(weight_i target - draft, 0):
-    the residual, should it be the longest. Sun et al., "Block verification accelerates speculative decoding" (2024),
-    algorithm 2.
+    The weight of prefix i is weight_i = min(1, weight_{i-1} target/draft). The full chain passes with probability equal
+    to its weight. A shorter prefix i passes with probability S / (S + 1 - weight_i). Here S is the sum of
+    max(weight_i target - draft, 0), which is the residual if prefix i is accepted. Sun et al., "Block verification
+    accelerates speculative decoding" (2024), algorithm 2.
     """
     last = round.roots
     weight, goes_on = torch.ones_like(last).float(), torch.ones_like(last).bool()
@@ -263,11 +273,11 @@ def block(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def multi_round(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
-    """Down a tree: sibling after sibling, each against the residual that the last one left.
+    """Walk down a tree. Siblings are tried one after another; each rejection updates the residual.
 
-    With replacement: Miao et al., "SpecInfer" (2024), algorithm 2. Without, the rejected token leaves the draft's
-    distribution, which is renormalised: Chen et al., "Sequoia" (2024), algorithm 2. Siblings come in draw order, and
-    children after their parents, so one pass over the nodes is the walk.
+    With replacement: Miao et al., "SpecInfer" (2024), algorithm 2. Without replacement, a rejected token is removed
+    from the draft's distribution, which is renormalised: Chen et al., "Sequoia" (2024), algorithm 2. Siblings are in
+    the order in which they were drawn and children come after their parents, so a single pass over the nodes is enough.
     """
     last = round.roots
     certain = torch.ones_like(last).float()
@@ -284,21 +294,22 @@ def multi_round(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def traversal(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leaves first: a node is tested when all below it were rejected, by the probability of its whole path.
+    """Test the nodes of a tree from the leaves up. A node is tested after all nodes below it were rejected.
 
-    A node's weight is its probability when its turn comes: min(1, residual/draft) at its parent, whose
-    residual began with the parent's own weight. Its children take theirs from it; what they leave, S, passes with
-    probability S / (S + 1 - weight), a leaf with its weight. If a node fails, its parent's residual loses the draft's
-    probabilities, and the next sibling has its turn. Weng et al., "Traversal verification for speculative tree
-    decoding" (arXiv 2505.12398), algorithm 1. On a chain this is `block`.
+    The weight of a node is min(1, residual/draft), computed from the state of its parent when the node is entered. The
+    residual of a node starts as its weight times the target's probabilities, and each rejected child reduces it. The
+    node then passes with probability S / (S + 1 - weight), S being the sum of its residual; a leaf passes with
+    probability equal to its weight. If a node fails, the draft's probabilities are subtracted from its parent's
+    residual, and the next sibling is entered. Weng et al., "Traversal verification for speculative tree decoding"
+    (arXiv 2505.12398), algorithm 1. On a chain the rule equals `block`.
 
-    A step enters a child or tests a node, so 2N - 1 of them end in every tree.
+    Each step enters a child or tests a node, so 2N - 1 steps are enough for every tree.
     """
     batch, num_nodes = round.tokens.shape
     nodes = torch.arange(num_nodes, device=round.tokens.device)
     here, done = round.roots, torch.zeros_like(round.seeds).bool()
     entered = (nodes == 0).expand(batch, -1)
-    # each node's siblings, as they stand: the path from the root to `here` is in use
+    # the state of each node; only those on the path from the root to `here` are in use
     opened = first_of(round, here, torch.ones_like(here).float())
     stack = Siblings(*(None if field is None else torch.stack([field] * num_nodes, dim=1) for field in opened))
     for _ in range(2 * num_nodes - 1):
@@ -325,10 +336,11 @@ def traversal(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def typical(round: SampledRound) -> tuple[torch.Tensor, torch.Tensor]:
-    """LOSSY: a token stays if the target's probability of it exceeds min(epsilon, delta exp(-entropy)); deepest wins.
+    """LOSSY. A token is accepted if its target probability exceeds min(epsilon, delta exp(-entropy)). The deepest path
+    of accepted tokens is taken.
 
-    Cai et al., "Medusa" (2024), section 2.3.1. Of equally deep paths the one whose last node comes first is taken.
-    The token after it is the target's own, sampled.
+    Among equally deep paths, the one whose last node has the lowest index is taken. The token after it is sampled from
+    the target's distribution. Cai et al., "Medusa" (2024), section 2.3.1.
     """
     num_nodes = round.tokens.shape[1]
     last = round.roots
@@ -354,7 +366,7 @@ RULES: dict[str, Callable[[SampledRound], tuple[torch.Tensor, torch.Tensor]]] = 
     "typical": typical,
 }
 LOSSY_RULES = ("typical",)
-# rules that weigh a sampled token by its draft probability
+# rules that use the draft probabilities of sampled tokens
 WEIGHING_RULES = ("rejection", "block", "multi_round", "traversal")
 
 

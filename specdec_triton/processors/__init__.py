@@ -1,1 +1,1 @@
-"""Logits processors of transformers on draft trees: on the device, and on the host."""
+"""Applies logits processors of transformers to draft trees, on the device or on the host."""

@@ -1,7 +1,7 @@
-"""Logits processors of transformers over all nodes of a draft tree at once, on the device.
+"""Applies logits processors of transformers to all nodes of a draft tree at once, on the device.
 
-Every node gets the row that plain `generate` would give it: its text is the row's columns, left padding included, up
-to its root's, then its own path.
+Every node gets the scores that plain `generate` would compute for its text. The text of a node consists of the row's
+columns up to the root, left padding included, followed by the tokens on the node's path.
 
 Letters: B sequences, N tree nodes, V vocabulary, C columns of text, G sequences of tokens of one length.
 """
@@ -22,9 +22,11 @@ NEVER = float("-inf")
 
 
 def is_vectorised(processors: LogitsProcessorList, vocab_size: int) -> bool:
-    """`process_nodes` can do them all. May read on the host: to be asked once a generation.
+    """True if `process_nodes` supports all processors. It may read on the host, so it is called once per `generate`.
 
-    Each must be exactly of a type that it knows (a subclass may do anything), and not bound to raise in mid-text.
+    Each processor must have exactly one of the supported types, because a subclass may behave differently. Processors
+    whose EOS token is outside the vocabulary are not supported: transformers raises an exception for them in the middle
+    of a text.
     """
     indexing = hf.ForcedEOSTokenLogitsProcessor, hf.ExponentialDecayLengthPenalty
     return all(
@@ -37,16 +39,19 @@ def is_vectorised(processors: LogitsProcessorList, vocab_size: int) -> bool:
 def process_nodes(
     processors: LogitsProcessorList, tree: DraftTree, logits: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor
 ) -> torch.Tensor:
-    """Processed scores of every node: [B, N, V] fp32, new. Nothing is read on the host.
+    """Processed scores of every node. Nothing is read on the host.
 
-    Padding nodes, and rows that have ended, get scores of some text.
+    Scores of padding nodes and finished rows are undefined.
 
     Args:
-        processors: such that `is_vectorised`.
-        tree: N nodes.
-        logits: [B, N, V] floating point. The target's.
-        tokens: [B, C] int64. Prompt and emitted tokens; anything beyond.
+        processors: processors for which `is_vectorised` is True.
+        tree: draft tree of N nodes.
+        logits: [B, N, V] floating point. The target's logits.
+        tokens: [B, C] int64. Prompt and emitted tokens; later columns may hold any values.
         length: [B] int64. Column of each root.
+
+    Returns:
+        [B, N, V] fp32, a new tensor.
     """
     texts = _Texts(tree, tokens, length)
     scores = logits.to(torch.float32, copy=True)
@@ -57,7 +62,7 @@ def process_nodes(
 
 @dataclass(frozen=True)
 class _Texts:
-    """The texts that end in each node: arguments of `process_nodes`."""
+    """The texts that end in each node. The fields are arguments of `process_nodes`."""
 
     tree: DraftTree
     tokens: torch.Tensor
@@ -65,7 +70,7 @@ class _Texts:
 
     @cached_property
     def count(self) -> torch.Tensor:
-        """[B, N] int64. Columns of each text."""
+        """[B, N] int64. Number of columns of each text."""
         return self.length[:, None] + self.tree.depth + 1
 
     @cached_property
@@ -74,12 +79,12 @@ class _Texts:
 
     @cached_property
     def on_path(self) -> torch.Tensor:
-        """[B, N, N] bool. Column j of row i: the text of i goes through j, or ends there."""
+        """[B, N, N] bool. Entry [i, j] is True if the text of node i contains the token of node j."""
         bits = torch.arange(WORD_BITS, device=self.tokens.device)
         return ((self.tree.ancestors[..., None] >> bits) & 1).bool().flatten(-2)[..., : self.tree.num_nodes]
 
     def last(self, size: int) -> torch.Tensor:
-        """[B, N, size] int64. The last tokens of each text, in order; -1 before its first."""
+        """[B, N, size] int64. The last tokens of each text, in order; -1 before its first token."""
         node = torch.arange(self.tree.num_nodes, device=self.tokens.device).expand_as(self.tree.tokens)
         column = self.length[:, None] + self.tree.depth
         last = []
@@ -91,8 +96,14 @@ class _Texts:
         return torch.stack(last[::-1], dim=-1)
 
     def occurring(self, columns: torch.Tensor, nodes: torch.Tensor, vocab: int) -> torch.Tensor:
-        """[B, N, V] bool. The tokens found, for each text, in the columns [B, N or 1, C] and nodes [B, N, N] marked."""
-        # a spare token V stands for what is not marked, and for ids beyond the logits
+        """[B, N, V] bool. For each text, True for the tokens in the marked columns and nodes.
+
+        Args:
+            columns: [B, N or 1, C] bool. Columns of the text.
+            nodes: [B, N, N] bool. Nodes of the tree.
+            vocab: V.
+        """
+        # a spare token V stands for places that are not marked, and for ids outside the vocabulary
         found = columns.new_zeros(*columns.shape[:2], vocab + 1)
         found.scatter_(2, torch.where(columns, self.tokens[:, None].clamp(max=vocab), vocab), True)
         found = found.expand(-1, self.tree.num_nodes, -1)
@@ -102,7 +113,7 @@ class _Texts:
 
 
 def _repetition(processor: hf.RepetitionPenaltyLogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
-    ignored = processor.prompt_ignore_length  # of each row, of all, or None
+    ignored = processor.prompt_ignore_length  # a tensor with a value for each row, a number for all rows, or None
     if isinstance(ignored, torch.Tensor):
         ignored = ignored.to(scores.device, non_blocking=True)[:, None, None]
     ignored = 0 if ignored is None else ignored
@@ -115,7 +126,7 @@ def _repetition(processor: hf.RepetitionPenaltyLogitsProcessor, scores: torch.Te
 def _no_repeat_ngram(processor: hf.NoRepeatNGramLogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
     size = processor.ngram_size
     last = texts.last(size)
-    # an n-gram of the text bans its last token where its others are what the text ends in
+    # an n-gram bans its last token if the text ends with its other tokens
     columns = ((texts.columns <= texts.length[:, None]) & (texts.columns >= size - 1))[:, None]
     nodes = texts.on_path
     for back in range(1, size):
@@ -125,14 +136,15 @@ def _no_repeat_ngram(processor: hf.NoRepeatNGramLogitsProcessor, scores: torch.T
     return scores.masked_fill(texts.occurring(columns, nodes, scores.shape[-1]), NEVER)
 
 
-# processor -> device -> what `_prefixed` makes of it; a copy to the device makes the host wait
+# processor -> device -> result of `_prefixed`; cached because the host waits for a copy to the device
 _prefixed_made: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def _prefixed(
     processor: hf.SequenceBiasLogitsProcessor, device: torch.device
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Sequences of two tokens and more by their length: [G, length - 1] and [G] int64 their tokens, [G] fp32 bias."""
+    """The biased sequences of two or more tokens, grouped by length. Each group has the first tokens [G, length - 1]
+    int64, the last token [G] int64, and the bias [G] fp32."""
     made = _prefixed_made.setdefault(processor, {})
     if device not in made:
         by_length = {}
@@ -152,9 +164,9 @@ def _prefixed(
 
 def _sequence_bias(processor: hf.SequenceBiasLogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
     if processor.length_1_bias is None:
-        processor(texts.tokens[:, :1], scores[:, 0])  # it prepares itself, or refuses ids beyond the logits
+        processor(texts.tokens[:, :1], scores[:, 0])  # initialises length_1_bias, or refuses ids outside the vocabulary
     bias = torch.zeros_like(scores) + processor.length_1_bias
-    # 5.17 ignores a sequence that is longer than the text, not only one that cannot end there
+    # transformers 5.17 needs one more token of text than the prefix of a sequence has
     spare = 0 if hasattr(processor, "multi_token_biases") else 1
     for prefixes, ends, biases in _prefixed(processor, scores.device):
         size = prefixes.shape[1]
@@ -167,7 +179,7 @@ def _sequence_bias(processor: hf.SequenceBiasLogitsProcessor, scores: torch.Tens
 
 
 def _ids(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """[V] bool: the ids listed. (`torch.isin` may read on the host.)"""
+    """[V] bool: True for the given ids. `torch.isin` is not used because it may read on the host."""
     vocab = torch.arange(scores.shape[-1], device=scores.device)
     return (vocab == ids.to(scores.device, non_blocking=True).view(-1, 1)).any(0)
 
@@ -203,9 +215,9 @@ def _forced_eos(processor: hf.ForcedEOSTokenLogitsProcessor, scores: torch.Tenso
 
 def _decaying_length(processor: hf.ExponentialDecayLengthPenalty, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
     beyond = (texts.count - processor.regulation_start).clamp(min=0)
-    # as a Python float has it, before it meets fp32
+    # in fp64, as the Python float of transformers, before it is rounded to fp32
     factor = (torch.pow(float(processor.regulation_factor), beyond.double()) - 1).float()[..., None]
-    # what is impossible stays so: 5.17 made it NaN
+    # a score of -inf stays -inf; transformers 5.17 made it NaN
     raised = (factor != 0) & scores.isfinite() & _ids(processor.eos_token_id, scores)
     return torch.where(raised, scores + scores.abs() * factor, scores)
 
@@ -219,7 +231,7 @@ def _normalised(processor: hf.LogitNormalization, scores: torch.Tensor, texts: _
 
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    """[..., 1]. `torch.distributions` would read the logits on the host, and raise for a NaN at any node."""
+    """Entropy [..., 1]. `torch.distributions` is not used: it reads the logits on the host and raises for NaN."""
     log_probs = logits - logits.logsumexp(-1, keepdim=True)
     return -(log_probs.clamp(min=torch.finfo(logits.dtype).min) * log_probs.softmax(-1)).sum(-1, keepdim=True)
 
@@ -241,7 +253,7 @@ def _eta(processor: hf.EtaLogitsWarper, scores: torch.Tensor, texts: _Texts) -> 
 
 
 def _of_scores_alone(processor: hf.LogitsProcessor, scores: torch.Tensor, texts: _Texts) -> torch.Tensor:
-    """Its own code, which looks at one row of scores at a time and at no text."""
+    """Calls the processor itself. It treats each row of scores independently and does not look at the text."""
     return processor(None, scores.flatten(0, 1)).view_as(scores)
 
 

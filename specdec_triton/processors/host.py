@@ -1,7 +1,9 @@
-"""Logits processors and draft trees: what is fused into acceptance, and, on the host, what is asked node by node.
+"""Splits logits processors into filters that acceptance applies and others, and calls processors on the host.
 
-Every node that is asked about gets the row that plain `generate` would give it. Processors that can do all nodes at
-once are in `penalties`. Letters: B sequences, N tree nodes, V vocabulary.
+On the host, processors are called for single nodes of a draft tree. Each of these nodes gets the scores that plain
+`generate` would compute. Processors that can process all nodes at once are in `device`.
+
+Letters: B sequences, N tree nodes, V vocabulary.
 """
 
 from collections import defaultdict
@@ -36,7 +38,7 @@ FUSED = {
     MinPLogitsWarper: ("min_p", "min_p", torch.float32),
 }
 
-# these look at one row of their arguments at a time, and remember nothing
+# processors that treat each row of their arguments independently and keep no state
 STATELESS = (
     *OVER_NODES,
     EncoderNoRepeatNGramLogitsProcessor,
@@ -49,19 +51,22 @@ Choose = Callable[[torch.Tensor, list[int], list[int]], list[int]]
 
 
 def is_stateless(processor: LogitsProcessor) -> bool:
-    """Row i of what it returns is known to depend on row i of its arguments alone, however often and in whatever order
-    it is called: it is exactly of a type that does so, or says so by an attribute `stateless = True`, as may the
-    function of a `PrefixConstrainedLogitsProcessor`."""
+    """True if row i of a processor's result is known to depend only on row i of its arguments, for any number and order
+    of calls.
+
+    This is known if the processor has exactly one of the types in `STATELESS`, or if it has an attribute `stateless`
+    that is True. For a `PrefixConstrainedLogitsProcessor`, its function must have this attribute.
+    """
     if type(processor) is PrefixConstrainedLogitsProcessor:
         processor = processor._prefix_allowed_tokens_fn
     return type(processor) in STATELESS or getattr(processor, "stateless", False) is True
 
 
 def check_stateless(processors: LogitsProcessorList, rule: str) -> None:
-    """Refuse what is not known to be `is_stateless`, for a rule that looks at many nodes of one depth.
+    """Refuse processors that may keep state, for a rule that looks at several nodes of one depth.
 
     Raises:
-        ValueError: names the processor, and what to do.
+        ValueError: `is_stateless` is False for a processor; the message names it and suggests a remedy.
     """
     for processor in processors:
         if not is_stateless(processor):
@@ -71,30 +76,31 @@ def check_stateless(processors: LogitsProcessorList, rule: str) -> None:
             elif not isinstance(processor, LogitsProcessor):
                 name, on = getattr(processor, "__name__", name), "it"
             raise ValueError(
-                f'generate: logits_processor must be functions of their arguments with rule "{rule}", which asks about '
-                f"texts that plain decoding never has, got {name}, which may keep state from call to call or look "
-                f'across rows: use rule="coupled" (the default), or set stateless = True on {on}, if row i of the '
-                "scores it returns depends on row i of its arguments alone"
+                f'generate: logits_processor must be functions of their arguments with rule "{rule}", which calls them '
+                f"with texts that plain decoding never has, got {name}, which may keep state between calls or look at "
+                f'other rows: use rule="coupled" (the default), or set stateless = True on {on} if row i of the scores '
+                "that it returns depends only on row i of its arguments"
             )
 
 
 def split_processors(
     processors: LogitsProcessorList, batch: int, device: torch.device
 ) -> tuple[LogitsProcessorList, Filters, LogitsProcessorList]:
-    """Split off what `Filters` can say: temperature, top-k, top-p and min-p at the end of the list, in this order.
+    """Split off the processors that `Filters` can represent: temperature, top-k, top-p and min-p, in this order, at the
+    end of the list.
 
-    A normalisation at the very end leaves a distribution as it is, and goes with them. Where a processor comes between
-    or after them, nothing is fused: what comes after it must see its scores.
+    A `LogitNormalization` at the very end does not change the distribution and is split off with them. If another
+    processor comes between or after them, nothing is split off, because the later ones must get its scores.
 
     Args:
         processors: as `generate` prepared them for sampling.
         batch: B.
-        device: of the filters.
+        device: device of the filters.
 
     Returns:
-        others: to be applied to the logits, in order, before the filters.
-        filters: a number for each sequence, with the bound on top-k.
-        warpers: what the filters stand for, for scores that are put out.
+        others: the processors to apply to the logits, in order, before the filters.
+        filters: the filters of each sequence, with `max_top_k`.
+        warpers: the processors that the filters replace. They are applied to scores that the call returns.
     """
     start = len(processors)
     if processors and type(processors[-1]) is LogitNormalization:
@@ -113,23 +119,23 @@ def split_processors(
             value = getattr(warper, attribute)
             options[name] = torch.full((batch,), value, dtype=dtype, device=device)
             if name == "top_k":
-                options["most"] = value
+                options["max_top_k"] = value
     return others, Filters(**options), warpers
 
 
 def _is_fusible(processor: LogitsProcessor) -> bool:
-    """A warper of the fused group as `generate` makes it for sampling."""
+    """True if a processor is one of the types in `FUSED` with the options that `generate` sets for sampling."""
     filtered, least = getattr(processor, "filter_value", float("-inf")), getattr(processor, "min_tokens_to_keep", 1)
     return type(processor) in FUSED and filtered == float("-inf") and least == 1
 
 
 def first_choice(scores: torch.Tensor, rows: list[int], depth: list[int]) -> list[int]:
-    """Greedy's choice of a token for each row of scores [R, V]."""
+    """The token that greedy decoding chooses for each row of scores [R, V]."""
     return scores.argmax(-1).tolist()
 
 
 def children_of(tree: DraftTree) -> list[dict[tuple[int, int], int]]:
-    """By row: (node, token) -> the first child of the node that carries the token. The host reads the tree."""
+    """For each row a dict (node, token) -> first child of the node with that token. The host reads the tree."""
     tokens, parents = torch.stack([tree.tokens, tree.parents.long()]).tolist()
     return [
         {(parent, token): node for node, (parent, token) in reversed(list(enumerate(zip(*row, strict=True)))) if node}
@@ -147,23 +153,25 @@ def process_path(
     eos_ids: list[int],
     choose: Choose = first_choice,
 ) -> Iterator[dict[int, tuple[int, int]]]:
-    """Process the scores of the tree in place, wherever acceptance will look that follows one choice from each node.
+    """Process, in place, the scores on the path that acceptance will follow. For rules that make one choice at each
+    node.
 
-    The walk goes down each row's tree on the host, from the root to the child that carries the token chosen by the
-    processed scores, so processors are called once for each emitted token and never with a text that the target did
-    not choose. Other nodes keep their raw logits.
+    On the host, the walk goes down each row's tree from the root, each time to the child with the token that the
+    processed scores choose. Processors are therefore called once for each emitted token, and only with texts that the
+    target chose. Other nodes keep their raw logits.
 
     Args:
-        processors: as `generate` prepared them; all of them `is_stateless`.
-        scores: [B, N, V] fp32. The target's logits.
-        host_tokens: [B, columns] int64. Prompt and emitted tokens, padding beyond.
+        processors: as `generate` prepared them; `is_stateless` must be True for all of them.
+        tree: draft tree of N nodes.
+        scores: [B, N, V] fp32. The target's logits, changed in place.
+        host_tokens: [B, columns] int64. Prompt and emitted tokens, then padding.
         host_length: [B] int64. Column of each root.
-        host_budget: [B] int64. Tokens each row may still emit; rows without any are left as they are.
+        host_budget: [B] int64. Number of tokens that each row may still emit; rows with 0 are skipped.
         eos_ids: tokens that end a text.
-        choose: (processed scores [R, V], their R rows in the batch, the R nodes' depths) -> R tokens.
+        choose: (processed scores [R, V], R row numbers in the batch, R depths) -> R tokens.
 
     Yields:
-        after each call of the processors, for each row asked about: the node, and the token chosen.
+        After each call of the processors, a dict from row to (node, chosen token).
     """
     children = children_of(tree)
     idle = _ended_texts(host_tokens, host_length, host_budget, eos_ids, scores.shape[-1])
@@ -196,16 +204,19 @@ def process_each(
     host_budget: np.ndarray,
     eos_ids: list[int],
 ) -> None:
-    """Process the scores of the tree in place, at every node that the target can reach.
+    """Process, in place, the scores of every node that the target can reach.
 
-    A node is asked about only if its parent's processed scores leave its token possible, so that a grammar is never
-    asked about a text that it forbade. Other nodes keep their raw logits: no rule gets there.
+    A node is processed only if its token is possible by its parent's processed scores. A grammar is therefore never
+    called with a text that it forbade. Other nodes keep their raw logits; no rule reaches them.
 
-    Args: as those of `process_path`. The host reads the tree, and once for each depth what is possible.
+    The host reads the tree, and once for each depth the tokens that are possible.
+
+    Args:
+        processors, tree, scores, host_tokens, host_length, host_budget, eos_ids: see `process_path`.
     """
     tokens, parents, depth = torch.stack([tree.tokens, tree.parents.long(), tree.depth]).tolist()
     idle = _ended_texts(host_tokens, host_length, host_budget, eos_ids, scores.shape[-1])
-    # by row: the nodes to ask about at a depth, and their texts
+    # row -> node -> text, for the nodes to process at the current depth
     asked = {int(row): {0: host_tokens[row, : host_length[row] + 1]} for row in np.flatnonzero(host_budget)}
     for level in range(1, tree.max_depth + 2):
         by_length = defaultdict(dict)
@@ -235,7 +246,7 @@ def process_each(
 def _ended_texts(
     host_tokens: np.ndarray, host_length: np.ndarray, host_budget: np.ndarray, eos_ids: list[int], vocab: int
 ) -> np.ndarray:
-    """The texts [B, columns] as they would go on if every row had ended: to a processor, nothing out of the way."""
+    """The texts [B, columns] with EOS and padding after each root. They fill the rows of a call that are not needed."""
     ended, live = host_tokens.copy(), np.flatnonzero(host_budget)
     ends = [token for token in eos_ids if token < vocab]
     if ends:
@@ -250,10 +261,19 @@ def _process_rows(
     at: dict[int, int],
     text: dict[int, np.ndarray],
 ) -> torch.Tensor:
-    """Process in place a node of each row of `text`, texts of one length; `at` names the nodes. Returns them: [R, V].
+    """Process, in place, the scores of one node in each row of `text`.
 
-    A processor may keep something by row index: the call holds every sequence at its own row, those that are not asked
-    about with their text of `idle`, cut to this length. What comes out for them is dropped.
+    A processor may store data by row index, so each call passes all B rows in order. Rows that are not in `text` get
+    their text in `idle`, cut to the same length, and their results are dropped.
+
+    Args:
+        processors, scores: see `process_path`.
+        idle: [B, columns] int64, see `_ended_texts`.
+        at: row -> node.
+        text: row -> text of the node. All texts have the same length.
+
+    Returns:
+        Processed scores [R, V] of the rows of `text`.
     """
     rows = list(text)
     input_ids = idle[:, : len(text[rows[0]])].copy()

@@ -16,7 +16,7 @@ from transformers import TextStreamer
 import specdec_triton as sdt
 
 from .. import ops
-from ..engine.stages import LAG, MAX_SHAPES, cannot_capture
+from ..engine.graph_runner import LAG, MAX_SHAPES, cannot_capture
 from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
 from . import inspection, models, plan, profiling, prompts
 from .calibration import calibrate

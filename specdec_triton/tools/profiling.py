@@ -3,7 +3,7 @@
     found = profile_rounds(lambda: model.generate(**inputs), model.device)
     found.stage_seconds("verify"), found.idle_share, found.kernels
 
-Stages are the methods of `engine.round.Round` by those names. Nothing here waits for the device inside a round.
+Stages are the methods of `engine.round.RoundSteps` by those names. Nothing here waits for the device inside a round.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 from ..engine.generate import Generation
-from ..engine.round import Round as EngineRound
-from ..engine.stages import Stages
+from ..engine.graph_runner import GraphRunner
+from ..engine.round import RoundSteps
 from .calibration import quantiles
 from .host_sync import HostWaits, count_host_reads, time_host_waits
 from .roofline import Shape, efficiency_bytes, floor_seconds, measured, round_work
@@ -128,9 +128,9 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
 
     def replay(method: Callable) -> Callable:
         @wraps(method)
-        def run(stages: Stages, name: str, shape: Hashable, compute: Callable):
-            recorded = stage(name, method) if stages.captures(name, shape) else method
-            return recorded(stages, name, shape, compute)
+        def run(runner: GraphRunner, name: str, shape: Hashable, compute: Callable):
+            recorded = stage(name, method) if runner.captures(name, shape) else method
+            return recorded(runner, name, shape, compute)
 
         return run
 
@@ -150,8 +150,8 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
 
         return run
 
-    wrapped = [(Generation, "step", whole), (Generation, "read", look), (Stages, "run", replay)]
-    wrapped += [(EngineRound, name, partial(stage, name)) for name in STAGES]
+    wrapped = [(Generation, "step", whole), (Generation, "read", look), (GraphRunner, "run", replay)]
+    wrapped += [(RoundSteps, name, partial(stage, name)) for name in STAGES]
     with ExitStack() as patches:
         for owner, name, wrap in wrapped:
             patches.enter_context(mock.patch.object(owner, name, wrap(vars(owner)[name])))

@@ -1,1 +1,1 @@
-"""Which draft tree pays: what rounds cost, the best topology, and the controller behind `tree="auto"`."""
+"""Chooses draft trees: the costs of rounds, the best topology, and the controller behind `tree="auto"`."""

@@ -1,4 +1,4 @@
-"""The controller behind `tree="auto"`: which tree to draft next, from what earlier rounds accepted and took."""
+"""The controller behind `tree="auto"`. It chooses the next tree by the acceptance and the times of earlier rounds."""
 
 import math
 from collections import Counter, deque
@@ -11,47 +11,49 @@ from ..tree import Topology
 from .costs import Costs, OnlineCosts
 from .search import Search, check_acceptance, check_limits, check_type, expected_tokens
 
-PLAIN_ROUNDS = 3  # that come first where costs are learned: all other rounds are measured against them
-MARGIN = 1.05  # expected gain over plain decoding below which a tree is a trial
-STAY = 0.98  # share of the best tree's tokens a second at which the last tree stays
-# Losses are counted in plain rounds.
-ALLOWANCE = 2.0  # what may be lost before anything was gained
-ALLOWANCE_RATE = 0.01  # earned with every token
-ALLOWANCE_MOST = 4.0  # gains and waiting buy no longer series of losses than this
+PLAIN_ROUNDS = 3  # number of plain rounds at the start if costs are learned; they give the baseline
+MARGIN = 1.05  # a tree whose expected speedup over plain decoding is below this is only tried as a trial
+STAY = 0.98  # the current tree is kept while its expected tokens per second are at least this share of the best tree's
+# The allowance bounds the time that may be lost compared with plain decoding. Its unit is the time of a plain round.
+ALLOWANCE = 2.0  # allowance at the start of a call
+ALLOWANCE_RATE = 0.01  # added to the allowance for each emitted token
+ALLOWANCE_MOST = 4.0  # cap on the allowance: however much was gained, at most this much may be lost in a row
 
-DECAY = 0.97  # of what was seen at a depth, a round that sees it again
-PRIOR_WEIGHT = 4.0  # tries that the expectation for a depth counts as
-CAUTION = 0.95  # what a depth is expected to accept, of the depth above it
-RESTED = 4.0  # tries that remain of what was seen, when no tree was verified for long
-RESTING = 0.9  # what remains of more than that after one more such round
-DISTRUST = 0.5  # what remains of what was seen, when a tree that should pay has used up the allowance
+DECAY = 0.97  # the counts of a depth are multiplied by this each time the depth is observed again
+PRIOR_WEIGHT = 4.0  # number of tries that the prior expectation for a depth counts as
+CAUTION = 0.95  # the expected acceptance at a depth is multiplied by this, relative to the depth above
+RESTED = 4.0  # rounds without a tree reduce the counts of a depth, but not below this number of tries
+RESTING = 0.9  # factor by which each round without a tree multiplies the counts
+DISTRUST = 0.5  # factor by which all counts are multiplied if the allowance is used up
 
 _ROOT = Topology((-1,), (0,))
 
 
 class AdaptiveTree:
-    """Chooses the tree of each round of one `generate` call, from what earlier rounds accepted and took.
+    """Chooses the tree of each round of one `generate` call, by the acceptance and the times of earlier rounds.
 
-    The tree of most expected tokens a second is verified where it is expected to beat plain decoding by `MARGIN`.
-    Unless what was seen supports it without the prior, and in trials of trees that are not expected to pay, no more is
-    risked than the allowance: `ALLOWANCE` plain rounds, and `ALLOWANCE_RATE` a token, less the losses since. A trial
-    starts with 2 nodes and doubles with each success. So a drafter without hope costs a bounded share of the time,
-    and is asked again as often as the allowance lets it.
+    The candidate is the tree with the most expected tokens per second. It is used if its expected speedup over plain
+    decoding is at least `MARGIN` and the observations alone, without the prior, support it. Otherwise the controller
+    runs a trial: a tree whose possible loss is within the allowance, or a plain round if there is no such tree. The
+    allowance starts at `ALLOWANCE` plain rounds, grows by `ALLOWANCE_RATE` for each token, and changes by the gains and
+    losses of the rounds. Trials start with 2 nodes and double with each success. A drafter whose tokens are never
+    accepted therefore costs only a bounded share of the time, and is tried again when the allowance permits.
 
-    `choose` and `record` alternate; the record of a round may come after the next choice. Nothing is random.
+    `choose` and `record` alternate. With late reports, a round may be recorded after the next one was chosen. The
+    controller uses no random numbers.
 
     Args:
-        costs: what a round takes: given, or learned from the seconds told to `record`.
-        max_nodes: N, root included, at most.
-        max_depth: depth at most.
-        chain: the trees must be chains.
-        max_rank: candidates that the drafter has for a node: ranks are below it.
-        start: expected acceptance before the first round, by rank ([K], the same at every depth) or by depth and rank
-            ([D, K], its last row holding below).
-        every: rounds between two plans, at least.
+        costs: the costs of rounds, either given or learned from the seconds passed to `record`.
+        max_nodes: largest number of nodes, root included.
+        max_depth: largest depth.
+        chain: True if all trees must be chains.
+        max_rank: number of candidates that the drafter has for each node. Ranks are below it.
+        start: expected acceptance before the first round. Either by rank, [K], the same at every depth; or by depth
+            and rank, [D, K], with the last row used for deeper levels.
+        every: smallest number of rounds between two searches for the best tree.
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: an argument has another type or is out of range.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class AdaptiveTree:
         self._ranks = 1 if chain else max_rank
         self._seen = _Seen(np.atleast_2d(start), max_depth, self._ranks)
         self._allowance = ALLOWANCE
-        self._risked: deque[float] = deque()  # by rounds chosen and not yet recorded
+        self._risked: deque[float] = deque()  # possible loss of each round that is chosen but not recorded yet
         self._trial_nodes = 2
         self._trees: Counter[tuple[int, int]] = Counter()
         self._tree = _ROOT
@@ -84,7 +86,7 @@ class AdaptiveTree:
         self._plan()
 
     def choose(self) -> Topology:
-        """The tree of the next round; of one node for plain decoding."""
+        """The tree of the next round. A tree of one node means plain decoding."""
         if self._rounds >= self.every and self._news:
             self._plan()
         spare = self._allowance - sum(self._risked)
@@ -106,17 +108,18 @@ class AdaptiveTree:
         seconds: dict[str, float] | None = None,
         built: bool = False,
     ) -> None:
-        """Learn from a finished round, the oldest that was chosen and not recorded.
+        """Record the result of the oldest round that was chosen but not recorded.
 
         Args:
-            topology: the tree that was verified, which may be smaller than the chosen one.
-            accepted: for each row that was unfinished, its accepted nodes from shallow to deep.
-            drafted: for each of these rows, whether it had a draft.
-            seconds: the round's time in "verify" and "draft", where the host's clock tells. Used by `OnlineCosts`.
+            topology: the tree that was verified. It may be smaller than the chosen one.
+            accepted: for each unfinished row, its accepted nodes from shallow to deep.
+            drafted: for each unfinished row, True if it had draft tokens.
+            seconds: host time of "verify" and "draft" in the round, for `OnlineCosts`; None if it is not known.
+            built: True if the tree is verified even if no row has draft tokens, as in rounds of fixed shape.
 
         Raises:
-            ValueError: the tree is larger than asked for, the rows of `accepted` and `drafted` differ in number, or a
-                path does not lead down the tree.
+            ValueError: the tree is deeper or has higher ranks than allowed, `accepted` and `drafted` have different
+                lengths, or a path does not lead down the tree.
         """
         check_type("AdaptiveTree.record", "topology", topology, Topology)
         if topology.max_depth > self.max_depth or max(topology.ranks) >= self._ranks:
@@ -126,7 +129,7 @@ class AdaptiveTree:
             )
         if len(accepted) != len(drafted):
             raise ValueError(
-                f"AdaptiveTree.record: accepted and drafted must be of one length, got {len(accepted)} and "
+                f"AdaptiveTree.record: accepted and drafted must have the same length, got {len(accepted)} and "
                 f"{len(drafted)}"
             )
         for path in accepted:
@@ -143,7 +146,7 @@ class AdaptiveTree:
         self._rounds += 1
         if not accepted:
             return
-        # a tree without a draft in any row is never built
+        # if no row has draft tokens, only the root was verified
         tree = topology if built or any(drafted) else _ROOT
         if isinstance(self.costs, OnlineCosts) and seconds and tree == topology:
             self.costs.record(tree.num_nodes, tree.max_depth, seconds.get("verify"), seconds.get("draft"))
@@ -163,8 +166,13 @@ class AdaptiveTree:
 
     @property
     def summary(self) -> dict:
-        """For the stats: `trees`, the shapes chosen, each with its nodes, depth and rounds; `acceptance`, by depth, of
-        some child of an accepted node, as estimated; `speedup`, expected of the last plan over plain decoding."""
+        """The choices so far, for `Stats.auto`.
+
+        Returns:
+            A dict. "trees": the nodes, depth and number of rounds of each shape that was chosen. "acceptance": for each
+            depth the estimated probability that some child of an accepted node is accepted. "speedup": the expected
+            speedup of the current tree over plain decoding.
+        """
         return {
             "trees": [
                 {"nodes": nodes, "depth": depth, "rounds": rounds} for (nodes, depth), rounds in self._trees.items()
@@ -186,15 +194,15 @@ class AdaptiveTree:
         self._rounds, self._news = 0, False
 
     def _gain(self, tree: Topology, acceptance: np.ndarray) -> float:
-        """Expected tokens a second, of plain decoding's."""
+        """Expected speedup over plain decoding in tokens per second."""
         return expected_tokens(tree, acceptance) / (1 + self._risk(tree))
 
     def _risk(self, tree: Topology) -> float:
-        """Plain rounds lost where nothing is accepted."""
+        """Loss if no draft token is accepted, in plain rounds."""
         return self._now.round_seconds(tree.num_nodes, tree.max_depth) / self._plain - 1
 
     def _trial(self, spare: float) -> Topology:
-        """The largest tree that has earned a trial and risks no more than is spare."""
+        """The largest tree of at most `_trial_nodes` nodes whose possible loss is at most `spare`."""
         for size in reversed(self._search.sizes):
             if 1 < size <= self._trial_nodes:
                 tree = self._search.best(self._now, (size,))
@@ -204,13 +212,13 @@ class AdaptiveTree:
 
 
 class _Seen:
-    """Acceptance by depth and rank, estimated from rounds, older ones counting less.
+    """Estimates acceptance by depth and rank from the observed rounds. Older rounds count less.
 
-    A depth's estimate starts from that of the depth above, the first from `start`: little is lost where deep nodes
-    are rarely reached.
+    The prior expectation of a depth follows from the estimate for the depth above; that of the first depth is `start`.
+    Depths that are rarely reached therefore have sensible estimates, too.
 
     Args:
-        start: [D, K] expected acceptance; the last row holds below.
+        start: [D, K] expected acceptance; the last row is used for deeper levels.
         max_depth, ranks: shape of the estimate.
     """
 
@@ -222,7 +230,7 @@ class _Seen:
         self._rows, self._drafted = 0.0, 0.0
 
     def add(self, topology: Topology, accepted: Sequence[Sequence[int]], drafted: Sequence[bool]) -> None:
-        """Count a round's rows that had a draft."""
+        """Count the accepted and rejected nodes of a round, in rows that had draft tokens."""
         paths = [path for path, has_draft in zip(accepted, drafted, strict=True) if has_draft]
         visits = np.bincount(
             np.array([node for path in paths for node in path], dtype=int), minlength=topology.num_nodes
@@ -239,14 +247,14 @@ class _Seen:
         self._drafted = DECAY * self._drafted + len(paths)
 
     def rest(self) -> None:
-        """After a round without a tree: old evidence counts less, and soon no more than a few tries."""
+        """Reduce the counts after a round without a tree, but not below `RESTED` tries."""
         tried = self._tried.max(1, initial=RESTED)
         keep = np.maximum(RESTING, RESTED / tried)[:, None]
         self._tried *= keep
         self._taken *= keep
 
     def forget(self) -> None:
-        """What was seen has misled."""
+        """Reduce all counts, because the observations were misleading."""
         self._tried *= DISTRUST
         self._taken *= DISTRUST
 
@@ -254,15 +262,15 @@ class _Seen:
         """Estimated acceptance [D, K].
 
         Args:
-            share: of all rows, those without a draft accepting nothing.
-            hoped: start from the prior; else from none accepted, so that only what was seen counts.
+            share: count rows without draft tokens as rows that accept nothing.
+            hoped: use the prior. False replaces it by an expectation of 0, so that only observations count.
         """
         means, above = [], None
-        # lists: of so few numbers, faster than arrays
+        # lists are faster than arrays for so few numbers
         for start, tried, taken in zip(self._start.tolist(), self._tried.tolist(), self._taken.tolist(), strict=True):
             expected = [prob * hoped for prob in start]
             if above is not None:
-                # the prior's course from one depth to the next, from where the depth above has been found to be
+                # the estimate of the depth above, times the ratio of the two depths in the prior
                 expected = [
                     CAUTION * mean * prob / before if before else 0.0
                     for mean, prob, before in zip(means[-1], start, above, strict=True)
@@ -270,7 +278,8 @@ class _Seen:
                 expected = _at_most_1(expected)
             above = start
             first = (taken[0] + PRIOR_WEIGHT * expected[0]) / (tried[0] + PRIOR_WEIGHT)
-            # other candidates share what a better first one leaves; a worse one says that they may be no better
+            # The other candidates share the probability that the first one leaves. If the first one is accepted less
+            # often than expected, they are expected to be worse, too.
             fall = first / expected[0] if expected[0] else 1.0
             room = (1 - first) / (1 - expected[0]) if expected[0] < 1 else 1.0
             scale = PRIOR_WEIGHT * min(room, math.sqrt(fall * room))
@@ -292,5 +301,5 @@ def _at_most_1(probs: list[float]) -> list[float]:
 
 @lru_cache(maxsize=256)
 def _places(topology: Topology) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Of each node below the root: its parent, and its place (depth - 1, rank) in a table of acceptance."""
+    """For each node below the root: its parent, and its index (depth - 1, rank) in a table of acceptance."""
     return np.array(topology.parents[1:]), (np.array(topology.depths[1:]) - 1, np.array(topology.ranks[1:]))

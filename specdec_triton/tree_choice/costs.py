@@ -1,7 +1,7 @@
-"""What a round takes: seconds of a verify forward by its rows, of a draft by its depth; given, learned or timed.
+"""The costs of a round: seconds of a verify forward by number of rows, and of a draft by depth.
 
-N is the rows of one sequence in a verify forward, root included. Seconds may be of any unit where only their ratios
-matter, as in `CPU_PRIOR`.
+Costs are given (`Costs`), learned from rounds (`OnlineCosts`) or measured (`measure_costs`). N is the number of rows
+per sequence in a verify forward, root included. If only ratios matter, as in `CPU_PRIOR`, any unit of time may be used.
 """
 
 import math
@@ -14,8 +14,10 @@ from statistics import median, median_low
 
 import numpy as np
 
-WINDOW = 9  # rounds that a learned time is the median of: texts grow, and times with them
-PRIOR_VOTES = 2  # of what was expected, in the median of no more rounds than that: one slow round alone says nothing
+WINDOW = 9  # a learned time is the median of this many latest rounds, because times grow with the length of the text
+# With at most this many measurements, the median also includes this many copies of the expected time, so that a single
+# slow round has little effect.
+PRIOR_VOTES = 2
 
 
 def _is_seconds(number: float) -> bool:
@@ -47,16 +49,17 @@ def _table(name: str, table: Iterable[Sequence[float]], positive: bool) -> tuple
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one round, all sequences of a batch together. Tables are piecewise linear, with their last slope
-    beyond their end.
+    """Seconds of one round for the whole batch. Times between the entries of a table are interpolated linearly; times
+    after the last entry continue with the last slope.
 
     Attributes:
-        verify: (N, seconds) by increasing N >= 1; seconds > 0 that do not decrease. The first holds for smaller N.
-        draft: (depth, seconds) by increasing depth >= 1; seconds >= 0 that do not decrease. Depth 0 costs nothing.
-        other: seconds of everything else in a round.
+        verify: (N, seconds) pairs with increasing N >= 1 and non-decreasing seconds > 0. The first entry also holds for
+            smaller N.
+        draft: (depth, seconds) pairs with increasing depth >= 1 and non-decreasing seconds >= 0. Depth 0 takes 0 s.
+        other: seconds of all other steps of a round.
 
     Raises:
-        ValueError: a table or a number is not as above.
+        ValueError: a table or a number is invalid.
     """
 
     verify: tuple[tuple[int, float], ...]
@@ -72,7 +75,7 @@ class Costs:
             raise ValueError(f"Costs: other must be finite seconds of at least 0, got {self.other!r}")
 
     def verify_seconds(self, num_nodes: int) -> float:
-        """Seconds of a verify forward over `num_nodes` >= 1 rows a sequence."""
+        """Seconds of a verify forward over `num_nodes` >= 1 rows per sequence."""
         if num_nodes < 1:
             raise ValueError(f"Costs.verify_seconds: num_nodes must be at least 1, got {num_nodes}")
         return _interpolate(self.verify, num_nodes)
@@ -88,18 +91,22 @@ class Costs:
         return self.verify_seconds(num_nodes) + self.draft_seconds(depth) + self.other
 
 
-# Rows of a forward share little on a CPU: 6 take about 5 times as long as one.
+# On a CPU, a forward over 6 rows takes about 5 times as long as one over a single row.
 CPU_PRIOR = Costs(verify=((1, 1.0), (6, 5.0)))
 
 
 class OnlineCosts:
     """Costs learned from the rounds of a call.
 
-    Where rounds were measured, their median; elsewhere the prior's shape, scaled by the measured ones next to it.
+    The time of a measured size is the median of its rounds. The times of other sizes follow the prior, scaled to fit
+    the nearest measured sizes.
 
     Args:
-        prior: what is believed before the first round; only its ratios count. Draft seconds > 0, or none where
-            nothing is known of drafting.
+        prior: expected costs before the first round; only their ratios matter. Its draft seconds must be above 0, or
+            its draft table empty if they are not known.
+
+    Raises:
+        ValueError: `prior` is not a `Costs` or has draft seconds of 0.
     """
 
     def __init__(self, prior: Costs = CPU_PRIOR):
@@ -114,13 +121,13 @@ class OnlineCosts:
         """Add a round's measured seconds.
 
         Args:
-            num_nodes: N >= 1 rows a sequence of its verify forward.
-            depth: levels drafted, 0 for none.
-            verify: seconds of the verify forward, above 0.
-            draft: seconds of the draft; not counted at depth 0.
+            num_nodes: N >= 1, rows per sequence of the verify forward.
+            depth: number of levels drafted, at least 0.
+            verify: seconds of the verify forward, above 0; None if not measured.
+            draft: seconds of the draft, at least 0; None if not measured. Ignored at depth 0.
 
         Raises:
-            ValueError: a number is not as above.
+            ValueError: a number is out of range.
         """
         for name, number, least in (("num_nodes", num_nodes, 1), ("depth", depth, 0)):
             if number < least:
@@ -136,19 +143,19 @@ class OnlineCosts:
         self._costs = None
 
     def rounds(self, num_nodes: int) -> int:
-        """How many measured verify forwards of `num_nodes` rows a sequence count."""
+        """Number of measured verify forwards over `num_nodes` rows per sequence, at most `WINDOW`."""
         return len(self._verify.get(num_nodes, ()))
 
     @property
     def costs(self) -> Costs:
-        """What is known now; the prior itself before the first verify forward was measured."""
+        """The current estimate. It is the prior until the first verify forward is recorded."""
         if self._costs is None:
             self._costs = self._learned() if self._verify else self.prior
         return self._costs
 
     def _learned(self) -> Costs:
         prior = self.prior
-        # the size measured most often tells the machine's scale
+        # the size that was measured most often gives the scale of this machine
         known = max(self._verify, key=lambda size: (len(self._verify[size]), -size))
         scale = median_low(self._verify[known]) / prior.verify_seconds(known)
         verify = _fit(prior.verify, prior.verify_seconds, self._verify, scale, known)
@@ -166,18 +173,21 @@ def measure_costs(
     synchronize: Callable[[], object] = lambda: None,
     repeats: int = 5,
 ) -> tuple[tuple[int, float], ...]:
-    """Time `forward(N)` for each N of `sizes`: the `verify` table of a `Costs`.
+    """Time `forward(N)` for each N in `sizes`.
 
-    Each size is run once to warm up, then `repeats` times, sizes in turn; the median counts.
+    Each size runs once to warm up and then `repeats` times, alternating between sizes. The median is used.
 
     Args:
-        forward: a verify forward over N rows a sequence.
-        sizes: N >= 1, increasing.
-        synchronize: waits for the device, where `forward` returns before it is done.
-        repeats: timed runs of each size, at least 1.
+        forward: runs a verify forward over N rows per sequence.
+        sizes: increasing numbers N >= 1.
+        synchronize: waits for the device, if `forward` returns before the device is done.
+        repeats: number of timed runs of each size, at least 1.
+
+    Returns:
+        (N, seconds) pairs with non-decreasing seconds, for `Costs.verify`.
 
     Raises:
-        ValueError: `sizes` or `repeats` are not as above.
+        ValueError: `sizes` or `repeats` is invalid.
     """
     sizes = list(sizes)
     if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
@@ -198,7 +208,8 @@ def measure_costs(
 
 
 def _interpolate(table: Sequence[tuple[int, float]], place: int) -> float:
-    """Piecewise linear between the table's points, constant before the first, the last slope beyond the last."""
+    """Linear interpolation between the points of a table. It is constant before the first point and continues with the
+    last slope after the last point."""
     after = bisect_left(table, place, key=lambda point: point[0])
     if not after or len(table) == 1:
         return float(table[0][1])
@@ -207,8 +218,8 @@ def _interpolate(table: Sequence[tuple[int, float]], place: int) -> float:
 
 
 def _nondecreasing(points: Sequence[tuple[int, float, float]]) -> tuple[tuple[int, float], ...]:
-    """(place, value, weight) by place -> the nearest (place, value) that never decrease: neighbours that do are
-    averaged (isotonic regression by pooling adjacent violators)."""
+    """Isotonic regression by pooling adjacent violators: (place, value, weight) points -> (place, value) pairs whose
+    values never decrease. Neighbours whose values decrease are replaced by their weighted mean."""
     blocks = []
     for place, value, weight in points:
         blocks.append(([place], value, weight))
@@ -225,10 +236,13 @@ def _fit(
     scale: float,
     known: int | None = None,
 ) -> tuple[tuple[int, float], ...]:
-    """The prior's table, moved to what was measured.
+    """Fit the prior's table to the measurements.
 
     Args:
-        scale: seconds for each of the prior's, where nothing is measured.
+        table: the prior's table.
+        prior: the interpolated table.
+        measured: place -> measured seconds.
+        scale: factor between seconds on this machine and seconds of the prior, used far from measured places.
         known: the place that `scale` comes from.
     """
     settled = {
@@ -242,7 +256,7 @@ def _fit(
     }
     seconds = _curve(prior, scale, medians)
     beyond = {2 * max(medians), 3 * max(medians)} if medians else set()
-    # what was measured moves what was not, not the other way round
+    # places without measurements get a negligible weight, so that they do not move measured ones
     return _nondecreasing(
         [
             (place, seconds(place), len(measured.get(place, ())) or 1e-9)
@@ -252,9 +266,12 @@ def _fit(
 
 
 def _curve(prior: Callable[[int], float], scale: float, known: dict[int, float]) -> Callable[[int], float]:
-    """Seconds at any place from those at `known` ones: between them the prior, scaled as they are; above them, up to
-    twice the largest, as much steeper or flatter than the prior as they are. A step at a time: what a few rows cost
-    says little about many."""
+    """A function that gives the seconds at any place, from the seconds at the `known` places.
+
+    Up to the largest known place, the prior is scaled by the interpolated ratio of known seconds to the prior's. From
+    there to twice that place, the slope of the prior is scaled by the ratio of the two slopes over the known range.
+    Beyond that, the prior's own slope is used, because the cost of a few rows says little about that of many.
+    """
     if not known:
         return lambda place: scale * prior(place)
     places = sorted(known)

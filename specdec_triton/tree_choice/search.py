@@ -1,11 +1,12 @@
-"""Which tree pays: the topology of most expected tokens a second, under measured acceptance and costs.
+"""Finds the topology with the most expected tokens per second, given acceptance probabilities and costs.
 
-Acceptance is a table [D, K]: the probability that the child of rank k of a node at depth d is the accepted one, given
-that the node was. Siblings exclude each other, so rows sum to at most 1. A tree emits one token and, for every node
-below the root, the product of the acceptances on its path more, in expectation.
+Acceptance is a table [D, K]. Entry [d, k] is the probability that the child of rank k of a node at depth d is accepted
+if the node itself is accepted. At most one of several siblings is accepted, so each row sums to at most 1. The expected
+number of tokens of a tree is 1 plus, for every node below the root, the product of the acceptances along its path.
 
-Source: Sequoia (Chen et al. 2024, arXiv 2402.12374), which maximises the same sum by a dynamic programme. A child is
-never likelier than its parent, so the likeliest nodes are always a tree, and ranking them gives the same optimum.
+Source: Sequoia (Chen et al. 2024, arXiv 2402.12374), which maximises the same sum by dynamic programming. Here nodes
+are ranked by the probability of their path. This gives the same optimum: a child is never more likely than its parent,
+so the most likely nodes always form a tree.
 """
 
 from collections.abc import Sequence
@@ -16,18 +17,21 @@ import numpy as np
 from ..tree import Topology
 from .costs import Costs
 
-LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # node counts: few shapes, few compiled graphs
+# The numbers of nodes that are considered. Few sizes mean few shapes and few compiled graphs.
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 def expected_tokens(topology: Topology, acceptance: np.ndarray | Sequence[Sequence[float]]) -> float:
-    """Tokens that a round with this tree emits in expectation, 1 without a draft.
+    """Expected number of tokens that a round with this tree emits; 1.0 for a tree of one node.
 
     Args:
         topology: the tree.
-        acceptance: [D, K], see above; 0 for deeper nodes and higher ranks.
+        acceptance: [D, K] acceptance probabilities by depth and rank. Entry [d, k] is the probability that the child of
+            rank k of a node at depth d is accepted if that node is accepted. Deeper nodes and higher ranks have
+            probability 0.
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: an argument has another type, shape or range.
     """
     acceptance = check_acceptance("expected_tokens", acceptance)
     check_type("expected_tokens", "topology", topology, Topology)
@@ -46,17 +50,18 @@ def optimal_topology(
     max_depth: int,
     chain: bool = False,
 ) -> Topology:
-    """The tree of most expected tokens a second; a lone root where no tree beats plain decoding.
+    """The tree with the most expected tokens per second. It is the root alone if no tree is faster than plain decoding.
 
     Args:
-        acceptance: [D, K], see above.
-        costs: what a round takes.
-        max_nodes: N, root included, at most. Only `LADDER` and the largest N possible are considered.
-        max_depth: depth at most; D if that is less.
-        chain: no node has two children; the candidates of rank 0 alone count.
+        acceptance: [D, K] acceptance probabilities by depth and rank, see `expected_tokens`.
+        costs: costs of a round.
+        max_nodes: largest number of nodes, root included. Only the sizes in `LADDER` and the largest possible size are
+            considered.
+        max_depth: largest depth; D if D is smaller.
+        chain: True if the tree must be a chain. Only candidates of rank 0 are then used.
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: an argument has another type, shape or range.
     """
     acceptance = check_acceptance("optimal_topology", acceptance)
     check_limits("optimal_topology", max_nodes, max_depth)
@@ -66,24 +71,25 @@ def optimal_topology(
 
 
 class Search:
-    """The likeliest nodes under a depth limit, for every limit and number of nodes at once.
+    """The most likely nodes for every depth limit and every number of nodes.
 
     Args:
-        acceptance: [D, K].
-        max_nodes, max_depth: limits.
+        acceptance: [D, K] acceptance probabilities.
+        max_nodes, max_depth: largest number of nodes and largest depth.
 
     Attributes:
-        sizes: numbers of nodes considered.
+        sizes: the numbers of nodes that are considered.
     """
 
     def __init__(self, acceptance: np.ndarray, max_nodes: int, max_depth: int):
         depth = min(max_depth, len(acceptance), max_nodes - 1)
         ranks = acceptance.shape[1]
         self._parents, self._ranks = [np.array([-1])], [np.array([0])]
-        # for each depth limit, the likeliest nodes' numbers; how many tokens the first n of them emit, 0 for too few
+        # for each depth limit: the most likely nodes in order, and the expected tokens of the first n of them (0 if
+        # there are fewer than n nodes)
         self._nodes, self._tokens = [np.array([0])], np.zeros((max_nodes, depth + 1))
         self._tokens[0] = 1.0
-        level, mass, first = np.array([0]), np.array([1.0]), 0  # the last level's nodes, likeliest first
+        level, mass, first = np.array([0]), np.array([1.0]), 0  # nodes of the last level, most likely first
         nodes, likeliest = level, mass
         for limit, by_rank in enumerate(acceptance[:depth], start=1):
             children = (mass[:, None] * by_rank).ravel()
@@ -93,7 +99,7 @@ class Search:
             first += len(level)
             level, mass = first + np.arange(len(order)), children[order]
             nodes, likeliest = np.concatenate([nodes, level]), np.concatenate([likeliest, mass])
-            # stable: where a child is as likely as its parent, the parent comes first
+            # a stable sort keeps a parent before a child of equal probability
             order = np.argsort(-likeliest, kind="stable")[:max_nodes]
             nodes, likeliest = nodes[order], likeliest[order]
             self._nodes.append(nodes)
@@ -103,7 +109,8 @@ class Search:
         self.sizes = tuple(size for size in LADDER if size < most) + (most,)
 
     def best(self, costs: Costs, sizes: Sequence[int]) -> Topology:
-        """The tree of most tokens a second among those of `sizes` nodes; the smallest and shallowest of equals."""
+        """The tree with the most expected tokens per second among those of `sizes` nodes. Among equal ones, the
+        smallest and then the shallowest is returned."""
         verify = np.array([costs.verify_seconds(size) for size in sizes])
         draft = np.array([costs.draft_seconds(depth) + costs.other for depth in range(len(self._nodes))])
         rate = self._tokens[np.array(sizes) - 1] / (verify[:, None] + draft)
@@ -136,7 +143,7 @@ def check_limits(owner: str, max_nodes: int, max_depth: int) -> None:
 
 
 def check_acceptance(owner: str, table, name: str = "acceptance", dims: tuple[int, ...] = (2,)) -> np.ndarray:
-    """`table` as an array, refused unless it holds probabilities of siblings that exclude each other."""
+    """Return `table` as an array. Raise a `ValueError` unless it holds probabilities whose rows sum to at most 1."""
     try:
         array = np.asarray(table, dtype=float)
     except (TypeError, ValueError):
@@ -148,5 +155,5 @@ def check_acceptance(owner: str, table, name: str = "acceptance", dims: tuple[in
         or (array.sum(-1) > 1 + 1e-6).any()
     ):
         shapes = " or ".join({1: "[K]", 2: "[D, K]"}[dim] for dim in dims)
-        raise ValueError(f"{owner}: {name} must be {shapes} probabilities, of sum 1 at most in a row, got {table!r}")
+        raise ValueError(f"{owner}: {name} must be {shapes} probabilities with row sums of at most 1, got {table!r}")
     return array

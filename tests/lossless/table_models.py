@@ -28,7 +28,7 @@ OPTIONS = {
 
 def filters(options: dict, batch: int) -> Filters:
     made = {name: torch.full((batch,), value, dtype=ops.FILTER_DTYPES[name]) for name, value in options.items()}
-    return Filters(**made, most=options.get("top_k"))
+    return Filters(**made, max_top_k=options.get("top_k"))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Captured rounds and late reads change nothing but the time: the texts are plain `generate`'s. The graphs that are
-kept are those in use."""
+"""Captured rounds and late reports change only the time: the texts are those of plain `generate`. Graphs are kept while
+they are used."""
 
 from functools import partial
 
@@ -20,14 +20,14 @@ from helpers import (
     oracle,
     speculative,
 )
+from operation_trace import trace
 from simulated_graph import CUDA, HostRead, SimulatedGraphs
 from specdec_triton.drafters.model_session import ModelSession
-from specdec_triton.engine import generate, stages
-from specdec_triton.engine.round import Round
+from specdec_triton.engine import generate, graph_runner
+from specdec_triton.engine.round import RoundSteps
 from specdec_triton.forward import cache, checks, runner
 from specdec_triton.forward.attention import call_with_tree_attention, config_ids
 from specdec_triton.forward.runner import TreeRunner
-from stage_trace import trace
 
 OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 24}
 QUICK_GRAPHS = [("llama", name) for name in ("tree", "lookup")]
@@ -35,7 +35,7 @@ QUICK_GRAPHS = [("llama", name) for name in ("tree", "lookup")]
 
 @pytest.fixture(params=[0, 1], ids=["lag0", "lag1"])
 def captured(request, monkeypatch):
-    """Stages are captured on this device, too, and read at once or late."""
+    """Let functions be captured on a CPU, too, with reports read at once or late."""
     capture_here(monkeypatch, request.param)
 
 
@@ -89,18 +89,18 @@ def test_captured_rounds_sample_the_same_text(captured_late, rule, name):
     inputs["max_new_tokens"] = 18
     text, captured = speculative(model, drafter_of(name, None), inputs, rule=rule, seed=7, cuda_graphs=True)
     expected, stats = speculative(model, drafter_of(name, None), inputs, rule=rule, seed=7, cuda_graphs=False)
-    deepest = 3  # what is drafted beyond the end of the text counts where it is not cut
+    deepest = 3  # tokens drafted after the end of the text count if the draft is not cut there
     assert torch.equal(text[:, :-deepest], expected[:, :-deepest]) and stats.why_eager == "cuda_graphs=False"
     assert captured.replayed > 5
 
 
 def test_what_generate_accepts_keeps_its_meaning(captured_late):
-    """Penalties, kept scores and criteria beside captured rounds, which go on until the host has seen the end."""
+    """Penalties, kept scores and criteria work with captured rounds, which continue until the host has read the end."""
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     inputs |= {"repetition_penalty": 1.3, "return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
 
     def third_stop(input_ids, scores, **kwargs):
-        """Ends each row at the third of its tokens that a number divides."""
+        """A criterion that ends each row at the third of its tokens that is divisible by a number."""
         return (input_ids[:, 9:] % torch.tensor([[2], [3], [5]]) == 0).sum(1) >= 3
 
     inputs["stopping_criteria"] = [third_stop]
@@ -111,7 +111,7 @@ def test_what_generate_accepts_keeps_its_meaning(captured_late):
         scores, expected = torch.stack(output.scores), torch.stack(plain.scores)
         assert torch.allclose(scores, expected, atol=1e-3), name
         emitted = (plain.sequences[:, 9:] != 0).sum()
-        assert stats.emitted <= emitted + 3, name  # a row that emits token 0 itself counts it
+        assert stats.emitted <= emitted + 3, name  # a row that emits token 0 counts it, too
 
 
 def test_processors_of_the_host_keep_rounds_as_they_were(captured):
@@ -125,7 +125,7 @@ def test_processors_of_the_host_keep_rounds_as_they_were(captured):
 
 
 def test_drafts_of_the_host_are_verified_by_captured_rounds(captured, monkeypatch):
-    monkeypatch.setattr(stages, "MAX_SHAPES", 2)
+    monkeypatch.setattr(graph_runner, "MAX_SHAPES", 2)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 60}
     plain = model.generate(**inputs)
     HostSession.observed = 0
@@ -149,7 +149,7 @@ def test_a_cache_that_grows_is_captured_anew(captured_late, name, monkeypatch):
 
 
 class Failing(SimulatedGraphs):
-    """Captures `good` stages and then no more."""
+    """Captures `good` functions; later captures fail."""
 
     good, error = 0, None
 
@@ -183,38 +183,38 @@ def test_where_capturing_fails_rounds_go_on(monkeypatch, name, good, error, says
     capture_here(monkeypatch, 1, type("Failing", (Failing,), {"good": good, "error": error}))
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     plain = model.generate(**inputs)
-    with pytest.warns(UserWarning, match=f"without CUDA graphs from here on.*{says}"):
+    with pytest.warns(UserWarning, match=f"the remaining rounds run without CUDA graphs.*{says}"):
         text, stats = speculative(model, drafter_of(name, plain), inputs, cuda_graphs=True)
     assert torch.equal(text, plain) and says in stats.why_eager and stats.captured == good
     CUDA.assert_sound()
-    stages.CAPTURES["cpu"] = SimulatedGraphs
+    graph_runner.CAPTURES["cpu"] = SimulatedGraphs
     text, stats = speculative(model, drafter_of(name, plain), inputs)
     assert torch.equal(text, plain) and stats.why_eager is None and stats.replayed > 5
 
 
 def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
-    monkeypatch.setitem(stages.LAG, "cpu", 1)
+    monkeypatch.setitem(graph_runner.LAG, "cpu", 1)
     sent, read = [], []
-    put, take = stages.Reports.put, stages.Reports.take
+    put, take = graph_runner.Reports.put, graph_runner.Reports.take
 
-    def put_one(self, report, kept, beside):
-        sent.append(beside[0])
-        put(self, report, kept, beside)
+    def put_one(self, report, kept, on_host):
+        sent.append(on_host[0])
+        put(self, report, kept, on_host)
 
     def take_one(self):
-        rows, kept, beside = take(self)
-        read.append((beside[0], sent[-1]))
-        return rows, kept, beside
+        rows, kept, on_host = take(self)
+        read.append((on_host[0], sent[-1]))
+        return rows, kept, on_host
 
-    monkeypatch.setattr(stages.Reports, "put", put_one)
-    monkeypatch.setattr(stages.Reports, "take", take_one)
+    monkeypatch.setattr(graph_runner.Reports, "put", put_one)
+    monkeypatch.setattr(graph_runner.Reports, "take", take_one)
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     plain = model.generate(**inputs)
     for name in DRAFTERS:
         sent.clear(), read.clear()
         text, stats = speculative(model, drafter_of(name, plain), inputs)
         assert torch.equal(text, plain)
-        late = [number < newest for number, newest in read[1:]]  # after the prompt's
+        late = [number < newest for number, newest in read[1:]]  # the first report is that of the prompt
         assert all(late[:-1]) and len(late) >= stats.rounds - 1, name
 
 
@@ -227,8 +227,9 @@ def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
     ],
 )
 def test_rounds_are_one_graph(monkeypatch, family, name):
-    """Two rounds are the same operations on the same addresses, and read nothing: what a CUDA graph asks for."""
-    monkeypatch.setitem(stages.LAG, "cpu", 1)
+    """Two rounds run the same operations on the same addresses and read nothing on the host, which a CUDA graph
+    requires."""
+    monkeypatch.setitem(graph_runner.LAG, "cpu", 1)
     rounds = []
 
     def step(self, whole=generate.Generation.step):
@@ -248,7 +249,7 @@ def test_rounds_are_one_graph(monkeypatch, family, name):
 
 
 class Backend:
-    """Counts the graphs that torch.compile makes."""
+    """A torch.compile backend that counts graphs."""
 
     graphs = 0
 
@@ -260,17 +261,17 @@ class Backend:
 @pytest.mark.parametrize("stage", ["verify", pytest.param("draft", marks=pytest.mark.slow), "accept"])
 def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
     torch._dynamo.reset()
-    monkeypatch.setitem(stages.LAG, "cpu", 1)
+    monkeypatch.setitem(graph_runner.LAG, "cpu", 1)
     backend, compiled = Backend(), {}
 
     def through_compiler(method):
         def run(self, *arguments):
-            if isinstance(self, Round) and not self.stats.rounds:
-                return method(self, *arguments)  # the prompt's own tree has one node
+            if isinstance(self, RoundSteps) and not self.stats.rounds:
+                return method(self, *arguments)  # the tree of the prompt has one node
             if method not in compiled:
                 compiled[method] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
-            # compilers do not trace a context
-            runner = self.context.target if isinstance(self, Round) else getattr(self, "_runner", self)
+            # compilers do not trace a context manager
+            runner = self.context.target if isinstance(self, RoundSteps) else getattr(self, "_runner", self)
             return call_with_tree_attention(None, config_ids(runner.model), partial(compiled[method], self, *arguments))
 
         return run
@@ -284,12 +285,12 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
 
     if stage == "accept":
         for name in ("accept", "emit"):
-            monkeypatch.setattr(Round, name, through_compiler(getattr(Round, name).__wrapped__))
+            monkeypatch.setattr(RoundSteps, name, through_compiler(getattr(RoundSteps, name).__wrapped__))
     elif stage == "verify":
         monkeypatch.setattr(TreeRunner, "forward", through_compiler(TreeRunner.forward))
     else:
         monkeypatch.setattr(ModelSession, "draft", through_compiler(ModelSession.draft))
-    layers = 2 if stage == "draft" else 1  # the draft has one
+    layers = 2 if stage == "draft" else 1  # the draft model has one layer
     model, inputs = build("llama", num_hidden_layers=layers), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 120}
     plain = model.generate(**inputs)
     drafter = drafter_of("tree", plain) if stage == "draft" else oracle(plain, 0.7, tree=TREES["wide"])
@@ -336,7 +337,7 @@ def test_hazards_are_named(monkeypatch):
 
 
 def test_grouped_experts_in_fp32_are_a_hazard_off_the_cpu():
-    """torch 2.11 computes grouped_mm in fp32 on an H200 with a loop on the host: capturing failed there."""
+    """torch 2.11 computes grouped_mm in fp32 on an H200 with a loop on the host, so capturing failed there."""
     for dtype, experts, says in (
         (torch.float32, "grouped_mm", "grouped_mm in fp32"),
         (torch.bfloat16, "grouped_mm", None),
@@ -354,11 +355,12 @@ def test_no_gpu_no_graphs():
         sdt.patch(model, cuda_graphs=True)
     speculative(model, sdt.PromptLookupDrafter(), {**prompt(), **OPTIONS, "max_new_tokens": 4})
     assert "CUDA GPU" in sdt.stats(model).why_eager and sdt.stats(model).lag == 0
-    assert stages.LAG == {"cuda": 1}
+    assert graph_runner.LAG == {"cuda": 1}
 
 
 def test_the_simulation_has_teeth():
-    """A captured stage that reads a value is an error, and one that depends on Python is wrong."""
+    """In the simulation, a captured function that reads a value raises an error, and one that depends on Python state
+    gives wrong results."""
     there, number = torch.zeros(2), [1.0]
     with pytest.raises(HostRead):
         SimulatedGraphs()(lambda: (there > 0).any().item())
@@ -372,7 +374,7 @@ def test_the_simulation_has_teeth():
 
 
 def run(shapes, made):
-    """Whether each of these rounds was a graph's."""
+    """For each of these rounds, True if it ran as a graph."""
     replayed = []
     for shape in shapes:
         before = made.replayed
@@ -382,31 +384,31 @@ def run(shapes, made):
 
 
 @pytest.fixture
-def make_stages(captured_late):
-    return partial(stages.Stages, torch.device("cpu"))
+def make_runner(captured_late):
+    return partial(graph_runner.GraphRunner, torch.device("cpu"))
 
 
-def test_the_shape_used_longest_ago_makes_room(make_stages):
-    made = make_stages(max_shapes=3)
+def test_the_shape_used_longest_ago_makes_room(make_runner):
+    made = make_runner(max_shapes=3)
     assert sum(run([0, 1, 2] * 10, made)) == 27
     assert sum(run([3] * 100 + [1, 2] * 5, made)) == 99 + 10, "a fourth shape is captured, in place of the first"
     assert made.captured == 4
     assert run([0, 0, 0, 0], made) == [False, False, True, True], "one that had been evicted waits longer"
 
 
-def test_shapes_that_evict_each_other_are_captured_ever_more_rarely(make_stages):
-    made = make_stages(max_shapes=3)
+def test_shapes_that_evict_each_other_are_captured_ever_more_rarely(make_runner):
+    made = make_runner(max_shapes=3)
     run([0, 1, 2, 3] * 100, made)
     assert made.captured <= 4 * 7
 
 
-def test_graphs_of_a_measurement_are_all_kept(make_stages):
-    made = make_stages(max_shapes=float("inf"))
+def test_graphs_of_a_measurement_are_all_kept(make_runner):
+    made = make_runner(max_shapes=float("inf"))
     assert sum(run([*range(20)] * 5, made)) == 80 and made.captured == 20 and made.capture_seconds > 0
 
 
-def test_forgetting_forgets_all(make_stages):
-    made = make_stages(max_shapes=1)
+def test_forgetting_forgets_all(make_runner):
+    made = make_runner(max_shapes=1)
     run([0, 0, 1, 1], made)
     made.forget()
     assert run([0, 0, 1], made) == [False, True, False] and isinstance(made._capture, SimulatedGraphs)

@@ -1,4 +1,4 @@
-"""The operations of a stage, as lines that can be compared."""
+"""The operations of a function as lines that can be compared."""
 
 import torch
 from torch.utils._pytree import tree_flatten
@@ -7,8 +7,9 @@ from simulated_graph import Record, storage_of
 
 
 def trace(stage):
-    """What a stage did, and its outputs: a line for each operation, its tensors by address where they were there before
-    and by the operation that made them otherwise. What a CUDA graph would hold, so equal lines are equal graphs."""
+    """Run a function. Returns a line for each operation, and its outputs. Tensors that existed before are shown by
+    address, others by the operation that made them. A CUDA graph records the same information, so equal lines mean
+    equal graphs."""
     with Record() as record:
         outputs = stage()
     made, lines = {}, []
@@ -21,7 +22,7 @@ def trace(stage):
 
     for number, (func, args, kwargs, results) in enumerate(record.operations):
         flat = tree_flatten((args, kwargs))[0]
-        if func.overloadpacket.__name__ == "lift_fresh":  # a number of the Python code
+        if func.overloadpacket.__name__ == "lift_fresh":  # a number from Python code
             lines.append((str(func), args[0].tolist()))
             made[storage_of(args[0])] = f"result 0 of {number}"
             continue

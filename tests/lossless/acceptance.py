@@ -70,7 +70,7 @@ def plot(report: dict, file: Path) -> None:
     errors = [3 * row["standard_error"] for row in plain]
     measured = [row["measured"] for row in plain]
     axes.errorbar(places, measured, errors, fmt="k.", capsize=3, label="measured, ± 3 standard errors")
-    labels = [f"{row['rule']}\n{row['tree'].replace(' with', chr(10) + 'with')}" for row in plain]
+    labels = ["\n".join([row["rule"], *row["tree"].split()]) for row in plain]
     axes.set_xticks(places, labels, fontsize=7)
     axes.set_ylim(0, 1.3 * max(row["exact"] for row in plain))
     axes.set_ylabel("acceptance length (tokens a round)")

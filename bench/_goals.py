@@ -68,13 +68,13 @@ class Check:
     """A number that must be at least (">=") or at most ("<=") a bound.
 
     Attributes:
-        what: in words, with its unit.
+        quantity: in words, with its unit.
         read: from the rows; the worst number counts. None, `Missing` or no number: the rows do not say.
         size: whose rows it reads.
     """
 
     goal: str
-    what: str
+    quantity: str
     sign: str
     bound: float
     read: Read

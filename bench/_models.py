@@ -18,16 +18,28 @@ from specdec_triton.tree import Topology
 
 # Qwen's are made as Llamas: without the biases of queries, keys and values. A head of its own is read as a tied one is.
 SHAPES = {
-    "llama 8B": plan.SHAPES["llama-3.1-8b"],
-    "llama 1B": plan.SHAPES["llama-3.2-1b"],
-    "qwen 1.5B": plan.SHAPES["qwen2.5-1.5b"],
-    "qwen 0.5B": plan.SHAPES["qwen2.5-0.5b"],
-    "tiny": plan.dense(4, 128, 256, 8, 4, 512),
-    "tiny draft": plan.dense(1, 128, 128, 4, 2, 512),
-    # as many query heads to a key head as Qwen2.5 has
-    "tiny qwen": plan.dense(2, 192, 256, 12, 2, 512),
-    "tiny qwen draft": plan.dense(1, 224, 256, 14, 2, 512),
-}
+    "llama 8B": plan.PRESETS["llama-3.1-8b"],
+    "llama 1B": plan.PRESETS["llama-3.2-1b"],
+    "qwen 1.5B": plan.PRESETS["qwen2.5-1.5b"],
+    "qwen 0.5B": plan.PRESETS["qwen2.5-0.5b"],
+    "tiny": {
+        "num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "vocab_size": 512,
+    },
+    "tiny draft": {
+        "num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 512,
+    },
+    # the same number of query heads to a key head as Qwen2.5
+    "tiny qwen": {
+        "num_hidden_layers": 2, "hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 512,
+    },
+    "tiny qwen draft": {
+        "num_hidden_layers": 1, "hidden_size": 224, "intermediate_size": 256, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "vocab_size": 512,
+    },
+}  # fmt: skip
 LAYER_STD = 0.02
 
 

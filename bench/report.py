@@ -1,26 +1,27 @@
 """Tables and plots from rows, and the goals: met, missed or not measured.
 
-    python bench/report.py FOLDER    # of one run: report.md and plots beside its rows.json; a short table on the screen
-    python bench/report.py FOLDER --add RUN  # the same, after FOLDER took in the rows of a later run on the same device
-    python bench/report.py --readme  # the README's table, from the rows under bench/results
+    python bench/report.py FOLDER            # write report.md and plots next to the folder's rows.json; print a summary
+    python bench/report.py FOLDER --add RUN  # the same, after adding the rows of RUN, a later run on the same device
+    python bench/report.py --docs            # rewrite the tables of docs/benchmarks.md from the rows in bench/results
 
-Needs no torch; without matplotlib there are no plots, and the report says so. Rows of a rehearsal are shown as such,
-and never count.
+Torch is not needed. Without matplotlib no plots are drawn, and the report says so. Rows of a rehearsal are marked and
+never count towards a goal.
 """
 
 import argparse
 import collections
 import importlib.util
 import json
+import os
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from _goals import GOALS, LARGE, LLAMA, Rows
 from _rows import CALIBRATION, REPLAYED, REPORT, RESULTS, ROOT, ROWS, Results
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- made by bench/report.py: begin -->", "<!-- made by bench/report.py: end -->"
 STAGES = {"draft": "#9ecae1", "verify": "#3182bd", "accept": "#e6550d", "compact": "#31a354", "emit": "#756bb1"}
 ROUND_COLUMNS = {"kernels": "kernels", "host reads": "host_reads", "host µs": "host_us", "waiting µs": "wait_us"}
@@ -28,7 +29,7 @@ ROUND_COLUMNS |= {"GPU idle": "idle_share"}
 REST = "#d9d9d9"
 MARKS = {"met": "met", "missed": "**missed**", "not measured": "not measured"}
 NO_PLOTS = "matplotlib is not installed: no plots. Make them elsewhere: python bench/report.py FOLDER"
-GOAL_HEADS = ("goal", "what", "wanted", "measured", "verdict")
+GOAL_HEADS = ("goal", "quantity", "wanted", "measured", "verdict")
 LONGEST_REASON = 160
 MOST_LINES, MOST_FAULTS, LONGEST_LINE, LONGEST_FAULT = 60, 10, 170, 320  # on the screen
 KERNELS = ("tree_attention", "accept", "accept_sample", "compact")
@@ -57,13 +58,13 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def goals_lines(rows: list[dict], size: str | None = None) -> list[list[str]]:
-    """The goals; with `size`, those that rows of this size can meet."""
+    """A line for each goal; with `size`, only for goals that rows of this size can meet."""
     lines = []
     for check in GOALS:
         if size in (None, check.size):
             value, verdict = check.judge(rows)
             goal = f"{'≥' if check.sign == '>=' else '≤'} {check.bound:g}"
-            lines.append([check.goal, check.what, goal, number(value), MARKS[verdict]])
+            lines.append([check.goal, check.quantity, goal, number(value), MARKS[verdict]])
     return lines
 
 
@@ -72,19 +73,19 @@ def goals_table(rows: list[dict], size: str | None = None) -> list[str]:
 
 
 def origin(rows: list[dict]) -> str:
-    """Where rows are from, in words."""
-    said = {name: sorted({row[name] for row in rows}) for name in ("device", "driver", "commit")}
+    """Device, versions, dates and commits of rows, in words."""
+    found = {name: sorted({row[name] for row in rows}) for name in ("device", "driver", "commit")}
     packages = ("torch", "triton", "transformers")
     versions = [f"{name} {', '.join(sorted({row[name] for row in rows}))}" for name in packages]
     dates = sorted({row["date"][:10] for row in rows})
     return (
-        f"{', '.join(said['device'])}, driver {', '.join(said['driver'])}, {', '.join(versions)}, "
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(said['commit'])}"
+        f"{', '.join(found['device'])}, driver {', '.join(found['driver'])}, {', '.join(versions)}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(found['commit'])}"
     )
 
 
 def shown(row: dict) -> str:
-    """A row's sizes, and how it ran, as a table's first cell."""
+    """A row's sizes and options, for a table's first column."""
     return ", ".join(f"{name} {value}" for name, value in row["shapes"].items() if value not in (None, False))
 
 
@@ -93,7 +94,7 @@ def share(value: float) -> str:
 
 
 def kernel_table(rows: list[dict], bench: str) -> list[str]:
-    """Times of each provider: median µs, p20 to p80, share of the ceiling."""
+    """Times of each provider: median and p20 to p80 in µs, and the share of the ceiling."""
     found = having(rows, bench, "p50_us")
     heads = {
         "sizes": lambda row: f"{shown(row)}, {row['dtype']}",
@@ -108,13 +109,18 @@ def kernel_table(rows: list[dict], bench: str) -> list[str]:
     return [f"### {bench}", "", *columns(found, heads)] if found else []
 
 
+def rate(row: dict, digits: int = 3) -> str:
+    """The median of tokens/s, with its spread."""
+    low, median, high = (number(row[f"{name}_tokens_s"], digits) for name in ("p20", "p50", "p80"))
+    return f"{median} ({low} to {high})"
+
+
 def generate_table(rows: list[dict]) -> list[str]:
     found = having(rows, "generate", "p50_tokens_s")
     heads = {
         "case": shown,
         "provider": lambda row: row["provider"],
-        "tokens/s": lambda row: number(row["p50_tokens_s"], 4),
-        "p20 to p80": lambda row: f"{number(row['p20_tokens_s'], 4)} to {number(row['p80_tokens_s'], 4)}",
+        "tokens/s (p20 to p80)": lambda row: rate(row, 4),
         "ratio": lambda row: "; ".join(f"{ratio:.2f} × {name}" for name, ratio in row["ratio"].items()) or "–",
         "acceptance length": lambda row: row["acceptance_length"],
         "inputs": lambda row: row["inputs"],
@@ -126,9 +132,9 @@ def generate_table(rows: list[dict]) -> list[str]:
         ),
     }
     note = (
-        "Rows with an oracle or a draft of set errors have *controlled acceptance*; the oracle's draft costs nothing. "
-        "*Replayed acceptance*: random weights of a real pair's sizes; the draft is wrong where the real one was. "
-        "tokens/s leave out the prompt and set-up."
+        "*Controlled acceptance*: an oracle or a draft model with a set error rate; the oracle's drafts take no time. "
+        "*Replayed acceptance*: random weights of a real pair's sizes; the draft is wrong at the tokens at which "
+        "the real one was. tokens/s exclude the prompt and the set-up."
     )
     return ["### generate", "", note, "", *columns(found, heads)] if found else []
 
@@ -141,11 +147,15 @@ def round_table(rows: list[dict]) -> list[str]:
     for head, name in ROUND_COLUMNS.items():
         heads[head] = lambda row, name=name: number(row[name])
     heads["peak MiB"] = lambda row: number(row["peak_bytes"] / 2**20)
-    return ["### round", "", "µs a round and of each stage, medians.", "", *columns(found, heads)] if found else []
+    return (
+        ["### round", "", "Medians of a round and of each of its stages, µs.", "", *columns(found, heads)]
+        if found
+        else []
+    )
 
 
 def kernels_table(rows: list[dict]) -> list[str]:
-    """The kernels of the batch-1 rounds that are replayed, by time."""
+    """Kernels of the batch-1 rounds replayed from CUDA graphs, the slowest first."""
     lines = []
     for row in rows:
         if row["bench"] == "round" and row["shapes"]["B"] == 1 and row["shapes"].get("cuda_graphs"):
@@ -153,12 +163,12 @@ def kernels_table(rows: list[dict]) -> list[str]:
                 [f"`{kernel['name']}`", row["shapes"]["N"], number(kernel["launches"]), number(kernel["us"])]
                 for kernel in row.get("kernel_us", ())
             ]
-    note = "Launches and µs of all of them in a round, batch 1, replayed from graphs."
+    note = "Batch 1, replayed from graphs: number of launches in a round, and µs of all of them together."
     return ["### kernels of a round", "", note, "", *table(["kernel", "N", "launches", "µs"], lines)] if lines else []
 
 
 def unmeasured(rows: list[dict]) -> list[str]:
-    """What was wrong, what failed and what was absent, with the reason; alike ones together."""
+    """Wrong, failed, absent and untimed rows with the reason; equal ones are counted together."""
     kinds = ("wrong", "failed", "absent", "untimed")
     counts = collections.Counter(
         (f"**{kind}**" if kind in kinds[:2] else kind, row["bench"], row["provider"], row[kind][:LONGEST_REASON])
@@ -167,7 +177,7 @@ def unmeasured(rows: list[dict]) -> list[str]:
         if kind in row
     )
     lines = [[*key, count] for key, count in counts.items()]
-    return ["## Not measured", "", *table(["", "bench", "provider", "why", "rows"], lines)] if lines else []
+    return ["## Not measured", "", *table(["", "bench", "provider", "reason", "rows"], lines)] if lines else []
 
 
 def steps_table(steps: dict[str, dict]) -> list[str]:
@@ -180,7 +190,7 @@ def steps_table(steps: dict[str, dict]) -> list[str]:
 
 
 def report(folder: pathlib.Path) -> None:
-    """Write report.md and the plots of a folder. report.md is written before the plots, too: drawing them may fail."""
+    """Write report.md and the plots of a folder. report.md is written once before the plots: drawing may fail."""
     results = Results(folder)
     rows, rehearsal = results.rows, any(row["size"] == "rehearsal" for row in results.rows)
     title = "A rehearsal: the numbers mean nothing" if rehearsal else "Results"
@@ -191,8 +201,8 @@ def report(folder: pathlib.Path) -> None:
         ceilings = json.loads(file.read_text())["ceilings"]
         measured = [[name, f"{value:.4g}"] for name, value in ceilings.items()]
         lines += ["## Ceilings", "", *table(["ceiling", "measured"], measured)]
-    said = learned(rows)
-    lines += ["## What was learned", "", *(f"- {line}" for line in said), ""] if said else []
+    found = highlights(rows)
+    lines += ["## Highlights", "", *(f"- {line}" for line in found), ""] if found else []
     lines += ["## Kernels", ""]
     for bench in KERNELS:
         lines += kernel_table(rows, bench)
@@ -204,8 +214,8 @@ def report(folder: pathlib.Path) -> None:
     (folder / REPORT).write_text("\n".join(lines))
 
 
-def learned(rows: list[dict]) -> list[str]:
-    """A line for each thing that was learned, alike ones together; faults are listed elsewhere."""
+def highlights(rows: list[dict]) -> list[str]:
+    """A line for each result that a goal or a reader asks about. Equal checks share a line; faults are not listed."""
     lines, texts = [], collections.defaultdict(list)
     for row in rows:
         shapes = row["shapes"]
@@ -223,7 +233,7 @@ def learned(rows: list[dict]) -> list[str]:
     for row in rows:
         shapes = row["shapes"]
         if row["bench"] in KERNELS and row["provider"] == "triton" and row["size"] == "gpu" and "p50_us" in row:
-            if _is_a_goals(row["bench"], shapes):
+            if _has_goal_sizes(row["bench"], shapes):
                 lines.append(
                     f"{row['bench']}, {shown(row)}: {number(row['p50_us'])} us, {row['of_ceiling']:.0%} of the ceiling"
                 )
@@ -241,8 +251,8 @@ def learned(rows: list[dict]) -> list[str]:
     return [line[:LONGEST_LINE] for line in lines]
 
 
-def _is_a_goals(bench: str, shapes: dict) -> bool:
-    """Whether these are sizes that a goal asks for."""
+def _has_goal_sizes(bench: str, shapes: dict) -> bool:
+    """Whether a goal asks for these sizes."""
     if bench == "tree_attention":
         llama = all(shapes[name] == size for name, size in LLAMA.items())
         return llama and shapes["context"] in (1024, 8192, 32768) and shapes["N"] in (1, 32, 64, 128)
@@ -254,7 +264,7 @@ def _is_a_goals(bench: str, shapes: dict) -> bool:
 
 
 def short(rows: list[dict], steps: dict[str, dict]) -> list[str]:
-    """At most `MOST_LINES` lines. A terminal shows the last ones: goals and faults are there."""
+    """At most `MOST_LINES` lines; goals and faults come last, since a terminal shows the end."""
     faults = dict.fromkeys(
         f"{kind}: {', '.join(filter(None, (row['bench'], row['provider'], shown(row))))}: {row[kind]}"[:LONGEST_FAULT]
         for kind in ("wrong", "failed")
@@ -265,11 +275,11 @@ def short(rows: list[dict], steps: dict[str, dict]) -> list[str]:
     lines = [*summary(rows, steps), *faults[:MOST_FAULTS]]
     if len(faults) > MOST_FAULTS:
         lines.append(f"and {len(faults) - MOST_FAULTS} more of these in report.md")
-    said = learned(rows)
+    found = highlights(rows)
     room = MOST_LINES - len(lines)
-    if len(said) > room:
-        said = [*said[: room - 1], f"and {len(said) - room + 1} lines more: see report.md"]
-    return [*said, *lines]
+    if len(found) > room:
+        found = [*found[: room - 1], f"and {len(found) - room + 1} lines more: see report.md"]
+    return [*found, *lines]
 
 
 def summary(rows: list[dict], steps: dict[str, dict]) -> list[str]:
@@ -284,11 +294,11 @@ def summary(rows: list[dict], steps: dict[str, dict]) -> list[str]:
     if not has_matplotlib():
         lines.append(NO_PLOTS)
     unread = []
-    for goal, what, wanted, measured, verdict in goals_lines(rows):
+    for goal, quantity, wanted, measured, verdict in goals_lines(rows):
         if measured == "–":
             unread.append(goal)
         else:
-            lines.append(f"{goal:4} {verdict.strip('*'):7} {measured:>8} (wanted {wanted})  {what}")
+            lines.append(f"{goal:4} {verdict.strip('*'):7} {measured:>8} (wanted {wanted})  {quantity}")
     if unread:
         lines.append(f"goals not measured, or not wholly: {', '.join(dict.fromkeys(unread))}")
     return lines
@@ -299,7 +309,7 @@ def has_matplotlib() -> bool:
 
 
 def draw(rows: list[dict], folder: pathlib.Path) -> list[str]:
-    """The plots that the rows allow; their file names."""
+    """Draw each plot that has rows; return the file names."""
     if not has_matplotlib():
         return []
     import matplotlib
@@ -309,14 +319,12 @@ def draw(rows: list[dict], folder: pathlib.Path) -> list[str]:
 
     plt.rcParams["svg.hashsalt"] = "report"  # the same rows make the same files
     drawn = []
-    for name, plot in (("bandwidth.svg", bandwidth_plot), ("speedup.svg", speedup_plot), ("round.svg", round_plot)):
-        figure, axes = plt.subplots(figsize=(8, 4.5))
-        if plot(rows, axes):
-            where = {
-                f"{row['device']}, commit {row['commit']}" + ", REHEARSAL" * (row["size"] == "rehearsal")
-                for row in rows
-            }
-            axes.set_title("; ".join(sorted(where)), fontsize=8, loc="left")
+    for name, (title, plot) in PLOTS.items():
+        figure, axes = plt.subplots(figsize=(8, 4.8))
+        shown_rows = plot(rows, axes)
+        if shown_rows:
+            axes.set_title(title, fontsize=11, loc="left", pad=18)
+            axes.text(0, 1.02, plot_origin(shown_rows), transform=axes.transAxes, fontsize=8, color="0.4")
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
             figure.tight_layout()
@@ -326,68 +334,98 @@ def draw(rows: list[dict], folder: pathlib.Path) -> list[str]:
     return drawn
 
 
-def bandwidth_plot(rows: list[dict], axes) -> bool:
-    """Share of the ceiling against context: our kernel by N, its peers at N = 32."""
+def plot_origin(rows: list[dict]) -> str:
+    """Devices and commits of the rows in a plot."""
+    devices, commits = (", ".join(sorted({row[name] for row in rows})) for name in ("device", "commit"))
+    return f"{devices}, commit {commits}" + ", REHEARSAL" * any(row["size"] == "rehearsal" for row in rows)
+
+
+def bandwidth_plot(rows: list[dict], axes) -> list[dict]:
+    """Share of the ceiling against context: our kernel at each N, other providers at N = 32. Returns the rows drawn."""
     found = [row for row in rows if row["bench"] == "tree_attention" and "p50_us" in row and row["shapes"]["B"] == 1]
     on_gpu = any(row["provider"] == "triton" for row in found)
     if on_gpu:
         found = [row for row in found if all(row["shapes"][name] == size for name, size in LLAMA.items())]
     ours = "triton" if on_gpu else "reference"
+    found = [row for row in found if row["provider"] == ours or row["shapes"]["N"] == 32]
     lines = collections.defaultdict(list)
     for row in found:
-        if row["provider"] == ours or row["shapes"]["N"] == 32:
-            lines[row["provider"], row["shapes"]["N"]].append(row)
+        lines[row["provider"], row["shapes"]["N"]].append(row)
     for (provider, nodes), line in sorted(lines.items(), key=lambda item: (item[0][0] != ours, item[0])):
         line.sort(key=lambda row: row["shapes"]["context"])
         style = "o-" if provider == ours else "x--"
         points = [(row["shapes"]["context"], 100 * row["of_ceiling"]) for row in line]
         axes.plot(*zip(*points, strict=True), style, label=f"{provider}, N = {nodes}", markersize=4)
-    if not lines:
-        return False
+    if not found:
+        return []
     axes.set_xscale("log", base=2)
-    contexts = sorted({row["shapes"]["context"] for line in lines.values() for row in line})
+    contexts = sorted({row["shapes"]["context"] for row in found})
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axes.minorticks_off()
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("share of the measured ceiling (%)")
-    top = max(100 * row["of_ceiling"] for line in lines.values() for row in line)
-    axes.set_ylim(0, 100 if on_gpu else 1.15 * top)
+    axes.set_ylim(0, 100 if on_gpu else 115 * max(row["of_ceiling"] for row in found))
     axes.legend(frameon=False, fontsize=7, ncols=2)
-    return True
+    return found
 
 
-def speedup_plot(rows: list[dict], axes) -> bool:
-    """Speedup over our own plain decoding against acceptance length; what free rounds would give."""
+def comparable(row: dict) -> tuple:
+    """A hashable key; rows of a generation with equal keys differ in their acceptance length alone."""
+    fixed = {name: value for name, value in row["shapes"].items() if name != "tau"}
+    return (*(row[name] for name in ("provider", "dtype", "inputs", "device", "size")), json.dumps(fixed))
+
+
+def line_name(row: dict) -> str:
+    """The legend's name of a line of the speedup plot."""
+    shapes = row["shapes"]
+    name = f"{shapes['case']}: {shapes['model']}, {row['provider'].removeprefix('ours, ')}"
+    name += f", batch {shapes['B']}, N = {shapes['N']}" + ", compiled" * bool(shapes.get("compile"))
+    name += ", no graphs" if shapes.get("cuda_graphs") is False else ""
+    return name + ", replayed" * (row["inputs"] == REPLAYED)
+
+
+def speedup_plot(rows: list[dict], axes) -> list[dict]:
+    """Speedup over our own plain decoding against acceptance length. Returns the rows drawn.
+
+    Rows are joined only if they are comparable. An error bar is the spread of the row's tokens/s, scaled to its ratio:
+    ratios are medians over turns, and their own spread is not in the rows.
+    """
     over = "ours, plain"
+    found = [row for row in rows if row["bench"] == "generate" and over in row.get("ratio", {})]
+    found = [row for row in found if row["provider"].startswith("ours")]
     lines = collections.defaultdict(list)
-    for row in rows:
-        if row["bench"] == "generate" and over in row.get("ratio", {}) and row["provider"].startswith("ours"):
-            shapes = row["shapes"]
-            name = f"{row['provider'].removeprefix('ours, ')}, batch {shapes['B']}, N = {shapes['N']}"
-            name += " compile" * bool(shapes.get("compile"))
-            name += ", no graphs" if shapes.get("cuda_graphs") is False else ""
-            name += ", replayed" * (row["inputs"] == REPLAYED)
-            lines[name].append((row["acceptance_length"], row["ratio"][over]))
-    if not lines:
-        return False
-    for place, (name, points) in enumerate(lines.items()):
-        axes.plot(*zip(*sorted(points), strict=True), "osD^vP*X"[place % 8] + "-", label=name, markersize=5)
-    furthest = 1.05 * max(length for points in lines.values() for length, _ in points)
-    axes.plot([0, furthest], [0, furthest], ":", color="0.5", label="a round as cheap as a plain step")
+    for row in found:
+        lines[comparable(row)].append(row)
+    if not found:
+        return []
+    highest = 0.0
+    for place, line in enumerate(lines.values()):
+        line.sort(key=lambda row: row["acceptance_length"])
+        lengths, ratios = [row["acceptance_length"] for row in line], [row["ratio"][over] for row in line]
+        shares = [[row[f"{name}_tokens_s"] / row["p50_tokens_s"] for row in line] for name in ("p20", "p80")]
+        below = [ratio * (1 - low) for ratio, low in zip(ratios, shares[0], strict=True)]
+        above = [ratio * (high - 1) for ratio, high in zip(ratios, shares[1], strict=True)]
+        style = "osD^vP*X"[place % 8] + "-"
+        axes.errorbar(lengths, ratios, [below, above], fmt=style, label=line_name(line[0]), markersize=5, capsize=3)
+        highest = max(highest, *(ratio + more for ratio, more in zip(ratios, above, strict=True)))
+    furthest = 1.05 * max(row["acceptance_length"] for row in found)
+    axes.plot([0, furthest], [0, furthest], ":", color="0.5", label="limit: a round takes the time of a plain step")
     axes.axhline(1, color="0.7", linewidth=0.8)
     axes.set_xlim(0, furthest)
-    axes.set_ylim(0, 1.08 * max([furthest, *(ratio for points in lines.values() for _, ratio in points)]))
+    axes.set_ylim(0, 1.08 * max(furthest, highest))
     axes.set_xlabel("acceptance length (tokens a round)")
-    axes.set_ylabel("speedup over plain decoding (×)")
-    axes.legend(frameon=False, fontsize=7, ncols=2)
-    return True
+    axes.set_ylabel("speedup over plain decoding (×)\nbars: p20 to p80 of tokens/s", fontsize=9)
+    axes.legend(frameon=False, fontsize=7, loc="upper left")
+    return found
 
 
-def round_plot(rows: list[dict], axes) -> bool:
-    """One bar a kind of round: its stages, one after another, and what lies between rounds."""
+def round_plot(rows: list[dict], axes) -> list[dict]:
+    """A bar for each kind of round: its stages one after another, then the time between rounds. Returns the rows
+    drawn."""
     found = [row for row in rows if row["bench"] == "round" and "stages" in row]
     if not found:
-        return False
+        return []
+    found.sort(key=lambda row: (row["shapes"].get("cuda_graphs") is False, row["shapes"]["B"], row["shapes"]["N"]))
     labels = []
     for place, row in enumerate(found):
         shapes, at = row["shapes"], 0.0
@@ -406,11 +444,24 @@ def round_plot(rows: list[dict], axes) -> bool:
     axes.set_xlim(0, 1.3e-3 * max(row["p50_us"] for row in found))
     axes.set_xlabel("time in a round (ms), medians")
     axes.legend(frameon=False, fontsize=8, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    return True
+    return found
 
 
-def readme_lines(folders: Iterator[pathlib.Path]) -> list[str]:
-    """What the README says: the goals on each GPU, and on CPUs, ratios and counts alone."""
+# file: title, function that draws rows on axes
+PLOTS = {
+    "bandwidth.svg": ("Tree attention: share of the memory and compute ceiling", bandwidth_plot),
+    "speedup.svg": ("Speedup of speculative over plain decoding", speedup_plot),
+    "round.svg": ("Time of a round by stage", round_plot),
+}
+
+
+def page_lines(folders: Iterable[pathlib.Path], page: pathlib.Path = PAGE) -> list[str]:
+    """The tables of a page: speeds and goals on each GPU; on CPUs, ratios and counts alone.
+
+    Args:
+        folders: of rows.
+        page: the Markdown file that shows the lines; links are relative to it.
+    """
     lines, on_gpu = [], False
     for folder in folders:
         rows = Results(folder).rows
@@ -423,39 +474,42 @@ def readme_lines(folders: Iterator[pathlib.Path]) -> list[str]:
             if size == "gpu":
                 lines += [f"On {origin(measured)}:", "", *speed_table(measured), *goals_table(measured, size)]
             elif kept:
-                lines += [f"On a CPU, {origin(measured)}:", "", *table(GOAL_HEADS, kept)]
+                lines += [f"On a CPU, {origin(measured)}:", "", *table(GOAL_HEADS, kept, text=(0, 1, 4))]
             lines += [*demo_table(measured), *cpu_ratios(measured)] if size == "cpu" else []
-            lines += [f"All rows: [`{folder.relative_to(ROOT)}`]({folder.relative_to(ROOT)}).", ""]
+            link = pathlib.Path(os.path.relpath(folder, page.parent)).as_posix()
+            lines += [f"All rows: [`{folder.relative_to(ROOT)}`]({link}).", ""]
     if not on_gpu:
         lines = ["No GPU has been measured: there are no rows of one.", "", *lines]
     return lines
 
 
 def speed_table(rows: list[dict]) -> list[str]:
-    """Whole generations on a GPU: tokens a second, and how many times those of three others."""
+    """Whole generations on a GPU: tokens a second, and the ratio to three baselines."""
 
-    def way(row: dict) -> str:
+    def method(row: dict) -> str:
         shapes = row["shapes"]
         more = ", compiled" * bool(shapes.get("compile")) + f", batch {shapes['B']}" * (shapes["B"] > 1)
         return f"{shapes['model']}, {row['provider']}{more}"
 
     found = having(Rows(rows, "gpu").rows, "generate", "p50_tokens_s")
-    heads = {"way": way, "N": lambda row: row["shapes"]["N"]}
+    heads = {"method": method, "N": lambda row: row["shapes"]["N"]}
     heads |= {"tokens a round": lambda row: f"{row['acceptance_length']:.2f}"}
-    heads |= {"tokens/s": lambda row: number(row["p50_tokens_s"])}
+    heads |= {"tokens/s (p20 to p80)": rate}
     for name in ("ours, plain", "transformers eager", "transformers assisted"):
         ratio = lambda row, name=name: f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "–"  # noqa: E731
         heads["× " + name.replace(",", "")] = ratio
-    said = (
-        "Decoding, bf16, greedy, batch 1 unless it is said, 2048 tokens of context, weights random and of the real "
-        "shapes, acceptance controlled (a draft with set errors; the oracle's drafts cost nothing) or, for qwen, "
-        "replayed from a recorded pair. Tokens a second without the prompt, and × three others in the same run:"
+    note = (
+        "Greedy decoding in bf16, batch 1 unless stated, 2048 tokens of context, random weights of the real shapes. "
+        "Acceptance is controlled: the draft model has a set error rate, and so has the oracle, whose drafts take no "
+        "time. For qwen it is replayed from a recorded pair. Tokens/s exclude the prompt; ratios are to baselines of "
+        "the same run:"
     )
-    return [said, "", *columns(found, heads)] if found else []
+    return [note, "", *columns(found, heads)] if found else []
 
 
 def demo_table(rows: list[dict]) -> list[str]:
-    """The demo's model on its prompts: what each way takes, and its speed against two others, with the extremes."""
+    """The demo's model on its prompts: forwards and rows of each method, and its speed against two baselines, with the
+    extremes."""
 
     def ratio(row: dict, against: str) -> str:
         low, high = row[f"ratio_{against}_range"]
@@ -466,24 +520,24 @@ def demo_table(rows: list[dict]) -> list[str]:
         return []
     heads = {
         "prompt, new tokens": lambda row: f"{row['shapes']['prompt']}, {row['shapes']['new_tokens']}",
-        "way": lambda row: row["provider"],
+        "method": lambda row: row["provider"],
         "forwards": lambda row: row["forwards"],
         "rows": lambda row: row["rows"],
-        "host reads each": lambda row: number(row["host_reads"]),
+        "host reads a round": lambda row: number(row["host_reads"]),
         "× plain": lambda row: ratio(row, "plain"),
         "× transformers' lookup": lambda row: ratio(row, "lookup"),
     }
     model, pairs = f"{found[0]['shapes']['model']}, {found[0]['dtype']}", found[0]["pairs"]
-    said = (
-        f"{model}, greedy, batch 1, all texts plain's: the target's forwards and rows after the prompt's, and speed "
-        f"(median of {pairs} runs in turn, and the extremes). “no hope” is the chat prompt with a drafter that is "
-        "never right."
+    note = (
+        f"{model}, greedy, batch 1; all texts equal those of plain decoding. Forwards of the target and their rows, "
+        f"without the prompt's, and speed (median of {pairs} alternating runs, and the extremes). “no hope” is the "
+        "chat prompt with a drafter that is never right."
     )
-    return [said, "", *columns(found, heads)]
+    return [note, "", *columns(found, heads)]
 
 
 def cpu_ratios(rows: list[dict]) -> list[str]:
-    """Speedups over our plain decoding on a CPU, by acceptance length; of a tiny random model."""
+    """Speedups of a tiny random model over our plain decoding on a CPU, by acceptance length."""
     found = Rows(rows, "cpu").find("generate", "ours, oracle", case="acceptance")
     points = [(row["acceptance_length"], row["ratio"]["ours, plain"]) for row in found if "ours, plain" in row["ratio"]]
     if not points:
@@ -494,10 +548,10 @@ def cpu_ratios(rows: list[dict]) -> list[str]:
 
 
 def with_table(text: str, lines: list[str]) -> str:
-    """`text` with the lines between its markers.
+    """`text` with `lines` between its markers.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the text has no markers.
     """
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -508,11 +562,11 @@ def with_table(text: str, lines: list[str]) -> str:
 
 
 def combine(folder: pathlib.Path, run: pathlib.Path) -> None:
-    """Take the rows of `run` into those of `folder`: they replace rows of the same bench, provider and shapes. A step's
-    state is the later one; its commit names both.
+    """Add the rows of `run` to those of `folder`; they replace rows of the same bench, provider and shapes. A step
+    takes the state of the later run, and its commit names both.
 
     Raises:
-        ValueError: the rows are of another device, or of a rehearsal.
+        ValueError: the rows are of another device or of a rehearsal.
     """
     results, later = Results(folder), Results(run)
     devices = {row["device"] for row in results.rows + later.rows}
@@ -535,14 +589,14 @@ def measured_folders() -> list[pathlib.Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=pathlib.Path, nargs="?", help="with a rows.json")
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's table")
-    parser.add_argument("--add", type=pathlib.Path, metavar="RUN", help="folder of a later run to take in")
+    parser.add_argument("folder", type=pathlib.Path, nargs="?", help="folder with a rows.json")
+    parser.add_argument("--docs", action="store_true", help=f"rewrite the tables of {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--add", type=pathlib.Path, metavar="RUN", help="folder of a later run; its rows are added")
     options = parser.parse_args()
-    if options.readme == (options.folder is not None):
-        parser.error("give a folder, or --readme")
-    if options.readme:
-        README.write_text(with_table(README.read_text(), readme_lines(measured_folders())))
+    if options.docs == (options.folder is not None):
+        parser.error("give either a folder or --docs")
+    if options.docs:
+        PAGE.write_text(with_table(PAGE.read_text(), page_lines(measured_folders())))
         return 0
     for folder in [options.folder, *([options.add] if options.add else [])]:
         if not (folder / ROWS).exists():

@@ -16,7 +16,7 @@ from _common import Bench, Provider
 from bench_helpers import CEILINGS, bench, rows
 from bench_helpers import quick as quick
 from specdec_triton import ops
-from specdec_triton.tools import calibration, roofline
+from specdec_triton.tools import calibration, cli, provenance, roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -217,6 +217,40 @@ def test_the_calibration_command(tmp_path, capsys):
     assert calibration.main(["--out", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out) == CEILINGS
     assert json.loads((tmp_path / calibration.FILE).read_text())["ceilings"] == CEILINGS
+
+
+def test_without_a_checkout_the_command_says_how_to_get_one(tmp_path, monkeypatch, capsys):
+    assert provenance.bench_folder() == ROOT / "bench"
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    for url, place in (("https://host/project", r" \(https://host/project\)"), (None, " that this package was built")):
+        monkeypatch.setattr(provenance, "source_url", lambda url=url: url)
+        assert cli.main(["bench", "round", "--out", str(tmp_path / "out")]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        wanted = (
+            f"specdec-triton bench: benchmarks must run in a checkout .* no {tmp_path}/bench. Get a checkout of the"
+        )
+        assert re.match(f"{wanted} repository{place}.*, run pip install -e", line), line
+
+
+@pytest.mark.parametrize(
+    ("metadata", "record", "url"),
+    [
+        ("Project-URL: Docs, https://docs\nProject-URL: Source, https://host/project\n", "{}", "https://host/project"),
+        ("", '{"url": "https://host/project.git", "vcs_info": {"vcs": "git"}}', "https://host/project.git"),
+        ("", '{"url": "file:///home/me/project", "dir_info": {}}', "file:///home/me/project"),
+        ("", '{"url": "file:///home/me/some.whl", "archive_info": {}}', None),
+        ("", None, None),
+    ],
+)
+def test_the_address_of_the_repository_is_the_installed_packages(tmp_path, monkeypatch, metadata, record, url):
+    folder = tmp_path / "some_package-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: some-package\nVersion: 1.0\n{metadata}")
+    if record:
+        (folder / "direct_url.json").write_text(record)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert provenance.source_url("some-package") == url
+    assert provenance.source_url("no-such-package") is None
 
 
 def test_no_bench_imports_from_the_tests():

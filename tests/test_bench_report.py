@@ -1,4 +1,4 @@
-"""Reports are made of rows: the goals by hand, what never counts, the plots, the README."""
+"""Reports are made from rows: goals worked by hand, rows that never count, plots, the documentation's tables."""
 
 import json
 import subprocess
@@ -80,13 +80,13 @@ def cpu_rows():
 
 
 def verdicts(rows):
-    return {(check.goal, check.what): check.judge(rows)[1] for check in _goals.GOALS}
+    return {(check.goal, check.quantity): check.judge(rows)[1] for check in _goals.GOALS}
 
 
 def test_every_goal_of_the_list_has_a_check_that_rows_can_meet():
     assert {check.goal for check in _goals.GOALS} == {*map(str, range(1, 15)), "CPU"}
     found = verdicts(gpu_rows() + cpu_rows())
-    assert set(found.values()) == {"met"}, {what for what, verdict in found.items() if verdict != "met"}
+    assert set(found.values()) == {"met"}, {check for check, verdict in found.items() if verdict != "met"}
 
 
 def test_without_rows_nothing_is_met():
@@ -94,7 +94,7 @@ def test_without_rows_nothing_is_met():
 
 
 @pytest.mark.parametrize("size", ["rehearsal", "cpu"])
-def test_what_is_not_of_a_gpu_never_counts(size):
+def test_rows_of_no_gpu_never_count(size):
     rows = [{**found, "size": size} for found in gpu_rows()]
     assert set(verdicts(rows).values()) == {"not measured"}
 
@@ -104,7 +104,7 @@ def test_a_faulty_row_is_no_measurement(fault):
     rows = gpu_rows()
     for found in rows:
         if found["bench"] == "compact":
-            found[fault] = "why"
+            found[fault] = "a reason"
     assert {found for (goal, _), found in verdicts(rows).items() if goal == "8"} == {"not measured"}
 
 
@@ -148,12 +148,12 @@ def test_the_report_says_which_rows_are_replayed(tmp_path):
     rows = [*gpu_rows(), replayed]
     (line,) = [line for line in report.generate_table(rows) if "replayed pair" in line]
     assert "qwen 1.5B" in line and _rows.REPLAYED in line
-    assert [line for line in report.learned(rows) if "ours, draft model, replayed, N 6" in line]
+    assert [line for line in report.highlights(rows) if "ours, draft model, replayed, N 6" in line]
 
 
 def test_a_goal_is_not_met_while_one_of_its_sizes_is_missing():
     rows = [r for r in gpu_rows() if not (r["bench"] == "tree_attention" and r["shapes"]["N"] == 16)]
-    found = {what: verdict for (_, what), verdict in verdicts(rows).items()}
+    found = {quantity: verdict for (_, quantity), verdict in verdicts(rows).items()}
     assert found["attention, N = 16 and 32, 32k: share of bandwidth"] == "not measured"
 
 
@@ -191,7 +191,7 @@ def test_a_report_has_its_tables_and_plots(tmp_path):
     assert "| absent | generate | flashspec | flashspec is not installed | 1 |" in text
     assert "| 4 | tree tax: N = 32 over the best N = 1, 8k and 32k | ≤ 1.1 | 1 | met |" in text
     assert any("wrong: compact, eager: storage" in line for line in lines)
-    assert sum(len(line) + 1 for line in lines) < 8000  # what a screen, or a log's tail, shows
+    assert sum(len(line) + 1 for line in lines) < 8000  # a screen, or the tail of a log, shows them
     if report.has_matplotlib():
         for name, axis in (("bandwidth", "context (tokens)"), ("speedup", "acceptance length"), ("round", "(ms)")):
             assert axis in (tmp_path / f"{name}.svg").read_text().replace("\n", " ") and f"![{name}.svg]" in text
@@ -210,22 +210,94 @@ def test_a_rehearsal_is_called_one(tmp_path):
     assert (tmp_path / "report.md").read_text().startswith("# A rehearsal: the numbers mean nothing")
 
 
-def test_the_readme_shows_gpus_goals_and_says_when_there_are_none(tmp_path, monkeypatch):
+def test_the_page_shows_gpus_goals_and_says_when_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    rehearsed = written(tmp_path / "r", [{**found, "size": "rehearsal"} for found in gpu_rows()], "rehearsal")
-    assert report.readme_lines([rehearsed])[0] == "No GPU has been measured: there are no rows of one."
-    on_cpu = report.readme_lines([written(tmp_path / "c", cpu_rows())])
+    page = tmp_path / "docs" / "page.md"
+
+    def lines(name, rows, size="gpu"):
+        return report.page_lines([written(tmp_path / name, rows, size)], page)
+
+    rehearsed = lines("r", [{**found, "size": "rehearsal"} for found in gpu_rows()], "rehearsal")
+    assert rehearsed[0] == "No GPU has been measured: there are no rows of one."
+    on_cpu = lines("c", cpu_rows())
     assert on_cpu[0].startswith("No GPU") and any("code edit" in line and "3.4" in line for line in on_cpu)
-    on_gpu = "\n".join(report.readme_lines([written(tmp_path / "g", gpu_rows())]))
+    on_gpu = "\n".join(lines("g", gpu_rows()))
     assert "No GPU" not in on_gpu and "On Card 1, driver 1" in on_gpu and "| ≥ 0.85 | 0.86 | met |" in on_gpu
+    assert "[`g`](../g)" in on_gpu  # relative to the page
 
 
-def test_the_readmes_table_is_made_of_the_rows():
-    text = (ROOT / "README.md").read_text()
-    made = report.with_table(text, report.readme_lines(report.measured_folders()))
-    assert text == made, "run: python bench/report.py --readme"
+def test_tokens_a_second_have_their_spread():
+    noisy = generated("ours, oracle", "drafts", {}) | {"p20_tokens_s": 541.55, "p50_tokens_s": 589.34}
+    noisy["p80_tokens_s"] = 637.14
+    for table in (report.speed_table([noisy]), report.generate_table([noisy])):
+        assert any("589 (542 to 637)" in line or "589.3 (541.5 to 637.1)" in line for line in table), table
+
+
+def test_the_pages_tables_are_made_of_the_rows():
+    text = report.PAGE.read_text()
+    made = report.with_table(text, report.page_lines(report.measured_folders()))
+    assert text == made, "run: python bench/report.py --docs"
     with pytest.raises(ValueError, match="must have the markers"):
         report.with_table("text", [])
+
+
+def test_the_docs_option_rewrites_the_page(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\nrest\n")
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "measured_folders", lambda: [written(tmp_path / "g", gpu_rows())])
+    monkeypatch.setattr(sys, "argv", ["report.py", "--docs"])
+    assert report.main() == 0
+    text = page.read_text()
+    assert text.startswith("# Title\n\n") and text.endswith("\nrest\n") and "old" not in text and "Card 1" in text
+
+
+class Axes:
+    """Records the lines of a plot in place of matplotlib's axes."""
+
+    def __init__(self):
+        self.bars = {}
+
+    def errorbar(self, x, y, yerr, label, **_):
+        self.bars[label] = list(zip(x, y, *yerr, strict=True))
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+def test_the_speedup_plot_joins_comparable_rows_only():
+    """One line for each case, model, provider, batch, N, options and inputs; the bar is the spread of tokens/s."""
+    over = {"ours, plain": 2.0}
+    rows = [
+        generated("ours, oracle", "acceptance", over, length=3.0, tau=3.0),
+        generated("ours, oracle", "acceptance", {"ours, plain": 1.0}, length=2.0, tau=2.0),
+    ]
+    others = [
+        generated("ours, oracle", "drafts", over, length=3.0, tau=3.0),
+        generated("ours, oracle", "acceptance", over, length=3.0, tau=3.0, model="qwen 1.5B"),
+        generated("ours, draft model", "acceptance", over, length=3.0, tau=3.0),
+        generated("ours, oracle", "acceptance", over, length=3.0, tau=3.0, B=4),
+        generated("ours, oracle", "acceptance", over, length=3.0, tau=3.0, N=8),
+        generated("ours, oracle", "acceptance", over, length=3.0, tau=3.0, compile=True),
+        generated("ours, oracle", "acceptance", over, length=3.0, tau=3.0, cuda_graphs=False),
+        generated("ours, oracle", "acceptance", over, length=3.0, tau=3.0) | {"inputs": _rows.REPLAYED},
+    ]
+    axes = Axes()
+    assert len(report.speedup_plot(rows + others, axes)) == len(rows + others)
+    assert len(axes.bars) == 1 + len(others)  # no two share a name either
+    (joined,) = [line for line in axes.bars.values() if len(line) > 1]
+    # 9 to 11 tokens/s about 10: a tenth of each ratio
+    assert [number for point in joined for number in point] == pytest.approx([2, 1, 0.1, 0.1, 3, 2, 0.2, 0.2])
+
+
+def test_plots_have_a_title_and_the_origin_of_their_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [*gpu_rows(), row("compact", "triton", {"B": 2}, p50_us=1.0) | {"commit": "not drawn"}]
+    assert report.draw(rows, tmp_path) == list(report.PLOTS)
+    for name, (title, _) in report.PLOTS.items():
+        text = (tmp_path / name).read_text()
+        assert f"<!-- {title} -->" in text and "<!-- Card 1, commit abc -->" in text
 
 
 def test_the_command_refuses_a_folder_without_rows(tmp_path):
@@ -250,7 +322,7 @@ def test_rows_of_another_commit_are_dropped(tmp_path):
 
 
 def test_a_later_run_is_taken_in(tmp_path, monkeypatch, capsys):
-    """Its rows replace those of the same shapes; others stay. Rows of another device are refused."""
+    """Its rows replace those of equal shapes; others stay. Rows of another device are refused and change nothing."""
 
     def folder(name, rows):
         results = _rows.Results(tmp_path / name)

@@ -221,7 +221,7 @@ def test_a_malformed_folder_is_one_line_that_names_the_file(fault, target, tmp_p
 def test_every_command_that_loads_a_model_says_so(target, tmp_path, capsys):
     folder = Path(shutil.copytree(target, tmp_path / "spoilt"))
     written("config.json", b"[]")(folder)
-    model, card = ["--model", str(folder)], ["--draft", "none", "--card", "cpu", "--acceptance", "0.8"]
+    model, card = ["--model", str(folder)], ["--draft", "none", "--device", "cpu", "--acceptance", "0.8"]
     for command in (
         ["generate", "--model", target, "--draft", str(folder), "--prompt", "p"],
         ["prove", *model],

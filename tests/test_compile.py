@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, without a GPU: no spills, tensor cores, wide loads, the committed tables."""
+"""Compiled kernels, without a GPU: no spills, tensor cores, wide loads, and the committed tables."""
 
 import json
 import re
@@ -21,7 +21,10 @@ QUICK = (
 
 
 def test_quick():
-    rows = compile_report.table(90, QUICK)
+    steps = []
+    rows = compile_report.table(90, QUICK, progress=lambda: steps.append(None))
+    # as many as announced, some of them before the first kernel is compiled
+    assert len(steps) == inspection.num_steps(90, QUICK)
     assert not compile_report.findings(rows, 90, whole=False)
     assert {name.partition("/")[0] for name in rows} == set(inspection.OPS)
     for name, row in rows.items():
@@ -39,7 +42,7 @@ def test_whole_table(arch):
 
 @pytest.mark.parametrize("arch", inspection.ARCHES)
 def test_committed_tables(arch):
-    """The tables list the configurations of today, and say nothing bad of them."""
+    """The tables list exactly the configurations of the code, without faults."""
     rows = compile_report.committed(arch)["rows"]
     assert not [fault for name, row in rows.items() for fault in inspection.faults(name, row)]
     assert rows.keys() == {name for name, _ in inspection.cases(arch)}, (
@@ -51,14 +54,14 @@ def test_committed_tables(arch):
 
 @pytest.mark.parametrize("arch", inspection.ARCHES)
 def test_as_many_programs_fit_as_are_planned(arch):
-    """On a multiprocessor, of tree attention; or one of the two that are planned, then a full wave is two full ones."""
+    """Programs of tree attention on a multiprocessor. One may fit if two are planned: a wave is then two full ones."""
     seen = set()
     for name, row in compile_report.committed(arch)["rows"].items():
         found = re.fullmatch(r"tree_attention/(\w+) d(\d+) m(\d+) n\d+ split(.*)", name)
         if found:
             dim, rows = int(found[2]), int(found[3])
             limited, itemsize = found[4] != "", 4 if found[1] == "fp32" else 2
-            # an entry may be for more rows than its tile has: the one that is meant has this tile
+            # an entry may be for more rows than its tile has; take the one with this tile
             chosen = [
                 tree_attention.attention_config(arch, count, dim, itemsize, False, limited) for count in (rows, 1024)
             ]

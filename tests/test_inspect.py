@@ -1,4 +1,4 @@
-"""`specdec-triton inspect`: what is counted in the machine code, and what follows from it."""
+"""`specdec-triton inspect`: counts of the machine code, occupancy and limiters."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from specdec_triton.tools.inspection import ARCHES, Instruction
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# compiles a case as it is and on one warp, and adds what the tensor cores do in a pass of the hot loop
+# compiles cases, the first one also on one warp; adds the FLOPs of the tensor cores in a pass of the hot loop
 DRIVER = """
 import json, re, sys
 from specdec_triton.tools import inspection
@@ -65,7 +65,7 @@ def test_a_kernel_that_spills_fails(attention):
 
 
 def test_the_hot_loop_is_one_tile(attention):
-    """What the case says of a tile is what the machine code moves and multiplies in one pass."""
+    """One pass moves the bytes and computes the FLOPs that the case states for a tile."""
     rows = {name: row for name, row in attention.items() if not name.endswith("on one warp")}
     assert len(rows) == 3
     for name, row in rows.items():
@@ -77,7 +77,7 @@ def test_the_hot_loop_is_one_tile(attention):
         )  # exp of each score
 
 
-def test_they_are_what_the_table_says(attention):
+def test_rows_equal_the_committed_table(attention):
     rows = {name: row for name, row in attention.items() if not name.endswith("on one warp")}
     assert all(row["ldgsts128"] and (row["hgmma"] or " m128 " not in name) for name, row in rows.items())
     kept = {name: {field: row[field] for field in compile_report.FIELDS} for name, row in rows.items()}
@@ -167,6 +167,34 @@ def test_committed_occupancy(arch):
     """Every default configuration fits."""
     for name, row in compile_report.committed(arch)["rows"].items():
         assert inspection.occupancy(row, arch)[0] >= 1, name
+
+
+def test_the_progress_advances_while_kernels_compile(monkeypatch, tmp_path):
+    """Each line of a process that compiles is a step: the first ones come long before its rows."""
+    program = tmp_path / "python"
+    lines = ["started", "torch imported", "kernels imported", "compact_kv/a", "compact_kv/b"]
+    wait = f"while [ ! -e {tmp_path}/seen ]; do sleep .05; done"
+    program.write_text("\n".join(["#!/bin/sh", *(f"echo {line}" for line in lines), wait, "echo '{}'", ""]))
+    program.chmod(0o755)
+    monkeypatch.setattr(inspection.sys, "executable", str(program))
+    steps = []
+
+    def progress():
+        steps.append(None)
+        if len(steps) == len(lines):
+            (tmp_path / "seen").touch()  # else the process never ends
+
+    assert inspection.compile_table(90, "^compact_kv/", 1, progress) == {}
+    assert len(steps) == len(lines) + 1 == 2 + inspection.PROCESS_STEPS
+
+
+def test_a_process_that_fails_gives_its_error(monkeypatch, tmp_path):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho started\necho no compiler >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(inspection.sys, "executable", str(program))
+    with pytest.raises(ChildProcessError, match="inspect: sm_90 does not compile:\nno compiler"):
+        inspection.compile_table(90, "^compact_kv/")
 
 
 def test_refusals():

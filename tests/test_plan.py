@@ -1,4 +1,4 @@
-"""`specdec-triton plan`: against published cases, and what must hold of any prediction."""
+"""`specdec-triton plan`: published measurements, and properties of every prediction."""
 
 import json
 import pathlib
@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 from specdec_triton.tools import cli, plan
-from specdec_triton.tools.plan import Engine, Request
-from specdec_triton.tools.roofline import CARDS, Ceilings, datasheet
+from specdec_triton.tools.plan import Request, Workload
+from specdec_triton.tools.roofline import GPUS, Ceilings, datasheet
 from specdec_triton.tree_choice.costs import Costs
 from specdec_triton.tree_choice.search import LADDER
 
@@ -19,12 +19,12 @@ def shape(name, bits=16):
     return plan.planned_shape(plan.load_config(name), name).stored(bits, 2)
 
 
-def engine(context=0):
-    return Engine(1, context)
+def workload(context=0):
+    return Workload(1, context)
 
 
 def request(**changes):
-    defaults = {"target": "llama-3.1-8b", "draft": "llama-3.2-1b", "card": "h100", "acceptance": [0.8], "batch": 1}
+    defaults = {"target": "llama-3.1-8b", "draft": "llama-3.2-1b", "device": "h100", "acceptance": [0.8], "batch": 1}
     defaults |= {
         "context": 2048,
         "dtype": "bf16",
@@ -37,8 +37,8 @@ def request(**changes):
 
 
 # gpt-fast README, https://github.com/meta-pytorch/gpt-fast: batch 1, 5 prompt tokens, one A100-80GB at 330 W; tokens/s
-# and the bandwidth attained are both published, so what is checked is the bytes. int4 has a bf16 scale and zero for
-# each group of 32 weights: 5 bits.
+# and the bandwidth attained are both published, so this checks the bytes. int4 has a bf16 scale and zero for each group
+# of 32 weights: 5 bits.
 GPT_FAST = {
     ("llama-2-7b", 16): (104.9, 1397.31e9),
     ("llama-2-7b", 8): (155.58, 1069.20e9),
@@ -52,16 +52,18 @@ GPT_FAST = {
 def test_gpt_fast_plain(case, published):
     name, bits = case
     rate, bandwidth = published
-    ceilings = Ceilings(bandwidth, CARDS["a100"].tensor_flops, 0.0, "published")  # launches are in what was attained
-    seconds, limiter = plan.forward_seconds(shape(name, bits), 1, engine(context=100), ceilings)
+    ceilings = Ceilings(
+        bandwidth, GPUS["a100"].tensor_flops, 0.0, "published"
+    )  # the attained bandwidth includes launches
+    seconds, limiter = plan.forward_seconds(shape(name, bits), 1, workload(context=100), ceilings)
     assert limiter == "memory"
     assert 1 / seconds == pytest.approx(rate, rel=WITHIN)
 
 
 def test_gpt_fast_speculative():
     """The same README: Llama-2-70B int4 with 7B int4 as draft, 48.4 tokens/s. Neither acceptance nor the length of the
-    draft is published, so no rate can be predicted. By the two plain rates above, a draft of k tokens that reaches the
-    published rate must have been accepted to a length that it can have, and that is all there is to check."""
+    draft is published, so no rate can be predicted. The check: under the two plain rates above, the acceptance length
+    that gives the published rate is one that a draft of k tokens can have."""
     target, draft = 1 / 25.25, 1 / 196.80
     for drafted in range(3, 9):
         costs = Costs(((1, target),), ((1, draft), (2, 2 * draft)))
@@ -70,7 +72,7 @@ def test_gpt_fast_speculative():
 
 
 # Spec-Bench, https://github.com/hemingkx/Spec-Bench/blob/main/Leaderboard.md: fp16, batch 1, greedy; prompt lookup
-# ("PLD"), whose drafts are free: tokens a round and speedup. All that the model asks for is published.
+# ("PLD"), whose drafts are free: tokens a round and speedup. Every input of the model is published.
 SPEC_BENCH = {
     ("A100 80GB", "Vicuna-7B"): (1.73, 1.59),
     ("A100 80GB", "Vicuna-13B"): (1.68, 1.48),
@@ -82,11 +84,11 @@ VICUNA = {"Vicuna-7B": "llama-2-7b", "Vicuna-13B": "llama-2-13b", "Vicuna-33B": 
 
 @pytest.mark.parametrize(("case", "published"), SPEC_BENCH.items(), ids=str)
 def test_spec_bench_prompt_lookup(case, published):
-    card, model = case
+    device, model = case
     tokens, speedup = published
-    ceilings = datasheet("a100", "fp16") if "A100" in card else Ceilings(936e9, 71e12, 1e-6, "datasheet of RTX 3090")
+    ceilings = datasheet("a100", "fp16") if "A100" in device else Ceilings(936e9, 71e12, 1e-6, "datasheet of RTX 3090")
     target = shape(VICUNA[model])
-    costs = plan.predicted_costs(target, None, engine(context=512), ceilings)
+    costs = plan.predicted_costs(target, None, workload(context=512), ceilings)
     predicted = tokens * costs.round_seconds(1, 0) / costs.round_seconds(11, 10)  # 10 tokens, its default
     assert predicted == pytest.approx(speedup, rel=WITHIN)
     assert predicted > speedup  # a floor
@@ -94,9 +96,9 @@ def test_spec_bench_prompt_lookup(case, published):
 
 def test_spec_bench_draft_models():
     """The same table, A100, Vicuna-7B: "SpS", a 68M draft in transformers: 2.28 tokens a round, 1.49 ×; Medusa: 2.32
-    and 1.78 ×. Host time is not published and is most of a small draft's: with drafts for free the model gives 2.28 and
-    2.32 at most, so 0.65 and 0.77 of the floor are reached."""
-    costs = plan.predicted_costs(shape("llama-2-7b"), None, engine(context=512), datasheet("a100", "fp16"))
+    and 1.78 ×. Host time is not published, and it is most of a small draft's time. With free drafts the model gives at
+    most 2.28 and 2.32; 0.65 and 0.77 of these are reached."""
+    costs = plan.predicted_costs(shape("llama-2-7b"), None, workload(context=512), datasheet("a100", "fp16"))
     for tokens, nodes, speedup, reached in ((2.28, 6, 1.49, 0.65), (2.32, 64, 1.78, 0.77)):
         predicted = tokens * costs.round_seconds(1, 0) / costs.round_seconds(nodes, 1)
         assert speedup / predicted == pytest.approx(reached, abs=0.03)
@@ -130,7 +132,7 @@ EAGLE3 = plan.Shape(
 
 
 def test_vllm_eagle3():
-    """What a draft step takes is not published: two rows give it, the other four and the best k are predicted."""
+    """The time of a draft step is not published. Two rows determine it; the other four and the best k are predicted."""
     (few, many), rounds = (2, 7), {k: tokens * each for k, (tokens, each) in VLLM.items()}
     step = (rounds[many] - rounds[few]) / (many - few)
     verify = rounds[few] - few * step
@@ -140,8 +142,8 @@ def test_vllm_eagle3():
         assert predicted[k] == pytest.approx(each, rel=WITHIN)
     assert min(predicted, key=predicted.get) == min(VLLM, key=lambda k: VLLM[k][1]) == 4
     # the gap to the floors: the target at 0.65 of them, a draft step of 1 ms at a quarter
-    target_floor, _ = plan.forward_seconds(shape("llama-3.1-8b"), 1, engine(context=512), H100)
-    draft_floor, _ = plan.forward_seconds(EAGLE3, 1, engine(context=512), H100)
+    target_floor, _ = plan.forward_seconds(shape("llama-3.1-8b"), 1, workload(context=512), H100)
+    draft_floor, _ = plan.forward_seconds(EAGLE3, 1, workload(context=512), H100)
     assert target_floor / 7.07e-3 == pytest.approx(0.68, abs=0.05)
     assert draft_floor / (step * 1e-3) == pytest.approx(0.26, abs=0.05)
 
@@ -151,14 +153,14 @@ def test_sglang_eagle3():
     tokens/s, with EAGLE-3 373.25. Its pull request (https://github.com/sgl-project/sglang/pull/4247) measured 378.57 at
     8 draft steps and 5.39 tokens a round, 361.70 at 5 and 4.68; tree sizes are not published, nor any time.
 
-    Plain decoding reaches 0.76 of what the datasheet allows. From the two drafted rows, a step takes 0.43 ms (floor
-    0.26) and the rest of a round 10.8 ms, where a plain step takes 6.3: the draft's pass over the accepted tokens,
-    building the tree, sampling and the host, 4.5 ms that no ceiling tells. So the predicted rate is twice the
-    measured one. With these times the model gives the third row, whose tokens a round are not published, at a length
-    between the two.
+    Plain decoding reaches 0.76 of the datasheet's rate. By the two drafted rows, a step takes 0.43 ms (floor: 0.26) and
+    the rest of a round 10.8 ms; a plain step takes 6.3 ms. The other 4.5 ms are the draft's pass over the accepted
+    tokens, building the tree, sampling and the host, which no ceiling predicts. So the predicted rate is twice the
+    measured one. The third row does not say its tokens a round; with these times the model needs a length between the
+    other two.
     """
     target = shape("llama-3.1-8b")
-    costs = plan.predicted_costs(target, EAGLE3, engine(context=512), H100)
+    costs = plan.predicted_costs(target, EAGLE3, workload(context=512), H100)
     plain = 1 / costs.round_seconds(1, 0)
     assert 158.34 / plain == pytest.approx(0.76, abs=0.02)
     for steps, tokens, rate, reached in ((8, 5.39, 378.57, 0.50), (5, 4.68, 361.70, 0.49)):
@@ -172,7 +174,7 @@ def test_sglang_eagle3():
 
 
 def test_weights_are_those_of_the_models():
-    """Parameters as published, input embeddings apart where the head has its own."""
+    """Published parameter counts; a head that is not tied adds the input embeddings to them."""
     for name, billions in {"llama-2-7b": 6.738, "llama-3.1-8b": 8.030, "llama-2-70b": 68.977}.items():
         config = plan.load_config(name)
         total = shape(name).weights + config.vocab_size * config.hidden_size
@@ -185,19 +187,19 @@ def test_weights_are_those_of_the_models():
 def test_forward():
     target = plan.Shape("tiny", weights=1000, layers=2, kv=64, attention=32).stored(8, 2)
     ceilings = Ceilings(1e6, 1e8, 1e-6, "by hand")
-    seconds, limiter = plan.forward_seconds(target, 4, Engine(3, 10), ceilings)
+    seconds, limiter = plan.forward_seconds(target, 4, Workload(3, 10), ceilings)
     assert seconds == pytest.approx((1000 + 3 * 14 * 64 * 2) / 1e6 + 10 * 2 * 1e-6) and limiter == "memory"
     ceilings = Ceilings(1e9, 1e6, 0.0, "by hand")
-    seconds, limiter = plan.forward_seconds(target, 4, Engine(3, 10), ceilings)
+    seconds, limiter = plan.forward_seconds(target, 4, Workload(3, 10), ceilings)
     assert seconds == pytest.approx((2 * 12 * 1000 + 4 * 12 * 14 * 32) / 1e6) and limiter == "compute"
 
 
 def test_chain_plan():
-    """Leviathan et al. 2023, equation 1 and theorem 3.8: tokens of a chain, and its gain where rows are free."""
+    """Leviathan et al. 2023, equation 1 and theorem 3.8: tokens of a chain, and its gain if rows cost nothing."""
     target = plan.Shape("target", weights=10**9, layers=0, kv=0, attention=0).stored(16, 2)
     draft = plan.Shape("draft", weights=10**8, layers=0, kv=0, attention=0).stored(16, 2)
     ceilings = Ceilings(1e12, 1e18, 0.0, "by hand")
-    setting = engine()
+    setting = workload()
     found = plan.make_plan(
         plan.predicted_costs(target, draft, setting, ceilings), [0.8], setting, target, draft, ceilings
     )
@@ -233,7 +235,7 @@ def test_calibration_and_config_file(tmp_path, capsys):
     file = tmp_path / "calibration.json"
     file.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "ceilings": ceilings}))
     plan.load_config("llama-3.1-8b").save_pretrained(tmp_path)
-    command = ["plan", "--target", str(tmp_path), "--draft", "none", "--card", "h100", "--acceptance", "0.6,0.2"]
+    command = ["plan", "--target", str(tmp_path), "--draft", "none", "--device", "h100", "--acceptance", "0.6,0.2"]
     assert cli.main([*command, "--calibration", str(file), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert "measured on NVIDIA H100" in report["ceilings"] and "3.00 TB/s" in report["ceilings"]
@@ -250,7 +252,7 @@ def test_cpu_is_timed(tmp_path):
     config.update({"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 128})
     config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8})
     config.save_pretrained(tmp_path)
-    planner = plan.Planner(request(target=str(tmp_path), draft="none", card="cpu", context=16, dtype="fp32"))
+    planner = plan.Planner(request(target=str(tmp_path), draft="none", device="cpu", context=16, dtype="fp32"))
     found = planner.plan(acceptance=[0.9])
     assert found.plain_seconds > 0 and found.eta is None and found.limiter == "measured"
     assert found.nodes <= plan.CPU_NODES and "timed on this CPU" in planner.source()
@@ -269,12 +271,13 @@ def test_plot(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": "no-such"}, "plan: config must be a folder, a config.json or one of .*, got 'no-such'"),
+        ({"target": "a/b/c"}, "plan: target must be a model folder, .*, a hub name or one of llama-2-7b, .*'a/b/c'"),
+        ({"draft": "a/b/c"}, "plan: draft must be a model folder, .* got 'a/b/c': there is no such path"),
         ({"target": "none"}, "plan: target must be a model, got none"),
         ({"acceptance": [0.9, 0.2]}, "plan: acceptance must be numbers above 0 that sum to at most 1, got"),
         ({"acceptance": [0.0]}, "plan: acceptance must be numbers above 0"),
-        ({"card": "v100"}, "plan: card must be one of a100, .*, got 'v100'"),
-        ({"card": "cpu", "target_bits": 4.0}, "plan: calibration and bits must be left out on a CPU"),
+        ({"device": "v100"}, "plan: device must be one of a100, .*, got 'v100'"),
+        ({"device": "cpu", "target_bits": 4.0}, "plan: calibration, .* must be left out with the device cpu"),
         ({"calibration": pathlib.Path(__file__).parent.parent / "bench/results/rules/acceptance.json"},
          "plan: .* must be a calibration.json"),
     ],
@@ -282,6 +285,76 @@ def test_plot(tmp_path):
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         plan.Planner(request(**changes)).plan()
+
+
+def test_hub_names(monkeypatch):
+    """transformers fetches the config; its text part counts, and experts are refused in it as well."""
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options))
+        return plan.AutoConfig.for_model(**plan.PRESETS["llama-3.1-8b"])
+
+    monkeypatch.setattr(plan.AutoConfig, "from_pretrained", from_pretrained)
+    hub = plan.load_config("meta-llama/Llama-3.1-8B")
+    assert asked == [("meta-llama/Llama-3.1-8B", {"trust_remote_code": False})]
+    assert plan.planned_shape(hub, "llama-3.1-8b").stored(16, 2) == shape("llama-3.1-8b")
+    plan.load_config("llama-3.1-8b")
+    assert len(asked) == 1  # an alias asks nobody
+
+
+def test_without_the_hub_the_error_is_one_line_and_says_what_to_give(monkeypatch, capsys):
+    def from_pretrained(name, **_):
+        raise OSError("We couldn't connect to 'https://huggingface.co'\nCheck your internet connection")
+
+    monkeypatch.setattr(plan.AutoConfig, "from_pretrained", from_pretrained)
+    command = ["plan", "--target", "gpt5", "--draft", "none", "--device", "h100", "--acceptance", "0.8"]
+    assert cli.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("specdec-triton plan: target must be a model folder, a config.json, a hub name or one of ll")
+    assert "got 'gpt5'" in line and line.endswith("'https://huggingface.co' Check your internet connection")
+
+
+def test_each_option_that_is_wrong_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan.Planner, "plan", lambda self: pytest.fail("the work began"))
+    command = ["plan", "--target", "smollm2-135m", "--draft", "none", "--device", "h100"]
+    for acceptance in ("x", "0.8,", ""):
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--acceptance", acceptance])
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "argument --acceptance: must be probabilities" in line and f"got {acceptance!r}" in line
+        assert "_numbers" not in line
+
+    def plot(path, device="h100"):
+        arguments = ["--acceptance", "0.8", "--json", "--plot", str(path)]
+        try:
+            status = cli.main([*command[:-1], device, *arguments])
+        except SystemExit as refused:
+            status = refused.code
+        assert status == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    assert "plot must be of a GPU, got the device cpu" in plot(tmp_path / "plot.png", "cpu")
+    assert "needs the package matplotlib" in plot(tmp_path / "plot.png")
+
+
+def test_plots_that_cannot_be_written_are_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    planner = plan.Planner(request())
+    planner.check_plot(tmp_path / "plot.png")
+    for path in (tmp_path / "none" / "plot.png", tmp_path):
+        with pytest.raises(ValueError, match="plan: plot must be a file in a folder that exists, got"):
+            planner.check_plot(path)
+    for name in ("plot", "plot.xyz"):
+        with pytest.raises(ValueError, match=r"plan: plot must end in one of .*\.svg.*, got .*plot"):
+            planner.check_plot(tmp_path / name)
+
+
+def test_presets_are_configs_of_transformers():
+    for name, fields in plan.PRESETS.items():
+        config = plan.load_config(name)
+        assert all(getattr(config, field) == value for field, value in fields.items()), name
 
 
 def test_experts_are_refused(tmp_path):

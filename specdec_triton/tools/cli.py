@@ -21,8 +21,8 @@ from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
 from . import inspection, models, plan, profiling, prompts
 from .calibration import calibrate
 from .check_distribution import exact_distribution, prove
-from .provenance import version
-from .roofline import CARDS, shape_of
+from .provenance import bench_folder, version
+from .roofline import GPUS, shape_of
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "gguf", "platformdirs", "rich")
 MISSING = "not installed"
@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (OSError, ValueError, ImportError) as error:
-        print(f"specdec-triton {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        # errors of the library begin with the name of the op or command
+        message = " ".join(str(error).split()).removeprefix(f"{args.command}: ")
+        print(f"specdec-triton {args.command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"specdec-triton {args.command}: interrupted", file=sys.stderr)
@@ -163,12 +165,7 @@ def _prove(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    scripts = Path(sdt.__file__).resolve().parent.parent / "bench"
-    if not (scripts / "report.py").is_file():
-        raise OSError(
-            f"the benchmarks must be at hand, got no folder {scripts}: they come with the repository, not with the "
-            "package; run this in a checkout"
-        )
+    scripts = bench_folder()
     options = ["--out", str(args.out)]
     options += ["--budget", str(args.budget)] if args.budget else []
     options += ["--rehearse"] if args.rehearse else []
@@ -288,7 +285,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     arch = int(args.arch.removeprefix("sm_"))
     only = f"^{args.op}/" if args.op else ""
-    total = sum(1 for _ in inspection.cases(arch, only))
+    total = inspection.num_steps(arch, only)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"compiling for {args.arch}", total=total)
         table = inspection.compile_table(arch, only, progress=lambda: progress.advance(task))
@@ -303,6 +300,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     planner = plan.Planner(plan.Request(*(getattr(args, name) for name in plan.Request._fields)))
+    if args.plot:
+        planner.check_plot(args.plot)
     found = planner.plan()
     if args.json:
         print(json.dumps(planner.report(found)))
@@ -312,8 +311,6 @@ def _plan(args: argparse.Namespace) -> int:
 
         Console().print(planner.as_table(found))
     if args.plot:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError("plot needs the package matplotlib: pip install 'specdec-triton[bench]'")
         planner.plot(args.plot)
         _say(f"plot: {args.plot}")
     return 0
@@ -366,7 +363,12 @@ def _positive(text: str) -> float:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be probabilities separated by commas, such as 0.8 or 0.6,0.2, got {text!r}"
+        ) from None
 
 
 def _say(line: str) -> None:
@@ -375,7 +377,7 @@ def _say(line: str) -> None:
 
 
 MODEL = "hub name, local folder or .gguf file"
-CONFIG = f"a model folder, a config.json, or one of {', '.join(plan.SHAPES)}"
+CONFIG = f"a model folder, a config.json, a hub name, or one of {', '.join(plan.PRESETS)}"
 BITS = "a weight, scales included, if it is quantized"
 AUTO_DTYPE = "auto: bfloat16 on a GPU, float32 without one"
 OWN_DTYPE = _option("--dtype", "of the weights", choices=models.DTYPES, default="float32")
@@ -447,7 +449,10 @@ COMMANDS = {
         _plan, "does speculation pay for a pair on a card: predicted from shapes",
         _option("--target", CONFIG, required=True, metavar="CONFIG"),
         _option("--draft", "the same, or none: drafting is free", required=True, metavar="CONFIG"),
-        _option("--card", "cpu: forwards are timed here", required=True, choices=[*CARDS, "cpu"]),
+        _option(
+            "--device", "a GPU, by its calibration or datasheet; cpu: forwards are timed here", required=True,
+            choices=[*GPUS, "cpu"],
+        ),
         _option(
             "--acceptance", required=True, type=_numbers, metavar="P[,P...]",
             help="probability that a draft token is accepted, its parent being so; several, by rank, allow a tree",

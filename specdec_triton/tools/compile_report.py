@@ -1,30 +1,32 @@
-"""A checkout's tables of what the compiler makes of every default configuration of every kernel; needs no GPU.
+"""Compiles every default configuration of every kernel and writes or checks a checkout's tables; needs no GPU.
 
     python -m specdec_triton.tools.compile_report            # rewrites bench/results/compile/sm_80.json, ...
     python -m specdec_triton.tools.compile_report --check    # compares with them instead; exit status 1 if they differ
     python -m specdec_triton.tools.compile_report --arch 90 --only "tree_attention/bf16 d128" --print
 
-The tables keep the compiler's numbers and the instructions that must not change unseen; `specdec-triton inspect` shows
-the rest of what `specdec_triton.tools.inspection` finds.
+The tables hold the compiler's numbers and the instructions that must not change unnoticed. `specdec-triton inspect`
+shows all that `specdec_triton.tools.inspection` finds.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 
 from .inspection import ARCHES, COUNTED, FOLDER, compile_table, faults
 
 RESULTS = FOLDER.parent / "bench" / "results" / "compile"
 FIELDS = ("registers", "spill_bytes", "shared_bytes", "warps", "stages", *COUNTED, "instructions")
 FIELDS += ("tensor_cores", "wide_loads")
-# may differ between versions of the compiler; --check does not fail for these
+# may differ between versions of the compiler; --check ignores them
 ADVISORY = ("instructions",)
 
 
-def table(arch: int, only: str = "") -> dict[str, dict]:
-    """{"op/case name": row} for sm_`arch`, compiled now."""
-    return {name: {field: row[field] for field in FIELDS} for name, row in compile_table(arch, only).items()}
+def table(arch: int, only: str = "", progress: Callable[[], None] = lambda: None) -> dict[str, dict]:
+    """{"op/case name": row} for sm_`arch`, compiled now; `progress` as in `compile_table`."""
+    rows = compile_table(arch, only, progress=progress)
+    return {name: {field: row[field] for field in FIELDS} for name, row in rows.items()}
 
 
 def committed(arch: int) -> dict:
@@ -38,7 +40,7 @@ def versions() -> dict:
 
 
 def compare(rows: dict, expected: dict, whole: bool = True) -> list[str]:
-    """Differences of `rows` from the committed table; `whole`: nothing may be missing from either."""
+    """Differences of `rows` from the committed table; with `whole`, rows missing from either are differences too."""
     found = []
     for name, row in rows.items():
         if name not in expected:
@@ -70,10 +72,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, choices=ARCHES, action="append", help="default: all")
     parser.add_argument(
-        "--only", default="", help="cases whose name matches this regular expression; the rest of a table stays"
+        "--only", default="", help="only cases whose name matches this regular expression; other rows stay"
     )
     parser.add_argument("--check", action="store_true", help="compare with the committed tables")
-    parser.add_argument("--print", action="store_true", help="print the rows, write nothing")
+    parser.add_argument("--print", action="store_true", help="print the rows and write nothing")
     options = parser.parse_args()
     wrong = []
     for arch in options.arch or ARCHES:

@@ -1,9 +1,10 @@
-"""What the compiler makes of every default configuration of every kernel, for GPUs that need not be there.
+"""Compiles every default configuration of every kernel and describes the machine code; no GPU is needed.
 
 A case is an entry of its module's `compile_cases` (see kernels/_launch.py): a call of a launcher, of whose launches one
-is recorded and compiled. Cases are compiled in processes of their own: Triton's interpreter and its compiler cannot
-share one. Registers, spills and shared memory are the compiler's, instructions are counted in the machine code;
-occupancy follows from them, and the limiter is an estimate for a multiprocessor that holds as many programs as fit.
+is recorded and compiled. Cases are compiled in separate processes, since Triton's interpreter and its compiler cannot
+share one. The compiler reports registers, spills and shared memory; instructions are counted in the machine code.
+Occupancy follows from these numbers. The limiter is an estimate for a multiprocessor that holds as many programs as
+fit.
 """
 
 import collections
@@ -22,28 +23,29 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from .roofline import CARDS, Card
+from .roofline import GPU, GPUS
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent
 # not from `ops`, which would import torch for the command line's help
 OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
 PROCESSES = os.cpu_count() or 1
-CASES_A_PROCESS = 8  # at least: a process takes seconds to start
+CASES_PER_PROCESS = 8  # at least: a process takes seconds to start
+PROCESS_STEPS = 4  # of the progress: Python started, torch imported, kernels imported, machine code read
 INSTRUCTION_BYTES = 16
 WARP = 32
 TABLE_WIDTH = 176
 
 # Unloaded, in clocks; 466 on A100 and 479 on H100 (Luo et al., arXiv 2402.13499). Assumed for B200 too.
 MEMORY_LATENCY = 480
-# A multiprocessor: warps that issue in a clock, lanes of special functions; bytes of shared memory kept for each
-# program; registers are given out to a warp by 256 (CUDA programming guide, compute capabilities 8.0 to 10.0)
+# Of a multiprocessor: warps that issue in a clock, lanes of special functions, bytes of shared memory reserved for each
+# program, and the unit in which a warp gets registers (CUDA programming guide, compute capabilities 8.0 to 10.0)
 ISSUE, SPECIAL_LANES, RESERVED_BYTES, REGISTER_UNIT = 4, 16, 1024, 256
 
 
 class Arch(NamedTuple):
-    """A multiprocessor's limits (CUDA programming guide), its clock, and the card that stands for the architecture."""
+    """A multiprocessor's limits (CUDA programming guide), its clock, and the GPU that represents the architecture."""
 
-    card: Card
+    gpu: GPU
     warps: int
     programs: int
     registers: int
@@ -53,13 +55,14 @@ class Arch(NamedTuple):
 
 
 ARCHES = {
-    80: Arch(CARDS["a100"], 64, 32, 65536, 164 * 1024, 64, 1.41e9),
-    90: Arch(CARDS["h100"], 64, 32, 65536, 228 * 1024, 128, 1.83e9),
-    100: Arch(CARDS["b200"], 64, 32, 65536, 228 * 1024, 128, 1.85e9),
+    80: Arch(GPUS["a100"], 64, 32, 65536, 164 * 1024, 64, 1.41e9),
+    90: Arch(GPUS["h100"], 64, 32, 65536, 228 * 1024, 128, 1.83e9),
+    100: Arch(GPUS["b200"], 64, 32, 65536, 228 * 1024, 128, 1.85e9),
 }
 
 TENSOR = r"[HIQ]G?MMA|UTC\w*MMA"
-# what `bench/results/compile` keeps: copies by 128 bits from global memory to registers, to shared memory, and back
+# in the tables of `bench/results/compile`; the 128-bit ones copy from global memory to registers, to shared memory, and
+# back
 COUNTED = {
     "hmma": r"HMMA|UTC\w*MMA",
     "hgmma": r"HGMMA",
@@ -68,7 +71,7 @@ COUNTED = {
     "stg128": r"STG\.\S*128",
     "local": r"LDL|STL",
 }
-# the instruction mix; those with a width are counted by it
+# the instruction mix; the kinds in `WIDE` are counted by width
 MIX = {"tensor": TENSOR, "special": r"MUFU", "barrier": r"BAR\.", "local": r"LDL|STL"}
 WIDE = {"load": r"LDG\.", "async_load": r"LDGSTS", "store": r"STG\."}
 # operations a lane: multiply-adds are two, the packed ones of sm_100 work on pairs
@@ -81,7 +84,7 @@ class Instruction(NamedTuple):
 
 
 def cases(arch: int, only: str = "") -> Iterator[tuple[str, Any]]:
-    """("op/case name", case) of every kernel module whose name matches the regular expression `only`."""
+    """("op/case name", case) of all kernel modules; only names that match the regular expression `only`."""
     for op in OPS:
         for case in importlib.import_module(f"specdec_triton.kernels.{op}").compile_cases(arch):
             name = f"{op}/{case.name}"
@@ -89,10 +92,25 @@ def cases(arch: int, only: str = "") -> Iterator[tuple[str, Any]]:
                 yield name, case
 
 
+def _num_processes(arch: int, only: str, processes: int) -> int:
+    return max(min(processes, sum(1 for _ in cases(arch, only)) // CASES_PER_PROCESS), 1)
+
+
+def num_steps(arch: int, only: str = "", processes: int = PROCESSES) -> int:
+    """How often `compile_table` calls its `progress`: for each case, and `PROCESS_STEPS` times for each process."""
+    return sum(1 for _ in cases(arch, only)) + PROCESS_STEPS * _num_processes(arch, only, processes)
+
+
 def compile_table(
     arch: int, only: str = "", processes: int = PROCESSES, progress: Callable[[], None] = lambda: None
 ) -> dict[str, dict[str, Any]]:
-    """{"op/case name": row} for sm_`arch`; `progress` is called, from any thread, after each configuration.
+    """{"op/case name": row} for sm_`arch`.
+
+    Args:
+        arch: a key of `ARCHES`.
+        only: a regular expression; cases whose name it does not match are left out.
+        processes: how many may compile at a time.
+        progress: called from any thread as each process starts, and as each case is compiled: see `num_steps`.
 
     Raises:
         ValueError: unknown `arch`.
@@ -107,7 +125,7 @@ def compile_table(
     def part(which):
         return list(_work(arch, only, which, processes, progress).items())
 
-    processes = max(min(processes, sum(1 for _ in cases(arch, only)) // CASES_A_PROCESS), 1)
+    processes = _num_processes(arch, only, processes)
     with ThreadPoolExecutor(processes) as pool:
         parts = list(pool.map(part, range(processes)))
     return dict(item for items in itertools.zip_longest(*parts) for item in items if item)
@@ -122,25 +140,25 @@ def environment() -> dict[str, str]:
 def _work(arch, only, which, parts, progress):
     code = "import sys; from specdec_triton.tools import inspection; inspection.main(*sys.argv[1:])"
     command = [sys.executable, "-c", code, *map(str, (arch, only, which, parts))]
-    line = ""
+    lines = []
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             for line in process.stdout:
-                if not line.startswith("{"):
-                    progress()
+                lines.append(line)
+                progress()
         if process.returncode:
             errors.seek(0)
             raise ChildProcessError(f"inspect: sm_{arch} does not compile:\n{errors.read()[-4000:]}")
-    return json.loads(line)
+    return json.loads(lines[-1])
 
 
 def measure(some: Sequence[tuple[str, Any]], arch: int, progress: Callable[[str], None] = lambda name: None) -> dict:
     """Compile (name, case) pairs for sm_`arch` in this process: {name: row}.
 
-    A row: registers and spilled bytes a thread, bytes of shared memory a program, warps and stages, instructions by
-    kind (`COUNTED`, and "mix" for the whole program), and one pass of the hot loop ("tile"): bytes and tensor_flops
-    (the case says so), moved_bytes and fp32_flops of all lanes, instructions of a warp, fp32 and special ones among
-    them (counted).
+    A row has registers and spilled bytes of a thread, bytes of shared memory of a program, warps and stages, and the
+    instructions by kind (`COUNTED`, and "mix" for the whole program). "tile" is one pass of the hot loop: its bytes and
+    tensor_flops, as the case states them; moved_bytes and fp32_flops of all lanes, and the instructions of a warp, fp32
+    and special ones among them, as counted in the code.
     """
     rows, codes = {}, []
     for name, case in some:
@@ -177,7 +195,7 @@ class Launch(NamedTuple):
 
 
 class _Recorder:
-    """Triton's driver of a GPU that is not there; the number of its device is its architecture."""
+    """A driver for Triton of an absent GPU; its device number is the architecture."""
 
     def __init__(self, arch: int, note: Callable[[Launch], None] | None = None):
         self.arch, self.note = arch, note
@@ -195,7 +213,8 @@ class _Recorder:
 
 
 def record_launches(arch: int, note: Callable[[Launch], None]) -> None:
-    """From now on launches compile and run nothing in this process: `note` is called with each, as sm_`arch` has it.
+    """From now on, launches in this process neither compile nor run; each is passed to `note`, specialised for
+    sm_`arch`.
 
     Triton's own rules specialise the arguments. Tensors may be on any device, "meta" included.
     """
@@ -215,7 +234,7 @@ def record_launches(arch: int, note: Callable[[Launch], None]) -> None:
 
 
 def launch_of(case: Any, arch: int) -> Launch:
-    """The launch that a `CompileCase` means."""
+    """The launch that a `CompileCase` describes."""
     launches: list[Launch] = []
     record_launches(arch, launches.append)
     case.call()
@@ -255,7 +274,7 @@ def _machine_code(cubin: bytes) -> bytes:
 
 
 def _disassemble(codes: Sequence[bytes], arch: int) -> Iterator[list[Instruction]]:
-    """Of each kernel its instructions. One call for all: most of its time goes into the start."""
+    """The instructions of each kernel. All kernels share one call: most of its time is the start of the process."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "code"
         path.write_bytes(b"".join(codes))
@@ -303,7 +322,8 @@ def _moved_bytes(instruction, lanes):
 
 
 def hot_loop(code: Sequence[Instruction], tile_bytes: int, lanes: int) -> Sequence[Instruction]:
-    """The shortest loop whose accesses to global memory, by `lanes` lanes, come to a tile; without one, all."""
+    """The shortest loop in which `lanes` lanes move at least a tile from or to global memory; all code if there is no
+    such loop."""
     moved = [_moved_bytes(instruction, lanes) for instruction in code]
     loops = [(target, index + 1) for index, (_, target) in enumerate(code) if target is not None and target <= index]
     tiles = [loop for loop in loops if loop[0] >= 0 and sum(moved[slice(*loop)]) >= tile_bytes]
@@ -326,10 +346,10 @@ def _tile(case, code, lanes):
 
 
 def occupancy(row: dict[str, Any], arch: int) -> tuple[int, str]:
-    """Programs that a multiprocessor of sm_`arch` holds at a time, and what limits them."""
+    """The number of programs that a multiprocessor of sm_`arch` holds at a time, and the resource that limits it."""
     has = ARCHES[arch]
     registers_a_warp = -(-row["registers"] * WARP // REGISTER_UNIT) * REGISTER_UNIT
-    # a quarter of the registers belongs to each of the schedulers, and a warp to one of them
+    # each scheduler has a quarter of the registers, and each warp one scheduler
     warps = has.registers // ISSUE // registers_a_warp * ISSUE
     limits = {
         "registers": warps // row["warps"],
@@ -342,18 +362,18 @@ def occupancy(row: dict[str, Any], arch: int) -> tuple[int, str]:
 
 
 def limiter(row: dict[str, Any], arch: int, programs: int) -> str:
-    """What a pass of the hot loop waits for, of a multiprocessor's share of the card; an estimate.
+    """The resource that limits a pass of the hot loop, if a multiprocessor has its share of the GPU; an estimate.
 
-    "latency" where nothing streams; "bytes in flight" where memory is the slowest, and the programs at hand do not ask
-    for enough at a time to keep it busy (Little's law).
+    "latency" if the loop streams nothing. "bytes in flight" if memory is the slowest resource and the programs request
+    too few bytes at a time to keep it busy (Little's law).
     """
     has, tile, warps = ARCHES[arch], row["tile"], row["warps"]
     if not tile["bytes"]:
         return "latency"
-    bandwidth = has.card.bandwidth / has.card.multiprocessors
+    bandwidth = has.gpu.bandwidth / has.gpu.multiprocessors
     seconds = {
         "memory": tile["bytes"] / bandwidth,
-        "tensor cores": tile["tensor_flops"] * has.card.multiprocessors / has.card.tensor_flops,
+        "tensor cores": tile["tensor_flops"] * has.gpu.multiprocessors / has.gpu.tensor_flops,
         "instruction issue": tile["instructions"] * warps / ISSUE / has.clock,
         "fp32 units": tile["fp32_instructions"] * WARP * warps / has.fp32_lanes / has.clock,
         "special functions": tile["special_instructions"] * WARP * warps / SPECIAL_LANES / has.clock,
@@ -366,7 +386,7 @@ def limiter(row: dict[str, Any], arch: int, programs: int) -> str:
 
 
 def describe(name: str, row: dict[str, Any], arch: int) -> dict[str, Any]:
-    """A row as `specdec-triton inspect` shows it."""
+    """A row of `specdec-triton inspect`."""
     op, _, config = name.partition("/")
     programs, limited_by = occupancy(row, arch)
     tile = row["tile"]
@@ -398,10 +418,10 @@ def as_table(rows: Sequence[dict[str, Any]], arch: int):
 
     has = ARCHES[arch]
     table = Table(
-        title=f"sm_{arch}, of which {has.warps} warps are full occupancy; limiters estimated for {has.card.name}",
+        title=f"sm_{arch}; {has.warps} warps are full occupancy; limiters are estimates for {has.gpu.name}",
         caption=(
-            "Instructions: tensor cores, loads of 128 bits and narrower, special functions, barriers. A pass of the "
-            "hot loop: KiB from and to memory, FLOP a byte, instructions issued by all warps."
+            "tensor to barrier: numbers of instructions; 128 and narrow are loads of 128 and fewer bits. pass: KiB "
+            "moved in a pass of the hot loop; issued: instructions of all warps in it."
         ),
         box=None,
     )
@@ -432,7 +452,7 @@ def as_table(rows: Sequence[dict[str, Any]], arch: int):
 
 
 def faults(name: str, row: dict[str, Any]) -> list[str]:
-    """What no default configuration may do."""
+    """Properties of a row that no default configuration may have: spills, or missing fast instructions."""
     found = []
     if row["spill_bytes"] or row["local"]:
         found.append(f"{name}: spills {row['spill_bytes']} bytes, {row['local']} local accesses")
@@ -444,7 +464,12 @@ def faults(name: str, row: dict[str, Any]) -> list[str]:
 
 
 def main(arch: str, only: str, which: str, parts: str) -> None:
-    """In a process that compiles: rows as JSON, the last line of its output; a case's name before it after each."""
+    """The main function of a process that compiles. Each line of output is a step of the progress; the last one has the
+    rows, as JSON."""
+    print("started", flush=True)
+    importlib.import_module("torch")
+    print("torch imported", flush=True)
     share = list(cases(int(arch), only))[int(which) :: int(parts)]
+    print("kernels imported", flush=True)
     rows = measure(share, int(arch), lambda name: print(name, flush=True))
     print(json.dumps(rows))

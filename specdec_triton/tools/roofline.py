@@ -2,7 +2,7 @@
 
     datasheet("h100", "bf16").seconds(forward_work(shape_of(model), batch=1, rows=64, context=2048))
 
-All of it is a floor: weights, keys and values are read once, the logits are written once, activations are left out.
+All numbers are floors: weights, keys and values are read once, logits are written once, activations are left out.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ KERNEL_SECONDS = 1e-6  # from one kernel of a CUDA graph to the next, if it was 
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
-class Card(NamedTuple):
-    """A GPU by its vendor's datasheet; products are dense, accumulated in fp32.
+class GPU(NamedTuple):
+    """A GPU as its vendor's datasheet describes it; products are dense and accumulated in fp32.
 
     Attributes:
-        name: as the vendor calls it.
-        bandwidth: of its memory, bytes a second.
-        tensor_flops: of bf16 and fp16 products on tensor cores, a second.
-        fp32_flops: of fp32 products without them, a second.
+        name: the vendor's.
+        bandwidth: bytes a second of its memory.
+        tensor_flops: FLOP/s of bf16 and fp16 products on tensor cores.
+        fp32_flops: FLOP/s of fp32 products without tensor cores.
         multiprocessors: their number.
     """
 
@@ -32,25 +32,25 @@ class Card(NamedTuple):
     multiprocessors: int
 
 
-CARDS = {
-    "a100": Card("A100 SXM4 80GB", 2.039e12, 312e12, 19.5e12, 108),
-    "h100": Card("H100 SXM5 80GB", 3.35e12, 989e12, 67e12, 132),
-    "h200": Card("H200 SXM5 141GB", 4.8e12, 989e12, 67e12, 132),
-    "b200": Card("B200 180GB", 8.0e12, 2250e12, 75e12, 148),
-    "l4": Card("L4", 0.3e12, 121e12, 30.3e12, 58),
-    "rtx4090": Card("GeForce RTX 4090", 1.008e12, 165e12, 82.6e12, 128),
+GPUS = {
+    "a100": GPU("A100 SXM4 80GB", 2.039e12, 312e12, 19.5e12, 108),
+    "h100": GPU("H100 SXM5 80GB", 3.35e12, 989e12, 67e12, 132),
+    "h200": GPU("H200 SXM5 141GB", 4.8e12, 989e12, 67e12, 132),
+    "b200": GPU("B200 180GB", 8.0e12, 2250e12, 75e12, 148),
+    "l4": GPU("L4", 0.3e12, 121e12, 30.3e12, 58),
+    "rtx4090": GPU("GeForce RTX 4090", 1.008e12, 165e12, 82.6e12, 128),
 }
 
 
 class Work(NamedTuple):
-    """The least that must be moved and computed."""
+    """Bytes that must be moved and FLOPs that must be computed, at least."""
 
     nbytes: float = 0.0
     flops: float = 0.0
 
 
 class Ceilings(NamedTuple):
-    """Bandwidth in bytes a second, flops a second in the dtype of the products, seconds a kernel, and their source."""
+    """Bandwidth in bytes a second, FLOP/s in the dtype of the products, seconds a kernel, and their source."""
 
     bandwidth: float
     flops: float
@@ -58,7 +58,7 @@ class Ceilings(NamedTuple):
     source: str
 
     def seconds(self, work: Work) -> float:
-        """The least time in which so much can be moved and computed."""
+        """The least time in which `work` can be done."""
         return max(work.nbytes / self.bandwidth, work.flops / self.flops)
 
     def limiter(self, work: Work) -> str:
@@ -74,44 +74,46 @@ def measured(ceilings: dict[str, float], source: str = "") -> Ceilings:
 
 
 def floor_seconds(ceilings: dict[str, float], nbytes: float, flops: float = 0.0) -> float:
-    """The least time in which so much can be moved and computed, under ceilings from `calibration.calibrate`."""
+    """The least time in which these bytes can be moved and these FLOPs computed, under ceilings from
+    `calibration.calibrate`."""
     return measured(ceilings).seconds(Work(nbytes, flops))
 
 
-def datasheet(card: str, dtype: str) -> Ceilings:
-    """Ceilings of one of `CARDS`."""
-    if card not in CARDS:
-        raise ValueError(f"plan: card must be one of {', '.join(CARDS)}, got {card!r}")
-    has = CARDS[card]
+def datasheet(device: str, dtype: str) -> Ceilings:
+    """Ceilings of one of `GPUS`."""
+    if device not in GPUS:
+        raise ValueError(f"plan: device must be one of {', '.join(GPUS)} or cpu, got {device!r}")
+    has = GPUS[device]
     flops = has.fp32_flops if dtype == "fp32" else has.tensor_flops
     return Ceilings(has.bandwidth, flops, KERNEL_SECONDS, f"datasheet of {has.name}")
 
 
-def calibrated(path: pathlib.Path, card: str, dtype: str) -> Ceilings:
-    """Ceilings that `calibration` measured; fp32 products are the datasheet's, since it measures bf16.
+def calibrated(path: pathlib.Path, device: str, dtype: str) -> Ceilings:
+    """Ceilings that `calibration` measured. It measures bf16 products; fp32 products are the datasheet's.
 
     Raises:
-        ValueError: the file is not such a calibration, or not of this card.
+        ValueError: the file is not such a calibration, or not of this device.
     """
     try:
         found = json.loads(path.read_text())
-        device = found["device"]
-        ceilings = measured(found["ceilings"], f"measured on {device}, {path}")
+        name = found["device"]
+        ceilings = measured(found["ceilings"], f"measured on {name}, {path}")
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"plan: {path} must be a calibration.json of tools.calibration, got {error!r}") from None
-    if card not in _plain(device):
-        raise ValueError(f"plan: calibration must be of {card}, got one of {device!r}")
-    return ceilings._replace(flops=CARDS[card].fp32_flops) if dtype == "fp32" else ceilings
+    if device not in _plain(name):
+        raise ValueError(f"plan: calibration must be of {device}, got one of {name!r}")
+    return ceilings._replace(flops=GPUS[device].fp32_flops) if dtype == "fp32" else ceilings
 
 
-def ceilings_of(card: str, dtype: str, calibration: pathlib.Path | None = None) -> Ceilings:
-    """Measured, if `calibration` is given or bench/results has one of this card; else the datasheet's."""
+def ceilings_of(device: str, dtype: str, calibration: pathlib.Path | None = None) -> Ceilings:
+    """Ceilings from `calibration` if it is given, else from bench/results if they were measured there on this device,
+    else from the datasheet."""
     if calibration is not None:
-        return calibrated(calibration, card, dtype)
+        return calibrated(calibration, device, dtype)
     for path in sorted(RESULTS.glob("*/calibration.json")):
-        if card in _plain(json.loads(path.read_text()).get("device", "")):
-            return calibrated(path, card, dtype)
-    return datasheet(card, dtype)
+        if device in _plain(json.loads(path.read_text()).get("device", "")):
+            return calibrated(path, device, dtype)
+    return datasheet(device, dtype)
 
 
 def _plain(device: str) -> str:
@@ -120,11 +122,11 @@ def _plain(device: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of a dense decoder, as far as a forward reads, computes or writes them.
+    """The sizes of a dense decoder that decide the bytes and FLOPs of a forward.
 
     Attributes:
         name: for reports.
-        weights: elements that a forward reads: all but input embeddings, which count if they are the head as well.
+        weights: elements that a forward reads: all but input embeddings, which count if the head is tied to them.
         layers: number of decoder layers.
         kv: elements of keys and values a token, all layers.
         attention: query heads * head dim, all layers.
@@ -148,7 +150,7 @@ class Shape:
 
 
 def shape_of(model: Any, name: str = "") -> Shape:
-    """Of a transformers model with plain keys and values. Its weights may be on the meta device."""
+    """The shape of a transformers model with plain keys and values; its weights may be on the meta device."""
     config = model.config.get_text_config()
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -180,7 +182,7 @@ def forward_work(shape: Shape, batch: int, rows: float, context: float) -> Work:
 def attention_work(
     batch: int, query_heads: int, kv_heads: int, head_dim: int, context: int, rows: int, itemsize: int
 ) -> Work:
-    """Attention of one layer: keys, values, queries and outputs moved once, and both products."""
+    """Attention of one layer: keys, values, queries and outputs are moved once; both products are computed."""
     slots = batch * (context + rows)
     elements = head_dim * (2 * slots * kv_heads + 2 * batch * rows * query_heads)
     return Work(itemsize * elements, 4 * slots * rows * query_heads * head_dim)
@@ -195,15 +197,15 @@ def round_work(
     draft: Shape | None = None,
     draft_forwards: float = 0.0,
 ) -> dict[str, Work]:
-    """The floor of every stage of a round.
+    """The least work of each stage of a round.
 
     Args:
         target: the target model.
         batch: B.
         nodes: N, the root included.
         context: tokens in the cache, on average.
-        accepted: draft tokens accepted a sequence, whose keys and values move; 0 if paths are in place (a chain).
-        draft: the draft model, and how often it runs in a round. None: drafting costs nothing.
+        accepted: accepted draft tokens of a sequence, whose keys and values move; 0 for a chain, which is in place.
+        draft, draft_forwards: the draft model, and its forwards in a round. None: drafting takes no time.
     """
     one = forward_work(draft, batch, 1, context) if draft else Work()
     return {
@@ -218,7 +220,7 @@ def round_work(
 def efficiency_bytes(
     target: Shape, batch: int, context: float, draft: Shape | None = None, draft_forwards: float = 0.0
 ) -> float:
-    """Bytes that the round efficiency eta counts: the target's weights, its keys and values, and the draft's weights
-    once for each of its forwards."""
+    """The bytes of the round efficiency eta: the target's weights, its keys and values, and the draft's weights once
+    for each of its forwards."""
     drafting = draft_forwards * draft.weight_bytes if draft else 0.0
     return target.weight_bytes + batch * context * target.kv * target.itemsize + drafting

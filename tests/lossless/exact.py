@@ -205,6 +205,45 @@ def one_round(rule, parents, target_of, draft_of, sampling, horizon):
     return accepted, text_probs
 
 
+def coupled_accepted(topology, target_of, draft_of):
+    """Expected accepted tokens of a round under "coupled", whose drafts use the target's own Gumbel noise: children are
+    ranked by log draft + noise.
+
+    At a node the target chooses x, and x has rank r in the draft, if log target(y) + noise(y) is less than that of x
+    for every other y, and log draft(y) + noise(y) is greater for exactly r of them. With E(y) = exp(-noise(y)), which
+    is exponential, each condition bounds E(y) by a multiple of E(x). The probability is a sum of terms
+    1 / (1 + sum of multiples).
+
+    Args:
+        topology: whose children have ranks 0 and 1 at most.
+        target_of, draft_of: tuple of tokens after the root -> distribution [V].
+    """
+
+    def expected(node, prefix):
+        target, draft = target_of(prefix), draft_of(prefix)
+        total = 0.0
+        for child in range(1, len(topology.parents)):
+            if topology.parents[child] == node:
+                for token in np.flatnonzero((target > 0) & (draft > 0)):
+                    chance = ranked_match(target, draft, int(token), topology.ranks[child])
+                    if chance > 0:
+                        total += chance * (1 + expected(child, (*prefix, int(token))))
+        return total
+
+    return expected(0, ())
+
+
+def ranked_match(target, draft, token, rank):
+    """Probability that the target chooses `token` and that the draft ranks it `rank` (0 or 1), with the same noise."""
+    others = np.arange(len(target)) != token
+    chosen = target[others] / target[token]
+    first = np.maximum(chosen, draft[others] / draft[token])
+    if rank == 0:
+        return 1 / (1 + first.sum())
+    rest = 1 + first.sum() - first
+    return (1 / (rest + chosen) - 1 / (rest + first)).sum()
+
+
 def extend(text_probs, weight, prefix, following, target_of, horizon):
     if len(prefix) >= horizon:
         text_probs[prefix[:horizon]] += weight

@@ -84,7 +84,7 @@ def grow(models: TableModels, topology: Topology, root: torch.Tensor, choose: Ca
 
     Args:
         root: [B, 2]. The last two tokens.
-        choose: (node, its rank among siblings, log-probs' context [B, 2]) -> token [B], -1 where there is none.
+        choose: (node, its rank among siblings, the last two tokens before it [B, 2]) -> token [B], -1 for none.
     """
     batch, num_nodes = len(root), topology.num_nodes
     tokens, parents, contexts = [root[:, 1]], [torch.full((batch,), -1)], [root]
@@ -135,6 +135,24 @@ def ranked(models: TableModels, topology: Topology, root: torch.Tensor, *_) -> D
     return grow(models, topology, root, choose)
 
 
+def coupled(
+    models: TableModels, topology: Topology, root: torch.Tensor, seeds: torch.Tensor, position: torch.Tensor,
+    options: dict, sampling: str,
+) -> Draft:  # fmt: skip
+    """Children are the draft's likeliest tokens after the target's own noise is added, as `ModelDrafter` chooses them
+    under "coupled"."""
+    given = filters(options, len(root))
+    depths = topology.depths
+
+    def choose(node, rank, context):
+        log_probs = filtered_log_probs(models.draft[context[:, 0], context[:, 1]][:, None], given).squeeze(1)
+        scores = log_probs + noise.gumbel(seeds, position + depths[node], 0, noise.COUPLED, models.vocab)
+        best, order = scores.sort(descending=True)
+        return torch.where(best[:, rank].isfinite(), order[:, rank], -1)
+
+    return grow(models, topology, root, choose)
+
+
 CHAIN = Topology.chain(2)
 BRANCHES = Topology((-1, 0, 0, 1, 1, 2), (0, 0, 1, 0, 1, 0))
 # name -> (topology, drafting function, sampling)
@@ -145,6 +163,8 @@ TREES = {
     "tree with replacement": (BRANCHES, sampled, "with"),
     "tree without replacement": (BRANCHES, sampled, "without"),
     "ranked tree": (BRANCHES, ranked, "none"),
+    "coupled chain": (CHAIN, coupled, "none"),
+    "coupled tree": (BRANCHES, coupled, "none"),
     "no draft": (Topology.chain(0), ranked, "none"),
 }
 

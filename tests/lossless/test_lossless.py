@@ -28,10 +28,12 @@ LONG = table_models.TableModels.random(vocab=3, seed=1, spread=1.5, agreement=0.
 
 CHAINS = ("sampled chain", "sampled chain without", "one-hot chain")
 TREES = ("tree with replacement", "tree without replacement", "ranked tree")
+COUPLED_DRAFTS = ("coupled chain", "coupled tree")
 LEGAL = [
     *itertools.product(("coupled", "multi_round", "traversal"), ("sampled chain", "one-hot chain", *TREES)),
     *itertools.product(("rejection", "block"), CHAINS),
     ("coupled", "no draft"),
+    *itertools.product(("coupled",), COUPLED_DRAFTS),
 ]
 
 ALONE = ("temperature", "top_k", "top_p", "min_p")
@@ -218,6 +220,15 @@ def exactly(setup, rule, tree, options="plain", horizon=1):
     return exact.one_round(exact.RULES[rule], topology.parents, target_of, draft_of, sampling, horizon)
 
 
+@functools.cache
+def accepted(setup, rule, tree, options="plain"):
+    """The expected number of accepted tokens of a round."""
+    if rule == "coupled":
+        topology, *_ = table_models.TREES[tree]
+        return exact.coupled_accepted(topology, *distributions(setup, table_models.OPTIONS[options]))
+    return exactly(setup, rule, tree, options)[0]
+
+
 DRAWN = [
     *itertools.product(("rejection", "block", "multi_round", "traversal"), ("sampled chain",)),
     *itertools.product(("multi_round", "traversal"), ("tree with replacement", "tree without replacement")),
@@ -232,20 +243,23 @@ def test_the_rules_are_exact_on_paper(rule, tree, options):
     assert found.sum() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize(("rule", "tree"), DRAWN, ids=lambda name: name.replace(" ", "-"))
-def test_acceptance_is_what_the_rule_gives_exactly(rule, tree):
+MEASURED = [*itertools.product(("coupled",), COUPLED_DRAFTS), *DRAWN]
+
+
+@pytest.mark.parametrize(("rule", "tree"), MEASURED, ids=lambda name: name.replace(" ", "-"))
+def test_acceptance_is_the_exact_one(rule, tree):
     for options in ("plain", "all"):
-        wanted, _ = exactly(WIDE, rule, tree, options)
+        wanted = accepted(WIDE, rule, tree, options)
         measured = run(WIDE, rule, tree, options).accepted.double()
         assert float(measured.mean()) == pytest.approx(wanted, abs=4 * float(measured.std()) / SAMPLES**0.5)
 
 
 @pytest.mark.parametrize("setup", [WIDE, LONG], ids=["wide", "long"])
 def test_on_chains_block_accepts_most_and_traversal_is_block(setup):
-    accepted = {rule: exactly(setup, rule, "sampled chain")[0] for rule in exact.RULES}
-    assert accepted["block"] > accepted["rejection"]
-    assert accepted["multi_round"] == pytest.approx(accepted["rejection"], abs=1e-12)
-    assert accepted["traversal"] == pytest.approx(accepted["block"], abs=1e-12)
+    found = {rule: accepted(setup, rule, "sampled chain") for rule in exact.RULES}
+    assert found["block"] > found["rejection"]
+    assert found["multi_round"] == pytest.approx(found["rejection"], abs=1e-12)
+    assert found["traversal"] == pytest.approx(found["block"], abs=1e-12)
 
 
 def test_traversal_is_block_on_chains_token_for_token():
@@ -264,7 +278,7 @@ def test_every_illegal_combination_is_refused():
         except ValueError as refusal:
             assert rule in str(refusal) and "tree" in str(refusal)
             refused.append((rule, tree))
-    assert refused == [*itertools.product(("rejection", "block"), TREES)]
+    assert refused == [*itertools.product(("rejection", "block"), (*TREES, "coupled tree"))]
 
 
 def test_filters_that_differ_on_the_two_sides_are_no_fault():

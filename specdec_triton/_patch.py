@@ -167,8 +167,7 @@ def patched(
     Blocks of several asyncio tasks may overlap and end in any order; the calls of each task use the options of its own
     block.
 
-    Args:
-        model, and the options: see `patch`.
+    The arguments are those of `patch`.
 
     Raises:
         ValueError, TypeError: as for `patch`.
@@ -296,8 +295,7 @@ class SpeculativeGenerate:
     With `drafter=None` the same engine decodes without speculation. transformers does not pass `streamer`,
     `stop_strings` or `synced_gpus` to a `custom_generate` function; use `patched` if you need them.
 
-    Args:
-        drafter, and the other options: see `patch`.
+    The options are those of `patch`.
 
     Raises:
         ValueError: an option is not supported.

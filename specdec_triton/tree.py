@@ -353,8 +353,7 @@ class DraftTree:
         The shape must not depend on the drawn tokens, and siblings must be in the order in which they were drawn. A
         tree that is cut or reordered by value after drawing biases every rule that uses draft probabilities.
 
-        Args:
-            sampling, draft_logits, draft_row, draft_filters: see the attributes of the class.
+        The arguments are attributes of the class, described there.
 
         Raises:
             ValueError: `sampling` is neither "with" nor "without", or a shape, dtype or device is wrong.

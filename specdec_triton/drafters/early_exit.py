@@ -27,7 +27,10 @@ class EarlyExitDrafter(Drafter):
     Args:
         num_layers: number of layers to keep, from the first.
         skip: indices of the layers to leave out, instead of `num_layers`.
-        num_tokens, tree, replacement, confidence_threshold: see `ModelDrafter`; the generation config is the target's.
+        num_tokens: see `ModelDrafter`; the generation config is the target's.
+        tree: see `ModelDrafter`.
+        replacement: see `ModelDrafter`.
+        confidence_threshold: see `ModelDrafter`.
 
     Raises:
         ValueError: `num_layers` and `skip` are both given or both missing, `num_tokens` and `tree` are both given, or a

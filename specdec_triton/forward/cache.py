@@ -172,8 +172,10 @@ class TreeCache(Cache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Write keys [B, H, N, D] and values [B, H, N, Dv] to the slots set by `place` or `place_after`.
 
-        Returns:
-            Views [B, H, S, D] and [B, H, S, Dv] of the visible slots or, after `place_after`, of the slots in use.
+            Returns:
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+        ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         layer = self.layers[layer_idx]
         if key_states.dtype != layer.keys.dtype or value_states.dtype != layer.values.dtype:

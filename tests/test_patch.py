@@ -536,7 +536,7 @@ def test_a_rope_that_changes_with_the_length(rope):
     with sdt.patched(model):
         assert torch.equal(model.generate(**prompt(), **within, assistant_model=build("llama")), plain)
         with pytest.raises(
-            ValueError, match="generate: the text must be at most 20 tokens .*got 21: from there on the"
+            ValueError, match="generate: the text must be at most 20 tokens .*got 21: beyond that length the rotary"
         ):
             model.generate(**prompt(), **beyond, assistant_model=build("llama"))
         if rope == "longrope":  # a prompt that is longer stays beyond it

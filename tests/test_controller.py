@@ -186,7 +186,7 @@ def test_depths_keep_their_observations():
     for _ in range(200):
         controller.record(Topology.chain(1), [[1]], [True])
     assert controller.summary["acceptance"][1] == pytest.approx(before[1], abs=0.02)
-    # other candidates of a node count where they were tried
+    # other candidates of a node count if they were tried
     wide = Topology.from_widths([2])
     for _ in range(30):
         controller.record(wide, [[2]], [True])

@@ -19,7 +19,7 @@ The launches are:
                 the children before were rejected.
     weights     Only "traversal": the tests of the children of the nodes of one depth. There is one launch for each
                 depth below the root.
-    draws       One tile of the vocabulary at the node where the walk ends: the highest noisy score of the residual.
+    draws       One tile of the vocabulary at the last node of the walk: the highest noisy score of the residual.
                 Under "block", that node is only known after the masses of the residuals are, so all nodes are computed.
     walk        One sequence: the path, the token after it, and the cut at EOS and budget.
 

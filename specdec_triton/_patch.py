@@ -78,8 +78,9 @@ def patch(
 ) -> None:
     """Make this model's `generate` speculative until `unpatch` is called.
 
-    Greedy decoding gives the same text as plain `generate`; sampling gives the same distribution (except under the
-    lossy rule "typical"). If the model is already patched, its options are replaced.
+    Greedy decoding gives the same text as plain `generate` (in bf16 and fp16, tokens whose logits nearly tie may
+    differ). Sampling gives the same distribution, except under the lossy rule "typical". If the model is already
+    patched, its options are replaced.
 
     Args:
         model: a decoder-only transformers model. PEFT and `torch.compile` wrappers are unwrapped.

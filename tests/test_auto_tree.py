@@ -73,7 +73,7 @@ def test_rows_that_end_early_are_caught_up_within_their_text(monkeypatch, family
     assert torch.equal(text, plain)
 
 
-def test_trees_follow_what_pays(rows):
+def test_trees_follow_the_costs(rows):
     model, inputs = build("llama"), {**prompt(batch=1), **OPTIONS, "max_new_tokens": 160}
     plain = model.generate(**inputs)
     text, stats = speculative(model, oracle(plain, 0.1), inputs, tree="auto", costs=FLAT)
@@ -145,7 +145,7 @@ def test_a_draft_model_catches_up_after_plain_rounds(monkeypatch, lag, replaceme
         assert drafted == [True] * 3 and [len(path) for path in accepted] == [topology.max_depth] * 3
 
 
-def test_on_a_cpu_layers_tell_how_a_forward_grows():
+def test_on_a_cpu_the_growth_of_a_forward_is_measured_on_layers():
     model = build("llama")
     growth = auto_tree.row_growth(model, 2, 16)
     assert [rows for rows, _ in growth] == [1, 2, 3, 4, 6, 8, 12, 16]

@@ -113,7 +113,7 @@ def test_caches_that_cannot_be_used_are_refused():
 
 
 @pytest.mark.parametrize("saved", [{"cache_implementation": "static"}, {"use_cache": False}])
-def test_what_a_generation_config_says_of_the_cache_is_overridden(saved):
+def test_cache_options_of_the_generation_config_are_overridden(saved):
     """A cache implementation in the model's saved generation config is overridden; in a call it is refused."""
     model, inputs = build("llama"), prompt()
     plain = model.generate(**inputs, **OPTIONS).sequences
@@ -144,7 +144,7 @@ def test_what_a_generation_config_says_of_the_cache_is_overridden(saved):
         ),
     ],
 )
-def test_what_a_prefill_leaves_is_not_taken_on_trust(spoil, message):
+def test_the_cache_of_a_prefill_is_checked(spoil, message):
     model = build("llama")
 
     def after(module, args, outputs):

@@ -64,7 +64,7 @@ def test_an_attention_function_of_the_users_is_refused(registered):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_a_known_name_registered_anew_is_refused(name, monkeypatch):
+def test_a_replaced_attention_function_is_refused(name, monkeypatch):
     model = build("llama")
     model.set_attn_implementation(name)
     assert_exact(model)
@@ -93,7 +93,7 @@ def test_a_window_of_0_and_a_leftover_key_are_no_windows():
 
 @pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("padding", [0, 3])
-def test_a_leftover_window_is_the_caches(padding, impl):
+def test_an_unused_window_limits_the_cache(padding, impl):
     """Llama does not use `sliding_window`. The cache that `generate` creates still keeps only that many keys; a
     `DynamicCache()` keeps all."""
     model, inputs = build("llama"), prompt(padding=padding)
@@ -130,7 +130,7 @@ class Prepares(transformers.LlamaForCausalLM):
         return super().generate(*args, **kwargs)
 
 
-def test_a_generate_that_is_a_parts_is_refused():
+def test_a_generate_of_a_submodule_is_refused():
     """A patch would have no effect on such a class."""
     model = build("llama")
     model.__class__ = Prepares

@@ -86,7 +86,7 @@ def test_a_drafter_without_hope_costs_at_most_one_row_in_twenty(tokens, lag, lea
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_what_is_lost_to_a_drafter_without_hope_stays_within_the_allowance(name):
+def test_the_loss_with_a_useless_drafter_stays_within_the_allowance(name):
     costs = COSTS[name]
     rounds = Call(controller_of(costs), costs).run(300, acceptance_of(0, 6))
     lost = np.cumsum(rounds[:, 2] - 1)
@@ -173,7 +173,7 @@ def test_trials_double_with_each_success_and_start_again_after_a_failure():
     assert sizes == [2, 4, 8, 11, 2, 4]
 
 
-def test_depths_keep_what_was_seen_there():
+def test_depths_keep_their_observations():
     controller = controller_of(SHARED, ranks=2, max_depth=4)
     for _ in range(30):
         controller.record(Topology.chain(2), [[1]], [True])
@@ -186,7 +186,7 @@ def test_depths_keep_what_was_seen_there():
     for _ in range(200):
         controller.record(Topology.chain(1), [[1]], [True])
     assert controller.summary["acceptance"][1] == pytest.approx(before[1], abs=0.02)
-    # other candidates of a node count where they were tried
+    # other candidates of a node count if they were tried
     wide = Topology.from_widths([2])
     for _ in range(30):
         controller.record(wide, [[2]], [True])

@@ -69,7 +69,7 @@ def test_nothing_measured_is_the_prior_and_one_size_measured_scales_it():
     assert costs.draft_seconds(3) == pytest.approx(0.02 * 1.5)
 
 
-def test_measured_sizes_win_over_the_prior_and_pull_what_is_between_and_beyond():
+def test_measured_sizes_replace_the_prior_and_affect_their_neighbours():
     learned = OnlineCosts()
     for _ in range(4):
         learned.record(1, 0, verify=1.0)
@@ -97,7 +97,7 @@ def test_one_slow_round_moves_nothing_and_lasting_change_is_followed():
     assert learned.costs.verify_seconds(1) == 3.0
 
 
-def test_what_is_learned_never_decreases_with_the_rows():
+def test_learned_costs_never_decrease_with_the_rows():
     learned = OnlineCosts()
     for _ in range(5):
         for size, seconds in ((1, 1.0), (11, 3.0), (12, 2.0), (16, 2.2)):

@@ -35,7 +35,7 @@ def test_a_draft_may_be_wrapped(adapted):
     assert torch.equal(found, text) and embedded_tokens(draft.get_base_model()) == 61
 
 
-def test_rows_of_an_embedding_that_tells_nothing():
+def test_rows_of_an_unknown_embedding():
     model = build("llama")
 
     class Bare(torch.nn.Module):

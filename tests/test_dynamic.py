@@ -217,6 +217,6 @@ def test_a_nan_of_the_draft_is_an_error_that_names_the_row():
         (lambda: sdt.ModelDrafter(build("llama"), tree="dynamic"), "tree must be None, a Topology or a number of.*Dyn"),
     ],
 )
-def test_what_cannot_draft_them(ask, message):
+def test_drafters_that_cannot_draft_them(ask, message):
     with pytest.raises(ValueError, match=message):
         ask()

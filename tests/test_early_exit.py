@@ -62,7 +62,7 @@ def test_assistant_early_exit():
             model.generate(**prompt(), **options, assistant_early_exit=4)
 
 
-def test_what_an_early_exit_cannot_draft_for():
+def test_models_that_an_early_exit_refuses():
     model = build("llama", num_hidden_layers=3)
     model.config.num_kv_shared_layers = 1
     with pytest.raises(ValueError, match="EarlyExitDrafter: layers must not share inputs or caches"):

@@ -216,7 +216,7 @@ def test_nothing_is_left_behind_by_sampling(rule, place, monkeypatch):
     assert torch.equal(model.generate(**inputs, **options), text)
 
 
-def test_an_interrupt_after_the_end_is_heard():
+def test_an_interrupt_after_the_end_is_raised():
     """An interrupt is not an error of the processor and must not be dropped."""
     model, inputs = build("llama"), prompt(batch=1)
     text = model.generate(**inputs, **OPTIONS)
@@ -245,7 +245,7 @@ def test_scores_of_the_text_before_a_processor_raised():
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_a_processor_that_raises_after_the_end_is_not_heard():
+def test_an_exception_of_a_processor_after_the_end_is_dropped():
     """Plain `generate` would have stopped before calling the processor."""
     model, inputs = build("llama"), prompt(batch=1)
     text = model.generate(**inputs, **OPTIONS)
@@ -440,7 +440,7 @@ def test_an_interrupt_at_any_line_around_a_verify_forward():
     sdt.unpatch(model)
 
 
-def test_a_model_that_is_half_unpatched_heals():
+def test_a_half_unpatched_model_is_restored():
     """An interrupt between two assignments cannot always be excluded. The next call of any kind restores the model."""
     plain_class, inputs = transformers.LlamaForCausalLM, prompt(batch=1)
     for heal in (

@@ -65,7 +65,7 @@ def test_ties():
     assert kept(tied, temperature=0.0) == [0]
 
 
-def test_what_is_impossible_stays_so_and_a_greedy_row_is_certain():
+def test_impossible_tokens_stay_impossible_and_greedy_rows_are_certain():
     assert kept([-INF, 0.0, -INF], top_k=3, top_p=0.99, min_p=0.01, temperature=2.0) == [1]
     assert filtered([-INF, 3.0, -INF, -INF]).tolist() == [-INF, 0.0, -INF, -INF]
     assert filtered([1.0, 5.0, 5.0], temperature=0.0, top_k=2).tolist() == [-INF, 0.0, -INF]

@@ -57,7 +57,7 @@ def test_there_are_few_of_each_kernel():
     assert sum(counts.values()) <= MOST and min(counts.values()) >= len(ops.OPS)
 
 
-def test_only_large_crosses_are_cut():
+def test_only_large_products_of_parameters_are_cut():
     """The selection therefore has all tests of races, captured graphs and 64-bit offsets, and none that runs without a
     GPU."""
     for module in MODULES.values():

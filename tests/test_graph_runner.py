@@ -94,7 +94,7 @@ def test_captured_rounds_sample_the_same_text(captured_late, rule, name):
     assert captured.replayed > 5
 
 
-def test_what_generate_accepts_keeps_its_meaning(captured_late):
+def test_options_of_generate_keep_their_meaning(captured_late):
     """Penalties, kept scores and criteria work with captured rounds, which continue until the host has read the end."""
     model, inputs = build("llama"), {**prompt(batch=3), **OPTIONS}
     inputs |= {"repetition_penalty": 1.3, "return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
@@ -192,7 +192,7 @@ def test_where_capturing_fails_rounds_go_on(monkeypatch, name, good, error, says
     assert torch.equal(text, plain) and stats.why_eager is None and stats.replayed > 5
 
 
-def test_the_host_reads_what_was_written_a_round_before(monkeypatch):
+def test_the_host_reads_the_report_of_the_round_before(monkeypatch):
     monkeypatch.setitem(graph_runner.LAG, "cpu", 1)
     sent, read = [], []
     put, take = graph_runner.Reports.put, graph_runner.Reports.take
@@ -358,7 +358,7 @@ def test_no_gpu_no_graphs():
     assert graph_runner.LAG == {"cuda": 1}
 
 
-def test_the_simulation_has_teeth():
+def test_the_simulation_detects_errors():
     """In the simulation, a captured function that reads a value raises an error, and one that depends on Python state
     gives wrong results."""
     there, number = torch.zeros(2), [1.0]

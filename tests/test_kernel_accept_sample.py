@@ -384,7 +384,7 @@ def test_siblings_one_after_the_other(rule, sampling):
 
 @pytest.mark.parametrize("kind", ["none", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampling", SAMPLING)
-def test_accept_probs_are_the_references(monkeypatch, sampling, kind):
+def test_accept_probs_equal_the_references(monkeypatch, sampling, kind):
     """The probabilities of all children, each assuming that the ones before were rejected. A walk would rarely reach
     most of them."""
     arguments = case("multi_round", sampling, batch=6, nodes=10, vocab=17, kind=kind, seed=31, spread=1.5)
@@ -477,7 +477,7 @@ ONE_OF_EACH_SAMPLING = [("coupled", "none"), ("multi_round", "without"), ("block
     ("rule", "sampling"),
     [cell if cell in ONE_OF_EACH_SAMPLING else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS],
 )
-def test_what_cannot_be_said_is_never_said(rule, sampling):
+def test_impossible_tokens_are_never_emitted(rule, sampling):
     """Greedy rows, nuclei of one token, -inf, repeated siblings, exhausted support: impossible tokens are never
     emitted."""
     arguments = case(rule, sampling, batch=4, nodes=6, vocab=6, seed=8)

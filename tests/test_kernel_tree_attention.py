@@ -416,7 +416,7 @@ def test_scale_that_is_not_positive(scale):
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 30, "sinks": True}], ids=str)
-def test_a_row_is_its_own(small_splits, ordered_products, options):
+def test_rows_are_independent(small_splits, ordered_products, options):
     """No bit of a row depends on other rows, nodes or sequences, or on the contents of unused slots."""
     options = with_sinks(options, 2)
     case = make_case(query_heads=2, kv_heads=1, rows=12, slots=190, lengths=[150, 40], starts=[7, 0])
@@ -436,7 +436,7 @@ def test_a_row_is_its_own(small_splits, ordered_products, options):
 @pytest.mark.parametrize("merged", [2, 16], ids=["in passes", "at once"])
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 40}, {"chunk_size": 160, "sinks": True}], ids=str)
 @pytest.mark.parametrize("group", [1, 3])
-def test_a_row_is_its_own_in_the_merge(small_splits, ordered_products, monkeypatch, group, options, merged):
+def test_rows_are_independent_in_the_merge(small_splits, ordered_products, monkeypatch, group, options, merged):
     """No bit of a row depends on the number of rows or on the rows of the same program.
 
     The case is a chain at positions 155 to 167, with splits of 64 slots. With the window, the row at position 167
@@ -467,7 +467,7 @@ PLACES += [(38, math.nan), (69, math.nan), (76, math.inf)]
 )
 @pytest.mark.parametrize("splits", ["one split", pytest.param("several splits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_what_a_row_must_not_see_does_not_reach_it(request, impl, splits, options):
+def test_hidden_slots_do_not_affect_a_row(request, impl, splits, options):
     """One slot of each sequence, or one query, is not finite. Rows that do not see it have the results that they have
     if it is finite."""
     if splits != "one split":

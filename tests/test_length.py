@@ -244,7 +244,7 @@ def test_the_bound_of_each_row_moves_with_its_luck():
     assert config.num_assistant_tokens == (8 + 2 + 7) // 3
 
 
-def test_captured_rounds_are_of_few_lengths_and_follow_what_was_heard_late():
+def test_captured_rounds_have_few_lengths_and_follow_late_reports():
     now = context([[1]], budget=40)
     now.fixed_shapes = True
     length = ChainLength(now, LengthRule(20, 0.4))
@@ -274,7 +274,7 @@ def test_a_row_stops_at_its_own_limit_though_another_goes_on():
     assert seen == [[False, True, True]] * 2 + [[False, False, True]] * 2 + [[False] * 3]
 
 
-def test_a_row_that_stopped_is_not_asked_for_numbers():
+def test_logits_of_a_stopped_row_are_not_checked():
     """The row is fed through the levels that other rows need, with tokens that are not part of its draft."""
     model, inputs = build("llama"), prompt(padding=0)
     options = {"do_sample": False, "max_new_tokens": 12}

@@ -41,7 +41,7 @@ def test_the_oracle_follows_its_text_to_the_end():
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_the_oracle_drafts_what_it_is_asked_for(fixed):
+def test_the_oracle_drafts_the_requested_tree(fixed):
     text = torch.arange(40)[None]
     now = context([list(range(10))], budget=3, max_length=40)
     now.fixed_shapes = fixed

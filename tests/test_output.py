@@ -27,7 +27,7 @@ class Recorder(StoppingCriteria):
 
 @pytest.mark.parametrize("eos", [EOS, None])
 @pytest.mark.parametrize("stops", [(12, 20, 17), (10, 99, 11), (16, 16, 16)])
-def test_criteria_are_asked_as_plain_generate_asks_them(stops, eos, monkeypatch):
+def test_criteria_are_called_as_in_plain_generate(stops, eos, monkeypatch):
     monkeypatch.setattr(sdt.forward.cache, "BUCKET", 1)  # no spare slot for a row that ran past its stop
     model, inputs = build("llama", eos_token_id=eos), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": PAD}
@@ -120,7 +120,7 @@ class Collector(BaseStreamer):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_streamer_gets_what_plain_generate_gives_it(batch):
+def test_a_streamer_gets_the_tokens_of_plain_generate(batch):
     model, inputs = build("llama"), prompt(batch=batch)
     options = {"do_sample": False, "max_new_tokens": 15, "eos_token_id": EOS}
     theirs, ours = Collector(), Collector()

@@ -123,7 +123,7 @@ def test_no_arrow_is_allowed_that_nothing_needs(imports):
     assert allowed == {(module, name) for module, name in drawn if module != name}
 
 
-def test_no_import_is_a_circle(imports):
+def test_imports_form_no_cycle(imports):
     """Imports inside functions count, too. Importing a module of a package also imports its `__init__`, which counts as
     a module above them."""
     left = {module: {name for name in ours if name != module} for module, (ours, _) in imports.items()}
@@ -219,7 +219,7 @@ def test_kernels_import_from_the_root_and_from_elsewhere(found, place):
     assert len(found) == 3 and Path(found[place]).resolve() == ROOT / "kernels"
 
 
-def test_the_package_imports_what_is_used():
+def test_imports_happen_on_first_use():
     """Importing the package imports neither torch nor transformers, and its ops do not import transformers. All public
     names can be imported."""
     code = """
@@ -238,7 +238,7 @@ print(sorted(set(sdt.__all__) - set(globals())), set(sdt.__all__) <= set(dir(sdt
     assert python(code).splitlines() == ["module 'specdec_triton' has no attribute 'patches'", "[] True True"]
 
 
-def test_each_module_has_its_tests_or_a_line_that_says_where():
+def test_each_module_has_tests():
     """Each module `<name>.py` has `tests/test_<name>.py` or a row in the table in CONTRIBUTING."""
     table = [
         line

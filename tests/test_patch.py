@@ -81,7 +81,7 @@ def test_patching_again_replaces_the_options_and_one_unpatch_restores(model):
         sdt.unpatch(model)
 
 
-def test_patched_restores_what_was_there(model):
+def test_patched_restores_the_state(model):
     with sdt.patched(model, drafter=sdt.PromptLookupDrafter()):
         ours = type(model)
         with sdt.patched(model):
@@ -229,7 +229,7 @@ def test_signatures_name_the_options():
 
 
 @pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), None])
-def test_what_is_not_a_model_is_refused(other):
+def test_a_value_that_is_not_a_model_is_refused(other):
     name = f"{type(other).__module__}.{type(other).__name__}"
     with pytest.raises(ValueError, match=f"patch: model must be .*got {name}"):
         sdt.patch(other)
@@ -536,7 +536,7 @@ def test_a_rope_that_changes_with_the_length(rope):
     with sdt.patched(model):
         assert torch.equal(model.generate(**prompt(), **within, assistant_model=build("llama")), plain)
         with pytest.raises(
-            ValueError, match="generate: the text must be at most 20 tokens .*got 21: from there on the"
+            ValueError, match="generate: the text must be at most 20 tokens .*got 21: beyond that length the rotary"
         ):
             model.generate(**prompt(), **beyond, assistant_model=build("llama"))
         if rope == "longrope":  # a prompt that is longer stays beyond it

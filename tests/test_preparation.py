@@ -81,7 +81,7 @@ def test_planes_of_positions():
         (lambda inputs: inputs["no such"], "KeyError"),
     ],
 )
-def test_what_cannot_be_continued_is_refused_in_patch(change, message):
+def test_a_model_that_cannot_continue_is_refused_in_patch(change, message):
     model = preparing(change)
     before = snapshot(model)
     with pytest.raises(ValueError, match=f"patch: the model must continue a text token by token, got Llama.*{message}"):
@@ -124,7 +124,7 @@ def test_constants_and_token_types_go_to_every_forward():
     assert len(seen) > 3 and all(seen)
 
 
-def test_arguments_that_say_nothing():
+def test_neutral_arguments():
     nothing = [("mm_encoder_outputs", {}), ("x", None), ("x", []), ("x", False), ("token_type_ids", torch.zeros(1, 2))]
     something = [("x", {"a": 1}), ("x", 0.5), ("token_type_ids", torch.ones(1, 2)), ("pixel_values", torch.zeros(1))]
     assert all(is_neutral(*each) for each in nothing) and not any(is_neutral(*each) for each in something)
@@ -200,7 +200,7 @@ def test_text_through_a_vision_language_model(make):
             assert 0 < sdt.stats(model).accepted < sdt.stats(model).drafted
 
 
-def test_the_model_is_asked_in_a_copy():
+def test_preparation_uses_a_copy_of_the_model():
     """Qwen-VL stores its last preparation as an attribute, and another thread may be in the middle of a text."""
     model = enlarge_weights(_qwen2_vl())
     model.model.rope_deltas = noted = torch.tensor([[7]])

@@ -241,7 +241,7 @@ def test_a_nan_at_one_node_stays_there():
     assert torch.equal(spoilt, clean)
 
 
-def test_only_what_is_known_is_vectorised():
+def test_only_known_processors_are_vectorised():
     class Mine(hf.TemperatureLogitsWarper):
         pass
 
@@ -416,7 +416,7 @@ def test_each_node_that_can_be_reached_is_processed(seed, batch, nodes, columns)
         assert torch.equal(scores[row, node], wanted.get((row, node), arguments[1][row, node]))
 
 
-def test_a_grammar_is_asked_only_about_its_own_texts():
+def test_a_grammar_gets_only_its_own_texts():
     """A grammar whose sentences count up or down from the last token of the prompt, or have ended. It raises an
     exception for any other text."""
     asked, end = [], 19

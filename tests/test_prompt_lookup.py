@@ -21,14 +21,14 @@ def test_matches_are_the_longest_first_then_the_earliest():
     assert _matches(np.array([4, 4]), 3, 1) == ([0], 1)
 
 
-def test_lookup_copies_what_followed():
+def test_lookup_copies_the_continuation():
     session = sdt.PromptLookupDrafter(num_tokens=3).start(context([[5, 6, 7, 8, 9, 5, 6]]))
     tree = session.draft()
     assert tree.tokens.tolist() == [[6, 7, 8, 9]] and tree.is_chain
     assert session.max_nodes == 4
 
 
-def test_lookup_branches_share_what_they_have_in_common():
+def test_lookup_branches_share_common_prefixes():
     rows = [[5, 1, 2, 3, 5, 1, 4, 3, 5], [7, 8, 9]]
     tree = sdt.PromptLookupDrafter(num_tokens=3, branches=2, adaptive=False).start(context(rows)).draft()
     assert tree.tokens[0].tolist() == [5, 1, 4, 3, 2, 3, 0, 0]  # padded to a multiple of 4
@@ -114,7 +114,7 @@ def say(now, count, random, alphabet):
     ],
     ids=str,
 )
-def test_the_lookup_on_the_device_proposes_what_it_would_on_the_host(options, asked):
+def test_lookups_on_device_and_host_agree(options, asked):
     """The drafts are equal node for node, at a constant width and without host reads, over rounds with accepted and
     rejected drafts."""
     random, lookup, drafted = np.random.default_rng(0), sdt.PromptLookupDrafter(**options), 0

@@ -133,7 +133,7 @@ def test_equal_distributions_accept_everything(rule):
 
 
 @pytest.mark.parametrize("rule", rules.RULES)
-def test_eos_and_budget_cut_what_was_emitted(rule):
+def test_eos_and_budget_cut_the_emitted_tokens(rule):
     """A chain that every rule accepts: 1, 2, 3, and then 0."""
     logits = [[0.0 if token == (node + 1) % 4 else -INF for token in range(4)] for node in range(4)]
     chain = ([0, 1, 2, 3], [-1, 0, 1, 2])
@@ -313,7 +313,7 @@ def run_case(tree, sampling, rule, rows, **options):
 
 @settings(max_examples=150, deadline=None)
 @given(case=cases(), rule=st.sampled_from(sorted(exact.RULES)))
-def test_every_decision_is_the_papers(case, rule):
+def test_every_decision_follows_the_paper(case, rule):
     """In float64, one row at a time, the same random numbers give the same decisions, and the next token is a possible
     one."""
     tree, rows = random_tree(**case), 16
@@ -354,7 +354,7 @@ def test_every_decision_is_the_papers(case, rule):
         }
     ),
 )
-def test_what_is_emitted_is_always_possible(case, rule, budget, eos, options):
+def test_emitted_tokens_are_possible(case, rule, budget, eos, options):
     """With any filters, no impossible token is emitted, the budget is not exceeded, and the results are consistent."""
     tree, rows = random_tree(**case), 8
     if rule in rules.CHAIN_RULES and not case["chain"]:

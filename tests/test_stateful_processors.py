@@ -128,7 +128,7 @@ def test_greedy_in_exactly_plain_generates_calls(batch, name, kind):
     assert stats.emitted == sum(int((row != PAD).nonzero().max()) + 1 - LENGTH for row in plain)
 
 
-def test_rows_in_step_accept_what_all_of_them_may():
+def test_rows_in_lockstep_accept_the_common_length():
     model, inputs = build("llama"), prompt(batch=3)
     options = {"do_sample": False, "max_new_tokens": 25, "eos_token_id": NEVER}
     plain = model.generate(**inputs, **options, logits_processor=[Counting()])
@@ -310,7 +310,7 @@ def test_rules_that_look_at_many_nodes_take_functions_only(rule):
         model.generate(**inputs, **options, watermarking_config=WatermarkingConfig())
 
 
-def test_what_says_that_it_is_a_function_is_asked_row_by_row(monkeypatch):
+def test_a_processor_marked_stateless_is_called_for_single_rows(monkeypatch):
     monkeypatch.setattr(sdt.engine.generate, "Lockstep", None)
     monkeypatch.setattr(row_wise, "stateless", True, raising=False)
     model, inputs = build("llama"), prompt(batch=3)

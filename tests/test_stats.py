@@ -59,5 +59,5 @@ def test_positions_count_rows_that_had_not_ended(model):
         (lambda model: sdt.EarlyExitDrafter(skip=[1]), "EarlyExitDrafter(skip=[1])"),
     ],
 )
-def test_drafters_say_what_they_were_given(model, drafter, said):
+def test_repr_of_drafters_shows_their_arguments(model, drafter, said):
     assert repr(drafter(model)).startswith(said)

@@ -43,7 +43,7 @@ def test_words_hold_exactly_the_ancestors(topology):
 
 @settings(max_examples=60, deadline=None)
 @given(topologies(), st.integers(0, 6))
-def test_limited_keeps_what_is_not_too_deep(topology, depth):
+def test_limited_drops_deeper_nodes(topology, depth):
     limited = topology.limited(depth)
     assert limited.max_depth == min(depth, topology.max_depth)
     assert limited.num_nodes == sum(d <= depth for d in topology.depths)
@@ -112,7 +112,7 @@ def test_best_first_takes_the_likeliest_nodes(depth, width, nodes, seed, ties):
     torch.testing.assert_close(torch.stack(list(mass.values())).sort(descending=True).values, wanted)
 
 
-def test_a_drawn_tree_carries_what_it_was_drawn_from():
+def test_a_drawn_tree_carries_its_draft_logits():
     tree = DraftTree.from_topology(Topology.chain(2), torch.zeros(3, 3, dtype=torch.int64))
     assert tree.sampling == "none" and tree.draft_logits is None
     logits, row = torch.zeros(3, 2, 7), torch.tensor([[0, 1, -1]] * 3, dtype=torch.int32)
@@ -136,7 +136,7 @@ def test_a_drawn_tree_carries_what_it_was_drawn_from():
         ),
     ],
 )
-def test_a_drawn_tree_refuses_what_does_not_fit(changes, message):
+def test_a_drawn_tree_refuses_wrong_shapes(changes, message):
     tree = DraftTree.from_topology(Topology.chain(2), torch.zeros(3, 3, dtype=torch.int64))
     given = {"sampling": "with", "draft_logits": torch.zeros(3, 2, 7), "draft_row": tree.parents} | changes
     with pytest.raises(ValueError, match=f"^DraftTree.drawn: .*{message}"):
@@ -162,7 +162,7 @@ def test_ancestors_of_a_tree_that_grows():
         ((8, 2, 2), "DynamicTree: num_nodes must be at most the 7 candidates of width 2 and depth 2, got 8"),
     ],
 )
-def test_what_no_dynamic_tree_can_be(numbers, message):
+def test_invalid_dynamic_trees(numbers, message):
     with pytest.raises(ValueError, match=message):
         DynamicTree(*numbers)
     assert [DynamicTree(7, 2, 2).num_candidates(levels) for levels in range(4)] == [1, 3, 7, 11]

@@ -126,7 +126,7 @@ def test_bitsandbytes_weights(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
     build("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
     # above 0, the columns kept in high precision are chosen by all rows of a product together: then even plain decoding
-    # depends on what else is in the batch
+    # depends on the other rows of the batch
     wanted = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_threshold=0.0)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=wanted, device_map="cpu")
     assert "Linear" in type(model.model.layers[0].mlp.up_proj).__name__

@@ -17,7 +17,7 @@ from .levels import Level, Plan, plan_of
 
 # Each round begins with two tokens: the root is never in the draft's cache, and the last accepted token may be missing.
 CATCH_UP = 2
-CHUNK = 128  # maximal number of tokens per forward when the draft catches up with more tokens than that
+CHUNK = 128  # largest number of tokens per forward while the draft catches up
 
 
 class ModelSession(DraftSession):

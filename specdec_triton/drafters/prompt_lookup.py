@@ -24,7 +24,7 @@ LEARNING, DRIFT = 0.2, 0.02
 
 
 class PromptLookupDrafter(Drafter):
-    """N-gram lookup in the prompt and the output. A round without a match is a plain decoding step.
+    """N-gram lookup in the prompt and the output. Nothing is drafted in a round without a match.
 
     Args:
         num_tokens: largest number of tokens copied from one match.

@@ -69,8 +69,7 @@ def time_calls(
 
 
 def captured(call: Callable[[Any], Any], sets: Sequence) -> torch.cuda.CUDAGraph:
-    """A graph of one call for each set. Calls are warmed up first: compilers and autotuners must not run in a capture.
-    """
+    """A graph of one call for each set. Calls are warmed up first: compilers and autotuners must not be captured."""
     for _ in range(3):
         call(sets[0])
 

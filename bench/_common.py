@@ -1,20 +1,20 @@
-"""What the benches share: verify, then time; cold caches; rows that say where they come from.
+"""Shared by the benches: outputs are verified before timing, caches are cold, and every row has its origin.
 
-A bench describes its cases and providers and leaves the rest to `Bench`:
+A bench describes its cases and providers; `Bench` does the rest:
 
     def measure(bench, nodes):
-        sets = [inputs() for _ in range(bench.num_sets(nbytes))]  # in rotation: more than any cache holds
+        sets = [inputs() for _ in range(bench.num_sets(nbytes))]  # in rotation: larger than any cache
         bench.measure(Provider("triton", call, kernel=True), {"N": nodes}, "bf16", sets, verify, nbytes=nbytes)
 
     bench = Bench("accept", __doc__)  # parses --rehearse, --out, --seconds, --budget
-    sys.exit(bench.run(measure, CASES, SMALL, REHEARSED))  # 1 if a check was red or a provider failed
+    sys.exit(bench.run(measure, CASES, SMALL, REHEARSED))  # 1 if an output was wrong or a provider failed
 
-Rows go to `rows.json` in the folder of `--out`, which all benches share. A run that was interrupted, or ran out of its
-`--budget`, goes on where it stopped when it is started again with the same folder, unless the commit is another one by
-then: its rows are measured anew.
+Rows go to `rows.json` in the folder of `--out`, which all benches share. A run that was interrupted or used up its
+`--budget` continues if it is started again with the same folder. If the commit has changed, its rows are measured
+again.
 
-Without a GPU a bench runs small sizes: what is timed then is PyTorch on this CPU, and Triton's kernels are verified in
-its interpreter, without a time. `--rehearse` runs tiny sizes anywhere: it shows that the bench works, and its numbers
+Without a GPU a bench runs small sizes: PyTorch is timed on this CPU, and Triton's kernels are verified in the
+interpreter but not timed. `--rehearse` runs tiny sizes on any machine; it shows that the bench works, and its numbers
 mean nothing.
 """
 
@@ -36,11 +36,11 @@ from typing import Any
 import torch
 from _rows import COMPILED, ROOT, Results
 
-COLD_BYTES = 200e6  # several times the largest L2 cache: what one call reads, the calls between it and the next evict
+COLD_BYTES = 200e6  # several times the largest L2 cache: the inputs of a call are evicted before its next use
 MAX_SETS = 128
-HANGS = 40  # seconds after its budget, in which a bench must come to its end
-TERMINATED, DEAD = 143, 3  # exit statuses: stopped, as a shell says it; the GPU is lost to this process
-UNTIMED = "Triton's interpreter: checked, has no speed"
+HANGS = 40  # seconds after the budget within which a bench must end
+TERMINATED, DEAD = 143, 3  # exit statuses: stopped (a shell's); this process lost its GPU
+UNTIMED = "verified in Triton's interpreter, not timed"
 
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
@@ -55,12 +55,12 @@ class Provider:
     """One way to compute an op.
 
     Attributes:
-        name: as the row says it.
+        name: for rows.
         call: takes one set of inputs, returns the outputs.
-        graph: it can be captured in a CUDA graph (no wait for the host).
-        absent: why it cannot run here; then it is reported, not timed.
-        kernel: a Triton kernel: without a GPU it is verified, not timed.
-        compiles: it compiles for seconds at each size: it is measured with `--compiled`, in a run of its own.
+        graph: the call can be captured in a CUDA graph: it does not wait for the host.
+        absent: the reason if it cannot run here; it is then reported and not timed.
+        kernel: it is a Triton kernel, which is verified but not timed without a GPU.
+        compiles: it compiles for seconds at each size, and is therefore measured in a separate run with `--compiled`.
     """
 
     name: str
@@ -72,27 +72,27 @@ class Provider:
 
 
 class OutOfTime(Exception):
-    """The budget is spent in the middle of a case, which a later run does again."""
+    """The budget is spent within a case; a later run repeats the case."""
 
 
 class Bench:
-    """One bench's run, see the module.
+    """The run of one bench; see the module.
 
     Args:
-        name: of the bench, as its rows say it.
+        name: the bench's name, for rows.
         description: for --help.
-        arguments: adds the bench's own to the parser.
+        arguments: a function that adds the bench's own arguments to the parser.
     """
 
     def __init__(
         self, name: str, description: str, arguments: Callable | None = None, argv: Sequence[str] | None = None
     ):
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--rehearse", action="store_true", help="tiny sizes, numbers that mean nothing")
+        parser.add_argument("--rehearse", action="store_true", help="run tiny sizes; the numbers mean nothing")
         parser.add_argument("--out", type=pathlib.Path, help="folder (default: bench/results/DEVICE; none to rehearse)")
-        parser.add_argument("--seconds", type=float, default=0.5, help="of timing for each row (default %(default)s)")
+        parser.add_argument("--seconds", type=float, default=0.5, help="time for each row (default %(default)s)")
         parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for the whole bench")
-        parser.add_argument("--compiled", action="store_true", help="only what compiles for seconds at each size")
+        parser.add_argument("--compiled", action="store_true", help="only providers that compile for seconds")
         if arguments is not None:
             arguments(parser)
         self.began = time.perf_counter()
@@ -109,12 +109,12 @@ class Bench:
         self.state = self.results.step(self.step, self.provenance["commit"], self.rehearse)
         if self.state["rehearsal"] != self.rehearse:
             kept = "a rehearsal" if self.state["rehearsal"] else "real rows"
-            parser.error(f"--out must be a folder of its own for rehearsals, got {folder} with {kept} of {self.step}")
+            parser.error(f"--out must not mix rehearsals and real rows, got {folder} with {kept} of {self.step}")
         if self.state["complete"]:
             parser.exit(self.status, f"{self.step}: complete in {self.results.file}\n")
         self.ceilings = calibration.ceilings(self.device, folder)
         self._case, self._dead = "", False
-        self.on_exit: Callable[[], None] = lambda: None  # before the process is ended from outside, or for a hang
+        self.on_exit: Callable[[], None] = lambda: None  # called before the process ends by a signal or a hang
         self._before = self.state["seconds"]
         signal.signal(signal.SIGTERM, lambda *_: self._stopped())
         atexit.register(self.results.save)
@@ -122,7 +122,7 @@ class Bench:
 
     @property
     def size(self) -> str:
-        """ "gpu", "cpu" or "rehearsal": which of the cases run."""
+        """ "gpu", "cpu" or "rehearsal", which decides the cases."""
         return "rehearsal" if self.rehearse else "gpu" if self.device.type == "cuda" else "cpu"
 
     @property
@@ -130,10 +130,10 @@ class Bench:
         return self.options.budget - (time.perf_counter() - self.began)
 
     def check_time(self) -> None:
-        """To be called now and then inside a case.
+        """End the run if the budget is spent; a case calls this repeatedly.
 
         Raises:
-            OutOfTime: the budget is spent; `run` ends there.
+            OutOfTime: the budget is spent.
         """
         if self.seconds_left < 0:
             raise OutOfTime
@@ -146,16 +146,16 @@ class Bench:
         rehearsed: Sequence,
         names: Sequence[str] | None = None,
     ) -> int:
-        """Measure the cases that are not done yet, until the budget is spent, each in its own fault barrier.
+        """Measure the cases that are not done yet until the budget is spent; a fault ends only its own case.
 
         Args:
             measure: takes this bench and a case.
-            full, small, rehearsed: the cases on a GPU, on a CPU, and in a rehearsal; what matters most comes first. On
-                a GPU, a case with `seconds` is passed over if less time is left.
-            names: only the cases of these names are measured; the others are left for a later run.
+            full, small, rehearsed: the cases on a GPU, on a CPU, and in a rehearsal; the most important come first. On
+                a GPU, a case with `seconds` is skipped if less time is left.
+            names: measure only the cases with these names; the others are left for a later run.
 
         Returns:
-            The exit status: 1 where an output was wrong or something failed, 2 where no case has one of `names`.
+            The exit status: 1 if an output was wrong or something failed, 2 if no case has one of `names`.
         """
         chosen = {"gpu": full, "cpu": small, "rehearsal": rehearsed}[self.size]
         if names is not None and (unknown := set(names) - {case.name for case in chosen}):
@@ -183,16 +183,16 @@ class Bench:
         self.state["left"] = sum(repr(case) not in self.state["done"] for case in chosen)
         self.state["complete"] = not self.state["left"]
         self._save()
-        atexit.unregister(self.results.save)  # another bench of this process may save rows from here on
+        atexit.unregister(self.results.save)  # another bench of this process may save rows from now on
         rows = sum(row["bench"] == self.name for row in self.results.rows)
         print(f"{self.step}: {rows} rows in {self.results.file or 'no file'}, {self.state['left']} cases left")
         return self.status
 
     def _watch(self) -> threading.Timer:
-        """Ends the process if a case goes on long after the budget: it hangs."""
+        """A timer that ends the process if a case runs long after the budget is spent."""
 
         def hung() -> None:
-            self._dead = False  # or adding the row would only end this thread
+            self._dead = False  # otherwise `add` would only end this thread
             late = f"no answer {HANGS} s after the budget of {self.options.budget:.0f} s"
             self.state["failed"] += 1
             self.add("inputs", {"case": self._case}, "", {"failed": late})
@@ -210,7 +210,7 @@ class Bench:
         self._save()
 
     def _stopped(self) -> None:
-        """At once: an exception could be caught by whatever runs at the moment."""
+        """Exit at once: an exception could be caught by the code that is running."""
         self._save()
         self.on_exit()
         os._exit(TERMINATED)
@@ -224,11 +224,11 @@ class Bench:
         self.results.save()
 
     def num_sets(self, nbytes: float) -> int:
-        """How many sets of inputs, of which a call touches `nbytes`, must rotate so that no cache helps."""
+        """The number of sets of inputs to rotate, of `nbytes` each, so that no cache holds a set until its next use."""
         return min(MAX_SETS, int(COLD_BYTES / nbytes) + 2) if self.size == "gpu" else 2
 
     def made(self, name: str, make: Callable[[], Provider]) -> Provider:
-        """What `make` returns; a provider of that name, absent, where it cannot be set up."""
+        """The provider that `make` returns, or an absent one of that name if `make` fails."""
         try:
             return make()
         except Exception as error:
@@ -246,18 +246,18 @@ class Bench:
         flops: float = 0,
         count: bool = False,
     ) -> dict | None:
-        """Add one row: a time only where the outputs are right. None, and no row, if the provider is another run's:
-        see `Provider.compiles`.
+        """Add one row, with times if the outputs are right. Returns None and adds no row if the provider belongs to
+        another run (see `Provider.compiles`).
 
         Args:
-            provider: what runs.
+            provider: the provider to run.
             shapes: the sizes, by the letters of the op.
-            dtype: as the row says it.
-            sets: inputs in rotation, `provider.call` takes one.
-            verify: given `provider.call`, raises AssertionError where its outputs are wrong.
-            nbytes: read and written once, at least; with `flops` it gives the floor of the time.
-            flops: at least.
-            count: the launches of a kernel of ours are wanted: a run under the profiler.
+            dtype: for the row.
+            sets: inputs in rotation; `provider.call` takes one.
+            verify: called with `provider.call`; raises AssertionError if its outputs are wrong.
+            nbytes: the least number of bytes read and written; with `flops` it gives the floor of the time.
+            flops: the least number of floating-point operations.
+            count: count the launches of a kernel of ours, which takes a run under the profiler.
 
         Raises:
             OutOfTime: the budget is spent.
@@ -281,12 +281,12 @@ class Bench:
 
     def _timed(self, provider: Provider, sets: Sequence, nbytes: float, flops: float) -> dict:
         try:
-            method, times = calibration.timed(provider.call, sets, self.device, self.seconds, provider.graph)
+            method, times = calibration.time_calls(provider.call, sets, self.device, self.seconds, provider.graph)
         except RuntimeError:
             if provider.kernel or not provider.graph or self.device.type == "cpu":
                 raise
             # others may wait for the host at some sizes
-            method, times = calibration.timed(provider.call, sets, self.device, self.seconds, graph=False)
+            method, times = calibration.time_calls(provider.call, sets, self.device, self.seconds, graph=False)
             method += ", since it cannot be captured"
         p20, p50, p80 = (1e6 * quantile for quantile in calibration.quantiles(times))
         floor = 1e6 * roofline.floor_seconds(self.ceilings, nbytes, flops)
@@ -303,8 +303,8 @@ class Bench:
 
     @contextlib.contextmanager
     def guarded(self, found: dict) -> Iterator[None]:
-        """Note what goes wrong inside, and go on: a wrong answer as "wrong", any other error as "failed". After one
-        that leaves this process without its GPU, the next row ends the bench: see `add`."""
+        """Catch errors: an AssertionError becomes the field "wrong" of `found`, any other error "failed". If an
+        error costs this process its GPU, the next row ends the bench: see `add`."""
         try:
             yield
         except AssertionError as fault:
@@ -325,10 +325,10 @@ class Bench:
             self.state[kind] += kind in found
 
     def add(self, provider: str, shapes: dict[str, Any], dtype: str, found: dict, inputs: str = "synthetic") -> dict:
-        """Add a row of what was found, and print it.
+        """Add a row with the fields `found`, and print it.
 
         Raises:
-            SystemExit: `DEAD`: the GPU is lost to this process. The case counts as done, so that a new process goes on
+            SystemExit: `DEAD`, if this process lost its GPU. The case counts as done, so that a new process continues
                 with the next.
         """
         row = {"bench": self.name, "provider": provider, "dtype": dtype, "inputs": inputs, "shapes": shapes, **found}
@@ -342,12 +342,12 @@ class Bench:
 
 
 def named_cases(parser: argparse.ArgumentParser) -> None:
-    """For `Bench(arguments=...)`: its `options.cases` are for `Bench.run`."""
+    """Add the argument --cases, for `Bench(arguments=...)`; `options.cases` is for `Bench.run`."""
     parser.add_argument("--cases", type=lambda text: text.split(","), metavar="NAME,NAME", help="only these cases")
 
 
 def simulate_graphs(bench: Bench) -> None:
-    """In a rehearsal on a CPU, rounds are captured by simulated graphs, and read late."""
+    """In a rehearsal on a CPU, capture rounds with simulated graphs and read their results late, as on a GPU."""
     if bench.size == "rehearsal" and bench.device.type == "cpu":
         from simulated_graph import SimulatedGraphs
         from specdec_triton.engine import graph_runner
@@ -355,15 +355,15 @@ def simulate_graphs(bench: Bench) -> None:
         graph_runner.CAPTURES["cpu"], graph_runner.LAG["cpu"] = SimulatedGraphs, 1
 
 
-def progress(cases: Sequence, what: str) -> Iterator:
-    """The cases; with a bar on a terminal where rich is installed."""
+def progress(cases: Sequence, description: str) -> Iterator:
+    """The cases, with a progress bar if standard error is a terminal and rich is installed."""
     if importlib.util.find_spec("rich") is None or not sys.stderr.isatty():
         yield from cases
         return
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(cases, what, console=Console(stderr=True))
+    yield from track(cases, description, console=Console(stderr=True))
 
 
 def first_line(error: BaseException) -> str:
@@ -371,7 +371,7 @@ def first_line(error: BaseException) -> str:
 
 
 def launches(call: Callable, inputs: Any) -> int | None:
-    """Kernels that one call launches; None where the profiler cannot say."""
+    """The number of kernels that a call launches; None if the profiler sees none."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         call(inputs)
         torch.cuda.synchronize()
@@ -380,7 +380,7 @@ def launches(call: Callable, inputs: Any) -> int | None:
 
 
 def absent_unless_importable(*packages: str) -> str | None:
-    """The reason for `Provider.absent`, or None where one of `packages` is installed."""
+    """None if one of `packages` is installed, else the reason for `Provider.absent`."""
     if any(version(package) != "absent" for package in packages):
         return None
     return f"{packages[0]} is not installed"

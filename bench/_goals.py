@@ -1,7 +1,7 @@
-"""The goals, and what the rows say of them: one list, read by report.py.
+"""The list of goals, each with checks that read rows; used by report.py.
 
-A goal has one or more checks. A check reads numbers from the rows of one GPU (of a CPU, if it says so), and the worst
-of them counts; without the rows that it needs it is "not measured".
+A goal has one or more checks. A check reads numbers from the rows of one GPU, or of a CPU if its `size` says so, and
+the worst number counts. If rows that it needs are missing, the check is "not measured".
 """
 
 import dataclasses
@@ -11,29 +11,29 @@ from typing import Any
 
 LLAMA = {"Hq": 32, "Hkv": 8, "D": 128, "B": 1}
 LARGE = 128256
-MODEL = "llama 8B"  # of bench_generate; no goal is about another one
+MODEL = "llama 8B"  # of bench_generate; all goals are about this one
 NEEDS = ("wrong", "failed", "absent", "untimed")
 PEER_RATIO = 1.3
 LONG = (8192, 32768)
 
 
 class Missing(Exception):
-    """Rows that a check needs are not there."""
+    """Rows that a check needs are missing."""
 
 
 class Rows:
-    """Rows of one machine, those with a result.
+    """The rows of one machine that have a result.
 
     Args:
         rows: from `rows.json`.
-        size: "gpu", "cpu" or "rehearsal": others are left out.
+        size: "gpu", "cpu" or "rehearsal"; rows of another size are left out.
     """
 
     def __init__(self, rows: list[dict], size: str = "gpu"):
         self.rows = [row for row in rows if row["size"] == size and not any(name in row for name in NEEDS)]
 
     def find(self, bench: str, provider: str | None = None, dtype: str | None = None, **shapes) -> list[dict]:
-        """Rows of these; a tuple of values means any of them."""
+        """Rows with these values; a tuple means any of its values."""
 
         def fits(row: dict) -> bool:
             return (
@@ -45,13 +45,13 @@ class Rows:
 
         return [row for row in self.rows if fits(row)]
 
-    def one(self, *where, **shapes) -> dict:
-        """The first of `find`.
+    def one(self, *names, **shapes) -> dict:
+        """The first row of `find`.
 
         Raises:
-            Missing: there is none.
+            Missing: there is no such row.
         """
-        for row in self.find(*where, **shapes):
+        for row in self.find(*names, **shapes):
             return row
         raise Missing
 
@@ -69,8 +69,8 @@ class Check:
 
     Attributes:
         quantity: in words, with its unit.
-        read: from the rows; the worst number counts. None, `Missing` or no number: the rows do not say.
-        size: whose rows it reads.
+        read: reads numbers from rows, of which the worst counts. None, `Missing` or no number: not measured.
+        size: of the rows that are read.
     """
 
     goal: str
@@ -81,7 +81,7 @@ class Check:
     size: str = "gpu"
 
     def judge(self, rows: list[dict]) -> tuple[float | None, str]:
-        """The number, and "met", "missed" or "not measured"."""
+        """The worst number, and "met", "missed" or "not measured"."""
         try:
             values = self.read(Rows(rows, self.size))
         except Missing:
@@ -92,11 +92,11 @@ class Check:
         return value, "met" if (value >= self.bound if self.sign == ">=" else value <= self.bound) else "missed"
 
 
-def field(name: str, *where, **shapes) -> Read:
-    """`name` of the rows there; all values that a tuple asks for must be there."""
+def field(name: str, *names, **shapes) -> Read:
+    """The field `name` of the rows with these values. Of a tuple, every value must have a row."""
 
     def read(rows: Rows) -> list[float | None]:
-        found = rows.find(*where, **shapes)
+        found = rows.find(*names, **shapes)
         if any(set(_all(value)) - {row["shapes"].get(key) for row in found} for key, value in shapes.items()):
             raise Missing
         return [row.get(name) for row in found]
@@ -113,7 +113,7 @@ def share(nodes: Any, context: int) -> Read:
 
 
 def against(peer: str, room: float = math.inf) -> Read:
-    """Times of a peer over ours; if we are at `room` of the roofline, no more can be asked than the bound."""
+    """Times of a peer over ours. If ours is at `room` of the roofline, the ratio counts as at least the bound."""
 
     def read(rows: Rows) -> list[float | None]:
         ratios = []
@@ -127,7 +127,7 @@ def against(peer: str, room: float = math.inf) -> Read:
 
 
 def tree_tax(rows: Rows) -> list[float | None]:
-    """Our N = 32 over anyone's best N = 1."""
+    """Our time at N = 32 over the best time of any provider at N = 1."""
     taxes = []
     for context in LONG:
         single = [row["p50_us"] for row in rows.find("tree_attention", None, **LLAMA, N=1, context=context)]
@@ -137,7 +137,7 @@ def tree_tax(rows: Rows) -> list[float | None]:
 
 
 def filters_cost(name: str) -> Read:
-    """What filters add to `coupled`, N = 32."""
+    """The increase of `name` by filters, under `coupled` at N = 32."""
 
     def read(rows: Rows) -> list[float | None]:
         shapes = {**COUPLED, "N": 32}
@@ -151,7 +151,7 @@ def filters_cost(name: str) -> Read:
 
 
 def verify_growth(nodes: int) -> Read:
-    """The verify stage at N over N = 1, both as CUDA graphs."""
+    """Time of the verify stage at N over that at N = 1, both replayed from CUDA graphs."""
 
     def read(rows: Rows) -> list[float | None]:
         found = [rows.one("round", None, **{**ROUND, "N": n})["stages"] for n in (nodes, 1)]
@@ -162,7 +162,7 @@ def verify_growth(nodes: int) -> Read:
 
 
 def speedup(provider: str, over: str, **shapes) -> Read:
-    """Paired ratios of tokens a second, bench_generate."""
+    """Paired ratios of tokens/s in bench_generate."""
     return lambda rows: [row["ratio"].get(over) for row in rows.find("generate", provider, model=MODEL, **shapes)]
 
 
@@ -171,7 +171,7 @@ def drafts(provider: str, over: str) -> Read:
 
 
 def efficiency(provider: str, **shapes) -> Read:
-    """The best eta of the options measured."""
+    """The best eta over the measured options."""
 
     def read(rows: Rows) -> list[float | None]:
         found = [row["eta"] for row in rows.find("generate", provider, model=MODEL, B=1, **shapes)]

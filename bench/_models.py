@@ -1,11 +1,11 @@
-"""Models and texts for the end-to-end benches: real shapes, random weights, made on the device.
+"""Models and texts for the end-to-end benches: real shapes and random weights, made on the device.
 
-Greedy text of ordinary random weights hangs on near-ties. Here the head holds the input embeddings in another order,
-and the layers' outputs are scaled as in a deep residual net, so that a token's successor is nearly always the one that
-the order gives it, by a wide margin. Every weight is dense, and is read as in a trained model.
+Greedy text of ordinary random weights depends on near-ties. Here the head holds the input embeddings in another order,
+and the layers' outputs are scaled as in a deep residual net. A token's successor is then nearly always the next one in
+that order, by a wide margin. Every weight is dense and is read as in a trained model.
 
-A draft follows the target's order but for a share of the tokens, on which it is wrong: its acceptance is controlled.
-Or it is wrong on chosen tokens, see `wrong_after`: it then replays the recorded agreement of a real pair.
+A draft follows the target's order except after a set share of the tokens, so that its acceptance is controlled. Or it
+is wrong after chosen tokens (see `wrong_after`), and replays the recorded agreement of a real pair.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from specdec_triton.tools import plan
 from specdec_triton.tree import Topology
 
-# Qwen's are made as Llamas: without the biases of queries, keys and values. A head of its own is read as a tied one is.
+# Qwen's shapes are made as Llamas, without biases of queries, keys and values. An untied head is read like a tied one.
 SHAPES = {
     "llama 8B": plan.PRESETS["llama-3.1-8b"],
     "llama 1B": plan.PRESETS["llama-3.2-1b"],
@@ -44,7 +44,7 @@ LAYER_STD = 0.02
 
 
 def successors(vocab_size: int) -> torch.Tensor:
-    """[V] int64. The order: what follows each token. One cycle through all of them."""
+    """[V] int64. The successor of each token: one cycle through all tokens."""
     order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))
     follows = torch.empty_like(order)
     follows[order] = order.roll(-1)
@@ -52,12 +52,12 @@ def successors(vocab_size: int) -> torch.Tensor:
 
 
 def wrong_after(flags: Sequence[int], last: int, vocab_size: int) -> torch.Tensor:
-    """[V] bool. `errors` of a draft that replays `flags`: the tokens after which it must be wrong.
+    """[V] bool. `errors` of a draft that replays `flags`: true for tokens after which the draft must be wrong.
 
     Args:
-        flags: one for each token of the text that follows the token `last`: whether the draft gives that token.
-        last: of the prompt.
-        vocab_size: V, more than the text has tokens.
+        flags: for each token of the text after the token `last`, whether the draft predicts it.
+        last: the last token of the prompt.
+        vocab_size: V, larger than the number of tokens of the text.
     """
     follows, wrong, token = successors(vocab_size), torch.zeros(vocab_size, dtype=torch.bool), last
     for flag in flags:
@@ -70,13 +70,13 @@ def wrong_after(flags: Sequence[int], last: int, vocab_size: int) -> torch.Tenso
 def synthetic(
     shape: str, dtype: torch.dtype, device: torch.device, errors: float | torch.Tensor = 0.0
 ) -> PreTrainedModel:
-    """A Llama of one of `SHAPES` that follows the order, but for some of the tokens.
+    """A Llama with one of `SHAPES` that follows the order except after some tokens.
 
     Args:
-        shape: name in `SHAPES`.
+        shape: a name in `SHAPES`.
         dtype: of the weights.
-        device: where they are made.
-        errors: 0 to 1; after so many of the tokens the model goes on with a wrong one. Or [V] bool: after which ones.
+        device: of the weights.
+        errors: the share of tokens, 0 to 1, after which the model continues with a wrong one; or the tokens: [V] bool.
     """
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     own = {"model_type": "llama", "tie_word_embeddings": False, "max_position_embeddings": 131072}
@@ -101,17 +101,17 @@ def synthetic(
     if not isinstance(errors, torch.Tensor):
         errors = torch.rand(config.vocab_size, generator=torch.Generator().manual_seed(2)) < errors
     head[follows.to(device)] = embedding / config.hidden_size**0.5
-    head[follows[errors].to(device)] *= -1  # the right successor's logit is the least; no token loses its own
+    head[follows[errors].to(device)] *= -1  # the right successor gets the least logit
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
 
 
 def prompts(batch: int, length: int, vocab_size: int, device: torch.device, repeats: bool = False) -> torch.Tensor:
-    """[B, length] int64. Rows follow the order from tokens far apart.
+    """[B, length] int64. Rows follow the order, from tokens far apart.
 
     Args:
-        repeats: the prompt ends where it began, so that its continuation is a repetition of it.
+        repeats: the prompt ends with its first token, so that its continuation repeats it.
     """
     follows = successors(vocab_size)
     tokens = torch.arange(batch) * (vocab_size // batch)
@@ -125,8 +125,8 @@ def prompts(batch: int, length: int, vocab_size: int, device: torch.device, repe
 
 
 def spider(num_nodes: int, depth: int) -> Topology:
-    """Chains of `depth` from one root, as many as fit into `num_nodes`; what is left over is a shorter chain. On it a
-    path is as deep as the chain that it takes, so that few nodes or many have the same acceptance."""
+    """As many chains of `depth` from one root as fit into `num_nodes`; remaining nodes are a shorter chain. A path is
+    as deep as its chain, so that acceptance does not depend on the number of nodes."""
     paths, left = [], num_nodes - 1
     while left > 0:
         paths.append((len(paths), *[0] * (min(depth, left) - 1)))
@@ -135,7 +135,8 @@ def spider(num_nodes: int, depth: int) -> Topology:
 
 
 def expected_length(topology: Topology, error_rate: float) -> float:
-    """Acceptance length of the oracle drafter: at each node one child, any of them, is right but for its errors."""
+    """Acceptance length of the oracle drafter: at each node one of the children, at random, is right unless the drafter
+    errs."""
 
     def below(node: int) -> float:
         children = [child for child, parent in enumerate(topology.parents) if parent == node]
@@ -145,7 +146,7 @@ def expected_length(topology: Topology, error_rate: float) -> float:
 
 
 def error_rate(topology: Topology, acceptance_length: float) -> float | None:
-    """At which the oracle drafter reaches that acceptance length; None where the tree is too shallow for it."""
+    """The error rate at which the oracle drafter has this acceptance length; None if the tree is too shallow."""
     if expected_length(topology, 0.0) < acceptance_length:
         return None
     low, high = 0.0, 1.0

@@ -1,22 +1,22 @@
-"""Where rows are kept. Needs no torch: reports are made from rows alone."""
+"""Files of rows. Torch is not needed, since reports are made from rows alone."""
 
 import json
 import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-COMPILED = " compiled"  # after a bench's name: its run with --compiled
-# the field "inputs" of rows
+COMPILED = " compiled"  # is appended to a bench's name for its run with --compiled
+# values of the field "inputs" of rows
 CONTROLLED = "synthetic, controlled acceptance"
 REPLAYED = "synthetic weights, replayed acceptance"
 ROWS, CALIBRATION, REPORT = "rows.json", "calibration.json", "report.md"
 
 
 class Results:
-    """What a folder's `rows.json` holds: {"steps": {bench: state}, "rows": [row, ...]}.
+    """A folder's `rows.json`: {"steps": {bench: state}, "rows": [row, ...]}.
 
     Args:
-        folder: made when first saved; None keeps nothing.
+        folder: created by the first `save`; None: nothing is saved.
     """
 
     def __init__(self, folder: pathlib.Path | None):
@@ -30,16 +30,16 @@ class Results:
         return list(self._rows.values())
 
     def add(self, row: dict) -> None:
-        """Take in a row; it replaces the one of the same bench, provider, dtype, inputs and shapes."""
+        """Add a row; it replaces a row of the same bench, provider, dtype, inputs and shapes."""
         self._rows.pop(_key(row), None)
         self._rows[_key(row)] = row
 
     def step(self, bench: str, commit: str, rehearsal: bool) -> dict:
-        """The state of a bench's run. A state of another commit is replaced by a new one, and rows of other commits are
-        dropped.
+        """The state of a bench's run. If the state is of another commit, a new one replaces it, and rows of other
+        commits are dropped.
 
         Args:
-            bench: its name; with `COMPILED` after it, its run with --compiled.
+            bench: its name, with `COMPILED` appended for its run with --compiled.
         """
         state = self.steps.get(bench)
         if state is None or state["commit"] != commit:

@@ -2,9 +2,9 @@
 
     python bench/bench_accept.py [--rehearse]
 
-Providers: the Triton kernels; the reference as it stands; and what a decoding loop does in eager PyTorch: torch.argmax,
-then a walk on the host, as transformers compares a draft with the target's choices (one wait for the GPU a round).
-The floor is one read of the logits. Trees are best-first; the target agrees with the first four first candidates.
+Providers: the Triton kernels; the reference; and eager PyTorch as in a decoding loop: torch.argmax, then a walk on the
+host, as transformers compares a draft with the target's choices (one wait for the GPU a round). The floor is one read
+of the logits. Trees are best-first; the target agrees with the first four candidates of rank 0.
 """
 
 import sys

@@ -2,14 +2,13 @@
 
     python bench/bench_accept_sample.py [--rehearse]
 
-Providers: the Triton kernels; the reference as it stands and, with --compiled, through torch.compile; for rejection,
-what transformers' assisted decoding does (`_speculative_sampling`: one sequence, a chain, softmax over all logits,
-waits for the GPU), and FlashInfer's `chain_speculative_sampling` after a softmax in PyTorch, where it is installed. The
-last two use random numbers of their own, so only the range of their answers is verified. The floor is one read of the
-logits.
+Providers: the Triton kernels; the reference; with --compiled, the reference under torch.compile. For rejection also
+`_speculative_sampling` of transformers' assisted decoding (one sequence, a chain, softmax over all logits, waits for
+the GPU), and FlashInfer's `chain_speculative_sampling` after a softmax in PyTorch, if it is installed. These two use
+their own random numbers, so only the range of their outputs is verified. The floor is one read of the logits.
 
-Trees are best-first, chains for rejection and block; tokens are drawn from a draft that is near the target, or, for
-coupled and typical, chosen without sampling: the target agrees with the first four first candidates.
+Trees are best-first, and chains for rejection and block. Tokens are drawn from a draft that is near the target. For
+coupled and typical they are chosen without sampling; the target agrees with the first four candidates of rank 0.
 """
 
 import sys
@@ -27,7 +26,7 @@ AGREED = 4
 SPREAD = 0.5
 
 RULES = {"coupled": "none", "typical": "none", "rejection": "with", "block": "with"}
-RULES |= {"multi_round": "without", "traversal": "without"}  # how the tree came about
+RULES |= {"multi_round": "without", "traversal": "without"}  # how the tree was drawn
 KINDS = ("temperature", "filtered")
 # B, N, V, rule, filters; the goals' sizes first, then Llama 2's, Qwen's and Gemma's vocabularies, and small trees
 CASES = [(1, nodes, 128256, rule, kind) for rule in RULES for nodes in (64, 32) for kind in KINDS]
@@ -102,7 +101,7 @@ def accept(inputs: dict, impl: str) -> ops.Acceptance:
 
 
 def accept_eager(inputs: dict):
-    """transformers' `_speculative_sampling`, with its processors applied row by row to both sides: one sequence."""
+    """transformers' `_speculative_sampling` on one sequence, with filters applied to target and draft."""
     from transformers.generation.utils import _speculative_sampling
 
     drafted = inputs["tokens"].shape[1] - 1
@@ -132,7 +131,7 @@ def measure(bench: Bench, case: tuple[int, int, int, str, str]) -> None:
     ]
 
     def verify(call):
-        """Answers equal the reference's; a row that hangs on a rounding may differ, one in twenty."""
+        """Outputs equal the reference's. One row in twenty may differ, since its outcome can depend on rounding."""
         equal = []
         for inputs in sets[:20]:
             want, got = accept(inputs, "reference"), call(inputs)
@@ -144,7 +143,7 @@ def measure(bench: Bench, case: tuple[int, int, int, str, str]) -> None:
         assert 0 <= int(torch.as_tensor(accepted).max()) <= nodes - 1, "accepted tokens out of range"
 
     not_compiled = None if bench.size == "gpu" else "compiled on a GPU only"
-    # which imports torch's compiler for seconds
+    # only then: torch.compile imports its compiler, which takes seconds
     compiled = torch.compile(accept, dynamic=False) if bench.compiled else None
     checks = {
         Provider("triton", lambda inputs: accept(inputs, "triton"), kernel=True): verify,

@@ -1,9 +1,9 @@
-"""How many tokens a round emits with a real target and draft, and whether the text is plain `generate`'s.
+"""Measures the tokens a round of a real target and draft, and checks that the text is plain `generate`'s.
 
     python bench/bench_acceptance.py TARGET DRAFT --prompts prompts.jsonl --out bench/results/acceptance.json
 
-Acceptance does not depend on the machine, so a CPU measures it as well as a GPU; no times are reported. The prompts
-file has a line of JSON each: id, task, prompt. Finished prompts in `--out` are kept, so a run can be continued.
+Acceptance does not depend on the machine, so a CPU can measure it, and no times are reported. The prompts file has a
+line of JSON for each prompt: id, task, prompt. Finished prompts in `--out` are kept, so a run can be continued.
 """
 
 import argparse
@@ -27,7 +27,7 @@ DRAFTS = {
 
 
 def one_per_task(prompts: list[dict], count: int) -> list[dict]:
-    """`count` prompts, the tasks in turn."""
+    """`count` prompts, taken from each task in turn."""
     tasks = list(dict.fromkeys(prompt["task"] for prompt in prompts))
     by_task = {task: [prompt for prompt in prompts if prompt["task"] == task] for task in tasks}
     turns = [by_task[task][turn] for turn in range(len(prompts)) for task in tasks if turn < len(by_task[task])]
@@ -35,7 +35,7 @@ def one_per_task(prompts: list[dict], count: int) -> list[dict]:
 
 
 def measure(target, draft, tokenizer, prompt: str, max_new_tokens: int) -> dict:
-    """Each draft's acceptance on one prompt."""
+    """Acceptance of each draft on one prompt."""
     inputs = models.encode_chat(tokenizer, prompt, target.device)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens}
     plain = target.generate(**inputs, **options)
@@ -54,16 +54,16 @@ def measure(target, draft, tokenizer, prompt: str, max_new_tokens: int) -> dict:
 
 
 def summary(rows: list[dict]) -> dict:
-    """Over all prompts: tokens by rounds, and how many texts were plain's."""
+    """Over all prompts: tokens a round, and the number of texts that equal plain's."""
     totals = {}
     for name in DRAFTS:
-        cells = [row["drafts"][name] for row in rows]
+        found = [row["drafts"][name] for row in rows]
         totals[name] = {
             "nodes": DRAFTS[name].num_nodes,
-            "identical": sum(cell["identical"] for cell in cells),
-            "prompts": len(cells),
+            "identical": sum(each["identical"] for each in found),
+            "prompts": len(found),
             "acceptance_length": round(
-                sum(cell["emitted_in_rounds"] for cell in cells) / sum(cell["rounds"] for cell in cells), 3
+                sum(each["emitted_in_rounds"] for each in found) / sum(each["rounds"] for each in found), 3
             ),
         }
     return totals
@@ -73,7 +73,7 @@ def pair_parser(description: str, count: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
     parser.add_argument("draft", nargs="?")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="official ones of target and draft, for the report")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="official names of target and draft, for the report")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=count)
@@ -97,7 +97,7 @@ def read_prompts(options: argparse.Namespace) -> list[dict]:
 
 
 def rows_of(file: Path) -> list[dict]:
-    """Those of a run that is continued."""
+    """The rows of an earlier run, which is continued."""
     return json.loads(file.read_text())["rows"] if file.exists() else []
 
 

@@ -2,8 +2,8 @@
 
     python bench/bench_calls.py [--out FOLDER] [--budget SECONDS] [--rehearse]
 
-Target and draft as in bench_generate. A call of some tokens is timed with and without captured rounds: its prompt, its
-captures, and the rest. For "auto", the costs that were measured stand beside the trees that were chosen.
+Target and draft are those of bench_generate. A call is timed with and without captured rounds: its prompt, its captures
+and the rest. For "auto", a row has the measured costs and the chosen trees.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def measure(bench: Bench, case: Case) -> None:
         calls = []
         for _ in range(2):  # the first compiles
             bench.check_time()
-            calls.append(timed(target, ids, case.tokens, custom, device))
+            calls.append(time_call(target, ids, case.tokens, custom, device))
         found |= calls[-1] | {"first_ms": calls[0]["ms"], "measure_ms": calls[0]["measure_ms"]}
         if case.way == "auto":
             costs = [each for known in auto_tree._measured.values() for each in known.values()][-1]
@@ -60,13 +60,13 @@ def measure(bench: Bench, case: Case) -> None:
             found["draft_ms"] = [[depth, round(1e3 * seconds, 3)] for depth, seconds in costs.draft]
             found["trees"] = [list(tree.values()) for tree in chosen["trees"]]
             found["speedup_expected"] = round(chosen["speedup"], 3)
-        found["said"] = said(found)
+        found["said"] = in_words(found)
     shapes = {"model": name, **dataclasses.asdict(case)}
     bench.add(case.way, shapes, "bf16" if large else "fp32", found)
 
 
-def timed(target, ids: torch.Tensor, tokens: int, custom: sdt.SpeculativeGenerate, device: torch.device) -> dict:
-    """One call."""
+def time_call(target, ids: torch.Tensor, tokens: int, custom: sdt.SpeculativeGenerate, device: torch.device) -> dict:
+    """Times and counts of one call."""
     seconds = elapsed(lambda: generate(target, ids, tokens, custom_generate=custom), device)
     stats = sdt.stats(target)
     spent = {f"{name}_ms": round(1e3 * stats.seconds.get(name, 0.0), 1) for name in ("prefill", "measure", "capture")}
@@ -74,7 +74,7 @@ def timed(target, ids: torch.Tensor, tokens: int, custom: sdt.SpeculativeGenerat
     return found | {"captured": stats.captured, "replayed": stats.replayed, "why_eager": stats.why_eager}
 
 
-def said(found: dict) -> str:
+def in_words(found: dict) -> str:
     text = (
         f"{found['ms']:.0f} ms (first {found['first_ms']:.0f}): prompt {found['prefill_ms']:.0f}, capture "
         f"{found['capture_ms']:.0f}; {found['rounds']} rounds, {found['captured']} graphs, {found['replayed']} replays"

@@ -1,11 +1,11 @@
-"""KV compaction: the accepted slots of all layers moved to their place, keys and values.
+"""KV compaction: moves the accepted slots, keys and values, of all layers into place.
 
     python bench/bench_compact.py [--rehearse]
 
-Providers: the Triton kernel; the reference as it stands; and eager PyTorch a layer at a time, index_select and
-index_copy_ on each layer's keys and values (the paths on the host beforehand, which a decoding loop would wait for).
-The floor is the bytes that must move, read and written once: nodes already in place are not counted. Sequences hold
-enough slots that the rounds in rotation never touch the same ones.
+Providers: the Triton kernel; the reference; and eager PyTorch, with index_select and index_copy_ on each layer's keys
+and values (the host has the paths beforehand; a decoding loop would have to wait for them). The floor is one read and
+one write of the bytes that must move: nodes already in place are not counted. Sequences have enough slots that the
+rounds in rotation use different ones.
 """
 
 import sys

@@ -1,14 +1,14 @@
-"""Correctness on this device, before anything is timed on it.
+"""Checks results on this device before anything is timed on it.
 
     python bench/bench_correct.py [--cases NAME,NAME] [--out FOLDER] [--budget SECONDS] [--rehearse]
 
-1. tests: a selection of the kernels' tests, in a process of their own that runs beside the rest.
+1. tests: a selection of the kernels' tests, in a separate process that runs at the same time.
 2. attention: tree attention at real sizes, captured once and replayed with other lengths, against the reference.
-3. text: captured rounds, rounds that are not, and transformers' own, greedy and by every rule, in fp32; in bf16 a token
-   may differ where the target's logits are near-ties (see bench_generate).
+3. text: captured and uncaptured rounds and transformers' own `generate`, greedy and with every rule, in fp32. In bf16 a
+   token may differ if the target's logits are near-ties (see bench_generate).
 4. recovery: after a capture that failed on purpose, the stream, the allocator, the random generator and the next call.
 
-Rehearsed on a CPU, rounds are captured by simulated graphs.
+In a rehearsal on a CPU, simulated graphs capture rounds.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ RULES |= {"typical": "tree"}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One thing to be tried; see the module. `generate` are arguments of `generate`, `rule` one of the sampling rules;
-    `sizes` are N, S, Hq, Hkv, D."""
+    """One check; see the module. `generate` are arguments of `generate`, `rule` is a sampling rule, `sizes` are N, S,
+    Hq, Hkv, D."""
 
     kind: str
     family: str = ""
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For `--cases`."""
+        """The name for `--cases`."""
         return f"{self.kind} {self.family}".rstrip()
 
 
@@ -86,7 +86,7 @@ REHEARSED += [Case("text", "llama", "tree", FILTERED, "coupled"), TEXTS[-1], LAS
 
 
 class Tests:
-    """The selection, running in the background. In a rehearsal, those of one file are collected."""
+    """The selected tests, running in the background. In a rehearsal, the tests of one file are collected only."""
 
     def __init__(self, bench: Bench):
         self.log = tempfile.TemporaryFile("w+")
@@ -107,16 +107,16 @@ class Tests:
         bench.on_exit = self.kill
 
     def kill(self) -> None:
-        """End the process and all its workers. Later steps are timed: nothing may run beside them."""
+        """End the process and all its workers: nothing may run while later steps are timed."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def found(self) -> dict:
-        """Wait for the tests: pytest's summary.
+        """Wait for the tests and return pytest's summary.
 
         Raises:
-            AssertionError: some failed, or were not done in `TESTS_SECONDS`.
+            AssertionError: tests failed, or did not end in `TESTS_SECONDS`.
         """
         try:
             self.process.wait(max(self.until - time.perf_counter(), 1.0))
@@ -180,7 +180,7 @@ def made(family: str, device: torch.device, noise: float = 0.0):
     if family == "gemma2":
         model.set_attn_implementation("eager")  # some releases drop the softcap under sdpa
     if "grouped_mm" in model.get_experts_implementation().values():
-        model.set_experts_implementation("batched_mm")  # in fp32 a grouped product cannot be captured
+        model.set_experts_implementation("batched_mm")  # an fp32 grouped product cannot be captured
     return model
 
 
@@ -226,21 +226,21 @@ def text(device: torch.device, case: Case) -> dict:
         texts[captured] = model.generate(**inputs, custom_generate=custom)
         stats[captured] = sdt.stats(model)
     wanted = texts[False] if case.rule else model.generate(**inputs) if case.generate else plain
-    # the last tokens of a sampled text hang on drafts that are cut where rounds are not captured
+    # drafts near the end are cut only in uncaptured rounds, which changes the last tokens of a sampled text
     columns = slice(None, -4 if case.rule else None)
     for captured, found in texts.items():
         same = torch.equal(found[:, columns], wanted[:, columns])
         assert same, (
             f"cuda_graphs={captured} writes another text than {'uncaptured rounds' if case.rule else 'generate'}"
         )
-    return graphs_said(stats["auto"])
+    return graphs_in_words(stats["auto"])
 
 
-def graphs_said(stats: sdt.Stats) -> dict:
-    """How rounds were captured.
+def graphs_in_words(stats: sdt.Stats) -> dict:
+    """Counts of captured rounds, in words.
 
     Raises:
-        AssertionError: none was.
+        AssertionError: no round was replayed.
     """
     assert stats.replayed, f"no round was replayed: {stats.why_eager}"
     tokens = f"{stats.acceptance_length:.2f} tokens each"
@@ -256,20 +256,20 @@ def rounded_text(device: torch.device, case: Case) -> dict:
     plain = target.generate(ids, **inputs)
     drafter = {"none": None, "tree": sdt.ModelDrafter(draft, tree=TREE), "oracle": oracle(plain, 0.2)}[case.drafter]
     found = target.generate(ids, **inputs, custom_generate=sdt.SpeculativeGenerate(drafter=drafter))
-    said = graphs_said(sdt.stats(target))["said"]
+    said = graphs_in_words(sdt.stats(target))["said"]
     compared = check(target, found, plain, ids.shape[1])
     return {"said": f"{'identical' if compared['identical'] else compared}, {said}"}
 
 
 def recovery(device: torch.device, case: Case) -> dict:
-    """A capture fails, since its stage reads on the host. The text, the next operations and the next call must be as if
-    it had not been tried."""
+    """A capture fails, since its stage reads a value on the host. The text, the next operations and the next call must
+    be the same as without the attempt."""
     model, inputs, plain = target_of("llama", device)
     accept = ops.accept_greedy
 
     def reading(*arguments, **options):
         accepted = accept(*arguments, **options)
-        accepted.length.max().item()  # which invalidates a capture; torch refuses others before they reach CUDA
+        accepted.length.max().item()  # invalidates the capture; torch refuses other operations before CUDA does
         return accepted
 
     ops.accept_greedy = reading
@@ -286,7 +286,7 @@ def recovery(device: torch.device, case: Case) -> dict:
         torch.rand(1, device=device)
     found = model.generate(**inputs, custom_generate=sdt.SpeculativeGenerate())
     assert torch.equal(found, plain), "the text of the next call differs"
-    return {"said": f"{why.splitlines()[0][:90]}; next call: {graphs_said(sdt.stats(model))['said']}"}
+    return {"said": f"{why.splitlines()[0][:90]}; next call: {graphs_in_words(sdt.stats(model))['said']}"}
 
 
 def main() -> int:

@@ -1,10 +1,10 @@
-"""The demo's model on its five prompts, greedy: plain `generate`, transformers' prompt lookup, ours, ours with
-`tree="auto"`; and what `tree="auto"` loses with a drafter that is never right.
+"""The demo's model on its five prompts, greedy: plain `generate`, transformers' prompt lookup, ours, and ours with
+`tree="auto"`; and the loss of `tree="auto"` with a drafter that is never right.
 
     python bench/bench_demo.py [--model MODEL] [--pairs 5] [--out FOLDER]
 
-All ways run in turn, every second time in reverse order; a ratio is the median over these pairs, with the extremes. A
-row whose text is not plain's has none. "forwards" and "rows" are the target's after the prompt's, counted.
+All methods take turns, in reverse order every second time. A ratio is the median over these pairs, with the extremes. A
+row whose text differs from plain's has no ratio. "forwards" and "rows" count the target's, without the prompt's.
 """
 
 import argparse
@@ -28,7 +28,7 @@ AUTO = 'specdec_triton, tree="auto"'
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="hub name, local folder or .gguf file (default: the demo's)")
-    parser.add_argument("--pairs", type=int, default=5, help="runs of each way (default %(default)s)")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each method (default %(default)s)")
 
 
 def ways_of(prompt: str, text: torch.Tensor) -> dict[str, Way]:

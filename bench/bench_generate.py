@@ -4,21 +4,23 @@
 
 The target has the shape of Llama 3.1 8B (a tiny one on a CPU) and random weights, see `_models`. The oracle drafter
 replays the target's text with errors at a set rate: its rows say "controlled acceptance", and its draft costs nothing.
-Of a few seeds of its errors, that whose acceptance length between the two texts below comes nearest the wanted one is
-kept: a short text alone would be a matter of luck. The draft model's errors are set as well; its cost is real.
+Acceptance in a short text varies with the errors, so a few seeds are tried, and the one whose acceptance length
+between the two texts below is nearest to the wanted one is kept. The draft model has a set error rate too; its cost is
+real.
 
-One case replays a real pair: random weights of the pair's sizes, and a draft that is wrong where the real one was. In a
-chain, acceptance depends on nothing else. Flags of several prompts, as many of each, make up the text; see `flags_of`.
+One case replays a real pair: random weights of the pair's sizes, and a draft that is wrong at the tokens at which the
+real one was. In a chain, acceptance depends on nothing else. The text takes the same number of flags from each of
+several prompts; see `flags_of`.
 
-The ways of a case take turns in one run (every second turn in reverse order), each with a short and a long text.
-"tokens_s" is of the difference between the two: neither prompt nor set-up; "call_tokens_s" of the long call as it is.
-What captures took is left out. Where rounds are captured, both calls must capture as many graphs and replay them: else
-the difference would count rounds that were not captured, and the row has failed. Ratios are medians over turns. Before
-anything is timed, a way's text must be that of transformers' eager `generate`; in bf16 it may differ where,
-teacher-forced, every token is within `GAP` of the target's largest logit.
+The methods of a case take turns in one run (in reverse order in every second turn), each with a short and a long text.
+"tokens_s" is of the difference between the two, and includes neither prompt nor set-up; "call_tokens_s" is of the whole
+long call. The time of captures is left out. If rounds are captured, both calls must capture the same number of graphs
+and replay them; otherwise the difference would include uncaptured rounds, and the row has failed. Ratios are medians
+over turns. Before timing, a method's text must equal that of transformers' eager `generate`. In bf16 it may differ if
+every token, teacher-forced, is within `GAP` of the target's largest logit.
 
-"eta", the round efficiency, is the time to read the target's weights, its keys and values, and the draft's weights once
-for each of its forwards, at the bandwidth measured here, over the time of a round.
+"eta", the round efficiency, is a floor over the time of a round. The floor is the time to read the target's weights,
+its keys and values, and the draft's weights once for each of its forwards, at the bandwidth measured here.
 """
 
 import contextlib
@@ -43,12 +45,15 @@ from specdec_triton.tools.host_sync import count_forwards
 from specdec_triton.tools.roofline import efficiency_bytes, floor_seconds, shape_of
 
 GAP = 1.0  # logits
-SEEDS, NEAR = 5, 0.05  # tried for the oracle; how near to the wanted or replayed acceptance length is enough
+SEEDS, NEAR = (
+    5,
+    0.05,
+)  # of the oracle's errors; tolerance of an acceptance length, as a share of the wanted or replayed one
 DRAFT_TOKENS = 5
 DRAFT_ERRORS = 0.1
 LOOKUP = 10
-PROFILED_TOKENS = 24  # under torch's profiler, which takes longer to read than to make
-PROFILED_BATCH = 16  # larger ones take long over their prompts
+PROFILED_TOKENS = 24  # under torch's profiler, which takes long to read
+PROFILED_BATCH = 16  # prompts of larger batches take long
 DEPTH = 7  # of the oracle's chains
 PLAIN, ORACLE = "ours, plain", "ours, oracle"
 EAGER, ASSISTED = "transformers eager", "transformers assisted"
@@ -60,7 +65,7 @@ class Pair:
     """A target and its draft: names in `SHAPES`, on a GPU and elsewhere.
 
     Attributes:
-        trace: file with the recorded agreement that the draft replays; None: its errors are a share of the tokens.
+        trace: file of the recorded agreement that the draft replays; None: the draft errs on a share of the tokens.
     """
 
     large: tuple[str, str]
@@ -78,20 +83,20 @@ PAIRS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Ways that take turns.
+    """Methods of decoding that take turns.
 
     Attributes:
         oracle: (N, acceptance length) pairs.
-        options: of our ways.
+        options: of our methods.
         pair: a name in `PAIRS`.
-        seconds: estimated time of the case on an H100. If less time is left, the case is left for a later run.
+        seconds: expected time of the case on an H100. If less time is left, the case is left for a later run.
     """
 
     name: str
     ways: tuple[str, ...]
     batch: int = 1
     context: int = 2048
-    tokens: tuple[int, int] = (2 * WORTH_CAPTURING, 6 * WORTH_CAPTURING)  # both are worth a capture
+    tokens: tuple[int, int] = (2 * WORTH_CAPTURING, 6 * WORTH_CAPTURING)  # both are long enough to be captured
     oracle: tuple[tuple[int, float], ...] = ()
     options: tuple[tuple[str, object], ...] = ()
     turns: int = 3
@@ -115,7 +120,7 @@ CASES = [
     Case(
         "acceptance",
         (PLAIN,),
-        tokens=(2 * WORTH_CAPTURING, 14 * WORTH_CAPTURING),  # 15 rounds were too few, with a spread of 16%
+        tokens=(2 * WORTH_CAPTURING, 14 * WORTH_CAPTURING),  # with 15 rounds the spread was 16%
         oracle=((32, 1.5), (32, 2.0), (32, 3.0), (32, 4.5)),
         options=GRAPHS,
         turns=2,
@@ -132,7 +137,7 @@ CASES = [
 
 
 def scaled(case: Case, batch: int, graphs: tuple = (), **sizes) -> Case:
-    """The case at other sizes, with the options `graphs` in place of captured rounds, which a CPU has not got."""
+    """The case at other sizes, with the options `graphs` in place of captured rounds, which a CPU does not have."""
     options = graphs if case.options == GRAPHS else case.options
     return dataclasses.replace(case, options=options, batch=min(case.batch, batch), **sizes)
 
@@ -141,14 +146,14 @@ SMALL = [scaled(case, 4, context=64, tokens=(4, 36)) for case in CASES if case.o
 REHEARSED = [
     scaled(case, 2, EAGER_ROUNDS, context=12, tokens=(2, 10), turns=1)
     for case in CASES
-    # "without graphs" would be a part of "drafts" once more
+    # "without graphs" would repeat a part of "drafts"
     if case.name not in ("acceptance", "batch of 64", "nodes", "without graphs")
 ]
 REHEARSED.append(Case("graphs", (PLAIN,), context=12, tokens=(20, 24), turns=1, options=GRAPHS))
 
 
 class Replay(NamedTuple):
-    """Which text a draft replays a trace on: it follows `context` tokens, short or long."""
+    """The text on which a draft replays a trace: it follows `context` tokens and has a short or long form."""
 
     trace: str
     context: int
@@ -161,20 +166,19 @@ def replay_of(case: Case | None) -> Replay | None:
 
 
 def flags_of(replay: Replay) -> list[int]:
-    """For each token of the long text, whether the draft gives it. The tokens that the long text has more than the
-    short one, which are those that count, take the first flags of every prompt, as many of each; the short text's take
-    the last of these."""
+    """For each token of the long text, whether the draft predicts it. The tokens after the short text, which are the
+    measured ones, take the first flags of every prompt, the same number of each; the short text takes their last."""
     prompts = list(json.loads((RESULTS / replay.trace).read_text())["flags"].values())
     short, long = replay.tokens
     ends = [(long - short) * place // len(prompts) for place in range(len(prompts) + 1)]
     counted = [flag for flags, a, b in zip(prompts, ends, ends[1:], strict=False) for flag in flags[: b - a]]
     if len(counted) != long - short or short > len(counted):
-        raise ValueError(f"{replay.trace} has not got the flags for texts of {short} and {long} tokens")
+        raise ValueError(f"{replay.trace} has too few flags for texts of {short} and {long} tokens")
     return counted[len(counted) - short :] + counted
 
 
 def rounds_of(flags: list[int]) -> int:
-    """Rounds of a chain of `DRAFT_TOKENS` over a text with these flags. The first token is the prompt's."""
+    """Rounds of a chain of `DRAFT_TOKENS` over a text with these flags. The prompt's forward gives the first token."""
     at, rounds = 1, 0
     while at < len(flags):
         window = [*flags[at : at + DRAFT_TOKENS], 0]
@@ -189,7 +193,7 @@ def replayed_length(replay: Replay) -> float:
 
 
 def pair(large: bool, device: torch.device, case: Case | None = None):
-    """The target and its draft that a case takes; without a case, Llama's."""
+    """The target and draft of a case; without a case, Llama's."""
     shapes = PAIRS["llama" if case is None else case.pair]
     return _made(shapes.large if large else shapes.tiny, large, device, replay_of(case))
 
@@ -215,16 +219,16 @@ def generate(target, input_ids: torch.Tensor, tokens: int, **options) -> torch.T
 
 @dataclasses.dataclass
 class Way:
-    """One way to decode.
+    """One method of decoding.
 
     Attributes:
         call: a number of new tokens -> [B, T] int64.
-        ours: it leaves `sdt.stats`.
+        ours: it is our engine, which leaves `sdt.stats`.
         nodes: N, the root included.
         draft: the model that drafts.
-        wanted: acceptance length that the oracle was set to.
-        calls: other calls like `call`, of which the one nearest to `wanted` becomes `call`.
-        inputs: as rows say it.
+        wanted: the acceptance length that the oracle aims at.
+        calls: alternatives to `call`; the one nearest to `wanted` becomes `call`.
+        inputs: for rows.
     """
 
     name: str
@@ -242,14 +246,14 @@ _TEXTS: dict[tuple, torch.Tensor] = {}
 
 
 class Setup:
-    """Models, prompt and plain text, shared by the ways of a case.
+    """Models, prompt and plain text, shared by the methods of a case.
 
     Attributes:
         replay: the text that the draft replays a trace on, or None.
         model: the target's name.
         target, draft: the models.
         run: `generate` of the target after the prompt.
-        plain: [B, context + tokens] int64. transformers' greedy text, which every way must give.
+        plain: [B, context + tokens] int64. transformers' greedy text, which every method must reproduce.
     """
 
     def __init__(self, case: Case, large: bool, device: torch.device):
@@ -290,7 +294,7 @@ class Setup:
         return dataclasses.replace(first, calls=tuple(way.call for way in others))
 
     def ours(self, name: str, drafter: sdt.Drafter | None, **fields) -> Way:
-        """Decoding through our engine; absent if an option is not to be had."""
+        """Decoding with our engine; absent if an option is refused."""
         options = dict(self.case.options)
         if options.get("compile") and self.device.type != "cuda":
             return Way(name, None, absent="compiled on a GPU only", **fields)
@@ -302,10 +306,10 @@ class Setup:
 
 
 def check(target, text: torch.Tensor, plain: torch.Tensor, context: int) -> dict:
-    """How a text differs from the plain one.
+    """The differences of a text from the plain one, as fields of a row.
 
     Raises:
-        AssertionError: it is another text, beyond what rounding explains.
+        AssertionError: the differences are larger than rounding errors.
     """
     assert text.shape == plain.shape, f"{list(text.shape)} tokens, plain has {list(plain.shape)}"
     flipped = (text != plain).any(1)
@@ -323,7 +327,7 @@ def check(target, text: torch.Tensor, plain: torch.Tensor, context: int) -> dict
 
 
 class Call(NamedTuple):
-    """What one call took, and its graphs."""
+    """The time of one call, and its graphs."""
 
     seconds: float  # without captures
     captured: int
@@ -331,7 +335,7 @@ class Call(NamedTuple):
 
 
 def elapsed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call that begins on an idle device, until all of its work is done."""
+    """Seconds from an idle device until all work of a call is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -342,7 +346,7 @@ def elapsed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def clocked(way: Way, tokens: int, target, device: torch.device) -> Call:
-    """One call, on an idle device."""
+    """Time one call that begins on an idle device."""
     seconds = elapsed(functools.partial(way.call, tokens), device)
     if not way.ours:
         return Call(seconds, 0, 0)
@@ -351,16 +355,17 @@ def clocked(way: Way, tokens: int, target, device: torch.device) -> Call:
 
 
 def check_graphs(case: Case, turns: list[tuple[Call, Call]]) -> None:
-    """That short and long calls differ by replayed rounds alone.
+    """Check that short and long calls differ by replayed rounds alone.
 
     Raises:
-        RuntimeError: they do not.
+        RuntimeError: they differ in captures, or one did not replay.
     """
     for short, long in turns:
         if not 0 < short.replayed < long.replayed or short.captured != long.captured:
             raise RuntimeError(
-                f"calls of {case.tokens[0]} and {case.tokens[1]} tokens must capture as many graphs and replay them, "
-                f"got {short.captured} and {long.captured} captured, {short.replayed} and {long.replayed} replayed"
+                f"calls of {case.tokens[0]} and {case.tokens[1]} tokens must capture the same number of graphs and "
+                f"replay them, got {short.captured} and {long.captured} captured, {short.replayed} and "
+                f"{long.replayed} replayed"
             )
 
 
@@ -412,7 +417,7 @@ def new_tokens(case: Case) -> int:
 
 
 class Tried(NamedTuple):
-    """A way's short and long text: the long one, and rounds and acceptance length between the two."""
+    """The long text of a method, and rounds and acceptance length between its short and long texts."""
 
     text: torch.Tensor
     rounds: int
@@ -420,8 +425,8 @@ class Tried(NamedTuple):
 
 
 def verify(bench: Bench, way: Way, row: dict, setup: Setup) -> None:
-    """Warm up, and hold the text against plain's; a way that is refused is absent. An oracle keeps the errors whose
-    acceptance length is nearest to the wanted one, the first that are near enough."""
+    """Warm up, and compare the text with plain's; a refused method is absent. An oracle keeps the first errors whose
+    acceptance length is within `NEAR` of the wanted one, or else the nearest."""
     tried = {}
     try:
         for call in (way.call, *way.calls):
@@ -438,7 +443,7 @@ def verify(bench: Bench, way: Way, row: dict, setup: Setup) -> None:
     row["acceptance_length"] = round(tried[way.call].acceptance_length, 3)
     if way.inputs == REPLAYED:
         row["replayed_length"] = length = round(replayed_length(setup.replay), 3)
-        # transformers drafts the prompt's token as well: its rounds begin elsewhere
+        # transformers' rounds begin one token earlier, since it drafts the first token too
         near = not way.ours or abs(row["acceptance_length"] / length - 1) <= NEAR
         assert near, f"acceptance length {row['acceptance_length']}, the trace's is {length}"
 
@@ -463,7 +468,7 @@ def try_out(bench: Bench, way: Way, setup: Setup) -> Tried:
 
 
 def summary(bench: Bench, setup: Setup, way: Way, rounds: int, times: list, rates: list[float]) -> dict:
-    """The row of a way that was timed, its rounds profiled where there is a GPU."""
+    """The row of a timed method; on a GPU its rounds are profiled too."""
     case, target = setup.case, setup.target
     found = {"turns": case.turns, "new_tokens": new_tokens(case)}
     for name, rate in zip(("p20", "p50", "p80"), calibration.quantiles(rates), strict=True):

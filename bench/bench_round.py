@@ -1,11 +1,11 @@
-"""Where each microsecond of a round goes: its stages, kernels, host reads and waits, with and without CUDA graphs.
+"""The time of a round by stage, with its kernels, host reads and waits, with and without CUDA graphs.
 
     python bench/bench_round.py [--rehearse]
 
-Target and oracle drafter as in bench_generate, at an acceptance length of 3 (2 for small trees); more nodes only make
-the trees wider. On a GPU a stage's time lies between CUDA events around it, waits for the host included; on a CPU it is
-the host's. "host_us" is the host's own work in a round, its waits for the GPU left out. The text is held against that
-of transformers' `generate` first.
+Target and oracle drafter are those of bench_generate, with an acceptance length of 3 (2 for small trees); trees with
+more nodes are wider, not deeper. On a GPU a stage is timed between CUDA events, waits for the host included; on a CPU
+by the host's clock. "host_us" is the host's work in a round without its waits for the GPU. Before timing, the text must
+equal that of transformers' `generate`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from specdec_triton.tools.roofline import shape_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class RoundCase:
     """One kind of round; N = 1 is plain decoding."""
 
     nodes: int
@@ -31,41 +31,46 @@ class Cell:
 
 
 NODES = (1, 64, 128, 8, 32)
-CELLS = [Cell(nodes) for nodes in NODES] + [Cell(nodes, options=EAGER_ROUNDS) for nodes in (64, 1)]
-CELLS += [Cell(1, 16), Cell(8, 16), Cell(1, 64, tokens=64), Cell(4, 64, tokens=64)]
-SMALL = [Cell(nodes, batch, 64, 48, ()) for batch in (1, 4) for nodes in (1, 8, 32)]
-REHEARSED = [Cell(1, 1, 12, 20, ()), Cell(8, 2, 12, 20, ()), Cell(8, 1, 12, 20, EAGER_ROUNDS), Cell(8, 1, 12, 20)]
+CASES = [RoundCase(nodes) for nodes in NODES] + [RoundCase(nodes, options=EAGER_ROUNDS) for nodes in (64, 1)]
+CASES += [RoundCase(1, 16), RoundCase(8, 16), RoundCase(1, 64, tokens=64), RoundCase(4, 64, tokens=64)]
+SMALL = [RoundCase(nodes, batch, 64, 48, ()) for batch in (1, 4) for nodes in (1, 8, 32)]
+REHEARSED = [
+    RoundCase(1, 1, 12, 20, ()),
+    RoundCase(8, 2, 12, 20, ()),
+    RoundCase(8, 1, 12, 20, EAGER_ROUNDS),
+    RoundCase(8, 1, 12, 20),
+]
 
 
-def measure(bench: Bench, cell: Cell) -> None:
+def measure(bench: Bench, case: RoundCase) -> None:
     large = bench.size == "gpu"
-    case = Case("round", (PLAIN,), cell.batch, cell.context, (8, cell.tokens), options=cell.options)
-    setup = Setup(case, large, bench.device)
-    way = setup.way(PLAIN) if cell.nodes == 1 else setup.oracle(cell.nodes, 3.0 if cell.nodes > 4 else 2.0)
+    decoding = Case("round", (PLAIN,), case.batch, case.context, (8, case.tokens), options=case.options)
+    setup = Setup(decoding, large, bench.device)
+    way = setup.way(PLAIN) if case.nodes == 1 else setup.oracle(case.nodes, 3.0 if case.nodes > 4 else 2.0)
     found = {"absent": way.absent} if way.absent else {}
     if not found:
         with bench.guarded(found):
-            found |= profiled(bench, cell, setup, way)
-    shapes = {"model": setup.model, "B": cell.batch, "context": cell.context, "N": cell.nodes, **dict(cell.options)}
+            found |= profiled(bench, case, setup, way)
+    shapes = {"model": setup.model, "B": case.batch, "context": case.context, "N": case.nodes, **dict(case.options)}
     bench.add(way.name, shapes, "bf16" if large else "fp32", found, way.inputs)
 
 
-def profiled(bench: Bench, cell: Cell, setup: Setup, way: Way) -> dict:
+def profiled(bench: Bench, case: RoundCase, setup: Setup, way: Way) -> dict:
     try:
-        found = check(setup.target, way.call(cell.tokens), setup.plain, cell.context)
+        found = check(setup.target, way.call(case.tokens), setup.plain, case.context)
     except ValueError as refusal:
         return {"absent": first_line(refusal)}
     bench.check_time()
-    calls = [functools.partial(way.call, tokens) for tokens in (cell.tokens, cell.tokens // 2)]
+    calls = [functools.partial(way.call, tokens) for tokens in (case.tokens, case.tokens // 2)]
     seen = profiling.profile_rounds(calls[0], bench.device, shorter=calls[1])
-    context, shape = cell.context + cell.tokens / 2, shape_of(setup.target)
-    return found | profiling.summary_row(seen, bench.ceilings, shape, cell.batch, cell.nodes, context)
+    context, shape = case.context + case.tokens / 2, shape_of(setup.target)
+    return found | profiling.summary_row(seen, bench.ceilings, shape, case.batch, case.nodes, context)
 
 
 def main() -> int:
     bench = Bench("round", __doc__)
     simulate_graphs(bench)
-    return bench.run(measure, CELLS, SMALL, REHEARSED)
+    return bench.run(measure, CASES, SMALL, REHEARSED)
 
 
 if __name__ == "__main__":

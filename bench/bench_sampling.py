@@ -1,11 +1,11 @@
-"""How many tokens a round emits when a real pair samples: by rule, temperature and shape of the draft.
+"""Measures the tokens a round of a real pair that samples, by rule, temperature and shape of the draft.
 
     python bench/bench_sampling.py TARGET DRAFT --prompts prompts.jsonl --out bench/results/sampling/pair.json
 
-The prompts run as one batch, every cell with the same seeds. Acceptance does not depend on the machine, so a CPU
-measures it as well as a GPU; no times are reported. Cells in `--out` are kept, so a run can be continued. With
-`--flips` instead: how many tokens of `coupled` texts in bf16 differ once a draft is verified, beside how many differ
-between two batch sizes without any draft.
+The prompts run as one batch, with the same seeds in every row. Acceptance does not depend on the machine, so a CPU can
+measure it, and no times are reported. Rows in `--out` are kept, so a run can be continued. `--flips` counts other
+numbers instead: tokens of `coupled` texts in bf16 that differ if a draft is verified, and tokens that differ between
+two batch sizes without a draft.
 """
 
 import json
@@ -55,8 +55,8 @@ def measure(target, draft, inputs, rule: str, topology, temperature: float, max_
 
 
 def flips(model, inputs, max_new_tokens: int, seeds: list[int]) -> dict:
-    """Of `coupled` tokens in the model's dtype, how many are other ones once verified several at a time; and the null:
-    how many are when each row is decoded alone. Counted up to and with the first difference of each text."""
+    """The share of `coupled` tokens in the model's dtype that change if several tokens are verified at a time. "null":
+    the share that change if each row is decoded alone. Counted up to the first difference of each text, inclusive."""
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens}
     prompt = inputs["input_ids"].shape[1]
 
@@ -88,8 +88,8 @@ def _differences(texts, others) -> dict:
 
 def main() -> None:
     parser = pair_parser(__doc__, count=8)
-    parser.add_argument("--max-prompt-tokens", type=int, default=160, help="longer ones are left out")
-    parser.add_argument("--flips", action="store_true")
+    parser.add_argument("--max-prompt-tokens", type=int, default=160, help="longer prompts are left out")
+    parser.add_argument("--flips", action="store_true", help="count tokens that rounding changes")
     options = parser.parse_args()
     target, tokenizer, draft, report = loaded(options)
     lines = read_prompts(options)
@@ -106,8 +106,8 @@ def main() -> None:
     report["what"] = "acceptance of a real pair, sampled, real inputs"
     rows = rows_of(options.out)
     done = {(row["rule"], row["shape"], row["temperature"]) for row in rows}
-    cells = [(*kind, temperature) for temperature in TEMPERATURES for kind in DRAFTS]
-    for rule, shape, temperature in track([cell for cell in cells if cell not in done], "cells"):
+    wanted = [(*kind, temperature) for temperature in TEMPERATURES for kind in DRAFTS]
+    for rule, shape, temperature in track([each for each in wanted if each not in done], "rows"):
         found = measure(target, draft, inputs, rule, DRAFTS[rule, shape], temperature, options.max_new_tokens)
         rows.append({"rule": rule, "shape": shape, "temperature": temperature, **found})
         write(options.out, report | {"rows": rows})

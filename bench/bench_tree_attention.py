@@ -2,11 +2,10 @@
 
     python bench/bench_tree_attention.py [--rehearse]
 
-Providers: the Triton kernel; the reference as it stands; eager attention, as transformers writes it; SDPA with the
-dense mask; and, with --compiled, FlexAttention with the mask as a block mask and FlashInfer's batch prefill with a
-custom mask, where it is installed. Masks and plans are made outside the timed calls: a peer is timed at its best. The
-floor is one read of the keys and values of [start, length + N), or the tensor cores' time for both products, whichever
-is longer.
+Providers: the Triton kernel; the reference; eager attention as in transformers; SDPA with the dense mask. With
+--compiled: FlexAttention with a block mask, and FlashInfer's batch prefill with a custom mask, if it is installed.
+Masks and plans are made outside the timed calls, which favours the peers. The floor is one read of the keys and values
+of [start, length + N), or the tensor cores' time for both products, whichever is longer.
 """
 
 import sys
@@ -29,7 +28,7 @@ CASES += [(16, *LLAMA, 2048, 8), (64, *LLAMA, 2048, 4)]
 CASES += [(1, 16, 8, 256, 8192, 32), (1, 32, 32, 128, 8192, 32), (1, 28, 4, 128, 8192, 32)]
 SMALL = [(1, 4, 2, 64, context, nodes) for context in (256, 1024) for nodes in (1, 8, 16)]
 REHEARSED = [(1, 4, 2, 16, 60, 5), (2, 4, 2, 16, 140, 3)]
-# what compiles or plans for seconds is held against these only
+# the only cases of providers that compile or plan for seconds
 PEER_CASES = [case for case in CASES if case[:4] == (1, *LLAMA) and case[4] > 2048 and case[5] in (32, 64)]
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float32: 1e-4}
 
@@ -53,7 +52,7 @@ def least_work(batch, query_heads, kv_heads, head_dim, context, nodes, dtype) ->
 
 
 def dtype_of(device: torch.device) -> tuple[str, torch.dtype]:
-    """The dtype that is measured on a device, after its name in rows."""
+    """The dtype for a device: its name in rows, and the dtype."""
     return ("fp32", torch.float32) if device.type == "cpu" else ("bf16", torch.bfloat16)
 
 

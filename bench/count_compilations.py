@@ -1,12 +1,12 @@
-"""How many Triton compilations the tests of a pytest command need on a GPU, counted without one.
+"""Counts, without a GPU, the Triton compilations that the tests of a pytest command need on one.
 
     python bench/count_compilations.py [--processes 14] [--arch 90] -- -m first_gpu
 
-What follows -- goes to pytest, which runs here with CPU tensors. Triton computes each launch's key (constants, types,
-alignment, options) as it would for a GPU; then nothing is compiled or run. So outputs are garbage and tests fail: a
-launch that a test makes only after a failed assertion is not counted, nor are the kernels of torch.compile itself.
-Two numbers bound what a process compiles: an even share if all processes share each other's compilations (Triton's
-cache on disk), and all that its own tests need if none do.
+The arguments after -- go to pytest, which runs here with CPU tensors. Triton computes the key of each launch
+(constants, types, alignment, options) as for a GPU, but nothing is compiled or run. Outputs are garbage and tests fail:
+a launch after a failed assertion is not counted, and neither are the kernels of torch.compile. Two numbers bound the
+compilations of a process: an even share if all processes share compilations (Triton's cache on disk), and all that its
+own tests need if they do not.
 """
 
 import argparse
@@ -50,14 +50,14 @@ class Counter:
 
 
 def pretend(counter: Counter, arch: int) -> None:
-    """Launches are counted, ops take CPU tensors, the references compute nothing; graphs replay nothing."""
+    """Patch this process: launches are counted, ops take CPU tensors, references and graphs compute nothing."""
     record_launches(arch, counter.note)
     impls = {op: getattr(torch.ops.specdec_triton, op).default for op in ops.OPS}
     ops.resolve = lambda op, impl, device: getattr(reference, op) if impl == "reference" else impls[op]
     reference.tree_attention, reference.compact_kv = ops._fake_tree_attention, ops._fake_compact_kv
 
     def acceptance(logits, tokens, parents, *others, max_depth=None, **_):
-        """The shapes are right; max_depth is the first number after the three tensors."""
+        """Outputs of the right shapes; max_depth is the first number after the three tensors."""
         depth = max_depth if max_depth is not None else next(each for each in others if isinstance(each, int))
         return reference.Acceptance(*ops._fake_accept_greedy(logits, tokens, parents, depth, None, None))
 
@@ -72,7 +72,7 @@ def pretend(counter: Counter, arch: int) -> None:
 
 
 def unless_large(make, shape):
-    """Gigabytes are not written."""
+    """`make`, but large tensors are not filled."""
 
     def made(*arguments, dtype=None, **options):
         size = shape(*arguments)
@@ -84,7 +84,7 @@ def unless_large(make, shape):
 
 
 def table(launches: dict[str, list[tuple]], processes: int) -> list[str]:
-    """A line for each file and one for all; then what a process compiles."""
+    """A line for each file, one for all files, and the compilations of a process."""
     files = collections.defaultdict(dict)
     for test, keys in launches.items():
         files[test.partition("::")[0]][test] = keys

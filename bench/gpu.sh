@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Everything there is to measure on one GPU; or --rehearse: every step at tiny sizes on a CPU.
+# Measures everything on one GPU. --rehearse runs every step at tiny sizes on a CPU.
 #
 #   bash bench/gpu.sh OUT [--first | --second] [--rehearse]
 #
-# --first takes at most 7.5 minutes: is what is computed right, what does a call pay, our kernels, a round's stages.
-# --second takes at most 4: whole calls against transformers, then peers that compile for seconds at each size.
-# Without a flag, both, and what they left. Steps are listed in bench/steps.py.
+# --first takes at most 7.5 minutes: correctness, set-up time of a call, our kernels, stages of a round.
+# --second takes at most 4 minutes: whole calls against transformers, then peers that compile for seconds at each size.
+# Without a flag, both run, and then all steps that are not complete. Steps are listed in bench/steps.py.
 #
-# Runs from anywhere, uninstalled, under $PY (default: python3), without a network. OUT gets rows.json, calibration.json,
-# report.md, three plots if matplotlib is installed, and log.txt. A step that fails or runs out of its time stops nothing;
-# started again with the same OUT, what is complete is left out and the rest goes on; of another commit, or in a new OUT,
-# everything is measured anew. BENCH_COMMIT names the commit if git cannot.
-# Exit status: 0; 1 if a step failed, or an output was wrong.
+# Runs from any folder, without installation or network, under $PY (default: python3). OUT gets rows.json,
+# calibration.json, report.md, three plots if matplotlib is installed, and log.txt. If a step fails or uses up its time,
+# the next one runs. A second run with the same OUT skips complete steps and continues the others; with another commit or
+# a new OUT, everything is measured again. BENCH_COMMIT names the commit if git cannot.
+# Exit status: 0; 1 if a step failed or an output was wrong.
 set -uo pipefail
 
 usage() { echo "usage: bash bench/gpu.sh OUT [--first | --second] [--rehearse]" >&2; exit 2; }
@@ -33,11 +33,11 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 # tiny sizes: more threads only wait for each other
 [[ -n $rehearse ]] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# a CPU may be slow, and shared: there the limits only end what hangs
+# a CPU may be slow and shared: there the limits only end steps that hang
 slower=6
 [[ -z $rehearse ]] && "$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && slower=1
 
-# without a GPU that should be there, an hour of a rented machine would go to a CPU's sizes
+# if torch cannot use the GPU of a rented machine, do not spend an hour on the sizes for a CPU
 if [[ -z $rehearse && $slower -ne 1 ]] && command -v nvidia-smi >/dev/null; then
 	echo "gpu.sh: wanted a GPU that torch can use, got none (nvidia-smi is here)" >&2
 	exit 2
@@ -47,8 +47,8 @@ log="$out/log.txt"
 status=0
 started=$SECONDS
 
-# steps PART SECONDS: the benches stop by themselves fifteen seconds early; if the GPU was lost to them (exit status 3), a
-# new process goes on with the next case
+# steps PART SECONDS: the benches stop by themselves fifteen seconds early. If a process lost its GPU (exit status 3), a
+# new one continues with the next case.
 steps() {
 	local until=$((SECONDS + $2 * slower)) code=3 left begun
 	while [[ $code -eq 3 ]] && left=$((until - SECONDS)) && [[ $left -gt 20 ]]; do

@@ -1,8 +1,8 @@
-"""CUDA graphs on a CPU: a stage's operations are recorded with the tensors they touched, and replayed without Python.
+"""CUDA graphs on a CPU: the operations of a stage are recorded with their tensors, and replayed without Python.
 
-A replay computes each recorded operation on the recorded tensors and puts results where they were put then. So it
-does what a CUDA graph does, for better or worse: a Python value that has changed since, a tensor that is another one
-by now or a value read by the host shows as a wrong text or as an error.
+A replay computes each recorded operation on the recorded tensors and writes results to the recorded places, as a CUDA
+graph does. A Python value that changed after the capture, a replaced tensor or a value read by the host therefore shows
+as a wrong text or an error.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_uniq
 
 
 class HostRead(RuntimeError):
-    """What CUDA calls an operation not permitted when a stream is capturing."""
+    """An operation that waits for the host; CUDA does not permit it in a capture."""
 
 
 class Record(TorchDispatchMode):
-    """Executes and records. `operations` are (op, arguments, keywords, results); `broken`: one was not permitted."""
+    """Executes and records operations as (op, arguments, keywords, results). `broken`: one of them is not permitted."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Record(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls):
-        """What is compiled already runs as compiled."""
+        """True: compiled code runs compiled under this mode."""
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -50,8 +50,8 @@ class Record(TorchDispatchMode):
 
 
 class SimulatedCuda:
-    """The part of `torch.cuda` that a capture uses. Like torch 2.11, it cleans up nothing if a capture fails: the
-    capture stream stays current, its pool is still allocated from, the generator is in its capture mode."""
+    """The part of `torch.cuda` that a capture uses. Like torch 2.11, it does not clean up if a capture fails: the
+    capture stream stays current, its memory pool stays in use, and the generator stays in capture mode."""
 
     def __init__(self):
         self.memory = self
@@ -109,7 +109,7 @@ class SimulatedCuda:
         self.users[pool] -= 1
 
     def assert_sound(self):
-        """As before the first capture."""
+        """Assert that the state is as before the first capture."""
         assert self.stream == self.default_stream
         self.empty_cache()
         self.rand()
@@ -167,7 +167,7 @@ class SimulatedGraphs(graphs.CudaGraphs):
 
 
 class Undo(TorchDispatchMode):
-    """Restores, on leaving, what operations inside wrote to tensors made outside."""
+    """On exit, restores tensors made outside that operations inside wrote to."""
 
     is_infra_mode = Record.is_infra_mode
 

@@ -3,11 +3,11 @@
     python bench/steps.py OUT first|second|rest [--budget SECONDS] [--rehearse]
     python bench/steps.py OUT --step 90:"bench_generate --cases drafts" --step 30:bench_round [--budget SECONDS]
 
-The second form runs the steps that it is given, each with its share of the time, in seconds.
+The second form runs the given steps, each with its share of the time in seconds.
 
-Each step gets its share of the time that is left; a step that is complete in OUT is left out. Exit status: 0; 1 if an
-output was wrong or something failed; 3 if the GPU is lost to this process or a case hung, after which a new process
-goes on with the next case.
+Each step gets its share of the remaining time. A step that is complete in OUT is skipped. Exit status: 0; 1 if an
+output was wrong or something failed; 3 if this process lost its GPU or a case hung: a new process then continues with
+the next case.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from _rows import COMPILED
 from quick_interpreter import quicken
 
 QUICK = ("--seconds", "0.05")
-# script, its arguments, and its share of the time in seconds, as expected on an H100; what matters most comes first
+# script, its arguments, and its expected seconds on an H100; the most important steps come first
 STEPS = {
     "first": [
         ("bench_correct", (), 130),
@@ -49,11 +49,11 @@ def main() -> int:
     parser.add_argument(
         "--step", type=step, action="append", metavar="SHARE:'SCRIPT ARGUMENTS'", help="in place of a part"
     )
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all of them")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, numbers that mean nothing")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all steps")
+    parser.add_argument("--rehearse", action="store_true", help="run tiny sizes; the numbers mean nothing")
     options = parser.parse_args()
     if (options.part is None) == (options.step is None):
-        parser.error("give first, second or rest, or steps")
+        parser.error("give either first, second or rest, or --step")
     if options.rehearse and os.environ.get("TRITON_INTERPRET") == "1":
         quicken()
     until, steps = time.perf_counter() + options.budget, options.step or STEPS[options.part]
@@ -73,17 +73,17 @@ def main() -> int:
 
 
 def step(text: str) -> tuple[str, tuple[str, ...], float]:
-    """A step as in `STEPS`."""
+    """The type of --step: a step as in `STEPS`."""
     share, _, command = text.partition(":")
     script, *arguments = shlex.split(command)
     return script, tuple(arguments), float(share)
 
 
 def run(script: str, arguments: list[str]) -> int:
-    """The exit status of a script's `main` with these arguments. If it raises, the next script runs all the same.
+    """The exit status of a script's `main` with these arguments; 1 if it raises.
 
     Raises:
-        SystemExit: `DEAD`.
+        SystemExit: `DEAD`, if this process lost its GPU.
     """
     sys.argv[1:] = arguments
     try:
@@ -98,7 +98,7 @@ def run(script: str, arguments: list[str]) -> int:
 
 
 class Counts:
-    """CUDA graphs captured and Triton kernels compiled by this process; compilations of tests are not among them."""
+    """Counts the CUDA graphs captured and the Triton kernels compiled by this process, not those of tests it starts."""
 
     def __init__(self):
         from specdec_triton.engine import graphs
@@ -112,7 +112,7 @@ class Counts:
         self._compiled += 1
 
     def since(self) -> str:
-        """Since the last time it was asked."""
+        """The counts since the last call, in words."""
         now = self._graphs.captured, self._compiled
         captured, compiled = (after - before for after, before in zip(now, self._before, strict=True))
         self._before = now

@@ -3,9 +3,8 @@
     python bench/tune_tree_attention.py [--warm] [--out FOLDER] [--budget SECONDS] [--rehearse]
 
 Llama 3.1 8B's heads in bf16, batch 1. Every candidate is verified against the reference, then timed as in
-bench_tree_attention; the last lines name the fastest for each size beside the default. Compiling would take most of the
-time: it is done first, by several processes. `--compile 3` does the fourth process's share, and `--warm` says that all
-of them are done.
+bench_tree_attention. The last lines give the default and the fastest candidates for each size. Compiling takes most of
+the time, so several processes do it first: `--compile 3` runs the fourth process's share, and `--warm` skips this step.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ TILES = {
     64: [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 3), (32, 8, 3)],
     128: [(64, 8, 2), (64, 8, 3), (32, 8, 3), (32, 8, 4)],
 }
-PROGRAMS = (1, 2, 3)  # planned for a multiprocessor; the default never plans more than there are row tiles
+PROGRAMS = (1, 2, 3)  # for each multiprocessor; the default plans at most as many as there are row tiles
 LEAST_ROWS = (1, 2, 4)  # a split has this many times the rows of a tile, at least
 SHORT = 1024  # contexts that one split may cover
 CASES = [(context, nodes) for context in (2048, 8192, 1024, 32768, 512) for nodes in (128, 64, 32, 16, 1)]
@@ -39,13 +38,13 @@ PLANNED_BY = ("attention_config", "SHORT_SLOTS", "MIN_SPLIT_ROWS", "MIN_SPLIT_SL
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A configuration, and how keys are split; `least_rows` None: the keys are one split."""
+    """A configuration, and the split of keys; `least_rows` None: the keys are one split."""
 
     config: kernels.AttentionConfig
     least_rows: int | None
 
     def use(self) -> None:
-        """From now on, every call is planned so."""
+        """Plan every call with this candidate from now on."""
         kernels.attention_config = lambda *_: self.config
         kernels.SHORT_SLOTS = 0 if self.least_rows else sys.maxsize
         kernels.MIN_SPLIT_ROWS = self.least_rows or 1
@@ -100,7 +99,7 @@ def measure(bench: Bench, case: tuple[int, int]) -> None:
 
 @contextlib.contextmanager
 def plans_restored() -> Iterator[None]:
-    """After the context, calls are planned by the kernels' own configurations and constants again."""
+    """On exit, restore the kernels' own configurations and constants."""
     before = {name: getattr(kernels, name) for name in PLANNED_BY}
     try:
         yield
@@ -119,9 +118,9 @@ def plan_of(inputs: dict):
 
 
 def compile_share(share: int) -> None:
-    """Launch each configuration of this share once, which fills Triton's cache."""
+    """Launch each configuration of this share once, to fill Triton's cache."""
     device = torch.device("cuda")
-    # in one split, rows above 32 are never tried
+    # tiles of more than 32 rows are not tried with one split
     todo = {(tiles, width, split) for width in TILES for tiles in TILES[width] for split in (True, width > 32)}
     for number, ((slots, warps, stages), width, split) in enumerate(sorted(todo)):
         if number % COMPILERS == share:
@@ -148,7 +147,7 @@ def main() -> int:
 
 
 def fastest(rows: list[dict]) -> Iterator[str]:
-    """A line for each size: the default, and the five fastest."""
+    """A line for each size: the default and the five fastest candidates."""
     sizes: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["bench"] == "tune_tree_attention" and "p50_us" in row:

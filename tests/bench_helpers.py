@@ -1,4 +1,4 @@
-"""Benches run in the test's process, and the rows that they wrote."""
+"""Runs benches in the test's process, and reads their rows."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ CEILINGS = {"copy_bytes_s": 1e10, "read_bytes_s": 2e10, "matmul_flops_s": 1e11, 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No calibration; a bench's handler of SIGTERM does not outlive the test."""
+    """No calibration, and a bench's handler of SIGTERM is removed after the test."""
     monkeypatch.setattr(calibration, "calibrate", lambda device: CEILINGS)
     before = signal.getsignal(signal.SIGTERM)
     yield

@@ -1,4 +1,4 @@
-"""The benches' own promises: no time for a wrong answer, nothing absent in silence, and runs that go on."""
+"""The benches: wrong outputs get no time, absent providers are rows, and interrupted runs continue."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def test_failures_and_absences_are_rows_and_stop_nothing(tmp_path):
     assert row["floor_us"] == 1e6 and row["p20_us"] <= row["p50_us"] <= row["p80_us"]
     with pytest.raises(SystemExit) as stopped:
         bench(tmp_path)
-    assert stopped.value.code == 1  # complete, and red still
+    assert stopped.value.code == 1  # complete, with faults
 
 
 ZERO = "integer division or modulo by zero"
@@ -119,7 +119,7 @@ def test_a_bench_that_is_stopped_keeps_its_rows(tmp_path, monkeypatch):
 
 
 def test_a_budget_ends_inside_a_case(tmp_path):
-    """A case has many providers, some of which compile for seconds: the rest of it is left for a later run."""
+    """A case may take long, since it has many providers; the rest of it is left for a later run."""
     seen = []
 
     def measure(run, case):
@@ -137,7 +137,7 @@ def test_a_budget_ends_inside_a_case(tmp_path):
     assert later.run(measure, [], [], [1, 2]) == 0 and later.state["complete"] and "three" in seen
 
 
-def test_what_compiles_is_measured_in_a_run_of_its_own(tmp_path):
+def test_providers_that_compile_are_measured_in_a_separate_run(tmp_path):
     def measure(run, case):
         for name, compiles in (("ours", False), ("peer", True)):
             provider = Provider(name, lambda _: None, compiles=compiles)
@@ -175,7 +175,7 @@ def test_a_lost_gpu_ends_the_process_and_the_next_one_goes_on(tmp_path, monkeypa
         found = {}
         with run.guarded(found):
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
-        run._dead = case == 1  # what `guarded` finds out by asking the GPU
+        run._dead = case == 1  # as `guarded` sets it after asking the GPU
         run.add("one", {"case": case}, "fp32", found)
 
     with pytest.raises(SystemExit) as stopped:
@@ -187,7 +187,7 @@ def test_a_lost_gpu_ends_the_process_and_the_next_one_goes_on(tmp_path, monkeypa
     assert first["failed"] == second["failed"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
 
 
-def test_rehearsals_have_folders_of_their_own(tmp_path):
+def test_rehearsals_and_real_rows_have_separate_folders(tmp_path):
     bench(tmp_path)._save()
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patched:
         patched.setattr(_common.torch.cuda, "is_available", lambda: False)

@@ -1,5 +1,5 @@
-"""bench_generate times captured rounds, or says that it did not; a draft that replays a trace errs where the trace
-says, and nowhere else."""
+"""bench_generate times captured rounds or fails; a draft that replays a trace errs at the trace's tokens and at no
+others."""
 
 import json
 
@@ -20,18 +20,21 @@ SHORT = Case("graphs", (PLAIN,), context=12, tokens=(8, 40), turns=1, options=GR
 
 
 def test_a_short_call_that_is_not_captured_gives_no_row(tmp_path, monkeypatch):
-    """Eight tokens are not worth a capture: the difference would hold what the long call's captures took. (Where both
-    are captured: the rehearsal of gpu.sh.)"""
+    """Eight tokens are not worth a capture: the difference would include the captures of the long call. (The rehearsal
+    of gpu.sh captures both.)"""
     capture_here(monkeypatch, 1)
     assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [SHORT]) == 1
     for row in rows(tmp_path, bench="generate"):
-        assert "p50_tokens_s" not in row and "8 and 40 tokens must capture as many graphs and replay" in row["failed"]
+        assert (
+            "p50_tokens_s" not in row
+            and "8 and 40 tokens must capture the same number of graphs and replay" in row["failed"]
+        )
 
 
 @pytest.mark.parametrize("short", [Call(1.0, 0, 0), Call(1.0, 4, 20), Call(1.0, 2, 90)])
 def test_calls_must_differ_by_replayed_rounds_alone(short):
     check_graphs(SHORT, [(Call(1.0, 2, 20), Call(2.0, 2, 60))])
-    with pytest.raises(RuntimeError, match="must capture as many graphs and replay them, got"):
+    with pytest.raises(RuntimeError, match="must capture the same number of graphs and replay them, got"):
         check_graphs(SHORT, [(Call(1.0, 2, 20), Call(2.0, 2, 60)), (short, Call(2.0, 2, 60))])
 
 
@@ -39,7 +42,7 @@ def test_every_case_that_asks_for_graphs_is_long_enough():
     for case in bench_generate.CASES:
         if dict(case.options).get("cuda_graphs"):
             deepest = bench_generate.LOOKUP if case.repeats else bench_generate.DEPTH
-            # the prompt's token, one round that is not captured, and enough left to be worth a capture
+            # the prompt's token, one uncaptured round, and enough remaining tokens to be worth a capture
             assert case.tokens[0] >= 1 + (deepest + 1) + bench_generate.WORTH_CAPTURING
 
 
@@ -47,7 +50,7 @@ REPLAY = Case("replayed pair", (DRAFTED, ASSISTED), context=12, tokens=(10, 66),
 
 
 def acceptance_length(flags, short):
-    """Of a chain of 5 over the tokens after the short text's; the first token of all is the prompt's."""
+    """Of a chain of 5, over the tokens after the short text. The prompt's forward gives the first token of all."""
 
     def rounds(flags):
         count, at = 0, 1
@@ -61,7 +64,7 @@ def acceptance_length(flags, short):
     return (len(flags) - short) / (rounds(flags) - rounds(flags[:short]))
 
 
-def test_a_replaying_draft_errs_where_the_trace_says_and_nowhere_else():
+def test_a_replaying_draft_errs_at_the_traces_tokens_only():
     device = torch.device("cpu")
     flags = bench_generate.flags_of(bench_generate.replay_of(REPLAY))
     setup = bench_generate.Setup(REPLAY, False, device)
@@ -71,18 +74,18 @@ def test_a_replaying_draft_errs_where_the_trace_says_and_nowhere_else():
     assert (chosen == text[0, REPLAY.context :]).int().tolist() == flags
 
 
-def test_a_replayed_run_accepts_what_the_trace_says(tmp_path):
+def test_a_replayed_run_has_the_acceptance_of_the_trace(tmp_path):
     flags = bench_generate.flags_of(bench_generate.replay_of(REPLAY))
     length = acceptance_length(flags, REPLAY.tokens[0])
     for shifted in (flags[1:] + flags[:1], flags[-1:] + flags[:-1]):
-        assert acceptance_length(shifted, REPLAY.tokens[0]) != length  # or this test would not tell them apart
+        assert acceptance_length(shifted, REPLAY.tokens[0]) != length  # else this test could not distinguish them
     assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [REPLAY]) == 0
     ours, theirs = rows(tmp_path, bench="generate", inputs=REPLAYED)
     assert ours["provider"] == DRAFTED and ours["acceptance_length"] == ours["replayed_length"] == round(length, 3)
     assert theirs["provider"] == ASSISTED and abs(theirs["rounds"] - ours["rounds"]) <= 1
 
 
-def test_a_run_that_does_not_accept_what_the_trace_says_is_wrong(tmp_path, monkeypatch):
+def test_a_run_with_another_acceptance_than_the_trace_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_generate, "replayed_length", lambda replay: 3.0)
     assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [REPLAY]) == 1
     ours, _ = rows(tmp_path, bench="generate", inputs=REPLAYED)
@@ -96,7 +99,7 @@ def test_every_prompt_of_a_trace_counts_alike():
     short, long = case.tokens
     each = (long - short) // len(trace)
     assert bench_generate.flags_of(replay)[short:] == [flag for flags in trace.values() for flag in flags[:each]]
-    with pytest.raises(ValueError, match="has not got the flags for texts of 32 and 500 tokens"):
+    with pytest.raises(ValueError, match="has too few flags for texts of 32 and 500 tokens"):
         bench_generate.flags_of(replay._replace(tokens=(32, 500)))
 
 

@@ -43,7 +43,7 @@ def rounds(nodes, verify, graphs=True, **found):
 
 
 def gpu_rows():
-    """Rows of a card that meets every goal."""
+    """Rows of a GPU that meets every goal."""
     rows = []
     for context, share in ((512, 0.3), (1024, 0.4), (8192, 0.72), (32768, 0.86)):
         for nodes in (1, 16, 32, 64, 128):
@@ -176,7 +176,7 @@ def written(folder, rows, size="gpu"):
 
 
 def reported(folder, rows):
-    """Writes rows and report: the lines for the screen."""
+    """Writes rows and report; returns the lines for the screen."""
     results = _rows.Results(written(folder, rows))
     report.report(folder)
     return report.short(results.rows, results.steps)

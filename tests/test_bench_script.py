@@ -1,5 +1,5 @@
-"""bench/gpu.sh: its control flow with a stand-in for Python, then a rehearsal, whose second part runs in this process;
-the commands that run benches."""
+"""bench/gpu.sh: its control flow with a stand-in for Python, and a rehearsal, whose second part runs in this process;
+and the commands that run benches."""
 
 import json
 import os
@@ -16,7 +16,6 @@ import steps
 import torch
 from transformers import GenerationConfig
 
-import specdec_triton as sdt
 import tiny
 from specdec_triton.engine import graph_runner
 from specdec_triton.tools import cli, models
@@ -45,7 +44,7 @@ def run_script(*arguments, **env):
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """Runs the script with a stand-in for Python: its output, and the parts that it started."""
+    """A function that runs the script with a stand-in for Python; returns the process and the parts that it started."""
     python, calls = tmp_path / "python", tmp_path / "calls"
     python.write_text(STAND_IN)
     python.chmod(0o755)
@@ -85,7 +84,8 @@ def test_wrong_arguments_are_refused(arguments):
 
 @pytest.fixture
 def in_this_process(tmp_path, monkeypatch, capsys):
-    """Runs the steps of a part and the report as the script does, where torch is imported already: what they print."""
+    """A function that runs the steps of a part and the report like the script, but in this process, which has imported
+    torch; returns their output."""
     monkeypatch.setattr(graph_runner, "CAPTURES", dict(graph_runner.CAPTURES))
     monkeypatch.setattr(graph_runner, "LAG", dict(graph_runner.LAG))
     before = signal.getsignal(signal.SIGTERM)
@@ -149,12 +149,6 @@ def test_the_bench_command_runs_the_scripts_and_shows_their_table(tmp_path, capf
     assert "round            complete" in captured.out and "absent" in captured.out
     assert "{" not in captured.out and f"tables: {out / 'report.md'}" in captured.err
     assert {row["bench"] for row in _rows.Results(out).rows} == {"round"}
-
-
-def test_the_bench_command_says_where_the_benches_are(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sdt, "__file__", str(tmp_path / "site-packages" / "specdec_triton" / "__init__.py"))
-    assert cli.main(["bench", "kernels"]) == 2
-    assert "they come with the repository, not with the package" in capsys.readouterr().err
 
 
 def test_the_profile_command(tmp_path, capsys):

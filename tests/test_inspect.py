@@ -46,7 +46,7 @@ print(json.dumps(inspection.measure(found + narrow, 90)))
 
 @pytest.fixture(scope="module")
 def attention():
-    """Rows of tree attention, the last of them made to spill."""
+    """Rows of tree attention; the last one spills, since it is compiled for one warp."""
     command = [sys.executable, "-c", DRIVER, r"tree_attention/bf16 d128 m(16|32|128) n\d+ split$"]
     done = subprocess.run(command, cwd=ROOT, env=inspection.environment(), capture_output=True, text=True)
     assert not done.returncode, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The walk through transformers' model types: tiny configs, the words for what comes of a class, rows and the page."""
+"""The walk through transformers' model types: tiny configs, the outcome of a class, rows and the page."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from specdec_triton.tools.support import CRASH, EXACT, LATE, NOT_BUILT, REFUSED,
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, PAGE = ROOT / "bench" / "results" / "models", ROOT / "docs" / "supported_models.md"
-# none of them is in families.py; together the kinds of attention, positions and inputs that a tiny config must keep
+# not in families.py; together they have every kind of attention, positions and inputs that a tiny config must keep
 QUICK = (
     Kind("bert", "BertLMHeadModel", "causal"),
     Kind("gpt_oss", "GptOssForCausalLM", "causal"),
@@ -33,7 +33,7 @@ def llama(seed=0, of=transformers.LlamaForCausalLM):
 
 
 class ShiftsPositions(transformers.LlamaForCausalLM):
-    """Counts a forward of several tokens after the prompt from one position further on."""
+    """After the prompt, a forward of several tokens has its positions shifted by one."""
 
     def forward(self, input_ids=None, position_ids=None, past_key_values=None, cache=None, **kwargs):
         state = cache if past_key_values is None else past_key_values
@@ -58,7 +58,7 @@ class NeedsImages(transformers.LlamaForCausalLM):
 
 
 class Rolls(transformers.LlamaForCausalLM):
-    """Another text at each call."""
+    """Gives another text at each call."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         output = super().forward(input_ids, attention_mask, position_ids, **kwargs)
@@ -116,7 +116,7 @@ def test_a_refusal_says_whether_patch_had_accepted_the_model():
     assert found.word == LATE and "got beam_search (num_beams=2)" in found.reason
 
 
-def test_a_class_that_cannot_be_built_says_why():
+def test_a_class_that_cannot_be_built_gives_the_reason():
     assert check(lambda seed: 1 / 0) == Outcome(NOT_BUILT, "ZeroDivisionError: division by zero")
 
 
@@ -137,7 +137,7 @@ def test_a_check_that_accepts_nothing_or_rejects_nothing_is_none(monkeypatch):
     ],
 )
 def test_a_class_that_dies_or_hangs_does_not_end_the_walk(monkeypatch, child, reason):
-    """One child never ends by itself: only a walk that ends it gets beyond."""
+    """One child never ends by itself; the walk must end it to continue."""
     monkeypatch.setattr(support, "_child", child)
     context = multiprocessing.get_context("fork")
     assert support.try_apart(Kind("x", "X", "causal"), context, limit_s=1.0) == reason
@@ -157,7 +157,7 @@ def walked(version, **outcomes):
     return {"transformers": version, **origin, "rows": rows}
 
 
-def test_the_page_groups_what_is_the_same_in_every_version():
+def test_the_page_groups_types_that_are_the_same_in_every_version():
     exact, refused = (EXACT, ""), (REFUSED, "be small")
     lines = support_page.page(
         [
@@ -197,7 +197,7 @@ def test_the_page_groups_what_is_the_same_in_every_version():
     ]
 
 
-def test_the_committed_page_is_what_the_rows_give_and_nothing_in_them_is_a_fault():
+def test_the_committed_page_is_made_of_the_rows_which_have_no_fault():
     walks = support_page.read(ROWS)
     assert PAGE.read_text() == support_page.page(walks), "run: specdec-triton models --rows ... --page ..."
     for found in walks:

@@ -1,13 +1,13 @@
-"""Clocks, and the ceilings of the machine in hand as they measure them: no fraction is quoted of a datasheet.
+"""Clocks, and this machine's ceilings as they measure them; fractions are of these, not of a datasheet.
 
     python -m specdec_triton.tools.calibration [--out FOLDER]  # writes calibration.json
-    python -m specdec_triton.tools.calibration --where  # prints the folder under bench/results of this machine's rows
+    python -m specdec_triton.tools.calibration --where  # prints the folder under bench/results for this machine's rows
 
-Ceilings are bandwidth of reads and copies, matrix products, launches, graph replays and host reads. The benches quote
-fractions of those in `calibration.json` if it is less than an hour old.
+Ceilings are the bandwidth of reads and copies, and the speed of matrix products, launches, graph replays and host
+reads. The benches use a `calibration.json` that is less than an hour old, and measure again otherwise.
 
-On a GPU a call is timed in a captured CUDA graph that runs once over all sets of inputs, or, where it waits for the
-host, between CUDA events; on a CPU by the host's clock.
+On a GPU a call is timed in a captured CUDA graph that runs once over all sets of inputs. A call that waits for the host
+is timed between CUDA events. On a CPU the host's clock is used.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from .provenance import provenance, results_folder
 
 FILE, HOURS = "calibration.json", 1
 
-BUSY_CYCLES = 100_000  # some 50 us, longer than it takes to launch a graph
-EAGER_LAUNCHES = 200  # queued in one go: far fewer than a stream holds before it makes the host wait
+BUSY_CYCLES = 100_000  # about 50 us, longer than the launch of a graph
+EAGER_LAUNCHES = 200  # queued at once; a stream holds many more before the host has to wait
 
 
 def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
@@ -41,22 +41,23 @@ def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def in_turn(ways: Sequence, turns: int) -> Iterator:
-    """Every way in each turn, every second turn in reverse order: a machine that slows down slows all of them."""
+    """All of `ways` in each turn, in reverse order in every second turn, so that a machine that slows down slows all of
+    them."""
     for turn in range(turns):
         yield from ways if turn % 2 == 0 else reversed(ways)
 
 
-def timed(
+def time_calls(
     call: Callable[[Any], Any], sets: Sequence, device: torch.device, seconds: float, graph: bool = True
 ) -> tuple[str, list[float]]:
-    """How it was timed, and seconds a call, measured for about `seconds`.
+    """Time a call for about `seconds`: the method, and the seconds of each call.
 
     Args:
         call: takes one set of inputs.
         sets: inputs in rotation.
-        device: where it runs.
-        seconds: to spend.
-        graph: the call can be captured in a CUDA graph (no wait for the host).
+        device: the device that runs it.
+        seconds: time to spend.
+        graph: the call can be captured in a CUDA graph: it does not wait for the host.
     """
     if device.type == "cpu":
         return "host clock", clocked(call, sets, _host_clock, seconds)
@@ -68,7 +69,7 @@ def timed(
 
 
 def captured(call: Callable[[Any], Any], sets: Sequence) -> torch.cuda.CUDAGraph:
-    """A graph of one call for each set, warmed up (compilers and autotuners must not run in a capture)."""
+    """A graph of one call for each set. Calls are warmed up first: compilers and autotuners must not be captured."""
     for _ in range(3):
         call(sets[0])
 
@@ -80,7 +81,7 @@ def captured(call: Callable[[Any], Any], sets: Sequence) -> torch.cuda.CUDAGraph
 
 
 def clocked(call: Callable[[Any], Any], sets: Sequence, clock: Callable, seconds: float) -> list[float]:
-    """Seconds of each call, at least five, until `seconds` are over; the first three go unmeasured.
+    """Seconds of each call, for at least five calls and until `seconds` are over; three calls before are not measured.
 
     Raises:
         ValueError: there are no inputs.
@@ -102,8 +103,8 @@ def _host_clock(call: Callable, inputs: Any) -> float:
 
 
 def _busy_event_clock(call: Callable, inputs: Any) -> float:
-    """Of a call that does not wait for the host: the device is busy until the call is queued, so that its launch takes
-    no part of the time."""
+    """Times a call that does not wait for the host. The device is busy until the call is queued, so that the time of
+    the launch is not included."""
     return _event_clock(call, inputs, lambda: torch.cuda._sleep(BUSY_CYCLES))
 
 
@@ -120,7 +121,7 @@ def _event_clock(call: Callable, inputs: Any, before: Callable[[], Any] = lambda
 
 @functools.lru_cache(maxsize=4)
 def calibrate(device: torch.device) -> dict[str, float]:
-    """This machine's ceilings, in this run, from random data.
+    """Measure this machine's ceilings now, with random data.
 
     Returns:
         copy_bytes_s (read and written), read_bytes_s (the better of two reductions), matmul_flops_s (bf16 on a GPU,
@@ -137,7 +138,7 @@ def calibrate(device: torch.device) -> dict[str, float]:
     tiny = torch.zeros(1, device=device)
 
     def median(call: Callable[[Any], Any], sets: Sequence = (None,)) -> float:
-        return statistics.median(timed(call, sets, device, seconds)[1])
+        return statistics.median(time_calls(call, sets, device, seconds)[1])
 
     def launches(_: Any) -> None:
         for _ in range(EAGER_LAUNCHES):
@@ -160,14 +161,14 @@ def calibrate(device: torch.device) -> dict[str, float]:
 
 
 def _queueing_clock(call: Callable, inputs: Any) -> float:
-    """Host time to hand the call's work to the device, which begins idle."""
+    """Host time to queue the work of a call on an idle device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return _host_clock(call, inputs)
 
 
 def ceilings(device: torch.device, folder: pathlib.Path | None = None) -> dict[str, float]:
-    """This machine's ceilings: read from `FILE` in the folder if it is of this machine and fresh, else measured now and
+    """This machine's ceilings: read from `FILE` in the folder if it is fresh and of this machine, else measured now and
     written there."""
     file, origin = folder and folder / FILE, provenance(device)
     if file and file.exists():
@@ -186,7 +187,7 @@ def ceilings(device: torch.device, folder: pathlib.Path | None = None) -> dict[s
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, help="folder (default: bench/results/DEVICE)")
-    parser.add_argument("--where", action="store_true", help="print that folder, measure nothing")
+    parser.add_argument("--where", action="store_true", help="print that folder and measure nothing")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = options.out or results_folder(device)

@@ -446,7 +446,7 @@ COMMANDS = {
         _option("--json", "rows on standard output, nothing else", action="store_true"),
     ),
     "plan": (
-        _plan, "does speculation pay for a pair on a card: predicted from shapes",
+        _plan, "predict from shapes whether speculation pays for a pair on a device",
         _option("--target", CONFIG, required=True, metavar="CONFIG"),
         _option("--draft", "the same, or none: drafting is free", required=True, metavar="CONFIG"),
         _option(

@@ -1,8 +1,8 @@
-"""Which of transformers' model types are exact: each class of a mapping, built tiny and tried.
+"""Tries each model type of transformers, built tiny, and finds out which ones keep plain `generate`'s text.
 
-A class is tried in a process of its own, so that one which crashes or never ends does not end the walk. Plain
-`generate` gives the text; then three drafters must leave it as it is: prompt lookup, an oracle that is right half of
-the time (a tree with branches), and a draft model, the class itself with noise on its weights. fp32, greedy, on a CPU.
+Each class is tried in its own process, so that a crash or an endless loop does not end the walk. Plain `generate` gives
+the text, and three drafters must reproduce it: prompt lookup, an oracle that is right half of the time (a tree with
+branches), and a draft model, which is the class itself with noise on its weights. Greedy, in fp32, on a CPU.
 """
 
 import copy
@@ -31,17 +31,17 @@ from .shrink import PAD, WORDS, tiny_config
 
 MAPPINGS = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING", "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"}
 EXACT, REFUSED, WRONG, CRASH = "exact", "refused in patch", "wrong", "crash"
-# after `patch` had accepted it; or its plain `generate` does not run
+# refused after `patch` accepted the model; plain `generate` does not run
 LATE, NOT_BUILT = "refused after patch", "not built"
 FAULTS = (WRONG, CRASH, LATE)
 
-PROMPT, PADDING, NEW_TOKENS = 9, 3, 16  # together beyond every window and chunk of a tiny config
+PROMPT, PADDING, NEW_TOKENS = 9, 3, 16  # together longer than every window and chunk of a tiny config
 NEVER = 10_000  # an end-of-text token that no tiny model emits
-SEEDS = 5  # of weights, until the text wanders and has no near tie
-MIN_WORDS, MIN_MARGIN = 6, 1e-3  # other words than that repeat; the margin is a share of the logits' spread
+SEEDS = 5  # of weights that are tried until a text is varied and has no near tie
+MIN_WORDS, MIN_MARGIN = 6, 1e-3  # distinct words of a text; least margin of a choice, as a share of the logits' spread
 TREE = sdt.Topology.from_widths([2, 2])
-NOISE, TRIES = 0.1, 6  # of the draft model's weights, and until it is right at times and wrong at times
-TYPE_IDS = ("token_type_ids", "mm_token_type_ids")  # processors add them to every text, zeros for one without images
+NOISE, TRIES = 0.1, 6  # first noise of the draft's weights; tries until some drafts are right and some are wrong
+TYPE_IDS = ("token_type_ids", "mm_token_type_ids")  # processors add them to every text: zeros if it has no images
 GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": NEVER, "pad_token_id": PAD}
 TIME_LIMIT_S, NICENESS = 120.0, 5
 
@@ -50,7 +50,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class Kind(NamedTuple):
-    """A model type, the class that a mapping has for it, and that mapping's name in `MAPPINGS`."""
+    """A model type, its class in a mapping, and the mapping's name in `MAPPINGS`."""
 
     model_type: str
     model: str
@@ -58,15 +58,15 @@ class Kind(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """One of the words above, and the reason; none where it is exact."""
+    """One of the outcomes above, and the reason, which is empty for `EXACT`."""
 
     word: str
     reason: str = ""
 
 
 def kinds(mapping: str = "all", having: str = "") -> list[Kind]:
-    """The model types of a mapping ("causal", "image-text" or "all") of the transformers installed here whose type or
-    class has `having` in its name."""
+    """The model types of a mapping ("causal", "image-text" or "all") of the installed transformers. With `having`, only
+    those with this text in the name of the type or the class."""
     found = []
     for name in MAPPINGS if mapping == "all" else [mapping]:
         classes = getattr(modeling_auto, MAPPINGS[name])._model_mapping
@@ -75,10 +75,10 @@ def kinds(mapping: str = "all", having: str = "") -> list[Kind]:
 
 
 def build(kind: Kind, seed: int = 0) -> PreTrainedModel:
-    """A tiny model with weights large enough that its greedy text wanders, and changes with anything a layer sees."""
+    """A tiny model with large weights: its greedy text is varied and depends on every input of a layer."""
     model_class, config = getattr(transformers, kind.model), tiny_config(CONFIG_MAPPING[kind.model_type])
     if not isinstance(config, model_class.config_class):
-        # the mapping's config has the model's own as a part
+        # the model's own config is a part of the mapping's
         config = next((part for part in vars(config).values() if isinstance(part, model_class.config_class)), config)
     torch.manual_seed(seed)
     model = model_class(config).float().eval()
@@ -101,9 +101,9 @@ def check(
     """Try one model.
 
     Args:
-        model_of_seed: makes it, with weights of that seed.
-        images: it takes images too, and so gets what its processor adds to a text without any.
-        stage: called with the name of what begins: "build", "plain" or "speculate".
+        model_of_seed: makes the model with weights of a seed.
+        images: the model takes images; it is also tried with the inputs that its processor adds to a text without them.
+        stage: called with the name of each stage as it begins: "build", "plain" or "speculate".
     """
     stage("build")
     try:
@@ -125,22 +125,22 @@ def check(
         return _speculate(model, calls)
     except Exception as error:
         ours = isinstance(error, ValueError) and str(PACKAGE) in traceback.extract_tb(error.__traceback__)[-1].filename
-        return Outcome(LATE, str(error)) if ours else Outcome(CRASH, f"{_short(error)} ({_where(error)})")
+        return Outcome(LATE, str(error)) if ours else Outcome(CRASH, f"{_short(error)} ({_location(error)})")
 
 
 class Call(NamedTuple):
-    """What plain `generate` makes of some inputs."""
+    """Inputs, and the text of plain `generate` for them."""
 
     inputs: dict[str, torch.Tensor]
     text: torch.Tensor
-    words: int  # that differ, in the sequence with the fewest
-    margin: float  # of the greedy choice, at its least, as a share of the logits' spread
+    words: int  # distinct ones of the new text, in the sequence with the fewest
+    margin: float  # the least of a greedy choice, as a share of the logits' spread
 
 
 def _with_a_good_text(
     model: PreTrainedModel, model_of_seed: Callable[[int], PreTrainedModel], images: bool
 ) -> tuple[PreTrainedModel, list[Call]]:
-    """The model of the first seed whose texts wander without a near tie, or else of the best, and its texts."""
+    """The model of the first seed whose texts are varied and have no near tie, or of the best seed; and its texts."""
     batch = padded_prompt()
     single = {name: tensor[1:] for name, tensor in batch.items()}
     tried = []
@@ -156,7 +156,7 @@ def _with_a_good_text(
     added = set(TYPE_IDS) & set(inspect.signature(model.forward).parameters) if images else ()
     for name in sorted(added):
         call = _plain(model, batch | {name: torch.zeros_like(batch["input_ids"])})
-        # in some models zeros are a type like any other
+        # in some models zeros are a token type that changes the text
         calls += [call] if torch.equal(call.text, calls[0].text) else []
     return model, calls
 
@@ -200,7 +200,7 @@ def _speculate(model: PreTrainedModel, calls: list[Call]) -> Outcome:
 
 
 def _with(model: PreTrainedModel, call: Call, drafter: sdt.Drafter, must_draft: bool = True) -> Outcome | None:
-    """What is wrong with a call that drafts so; None: nothing, and drafts were both accepted and rejected."""
+    """The fault of a call with this drafter. None: the text is plain's; some drafts were accepted and some rejected."""
     name = type(drafter).__name__
     with sdt.patched(model, drafter=drafter):
         text = model.generate(**call.inputs, **GREEDY)
@@ -208,9 +208,9 @@ def _with(model: PreTrainedModel, call: Call, drafter: sdt.Drafter, must_draft: 
         if not torch.equal(_plain(model, call.inputs).text, call.text):
             return Outcome(NOT_BUILT, "plain generate: another text each time")
         columns = (text != call.text).any(0).nonzero() if text.shape == call.text.shape else []
-        where = f"from new token {int(columns[0]) - PROMPT} on" if len(columns) else f"{list(text.shape)}"
+        place = f"from new token {int(columns[0]) - PROMPT} on" if len(columns) else f"{list(text.shape)}"
         added = sorted(set(call.inputs) - {"input_ids", "attention_mask"})
-        return Outcome(WRONG, f"{name}, {len(text)} rows{', '.join(['', *added])}: {where}")
+        return Outcome(WRONG, f"{name}, {len(text)} rows{', '.join(['', *added])}: {place}")
     stats = sdt.stats(model)
     if must_draft and not 0 < stats.accepted < drafter.tree.max_depth * stats.row_rounds:
         return Outcome(NOT_BUILT, f"no check: of {name}'s drafts all or none were accepted")
@@ -230,11 +230,11 @@ def noisy(model: PreTrainedModel, noise: float) -> PreTrainedModel:
 
 def _short(error: Exception) -> str:
     line = (str(error).strip() or "no message").splitlines()
-    # a validation error says what is wrong in its second line
+    # the second line of a validation error has the reason
     return f"{type(error).__name__}: {' '.join(part.strip() for part in line[:2])}"[:160]
 
 
-def _where(error: Exception) -> str:
+def _location(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(last.filename).name}:{last.lineno}"
 
@@ -256,7 +256,7 @@ def _child(kind: Kind, pipe: Connection) -> None:
 
 
 def try_apart(kind: Kind, context: BaseContext, limit_s: float = TIME_LIMIT_S) -> Outcome:
-    """`check` in a process of its own, which may die or last too long."""
+    """`check` in a separate process, which may crash or take too long."""
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(kind, theirs), daemon=True)
     process.start()
@@ -267,25 +267,25 @@ def try_apart(kind: Kind, context: BaseContext, limit_s: float = TIME_LIMIT_S) -
             stage, outcome = ours.recv()
             if outcome:
                 return outcome
-        why = f"did not end in {limit_s:.0f} s"
+        reason = f"did not end in {limit_s:.0f} s"
     except EOFError:
         process.join()
-        why = f"the process ended with {process.exitcode}"
+        reason = f"the process ended with {process.exitcode}"
     finally:
         process.kill()
         process.join()
-    return Outcome(CRASH, why) if stage == "speculate" else Outcome(NOT_BUILT, f"{stage}: {why}")
+    return Outcome(CRASH, reason) if stage == "speculate" else Outcome(NOT_BUILT, f"{stage}: {reason}")
 
 
 def _context() -> BaseContext:
-    """Processes that begin as copies of this one, in which everything that a check needs was used once."""
-    torch.set_num_threads(1)  # a copy has no other threads, and would wait for them
+    """A context that forks this process, after it imported and ran everything that a check needs."""
+    torch.set_num_threads(1)  # a fork has no other threads and would wait for them
     check(lambda seed: build(Kind("llama", "LlamaForCausalLM", "causal"), seed))
     return multiprocessing.get_context("fork")
 
 
 def walk(todo: Iterable[Kind]) -> Iterator[tuple[Kind, Outcome]]:
-    """Each kind and what came of it, as it comes; a class that two mappings have for one type is tried once."""
+    """Each kind and its outcome, as soon as it is known. A class that is in both mappings of a type is tried once."""
     todo, context = list(todo), _context()
     images = {kind[:2] for kind in todo if kind.mapping == "image-text"}
     known: dict[tuple[str, str], Outcome] = {}

@@ -1,4 +1,4 @@
-"""What a walk through transformers' model types found, as a file of rows, and the page made of such files."""
+"""Files of rows of a walk through transformers' model types, and the page made from them."""
 
 import datetime
 import json
@@ -34,7 +34,7 @@ specdec-triton models --rows bench/results/models --page docs/supported_models.m
 
 
 def record(found: Iterable[tuple[Kind, Outcome]], report: Callable[[str], None]) -> dict:
-    """The rows of a walk and where they are from; a line to `report` for each type, as it comes."""
+    """The rows of a walk and their origin; `report` is called with a line for each type."""
     start, rows = time.perf_counter(), []
     for kind, outcome in found:
         row = {"type": kind.model_type, "model": kind.model, "mapping": kind.mapping, "outcome": outcome.word}
@@ -51,7 +51,7 @@ def record(found: Iterable[tuple[Kind, Outcome]], report: Callable[[str], None])
 
 
 def write(walked: dict, file: Path) -> None:
-    """One line a row."""
+    """Write a file with one row a line."""
     head = json.dumps({name: value for name, value in walked.items() if name != "rows"})
     rows = ",\n".join(json.dumps(row) for row in walked["rows"])
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +59,10 @@ def write(walked: dict, file: Path) -> None:
 
 
 def read(folder: Path) -> list[dict]:
-    """The files of a folder, by version of transformers.
+    """The files of a folder, sorted by version of transformers.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the folder has none.
     """
     files = [json.loads(file.read_text()) for file in Path(folder).glob("*.json")]
     if not files:
@@ -71,7 +71,7 @@ def read(folder: Path) -> list[dict]:
 
 
 def counts(walked: dict) -> str:
-    """How many of each outcome, by mapping, in a line each."""
+    """A line for each mapping: the number of each outcome."""
     lines = []
     for mapping in MAPPINGS:
         found = Counter(row["outcome"] for row in walked["rows"] if row["mapping"] == mapping)
@@ -81,7 +81,7 @@ def counts(walked: dict) -> str:
 
 
 def page(walks: list[dict]) -> str:
-    """Markdown, of the walks under several versions of transformers, the newest last."""
+    """The page in Markdown, from walks under several versions of transformers, the newest last."""
     versions = [walked["transformers"] for walked in walks]
     lines = [INTRODUCTION.format(causal=MAPPINGS["causal"], image=MAPPINGS["image-text"])]
     lines += [*_table(["transformers", "torch", "date", "commit", *TITLES.values()])]
@@ -95,13 +95,13 @@ def page(walks: list[dict]) -> str:
 
 
 def _sections(walks: list[dict], versions: list[str], mapping: str) -> list[str]:
-    cells: dict[str, list[dict | None]] = defaultdict(lambda: [None] * len(walks))
+    by_type: dict[str, list[dict | None]] = defaultdict(lambda: [None] * len(walks))
     for at, walked in enumerate(walks):
         for row in walked["rows"]:
             if row["mapping"] == mapping:
-                cells[row["type"]][at] = row
+                by_type[row["type"]][at] = row
     always, mixed, groups = [], [], {REFUSED: defaultdict(list), NOT_BUILT: defaultdict(list)}
-    for kind, rows in sorted(cells.items()):
+    for kind, rows in sorted(by_type.items()):
         words = [row["outcome"] if row else "not in it" for row in rows]
         last = next(row for row in reversed(rows) if row)
         if set(words) <= {EXACT, "not in it"}:
@@ -119,7 +119,7 @@ def _sections(walks: list[dict], versions: list[str], mapping: str) -> list[str]
         if by_reason:
             number = sum(map(len, by_reason.values()))
             lines += ["", f"### {word.capitalize()} ({number})", "", *_table(heads[word])]
-            lines += [_line([_cell(reason), ", ".join(kinds)]) for reason, kinds in sorted(by_reason.items())]
+            lines += [_line([_escaped(reason), ", ".join(kinds)]) for reason, kinds in sorted(by_reason.items())]
     return lines
 
 
@@ -136,5 +136,5 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(text: str) -> str:
+def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")

@@ -1,1 +1,1 @@
-"""Is what comes out distributed as the target's own samples? Every rule, tree and filter, and copies made wrong."""
+"""Tests that sampling keeps the target's distribution, for every rule, tree and filter, and that mutants do not."""

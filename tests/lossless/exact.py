@@ -1,7 +1,7 @@
-"""The acceptance rules once more: one row, one token at a time, in float64 and in the papers' normalised form.
+"""The acceptance rules in the papers' normalised form: one row, one token at a time, in float64.
 
-A rule here asks `decide(node, chance)` for every outcome of chance. With the op's own random numbers behind it, it says
-what the op must do; with all outcomes behind it in turn (`outcomes`), what the rule does exactly.
+A rule calls `decide(node, chance)` for every random decision. If `decide` uses the op's random numbers, the rule gives
+the op's expected output. If it takes every outcome in turn (`outcomes`), the rule gives its exact distribution.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass
 class Tree:
-    """parents and tokens: N numbers. target and draft: N arrays [V]; draft None where tokens came without sampling."""
+    """parents and tokens: N numbers. target and draft: N arrays [V]; draft None for tokens chosen without sampling."""
 
     parents: list
     tokens: list
@@ -23,13 +23,13 @@ class Tree:
         return [i for i in range(1, len(self.parents)) if self.parents[i] == node]
 
     def offered(self, node, token):
-        """The draft's distribution of a child that carries `token`."""
+        """The draft's distribution from which a child of `node` with this token came."""
         if self.draft is None:
             return np.eye(len(self.target[0]))[token]
         return self.draft[node]
 
     def chain(self):
-        """The nodes that continue one another from the root on."""
+        """The nodes that form a chain from the root."""
         end = 1
         while (
             end < len(self.parents)
@@ -125,7 +125,7 @@ RULES = {"rejection": rejection, "block": block, "multi_round": multi_round, "tr
 
 
 def outcomes(rule, tree):
-    """Every way a rule can go: (probability, last node, distribution [V] of the next token)."""
+    """Every outcome of a rule: (probability, last node, distribution [V] of the next token)."""
     scripts = [()]
     while scripts:
         script = scripts.pop()

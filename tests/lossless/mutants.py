@@ -1,6 +1,6 @@
-"""Mutants: the rules and drafts with mistakes that somebody has made. The proof must reject every one.
+"""Mutants: rules and drafts with mistakes found in real code. The tests must reject every one.
 
-Functions of `rules` are replaced for as long as a test runs (`monkeypatch`), or a tree is drafted in a wrong way.
+A mutant replaces functions of `rules` while a test runs (`monkeypatch`), or drafts a tree in a wrong way.
 """
 
 import torch
@@ -12,12 +12,12 @@ from . import table_models
 
 
 def same_ratio(monkeypatch):
-    """Every sibling is tested against target/draft, as if the ones before had not been rejected."""
+    """Every sibling is tested against target/draft, as if no earlier sibling had been rejected."""
     honest = rules.rejected
 
     def rejected(siblings, token, replaces):
         after = honest(siblings, token, replaces)
-        # the first residual and draft stay for the next sibling; what is recovered comes from max(target - draft, 0)
+        # the first residual and draft stay for the next sibling; recovered tokens come from max(target - draft, 0)
         return siblings._replace(tried=after.tried)
 
     def next_token(round, node, siblings):
@@ -40,7 +40,7 @@ def no_residual(monkeypatch):
 
 
 def residual_of_the_wrong_row(monkeypatch):
-    """What is recovered at a node comes from its parent's distributions."""
+    """The recovered token of a node comes from its parent's distributions."""
     honest = rules.next_token
 
     def next_token(round, node, siblings):
@@ -52,7 +52,7 @@ def residual_of_the_wrong_row(monkeypatch):
 
 
 def one_uniform_for_all_siblings(monkeypatch):
-    """Siblings are tested by their parent's number."""
+    """All siblings are tested with the random number of their parent."""
     honest = rules.passes
 
     def passes(round, node, chance):
@@ -62,12 +62,12 @@ def one_uniform_for_all_siblings(monkeypatch):
 
 
 def keyed_by_position(monkeypatch):
-    """All noise is keyed by the position of the token, so that the next round meets the numbers of this one again."""
+    """All noise is keyed by the position of the token, so that the next round uses the numbers of this one again."""
     uniform, gumbel = noise.uniform, noise.gumbel
 
     def moved(position, node, purpose):
-        # in a chain, node i is i positions after the root; what follows node i and what is drafted for node i + 1
-        # are for the same position
+        # in a chain, node i is i positions after the root; the token after node i and the draft of node i + 1 have the
+        # same position
         offset = torch.as_tensor(node) + (torch.as_tensor(purpose) >= noise.RECOVER)
         return position + offset
 
@@ -84,19 +84,19 @@ def keyed_by_position(monkeypatch):
 
 
 def one_stream_for_draft_and_recovered(monkeypatch):
-    """What is recovered at a node is chosen with the noise that its children were drawn with."""
+    """The recovered token of a node is chosen with the noise of its children's draws."""
     monkeypatch.setattr(noise, "RECOVER", noise.DRAFT)
 
 
 def filters_on_one_side(models, tree, root, seeds, position, options):
-    """The draft was drawn under its filters, and the rule is told that it was not."""
+    """The draft is drawn under filters, but the rule gets none for it."""
     draft = table_models.draft_tree(models, tree, root, seeds, position, options)
     draft.draft_filters = Filters()
     return draft
 
 
 def cut_by_value(models, tree, root, seeds, position, options):
-    """Three children of the root are drawn, and the two that the draft likes best stay, the better one first."""
+    """Three children of the root are drawn; the two with the larger draft probability stay, the larger first."""
     wide = table_models.sampled(
         models, table_models.Topology.from_widths((3,)), root, seeds, position, options, "without"
     )
@@ -115,7 +115,7 @@ def cut_by_value(models, tree, root, seeds, position, options):
 
 
 def ranked_as_drawn(models, tree, root, seeds, position, options):
-    """The draft's likeliest tokens, tested with its probabilities as if they had been drawn."""
+    """The draft's likeliest tokens, tested with its probabilities as if they were drawn."""
     draft = table_models.ranked(models, table_models.BRANCHES, root)
     draft.sampling, draft.draft_filters = "without", table_models.filters(options, len(root))
     draft.draft_row = torch.arange(draft.tokens.shape[1]).int().expand(len(root), -1).contiguous()

@@ -1,7 +1,7 @@
 """A target and a draft whose logits are tables, drafting functions for every kind of tree, and batched generation.
 
-The logits after a text depend on its last two tokens. Each row of a batch is one independent sample, with a seed of its
-own; rounds follow each other until every row has its tokens. Letters: B rows, N nodes, V vocabulary, L length.
+The logits after a text depend on its last two tokens. Each row of a batch is an independent sample with its own seed;
+rounds run until every row has its tokens. Letters: B rows, N nodes, V vocabulary, L length.
 """
 
 from collections.abc import Callable
@@ -33,14 +33,14 @@ def filters(options: dict, batch: int) -> Filters:
 
 @dataclass(frozen=True)
 class TableModels:
-    """target, draft: [V + 1, V + 1, V] fp32 logits by the last two tokens, V standing for what came before."""
+    """target, draft: [V + 1, V + 1, V] fp32 logits by the last two tokens; V stands for tokens of the prompt."""
 
     target: torch.Tensor
     draft: torch.Tensor
 
     @classmethod
     def random(cls, vocab: int, seed: int, spread: float = 1.5, agreement: float = 0.3) -> "TableModels":
-        """Draft logits share a part of the target's; some tokens are impossible for one of the two, or tie."""
+        """Draft logits are partly the target's; some tokens are impossible for one of the two, or tie."""
         generator = torch.Generator().manual_seed(seed)
         shape = (vocab + 1, vocab + 1, vocab)
         target, other = (spread * torch.randn(shape, generator=generator) for _ in range(2))
@@ -69,7 +69,7 @@ class TableModels:
 
 @dataclass
 class Draft:
-    """A drawn tree, as the op takes it. contexts: [B, N, 2], the last two tokens after each node."""
+    """A drafted tree for the op. contexts: [B, N, 2], the last two tokens after each node."""
 
     tokens: torch.Tensor
     parents: torch.Tensor
@@ -80,7 +80,7 @@ class Draft:
 
 
 def grow(models: TableModels, topology: Topology, root: torch.Tensor, choose: Callable) -> Draft:
-    """A tree whose nodes are chosen one after the other.
+    """Draft a tree, node by node.
 
     Args:
         root: [B, 2]. The last two tokens.
@@ -91,7 +91,7 @@ def grow(models: TableModels, topology: Topology, root: torch.Tensor, choose: Ca
     for node in range(1, num_nodes):
         parent = topology.parents[node]
         token = choose(node, topology.ranks[node], contexts[parent])
-        # below padding all is padding
+        # descendants of padding are padding
         real = (token >= 0) & ((parents[parent] >= 0) if parent else torch.ones(batch, dtype=torch.bool))
         tokens.append(token.clamp(min=0))
         parents.append(torch.where(real, parent, -1))
@@ -126,7 +126,7 @@ def sampled(
 
 
 def ranked(models: TableModels, topology: Topology, root: torch.Tensor, *_) -> Draft:
-    """Children are the draft's likeliest tokens: no chance in it."""
+    """Children are the draft's likeliest tokens, without sampling."""
 
     def choose(node, rank, context):
         logits = models.draft[context[:, 0], context[:, 1]]
@@ -155,7 +155,7 @@ def coupled(
 
 CHAIN = Topology.chain(2)
 BRANCHES = Topology((-1, 0, 0, 1, 1, 2), (0, 0, 1, 0, 1, 0))
-# name -> (topology, drafting function, sampling)
+# name: (topology, drafting function, sampling)
 TREES = {
     "sampled chain": (CHAIN, sampled, "with"),
     "sampled chain without": (CHAIN, sampled, "without"),  # the same distribution by other noise keys
@@ -189,16 +189,16 @@ def generate(
     """Round after round until each of `samples` rows has `length` tokens.
 
     Args:
-        draft: (models, tree, root, seeds, position, options) -> `Draft`; mutants give another one.
+        draft: (models, tree, root, seeds, position, options) -> `Draft`; mutants pass their own.
         impl: as in `ops.accept_sample`.
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(-(2**62), 2**62, (samples,), generator=generator)
-    # two tokens before the first, and a column that takes what lies beyond the end
+    # two tokens before the first, and a column for tokens beyond the end
     text = torch.full((samples, length + 3), models.vocab)
     done = torch.zeros(samples, dtype=torch.int64)
     first_accepted = None
-    for _ in range(length):  # a round emits a token at least
+    for _ in range(length):  # a round emits at least one token
         position, root = START + done, text.gather(1, done[:, None] + torch.arange(2))
         drafted = draft(models, tree, root, seeds, position, options)
         earlier, later = drafted.contexts.unbind(-1)

@@ -1,7 +1,7 @@
-"""Every rule that is called lossless, with every tree and filter that it takes, keeps the target's distribution.
+"""Every lossless rule keeps the target's distribution, with every tree and filter that it supports.
 
-All texts of a small vocabulary are enumerated. The samples are rows of a batch, generated over several rounds. Mutants
-of the rules and drafts are rejected at the same sample size, with the same models.
+All texts of a small vocabulary are enumerated. Samples are rows of a batch, generated over several rounds. Mutants of
+the rules and drafts are rejected with the same models and sample size.
 """
 
 import functools
@@ -18,10 +18,10 @@ from specdec_triton.tools import goodness_of_fit
 from . import exact, mutants, table_models
 
 SAMPLES, MANY_SAMPLES = 20_000, 100_000
-RATE = 0.01  # of false alarms among alarms
-ALARM = 1e-6  # a mutant's p-value is below; those of the rules themselves are far above
+RATE = 0.01  # the rate of false alarms among alarms
+ALARM = 1e-6  # p-values of mutants are below this, those of the rules far above
 
-# models, and the length of their texts. Here the draft knows nothing of the target: most drafts are rejected
+# models, and the length of their texts. This draft is independent of the target: most drafts are rejected
 WIDE = table_models.TableModels.random(vocab=5, seed=2, spread=1.0, agreement=0.0), 2
 # longer texts and more -inf, ties and equal distributions
 LONG = table_models.TableModels.random(vocab=3, seed=1, spread=1.5, agreement=0.3), 3
@@ -40,7 +40,7 @@ ALONE = ("temperature", "top_k", "top_p", "min_p")
 
 
 def ways(pair, samples) -> tuple[str, ...]:
-    """The options that a rule and tree are tried with: at fewer samples without filters, with all, and with one."""
+    """The filter options for a rule and tree: all, or at fewer samples no filters, every filter, and a single one."""
     if samples == MANY_SAMPLES:
         return tuple(table_models.OPTIONS)
     return "plain", "all", ALONE[LEGAL.index(pair) % len(ALONE)]
@@ -62,7 +62,7 @@ def run(setup, rule, tree, options):
 def examined(setup, rule, tree, options, samples):
     if samples == SAMPLES:
         counts = run(setup, rule, tree, options).counts
-    else:  # too long to be kept
+    else:  # too large for the cache
         counts = table_models.generate(setup[0], rule, tree, table_models.OPTIONS[options], setup[1], samples).counts
     return goodness_of_fit.examine(counts, text_probs(setup, options))
 
@@ -87,7 +87,7 @@ def hold_all(setup, samples):
 
 
 @pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
-def test_total_variation_is_what_sampling_makes(rule, tree):
+def test_total_variation_is_that_of_true_samples(rule, tree):
     hold(WIDE, rule, tree, SAMPLES)
 
 
@@ -110,7 +110,7 @@ def test_g_tests_of_many_samples(setup):
 
 
 @pytest.mark.parametrize("options", table_models.OPTIONS)
-def test_coupled_writes_the_same_text_with_any_tree_and_none(options):
+def test_coupled_gives_the_same_text_with_every_tree_and_without_one(options):
     wanted = run(WIDE, "coupled", "no draft", options).text
     for rule, tree in LEGAL:
         if rule == "coupled":
@@ -118,8 +118,8 @@ def test_coupled_writes_the_same_text_with_any_tree_and_none(options):
 
 
 @pytest.mark.parametrize(("rule", "tree"), LEGAL, ids=lambda name: name.replace(" ", "-"))
-def test_a_token_that_makes_the_target_say_nan_comes_as_often_as_it_should(rule, tree):
-    """The logits after three of the five tokens are no numbers, so the text may end there; never sooner or later."""
+def test_tokens_after_which_the_target_is_nan_keep_their_probability(rule, tree):
+    """The logits after three of the five tokens are NaN, so a text may end there, but neither earlier nor later."""
     models, _ = WIDE
     broken = table_models.TableModels(models.target.clone(), models.draft)
     broken.target[models.vocab, 1:4, 2:] = float("nan")
@@ -129,8 +129,8 @@ def test_a_token_that_makes_the_target_say_nan_comes_as_often_as_it_should(rule,
         assert cell.p_value > 1e-4, f"{rule}, {tree}, {options}: {cell}"
 
 
-# Through the kernel, in fp16: logits below 0, and at first fewer that are finite than top-k asks for. In half precision
-# a threshold is rebuilt from a part of its bits.
+# Through the kernel in fp16: logits are below 0, and the first ones have fewer finite values than top-k. In half
+# precision a threshold is rebuilt from a part of its bits.
 HALF = table_models.TableModels(*((table - 9).half() for table in (WIDE[0].target, WIDE[0].draft)))
 HALF.target[-1, -1, [0, 3, 4]] = -torch.inf
 
@@ -140,13 +140,13 @@ def kernel_cell(rule, tree, options, length, samples):
     return goodness_of_fit.examine(found.counts, HALF.text_probs(options, length))
 
 
-# in the interpreter a row takes a tenth of a second, so one token of few of them
+# the interpreter takes a tenth of a second a row, so there are few rows of one token
 def test_the_kernel_in_half_precision():
     cell = kernel_cell("coupled", "no draft", {"top_k": 3}, 1, 40)
     assert cell.p_value > 1e-4, cell
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter sees what is patched")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter uses the patched function")
 def test_a_threshold_of_the_wrong_bits_is_rejected(monkeypatch):
     from specdec_triton.kernels import _filters
 
@@ -194,7 +194,7 @@ def test_typical_acceptance_is_rejected(options, tree):
     assert cell.p_value < ALARM and cell.low > 0, cell
 
 
-# What rounds do exactly: no sampling, every draft and every outcome of chance enumerated in float64
+# Exact results of a round: every draft and every outcome of chance is enumerated in float64
 
 
 def distributions(setup, options=None):
@@ -281,8 +281,8 @@ def test_every_illegal_combination_is_refused():
     assert refused == [*itertools.product(("rejection", "block"), (*TREES, "coupled tree"))]
 
 
-def test_filters_that_differ_on_the_two_sides_are_no_fault():
-    """A draft may be drawn under filters of its own, as long as the rule knows them."""
+def test_target_and_draft_may_have_different_filters():
+    """A draft may be drawn under other filters than the target's if the rule gets them."""
     models, length = WIDE
     options = {"temperature": 0.7, "top_k": 3}
 

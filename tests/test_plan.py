@@ -334,8 +334,9 @@ def test_each_option_that_is_wrong_is_refused_before_the_work(tmp_path, monkeypa
         assert status == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: name)
     assert "plot must be of a GPU, got the device cpu" in plot(tmp_path / "plot.png", "cpu")
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     assert "needs the package matplotlib" in plot(tmp_path / "plot.png")
 
 

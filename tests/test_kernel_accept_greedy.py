@@ -89,7 +89,7 @@ def check(logits, tokens, parents, max_depth=None, budget=None, eos_ids=None):
 def test_hand_worked():
     #        0:7                      the target says 3 after node 0
     #    1:3     2:3     3:5          nodes 1 and 2 are twins: the first is followed; the target says 4 after node 1
-    #   4:6 5:4          6:4          node 5 is followed; the target says 1 after node 5, and nobody carries it
+    #   4:6 5:4          6:4          node 5 is followed; the target says 1 after node 5, and no child carries it
     #       7:0
     parents = torch.tensor([[-1, 0, 0, 0, 1, 1, 3, 5]], dtype=torch.int32, device=DEVICE)
     tokens = torch.tensor([[7, 3, 3, 5, 6, 4, 4, 0]], device=DEVICE)

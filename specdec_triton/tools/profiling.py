@@ -59,14 +59,16 @@ class Round:
     Attributes:
         whole: all of it.
         stages: by name, in the order in which they ran; a stage that ran more than once has its spans added.
-        nodes, depth: N and D of the tree; 0 where `draft` did not return one.
-        mark: what the recorder's `mark` returned before the round.
+        nodes, depth: N and D of the tree; 0 if `draft` did not return one.
+        branches: the tree is no chain.
+        mark: the number that the recorder's `mark` returned before the round.
     """
 
     whole: Span
     stages: list[tuple[str, Span]] = field(default_factory=list)
     nodes: int = 0
     depth: int = 0
+    branches: bool = False
     mark: float = 0.0
 
 
@@ -122,6 +124,7 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
             if name == "draft":
                 rounds[-1].nodes = getattr(result, "num_nodes", 0)
                 rounds[-1].depth = getattr(result, "max_depth", 0)
+                rounds[-1].branches = not getattr(result, "is_chain", True)
             return result
 
         return run
@@ -235,6 +238,11 @@ class Profile:
     def depth(self) -> float:
         return statistics.mean(found.depth for found in self.steady)
 
+    @property
+    def branching(self) -> float:
+        """Share of the steady rounds whose tree is no chain: these move accepted keys and values."""
+        return statistics.mean(found.branches for found in self.steady)
+
 
 def profile_rounds(
     generate: Callable[[], object],
@@ -263,7 +271,10 @@ def profile_rounds(
     with energy(device) as joules, time_host_waits() as waits, record_rounds(device, lambda: waits.seconds) as rounds:
         generate()
     if not rounds:
-        raise ValueError("profile_rounds: generate must run at least one speculative round, got none: patch the model")
+        raise ValueError(
+            "profile_rounds: generate must run at least one speculative round, got none: patch the model, and generate "
+            "more than one token, since the prompt's forward emits the first"
+        )
     # Linux counts in KiB
     peak = (
         torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -392,16 +403,17 @@ def summary_row(
     context: float,
     draft: Shape | None = None,
     draft_forwards: float = 0.0,
+    accepted: float = 0.0,
 ) -> dict[str, Any]:
-    """A round: its stages (median and floor of each), its time (p50_us and its spread), eta, and the work of host and
-    GPU in it.
+    """A round: its stages (median and floor of each), its time (p50_us, its spread, and the number of samples), eta,
+    and the work of host and GPU in it.
 
     Args:
         found: from `profile_rounds`.
         ceilings: from `calibrate`.
-        target, batch, nodes, context, draft, draft_forwards: as for `roofline.round_work`.
+        target, batch, nodes, context, draft, draft_forwards, accepted: as for `roofline.round_work`.
     """
-    work = round_work(target, batch, nodes, context, draft=draft, draft_forwards=draft_forwards)
+    work = round_work(target, batch, nodes, context, accepted, draft, draft_forwards)
     nbytes = efficiency_bytes(target, batch, context, draft, draft_forwards)
     stages = {
         name: {
@@ -413,12 +425,13 @@ def summary_row(
         }
         for name in found.stages
     }
-    times = quantiles(found.round_seconds())
-    count = len(found.rounds)
+    seconds = found.round_seconds()
+    times, count = quantiles(seconds), len(found.rounds)
     return {
         "stages": stages,
         "rounds": count,
-        **{f"{name}_us": _us(seconds) for name, seconds in zip(("p20", "p50", "p80"), times, strict=True)},
+        "samples": len(seconds),
+        **{f"{name}_us": _us(time) for name, time in zip(("p20", "p50", "p80"), times, strict=True)},
         "eta": round(floor_seconds(ceilings, nbytes) / times[1], 4),
         "host_us": None if found.host_seconds is None else _us(found.host_seconds),
         "waits": round(found.waits.count / count, 2),

@@ -1,4 +1,4 @@
-"""The command line: its parsing, what it calls, what it prints, its exit codes; then once through the real engine."""
+"""The command line: its parsing, calls, output and exit codes, with the engine replaced and with the real one."""
 
 import io
 import json
@@ -321,7 +321,7 @@ def test_demo_prints_different_and_exits_1(target, engine, short, capsys):
 def test_demo_counts_forwards_of_each_way(target, engine, short):
     model, tokenizer, _ = models.load(target)
     hooks = len(model._forward_pre_hooks)
-    records = demo.compare(model, tokenizer, "abcabcabc", 10, step=lambda what: demo.nullcontext())
+    records = demo.compare(model, tokenizer, "abcabcabc", 10, step=lambda text: demo.nullcontext())
     plain, theirs, ours = (records[way].runs for way in demo.WAYS)
     assert [len(runs) for runs in (plain, theirs, ours)] == [demo.PAIRS] * 3
     assert plain[0].forwards == len(plain[0].token_ids)
@@ -344,10 +344,10 @@ def test_demo_survives_an_answer_that_ends_at_once(target, engine, short, capsys
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "where"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1], 1), ([], [4], 0)]
+    ("a", "b", "place"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1], 1), ([], [4], 0)]
 )
-def test_first_difference(a, b, where):
-    assert demo._first_difference(a, b) == where
+def test_first_difference(a, b, place):
+    assert demo._first_difference(a, b) == place
 
 
 def test_the_chat_verdict_says_what_was_measured():
@@ -430,7 +430,7 @@ def test_rows_are_cut_after_their_end(target):
 
 
 def test_prove_holds_every_rule_against_the_exact_distribution(capsys):
-    """Typical acceptance must fail, and does not make the command fail; see the next test for what does."""
+    """Typical acceptance must differ, which does not make the command fail."""
     assert cli.main(["prove", "--rule", "all", "--samples", "600"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(RULES)

@@ -1,4 +1,4 @@
-"""Where a round's time goes: what is recorded, what is left as it was, and the floors by hand."""
+"""Profiles of rounds: the record is complete, the engine is left as it was, and the floors are worked by hand."""
 
 import json
 import time
@@ -81,7 +81,7 @@ def test_the_union_of_intervals():
 
 
 def test_rounds_on_a_gpu_are_told_from_its_events(monkeypatch):
-    """Events that say when they were recorded, a host that waits half of the time, and no GPU."""
+    """Stand-ins for events that hold the time of their record, and a host that waits half of the time; no GPU."""
 
     class At:
         def __init__(self, milliseconds):
@@ -204,7 +204,7 @@ def folders(tmp_path_factory):
 
 
 def profiled(monkeypatch, capsys, target, *args, tokens=16):
-    """What `specdec-triton profile` prints, and the options of the speculation that it ran."""
+    """The output of `specdec-triton profile`, and the options of the speculation that it ran."""
     monkeypatch.setattr(models, "default_device", lambda: CPU)
     seen, patched = [], sdt.patched
     monkeypatch.setattr(sdt, "patched", lambda model, **options: seen.append(options) or patched(model, **options))
@@ -236,11 +236,14 @@ def test_the_command_profiles_sampling(folders, monkeypatch, capsys):
 
 
 def test_the_command_profiles_early_exit_and_chosen_trees(folders, monkeypatch, capsys):
-    out, options = profiled(
-        monkeypatch, capsys, folders[0], "--assistant-early-exit", "1", "--tree", "auto", "--json", tokens=24
-    )
-    found = json.loads(out)
-    assert options == {"tree": "auto"} and found["stages"]["draft"]["bytes"] > 0
+    target, early = folders[0], ("--assistant-early-exit", "1", "--json")
+    out, _ = profiled(monkeypatch, capsys, target, *early, "--tree", "chain:2")
+    found = json.loads(out)["stages"]["draft"]
+    # two forwards of one layer: more than its weights twice, less than two of both layers
+    half, whole = (2 * shape_of(tiny.model(layers=layers)).weight_bytes for layers in (1, 2))
+    assert half < found["bytes"] < whole
+    out, options = profiled(monkeypatch, capsys, target, *early, "--tree", "auto")
+    assert options == {"tree": "auto"} and json.loads(out)["rounds"] > 0
 
 
 def test_one_timed_round_has_no_spread(folders, monkeypatch, capsys):

@@ -302,7 +302,7 @@ def _profile_report(model, draft, found: profiling.Profile, stats: sdt.Stats, ba
         "ceilings": ceilings,
         "rule": stats.rule,
         "batch": batch,
-        "nodes": round(found.nodes, 2),
+        "nodes": found.nodes,
         "acceptance_length": round(stats.acceptance_length, 3),
         **profiling.summary_row(
             found, ceilings, shape_of(model), batch, found.nodes, context, *drafting, accepted=moved
@@ -325,7 +325,7 @@ def _profile_text(report: dict) -> str:
     lines.append(f"{'round':10}{report['p50_us']:10.1f}  ({spread})")
     labels = {
         "rounds": "rounds", "samples": "rounds timed, after the first ones", "rule": "rule", "batch": "batch",
-        "nodes": "nodes a round", "acceptance_length": "acceptance length",
+        "nodes": "nodes of a round (median)", "acceptance_length": "acceptance length",
         "eta": "eta (time to read weights, keys and values once, over the time of a round)",
         "host_reads": "host reads a round", "host_us": "host work a round, µs", "wait_us": "waits a round, µs",
         "kernels": "kernels a round", "idle_share": "GPU idle share", "tokens_per_joule": "tokens per joule",

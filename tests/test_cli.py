@@ -1,4 +1,4 @@
-"""The command line: its parsing, what it calls, what it prints, its exit codes; then once through the real engine."""
+"""The command line: its parsing, calls, output and exit codes, with the engine replaced and with the real one."""
 
 import io
 import json
@@ -16,10 +16,12 @@ import torch
 
 import specdec_triton as sdt
 import tiny
+from helpers import capture_here
 from specdec_triton import ops
 from specdec_triton.ops import rules
 from specdec_triton.ops.rules import RULES
-from specdec_triton.tools import cli, demo, host_sync, models, prompts
+from specdec_triton.tools import cli, demo, host_sync, inspection, models, prompts
+from specdec_triton.tools.check_distribution import prove
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,17 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory):
     return str(tiny.save(tmp_path_factory.mktemp("models") / "draft", layers=1))
+
+
+@pytest.fixture(scope="module")
+def similar(tmp_path_factory):
+    """A draft model that agrees with the target often, but not always."""
+    folder = tiny.save(tmp_path_factory.mktemp("models") / "similar")
+    model = tiny.model()
+    head = model.lm_head.weight.data
+    head += 0.2 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +60,7 @@ def short(monkeypatch):
 @pytest.fixture
 def engine(monkeypatch):
     """A stand-in for the engine: plain decoding, and with `spoil` the last token comes out wrong."""
-    record = SimpleNamespace(options=[], spoil=False)
+    record = SimpleNamespace(options=[], calls=[], spoil=False)
 
     @contextmanager
     def patched(model, **options):
@@ -55,6 +68,7 @@ def engine(monkeypatch):
         generate = model.generate
 
         def stand_in(prompt_lookup_num_tokens=None, **kwargs):
+            record.calls.append(kwargs | {"prompt_lookup_num_tokens": prompt_lookup_num_tokens})
             output = generate(**kwargs)
             output[0, -1] += record.spoil
             return output
@@ -107,6 +121,19 @@ def test_generate_hands_the_draft_model_to_the_engine(target, draft, engine, cap
     assert generate("--model", target, "--prompt", "hello", "--draft", draft) == 0
     assert engine.options == [{"drafter": ("drafter", 1)}]
     assert "draft: draft (folder" in capsys.readouterr().err
+
+
+def test_generate_passes_its_options_on(target, engine, monkeypatch):
+    monkeypatch.setattr(sdt, "stats", lambda model: sdt.Stats("block"))
+    sampling = ["--temperature", "0.7", "--top-p", "0.9", "--top-k", "7", "--min-p", "0.1", "--seed", "5"]
+    more = ["--tree", "chain:6", "--rule", "block", "--batch", "3"]
+    assert generate("--model", target, "--prompt", "hello", *sampling, *more) == 0
+    assert engine.options == [{"tree": sdt.Topology.chain(6), "rule": "block", "seed": 5}]
+    (call,) = engine.calls
+    assert call["prompt_lookup_num_tokens"] == 6 and call["input_ids"].shape[0] == 3
+    assert {name: call[name] for name in ("do_sample", "temperature", "top_p", "top_k", "min_p")} == {
+        "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 7, "min_p": 0.1,
+    }  # fmt: skip
 
 
 def test_generate_reads_the_prompt_from_standard_input(target, engine, capsys, monkeypatch):
@@ -294,7 +321,7 @@ def test_demo_prints_different_and_exits_1(target, engine, short, capsys):
 def test_demo_counts_forwards_of_each_way(target, engine, short):
     model, tokenizer, _ = models.load(target)
     hooks = len(model._forward_pre_hooks)
-    records = demo.compare(model, tokenizer, "abcabcabc", 10, step=lambda what: demo.nullcontext())
+    records = demo.compare(model, tokenizer, "abcabcabc", 10, step=lambda text: demo.nullcontext())
     plain, theirs, ours = (records[way].runs for way in demo.WAYS)
     assert [len(runs) for runs in (plain, theirs, ours)] == [demo.PAIRS] * 3
     assert plain[0].forwards == len(plain[0].token_ids)
@@ -319,10 +346,10 @@ def test_demo_survives_an_answer_that_ends_at_once(target, engine, short, capsys
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "where"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1], 1), ([], [4], 0)]
+    ("a", "b", "place"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1], 1), ([], [4], 0)]
 )
-def test_first_difference(a, b, where):
-    assert demo._first_difference(a, b) == where
+def test_first_difference(a, b, place):
+    assert demo._first_difference(a, b) == place
 
 
 def test_the_chat_verdict_says_what_was_measured():
@@ -368,8 +395,44 @@ def test_real_engine_generate(target, draft, capsys, way):
     assert "acceptance length" in err and "rule greedy (lossless)" in err
 
 
+def sampled(capsys, *args):
+    assert generate(*args) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_real_engine_generate_samples_batches_repeatably(target, draft, capsys):
+    """Each row has its own seed. A row's text does not depend on the draft."""
+    options = ["--model", target, "--prompt", "hello hello", "--temperature", "0.7", "--seed", "3"]
+    batch, err = sampled(capsys, *options, "--batch", "2", "--draft", draft, "--tree", "6")
+    _, first, second = batch.split("--- ")
+    assert first.startswith("1 of 2 ---\n") and second.startswith("2 of 2 ---\n")
+    first, second = (text.partition("\n")[2] for text in (first, second))
+    assert first != second and "rule coupled (lossless)" in err and "24 tokens in" in err
+    single, _ = sampled(capsys, *options, "--tree", "auto")
+    assert single == first == sampled(capsys, *options, "--assistant-early-exit", "1")[0]
+    other, _ = sampled(capsys, *options[:-1], "4")
+    assert other != first
+
+
+def test_plain_generate_is_repeatable_with_a_seed(target, capsys):
+    options = ["--model", target, "--prompt", "hello", "--plain", "--seed"]
+    first, second, other = (sampled(capsys, *options, seed)[0] for seed in ("3", "3", "4"))
+    assert first == second != other
+
+
+def test_rows_are_cut_after_their_end(target):
+    model, _, _ = models.load(target)
+    rows = torch.tensor([[5, 0, 0], [5, 6, 7], [0, 5, 0]])
+    assert cli._without_padding(model, rows) == [[5, 0], [5, 6, 7], [0]]
+    model.generation_config.eos_token_id = [6, 7]
+    assert cli._without_padding(model, rows) == [[5, 0, 0], [5, 6], [0, 5, 0]]
+    model.generation_config.eos_token_id = None
+    assert cli._without_padding(model, rows) == rows.tolist()
+
+
 def test_prove_holds_every_rule_against_the_exact_distribution(capsys):
-    """Typical acceptance must fail, and does not make the command fail; see the next test for what does."""
+    """Typical acceptance must differ, which does not make the command fail."""
     assert cli.main(["prove", "--rule", "all", "--samples", "600"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(RULES)
@@ -389,26 +452,89 @@ def test_prove_finds_a_rule_that_is_wrong(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[1].endswith("DIFFERS")
 
 
-def test_prove_takes_a_pair_of_ones_own(target, draft, capsys):
-    options = ["--samples", "300", "--tokens", "2", "--top-k", "3", "--prompt", "ab", "--temperature", "0.8"]
-    assert cli.main(["prove", "--model", target, "--draft", draft, "--rule", "multi_round", *options]) == 0
+PAIR = ["--samples", "300", "--top-k", "2", "--prompt", "ab", "--temperature", "0.8"]
+
+
+def test_prove_takes_a_pair_of_ones_own(target, similar, capsys):
+    assert cli.main(["prove", "--model", target, "--draft", similar, "--rule", "multi_round", *PAIR]) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[1].split()[:2] == ["multi_round", "9"] and target in captured.err
+    assert captured.out.splitlines()[1].split()[:2] == ["multi_round", "8"] and target in captured.err
+
+
+class WrongDrafter(sdt.ModelDrafter):
+    """Likes least the tokens that its model likes best."""
+
+    def __init__(self, model, tree):
+        head = model.get_output_embeddings().weight
+        head.data.neg_()
+        super().__init__(model, tree=tree)
+
+
+def test_prove_proves_nothing_if_no_draft_is_accepted(target, capsys, monkeypatch):
+    monkeypatch.setattr(sdt, "ModelDrafter", WrongDrafter)
+    assert cli.main(["prove", "--model", target, "--draft", target, *PAIR]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1].split()[-5:] == ["1.00", "0", "300", "NOT", "PROVEN"]
+    assert captured.err.splitlines()[-1].startswith(
+        "coupled: nothing is proven, since 0 drafts were accepted and 300 rejected, and at least 50 of each are needed"
+    )
+
+
+def test_prove_proves_nothing_if_no_draft_is_rejected(target, capsys):
+    assert cli.main(["prove", "--model", target, "--draft", target, *PAIR, "--json"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "NOT PROVEN" and (found["accepted"], found["rejected"]) == (300, 0)
+    assert found["rule"] == "coupled" and found["samples"] == 300 and found["outcomes"] == 8
+
+
+def test_prove_counts_rejected_drafts_in_captured_rounds_too(monkeypatch):
+    model, input_ids, drafter = models.tiny(), torch.tensor([[3, 4, 5, 3]]), sdt.EarlyExitDrafter(1, num_tokens=2)
+    unlike = torch.arange(100)[:, None].expand(-1, 20), torch.full((100,), 0.01, dtype=torch.float64)
+    long = {"rule": "coupled", "tokens": 20, "samples": 100, "exact": unlike}
+    eager = prove(model, drafter, input_ids=input_ids, **long)
+    assert eager.accepted > 0 < eager.rejected and not eager.agrees
+    for lag in (0, 1):
+        capture_here(monkeypatch, lag)
+        captured = prove(model, drafter, input_ids=input_ids, **long)
+        assert sdt.stats(model).replayed
+        assert (captured.accepted, captured.rejected) == (eager.accepted, eager.rejected)
+
+
+def test_prove_shows_a_progress_bar_on_a_terminal(capsys, monkeypatch):
+    assert cli.main(["prove", "--samples", "600"]) == 0
+    assert "sampling" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert cli.main(["prove", "--samples", "600", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "sampling" in captured.err and json.loads(captured.out)
+
+
+def test_json_does_not_need_rich(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(inspection, "compile_table", lambda arch, only, progress: {})
+    shapes = ["--target", "smollm2-135m", "--draft", "none", "--device", "h100", "--acceptance", "0.8"]
+    for command in (["inspect"], ["plan", *shapes], ["prove", "--samples", "600"]):
+        assert cli.main([*command, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+    for command in (["inspect"], ["plan", *shapes], ["demo"]):
+        assert cli.main(command) == 2
+        assert "needs the package rich" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--samples", "5"], "samples must be many more than the 64 outcomes"),
-        (["--tree", "1"], "--tree and --tokens must be at least 2"),
         (["--top-k", "1"], "samples must be many more than the 1 outcomes, none of them nearly certain"),
     ],
 )
-def test_prove_does_not_agree_where_it_can_see_nothing(options, message, capsys):
+def test_prove_refuses_a_test_without_power(options, message, capsys):
     assert cli.main(["prove", *options]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_prove_refuses_what_it_cannot_enumerate(target, capsys):
+def test_prove_refuses_too_many_outcomes(target, capsys):
     assert cli.main(["prove", "--model", target, "--top-k", "200", "--tokens", "3", "--prompt", "ab"]) == 2
     assert "use a smaller top_k, or fewer tokens" in capsys.readouterr().err

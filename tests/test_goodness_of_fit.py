@@ -1,4 +1,4 @@
-"""The statistics of the proof: against scipy, on what is known, and on samples that are honest or are not."""
+"""The statistics of the proof: against scipy, worked by hand, and on honest and biased samples."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Where a round's time goes: what is recorded, what is left as it was, and the floors by hand."""
+"""Profiles of rounds: the record is complete, the engine is left as it was, and the floors are worked by hand."""
 
 import json
 import time
@@ -13,8 +13,8 @@ import tiny
 from families import NEVER, build, prompt
 from helpers import capture_here
 from specdec_triton.engine.round import RoundSteps
-from specdec_triton.tools import host_sync, profiling
-from specdec_triton.tools.plan import Engine, forward_seconds, make_plan, planned_shape, predicted_costs
+from specdec_triton.tools import cli, host_sync, models, profiling
+from specdec_triton.tools.plan import Workload, forward_seconds, make_plan, planned_shape, predicted_costs
 from specdec_triton.tools.profiling import record_rounds
 from specdec_triton.tools.roofline import Ceilings, efficiency_bytes, round_work, shape_of
 
@@ -44,7 +44,7 @@ def test_every_round_is_recorded_stage_by_stage(model):
         assert list(dict.fromkeys(name for name, _ in found.stages)) == list(profiling.STAGES)
         spent = sum(span.host_seconds for _, span in found.stages)
         assert 0 < spent <= found.whole.host_seconds and found.whole.events is None
-    assert (rounds[0].nodes, rounds[0].depth) == (7, 2)
+    assert (rounds[0].nodes, rounds[0].depth, rounds[0].branches) == (7, 2, True)
 
 
 def test_an_exception_leaves_the_engine_as_it_was(model, monkeypatch):
@@ -71,6 +71,8 @@ def test_a_call_without_rounds_is_refused(model):
     ids = torch.arange(3, 9)[None]
     with pytest.raises(ValueError, match="profile_rounds: generate must run at least one speculative round, got none"):
         profiling.profile_rounds(lambda: model.generate(ids, max_new_tokens=2), CPU)
+    with pytest.raises(ValueError, match="generate more than one token, since the prompt's forward emits the first"):
+        profiling.profile_rounds(lambda: decode(model, tokens=1), CPU)
 
 
 def test_the_union_of_intervals():
@@ -79,7 +81,7 @@ def test_the_union_of_intervals():
 
 
 def test_rounds_on_a_gpu_are_told_from_its_events(monkeypatch):
-    """Events that say when they were recorded, a host that waits half of the time, and no GPU."""
+    """Stand-ins for events that hold the time of their record, and a host that waits half of the time; no GPU."""
 
     class At:
         def __init__(self, milliseconds):
@@ -176,11 +178,11 @@ def test_a_plan_counts_what_a_profile_counts(model):
     """Of the same forward: the config alone, as `plan` reads it, and the model, as `profile` does."""
     planned, shape = planned_shape(model.config, "").stored(32, 4), shape_of(model)
     assert planned == shape
-    engine, ceilings = Engine(3, 10), Ceilings(1.0, float("inf"), 0.0, "a byte a second")
-    seconds, _ = forward_seconds(planned, 5, engine, ceilings)
+    workload, ceilings = Workload(3, 10), Ceilings(1.0, float("inf"), 0.0, "a byte a second")
+    seconds, _ = forward_seconds(planned, 5, workload, ceilings)
     assert seconds == round_work(shape, batch=3, nodes=5, context=10)["verify"].nbytes
-    costs = predicted_costs(planned, planned, engine, ceilings)
-    found = make_plan(costs, [0.9], engine, planned, planned, ceilings)
+    costs = predicted_costs(planned, planned, workload, ceilings)
+    found = make_plan(costs, [0.9], workload, planned, planned, ceilings)
     assert found.eta * found.round_seconds == pytest.approx(efficiency_bytes(shape, 3, 10, shape, found.depth))
 
 
@@ -193,3 +195,61 @@ def test_captured_rounds_have_two_stages_and_the_hosts_look(monkeypatch):
     last = rounds[-1]
     assert list(dict.fromkeys(name for name, _ in last.stages)) == ["draft", "verify", "emit"]
     assert last.nodes == 3 and last.whole.end >= last.stages[-1][1].end
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return [str(tiny.save(folder / name, layers=layers)) for name, layers in (("target", 2), ("draft", 1))]
+
+
+def profiled(monkeypatch, capsys, target, *args, tokens=16):
+    """The output of `specdec-triton profile`, and the options of the speculation that it ran."""
+    monkeypatch.setattr(models, "default_device", lambda: CPU)
+    seen, patched = [], sdt.patched
+    monkeypatch.setattr(sdt, "patched", lambda model, **options: seen.append(options) or patched(model, **options))
+    command = ["profile", "--model", target, "--prompt", "abab", "--max-new-tokens", str(tokens)]
+    assert cli.main([*command, "--dtype", "float32", *args]) == 0
+    return capsys.readouterr().out, seen[0]
+
+
+def test_the_command_profiles_a_tree(folders, monkeypatch, capsys):
+    target = folders[0]
+    # the target as its own draft, so that some drafts are accepted
+    out, options = profiled(monkeypatch, capsys, target, "--draft", target, "--tree", "6", "--batch", "2", "--json")
+    found = json.loads(out)
+    assert options["tree"] == 6 and found["batch"] == 2 and found["rule"] == "greedy"
+    assert found["nodes"] == 6 and found["acceptance_length"] > 1.5
+    # keys and values of 2 layers, 2 heads of 16, fp32, read and written for each accepted token of each row
+    moved = 2 * 2 * (found["acceptance_length"] - 1) * (2 * 2 * 2 * 16 * 4)
+    assert found["stages"]["compact"]["bytes"] == pytest.approx(moved, rel=1e-3)
+    out, _ = profiled(monkeypatch, capsys, target, "--draft", target, "--tree", "chain:5", "--json")
+    assert 1 < json.loads(out)["nodes"] <= 6 and json.loads(out)["stages"]["compact"]["bytes"] == 0
+
+
+def test_the_command_profiles_sampling(folders, monkeypatch, capsys):
+    sampling = ["--rule", "multi_round", "--temperature", "0.8", "--json"]
+    out, options = profiled(monkeypatch, capsys, folders[0], "--draft", folders[1], "--tree", "5", *sampling)
+    assert json.loads(out)["rule"] == "multi_round" and options["seed"] == 0
+    _, options = profiled(monkeypatch, capsys, folders[0], *sampling, "--rule", "coupled", "--seed", "7")
+    assert options == {"rule": "coupled", "seed": 7}
+
+
+def test_the_command_profiles_early_exit_and_chosen_trees(folders, monkeypatch, capsys):
+    target, early = folders[0], ("--assistant-early-exit", "1", "--json")
+    out, _ = profiled(monkeypatch, capsys, target, *early, "--tree", "chain:2")
+    found = json.loads(out)["stages"]["draft"]
+    # two forwards of one layer: more than its weights twice, less than two of both layers
+    half, whole = (2 * shape_of(tiny.model(layers=layers)).weight_bytes for layers in (1, 2))
+    assert half < found["bytes"] < whole
+    out, options = profiled(monkeypatch, capsys, target, *early, "--tree", "auto")
+    assert options == {"tree": "auto"} and json.loads(out)["rounds"] > 0
+
+
+def test_one_timed_round_has_no_spread(folders, monkeypatch, capsys):
+    # random models of one layer more and one less agree on nothing
+    args = folders[0], "--draft", folders[1], "--tree", "chain:2"
+    out, _ = profiled(monkeypatch, capsys, *args, tokens=4)
+    assert "rounds: 3\n" in out and "one round was timed, so there is no spread: raise --max-new-tokens" in out
+    out, _ = profiled(monkeypatch, capsys, *args, tokens=12)
+    assert "p20 to p80: " in out and "no spread" not in out

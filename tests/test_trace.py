@@ -1,4 +1,4 @@
-"""Traces: what is written, that nothing changes, and replays against what other trees really accept."""
+"""Traces: their contents, that texts do not change, and replays compared with runs of the other trees."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_a_wide_trace_says_what_narrower_trees_accept(pair, tmp_path):
     for topology in NARROW:
         _, stats = decode(target, sdt.ModelDrafter(draft, tree=topology))
         found = replay(calls, topology)
-        # what the wide tree never drafted (beyond its leaves) is unknown
+        # candidates beyond the leaves of the wide tree were never drafted, so they are unknown
         assert found.least <= stats.acceptance_length <= found.most < 1.5 * found.least
         lengths.add(round(found.least, 3))
     assert len(lengths) > 1

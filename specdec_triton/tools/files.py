@@ -1,4 +1,4 @@
-"""Model files that may be broken: every fault is an error of one line, which names the file."""
+"""Checks of model files that may be broken. Every fault becomes an error of one line that names the file."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-# what transformers reads of a folder, each a JSON object
+# the files of a folder that transformers reads, each a JSON object
 OBJECTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "model.safetensors.index.json",
@@ -18,27 +18,27 @@ AT_LEAST_ONE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim",
 )  # fmt: skip
-UNLIKELY = 2  # a config of so many times the numbers that the files hold describes another model
+UNLIKELY = 2  # a config with more than so many times the weights in the files describes another model
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks; with its type, where the words alone would not tell a fault."""
+    """The message of an error in one line, after its type if the message alone does not explain the fault."""
     text = " ".join(str(error).split())
     return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
-def reading(what: str | Path) -> Iterator[None]:
-    """Around code of other libraries that reads `what`: whatever it raises becomes a ValueError that names it.
+def reading(source: str | Path) -> Iterator[None]:
+    """Any error in the block becomes a ValueError that names `source`, which the block reads.
 
-    transformers, tokenizers, safetensors and gguf let everything through that a malformed file may lead to.
+    transformers, tokenizers, safetensors and gguf raise errors of any type for a malformed file.
     """
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"load: {what} cannot be read: {one_line(error)}") from error
+        raise ValueError(f"load: {source} cannot be read: {one_line(error)}") from error
 
 
 def read_object(file: Path) -> dict:
@@ -61,7 +61,7 @@ def read_config(source: Path):
     """The transformers config of a folder, or of a config.json.
 
     Raises:
-        ValueError: it is none, or has a size that no model can have.
+        ValueError: it is no config, or has a size that no model can have.
         OSError: it cannot be opened.
     """
     file = source / "config.json" if source.is_dir() else source
@@ -78,7 +78,7 @@ def read_config(source: Path):
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is no model's, before anything of it is loaded.
+    """Refuse a folder that holds no complete model, before anything in it is loaded.
 
     Raises:
         ValueError: a file is missing, malformed or truncated, or the config describes a model of another size than the
@@ -113,7 +113,7 @@ def check_folder(folder: Path) -> None:
         if wanted > UNLIKELY * held:
             raise ValueError(
                 f"load: {folder / 'config.json'} must describe the model in the folder, got a "
-                f"{type(model).__name__} of {wanted} weights, where the .safetensors hold {held}"
+                f"{type(model).__name__} of {wanted} weights, and the .safetensors hold {held}"
             )
 
 

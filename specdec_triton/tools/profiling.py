@@ -1,4 +1,4 @@
-"""Where the time of a round goes: its stages by CUDA events and by the host's clock, against the floor of each.
+"""Times of a round and of its stages, by CUDA events and by the host's clock, with the floor of each.
 
     found = profile_rounds(lambda: model.generate(**inputs), model.device)
     found.stage_seconds("verify"), found.idle_share, found.kernels
@@ -31,12 +31,12 @@ from .roofline import Shape, efficiency_bytes, floor_seconds, measured, round_wo
 STAGES = ("draft", "verify", "accept", "compact", "emit")
 LABEL = "round: "  # before a stage's name in traces
 NO_KERNELS = ("Memcpy", "Memset")
-MOST_KERNELS, KERNEL_NAME = 16, 120  # in rows: how many, and how many letters of their names
+MOST_KERNELS, KERNEL_NAME = 16, 120  # most kernels that a row lists, and most letters of a name
 
 
 @dataclass
 class Span:
-    """A stretch of one round: host times in seconds, and on a GPU the events around its work."""
+    """A part of one round: host times in seconds, and on a GPU the events around its work."""
 
     begin: float
     end: float = 0.0
@@ -48,7 +48,7 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """Between its events, or by the host's clock where there are none."""
+        """Time between its events, or by the host's clock if there are none."""
         return self.events[0].elapsed_time(self.events[1]) / 1e3 if self.events else self.host_seconds
 
 
@@ -57,30 +57,32 @@ class Round:
     """One round.
 
     Attributes:
-        whole: all of it.
-        stages: by name, in the order in which they ran; a stage that ran more than once has its spans added.
-        nodes, depth: N and D of the tree; 0 where `draft` did not return one.
-        mark: what the recorder's `mark` returned before the round.
+        whole: the span of the whole round.
+        stages: (name, span) in the order in which they ran; a stage may run more than once.
+        nodes, depth: N and D of the tree; 0 if `draft` did not return one.
+        branches: the tree is no chain.
+        mark: the number that the recorder's `mark` returned before the round.
     """
 
     whole: Span
     stages: list[tuple[str, Span]] = field(default_factory=list)
     nodes: int = 0
     depth: int = 0
+    branches: bool = False
     mark: float = 0.0
 
 
 @contextmanager
 def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0) -> Iterator[list[Round]]:
-    """Record every round of every call inside, in order.
+    """Record every round of every call in the block, in order.
 
-    The times of the list's spans may be read once the context is left. Stages are ranges of NVTX and of torch's
-    profiler as well. Calls of other threads are recorded with the rest. A round that is replayed from CUDA graphs has
-    two stages: "draft", and "verify" with all that follows it but the host's look, which is "emit".
+    Times may be read after the block. Stages are also ranges of NVTX and of torch's profiler. Calls of other threads
+    are recorded too. A round that is replayed from CUDA graphs has three stages: "draft", "verify" (with all later
+    steps on the device), and "emit" (the host reads the report).
 
     Args:
-        device: where the model is.
-        mark: a number to keep with each round, read before it.
+        device: the model's device.
+        mark: called before each round; the round keeps the number that it returns.
     """
     rounds: list[Round] = []
     on_gpu = device.type == "cuda"
@@ -112,7 +114,7 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
     def stage(name: str, method: Callable) -> Callable:
         @wraps(method)
         def run(*args, **kwargs):
-            # the prompt's own acceptance comes before the first round; what is being captured does not run
+            # the prompt's own acceptance comes before the first round, and a stage that is being captured does not run
             outside = not rounds or rounds[-1].whole.end
             if outside or (on_gpu and torch.cuda.is_current_stream_capturing()):
                 return method(*args, **kwargs)
@@ -122,6 +124,7 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
             if name == "draft":
                 rounds[-1].nodes = getattr(result, "num_nodes", 0)
                 rounds[-1].depth = getattr(result, "max_depth", 0)
+                rounds[-1].branches = not getattr(result, "is_chain", True)
             return result
 
         return run
@@ -135,7 +138,7 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
         return run
 
     def look(method: Callable) -> Callable:
-        """The host's look follows the round's other stages, and ends the round."""
+        """The host's read of the report follows the round's other stages, and ends the round."""
 
         @wraps(method)
         def run(*args):
@@ -164,18 +167,18 @@ def record_rounds(device: torch.device, mark: Callable[[], float] = lambda: 0.0)
 
 @dataclass
 class Profile:
-    """What `profile_rounds` found.
+    """Results of `profile_rounds`.
 
     Attributes:
-        device: where the model is.
-        rounds: of the timed call; the mark of each is the seconds that the host had waited before it.
-        waits: of the host, all rounds of that call and what came before and after them.
-        peak_bytes: of device memory; on a CPU, of the process's so far.
-        joules: of the whole timed call by the GPU's own counter; None where it cannot be read.
-        kernels: launched a round; None on a CPU or where CUPTI is not to be had.
-        kernel_times: of a round, by kernel: its name, launches, and seconds; longest first. Empty likewise.
-        idle_share: of the rounds' time in which the GPU ran nothing; None likewise.
-        host_reads: a round, of device values; None where no count was possible.
+        device: the model's device.
+        rounds: rounds of the timed call; the mark of each is the seconds that the host had waited before it.
+        waits: the host's waits in the whole timed call.
+        peak_bytes: largest device memory in use; on a CPU, the process's largest so far.
+        joules: energy of the whole timed call by the GPU's own counter; None if it cannot be read.
+        kernels: kernels launched in a round; None on a CPU or without CUPTI.
+        kernel_times: (name, launches, seconds) of each kernel in a round, longest first; empty if `kernels` is None.
+        idle_share: share of the rounds' time in which the GPU ran nothing; None if `kernels` is None.
+        host_reads: reads of device values by the host in a round; None if they were not counted.
     """
 
     device: torch.device
@@ -190,11 +193,11 @@ class Profile:
 
     @property
     def steady(self) -> list[Round]:
-        """The rounds after the first two, which may compile or capture; all, where there are no more."""
+        """The rounds after the first two, which may compile or capture; all rounds if there are no more than two."""
         return self.rounds[2:] or self.rounds
 
     def round_seconds(self) -> list[float]:
-        """From each steady round's beginning to the next one's; the last by itself."""
+        """Time from the beginning of each steady round to that of the next. A single round has its own time."""
         steady = self.steady
         if self.device.type == "cuda":
             gaps = [a.whole.events[0].elapsed_time(b.whole.events[0]) / 1e3 for a, b in pairwise(steady)]
@@ -203,7 +206,7 @@ class Profile:
         return gaps or [steady[-1].whole.seconds]
 
     def stage_seconds(self, name: str, host: bool = False) -> list[float]:
-        """A stage's time in each steady round: of the device (the host's clock on a CPU), or of the host."""
+        """A stage's time in each steady round, on the device or (on a CPU, or if `host`) by the host's clock."""
         return [
             sum(span.host_seconds if host else span.seconds for stage, span in found.stages if stage == name)
             for found in self.steady
@@ -211,7 +214,7 @@ class Profile:
 
     @property
     def stages(self) -> list[str]:
-        """Names of the stages that ran."""
+        """Names of the stages that ran, in order."""
         return list(dict.fromkeys(name for found in self.rounds for name, _ in found.stages))
 
     @property
@@ -221,7 +224,7 @@ class Profile:
 
     @property
     def host_seconds(self) -> float | None:
-        """Host work of a round on a GPU: median of the steady rounds' host time, less their waits."""
+        """Host work of a round on a GPU: median of the steady rounds' host time without their waits."""
         if self.device.type != "cuda" or len(self.steady) < 2:
             return None
         spans = [found.whole.host_seconds for found in self.steady]
@@ -229,11 +232,18 @@ class Profile:
 
     @property
     def nodes(self) -> float:
-        return statistics.mean(found.nodes for found in self.steady)
+        """N of a steady round: the median, as for its times."""
+        return statistics.median(found.nodes for found in self.steady)
 
     @property
     def depth(self) -> float:
-        return statistics.mean(found.depth for found in self.steady)
+        """D of a steady round: the median."""
+        return statistics.median(found.depth for found in self.steady)
+
+    @property
+    def branching(self) -> float:
+        """Share of the steady rounds whose tree is no chain: these move accepted keys and values."""
+        return statistics.mean(found.branches for found in self.steady)
 
 
 def profile_rounds(
@@ -243,15 +253,15 @@ def profile_rounds(
     count_reads: bool = True,
     shorter: Callable[[], object] | None = None,
 ) -> Profile:
-    """Run `generate` timed, then under torch's profiler, then with its host reads counted.
+    """Run `generate` three times: timed, under torch's profiler, and with its host reads counted.
 
     Args:
-        generate: one whole call, the same each time; warmed up.
-        device: where the model is.
+        generate: one whole call, the same each time, which has been run before to warm up.
+        device: the model's device.
         trace: a file for the profiler's Chrome trace, which Perfetto opens.
-        count_reads: the third run is wanted.
-        shorter: a call of fewer rounds for the second and third runs, whose counts are taken a round; reading a
-            profile takes longer than making it.
+        count_reads: do the third run.
+        shorter: a call of fewer rounds for the second and third runs, since a profile takes long to read. Their counts
+            are divided by the number of rounds.
 
     Raises:
         ValueError: no round of speculative decoding ran.
@@ -263,7 +273,10 @@ def profile_rounds(
     with energy(device) as joules, time_host_waits() as waits, record_rounds(device, lambda: waits.seconds) as rounds:
         generate()
     if not rounds:
-        raise ValueError("profile_rounds: generate must run at least one speculative round, got none: patch the model")
+        raise ValueError(
+            "profile_rounds: generate must run at least one speculative round, got none: patch the model, and generate "
+            "more than one token, since the prompt's forward emits the first"
+        )
     # Linux counts in KiB
     peak = (
         torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -282,13 +295,13 @@ def profile_rounds(
     return found
 
 
-Event = tuple[float, float, str]  # begin and end in microseconds, and name, of something that the GPU did
+Event = tuple[float, float, str]  # begin and end in microseconds, and name, of a kernel, copy or fill
 
 
 def _traced(
     generate: Callable[[], object], device: torch.device, trace: Path | None
 ) -> tuple[list[Event], list[Round]]:
-    """What the GPU did in a run under the profiler (nothing on a CPU), and the rounds of that run."""
+    """The GPU's events in a run under the profiler (none on a CPU), and the rounds of that run."""
     on_gpu = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
     if trace or not on_gpu:
@@ -306,7 +319,7 @@ def _traced(
 
 
 def _steady_part(events: Sequence[Event], rounds: Sequence[Round]) -> tuple[list[Event], int]:
-    """The events of the steady rounds, and how many rounds those are: the first two may compile and capture."""
+    """The events of the steady rounds, and the number of these rounds. The first two may compile and capture."""
     rounds = rounds[2:] or rounds
     # the trace ends with the rounds
     begin = max(end for _, end, _ in events) - 1e6 * sum(found.whole.seconds for found in rounds)
@@ -317,8 +330,8 @@ def kernels_and_idle_share(events: Sequence[Event], rounds: Sequence[Round]) -> 
     """Kernels of a steady round, and the share of the steady rounds' time in which the GPU ran nothing.
 
     Args:
-        events: all that the GPU did in a call.
-        rounds: of that call.
+        events: all events of a call.
+        rounds: the rounds of that call.
     """
     part, count = _steady_part(events, rounds)
     kernels = sum(not name.startswith(NO_KERNELS) for _, _, name in part) / count
@@ -328,7 +341,7 @@ def kernels_and_idle_share(events: Sequence[Event], rounds: Sequence[Round]) -> 
 
 
 def kernel_times(events: Sequence[Event], rounds: Sequence[Round]) -> list[tuple[str, float, float]]:
-    """(name, launches, seconds) of each kernel in a steady round, longest first; copies and fills among them.
+    """(name, launches, seconds) of each kernel, copy and fill in a steady round, longest first.
 
     Args:
         events, rounds: as for `kernels_and_idle_share`.
@@ -352,8 +365,8 @@ def covered(intervals: Sequence[tuple[float, float]]) -> float:
 
 @contextmanager
 def energy(device: torch.device) -> Iterator[list[float]]:
-    """A list that holds, after the context, the joules that the GPU's own counter counted inside; empty where NVML or
-    its counter (Volta and later) is not to be had."""
+    """A list that holds, after the block, the joules used in it by the GPU's own counter. It stays empty without NVML
+    or the counter (Volta and later)."""
     found: list[float] = []
     before = _millijoules(device)
     yield found
@@ -392,16 +405,17 @@ def summary_row(
     context: float,
     draft: Shape | None = None,
     draft_forwards: float = 0.0,
+    accepted: float = 0.0,
 ) -> dict[str, Any]:
-    """A round: its stages (median and floor of each), its time (p50_us and its spread), eta, and the work of host and
-    GPU in it.
+    """A round: its stages (median and floor of each), its time (p50_us, its spread, and the number of samples), eta,
+    and the work of host and GPU in it.
 
     Args:
         found: from `profile_rounds`.
         ceilings: from `calibrate`.
-        target, batch, nodes, context, draft, draft_forwards: as for `roofline.round_work`.
+        target, batch, nodes, context, draft, draft_forwards, accepted: as for `roofline.round_work`.
     """
-    work = round_work(target, batch, nodes, context, draft=draft, draft_forwards=draft_forwards)
+    work = round_work(target, batch, nodes, context, accepted, draft, draft_forwards)
     nbytes = efficiency_bytes(target, batch, context, draft, draft_forwards)
     stages = {
         name: {
@@ -413,12 +427,13 @@ def summary_row(
         }
         for name in found.stages
     }
-    times = quantiles(found.round_seconds())
-    count = len(found.rounds)
+    seconds = found.round_seconds()
+    times, count = quantiles(seconds), len(found.rounds)
     return {
         "stages": stages,
         "rounds": count,
-        **{f"{name}_us": _us(seconds) for name, seconds in zip(("p20", "p50", "p80"), times, strict=True)},
+        "samples": len(seconds),
+        **{f"{name}_us": _us(time) for name, time in zip(("p20", "p50", "p80"), times, strict=True)},
         "eta": round(floor_seconds(ceilings, nbytes) / times[1], 4),
         "host_us": None if found.host_seconds is None else _us(found.host_seconds),
         "waits": round(found.waits.count / count, 2),

@@ -1,7 +1,7 @@
-"""Five prompts written for this project, from the one that speculation likes best to those that it cannot help.
+"""Five prompts written for this project, ordered by the gain from speculation: first the largest, last none.
 
-Prompt lookup drafts what follows the same words earlier in the text, so it gains where the answer repeats the
-question (a code edit, quotes) and nothing where every sentence is new (chat).
+Prompt lookup drafts the words that followed the same words earlier in the text. It gains if the answer repeats the
+question (a code edit, quotes), and nothing if every sentence is new (chat).
 """
 
 _INVENTORY = '''\

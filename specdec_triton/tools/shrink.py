@@ -1,8 +1,8 @@
 """Tiny configs of any transformers class, by the names of its sizes.
 
-A config is made anew from its own defaults with every size replaced by a small one, sub-configs first. What a class
-derives from other sizes (a default of None) is left for it to derive. All hidden sizes are one size, and all numbers of
-heads one number, so that parts which must fit together do.
+A config is built from the class's own defaults, with every size replaced by a small one, sub-configs first. Values
+that the class derives from other sizes (a default of None) stay derived. All hidden sizes are equal, and all numbers of
+heads are equal, so that the parts of a model fit together.
 """
 
 import inspect
@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, PreTrainedConfig
 
 HIDDEN, HEADS, KV_HEADS, HEAD, FEED_FORWARD, LAYERS = 64, 4, 2, 16, 96, 2
-WORDS, VOCAB = 61, 96  # tokens of ordinary text, and with the special ones behind them
+WORDS, VOCAB = 61, 96  # tokens of ordinary text, and of the whole vocabulary with the special tokens behind them
 PAD, BOS, EOS = 0, 1, 2
 WINDOW, CHUNK = 6, 8  # the texts of a check are longer
 EXPERTS, RANK, POSITIONS, PATCHES = 4, 16, 256, 4
@@ -23,7 +23,7 @@ def at_most(limit: int) -> Callable[[int], int]:
     return lambda default: min(default, limit)
 
 
-# the name of a size -> the small one, or how to make it of the default. The first match counts; no match: the default
+# the name of a size -> the small size, or a function of the default. The first match counts; without one, the default
 RULES: list[tuple[str, int | Callable[[int], int]]] = [
     ("type_vocab_size|additional_vocab_size|n_langs", at_most(2)),
     ("vocab_offset", WORDS),
@@ -69,13 +69,13 @@ UNSAID = {
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
 }
-# what no default says: a causal model of an encoder family is one with is_decoder, and tied random embeddings repeat
-# one token for ever
+# against the defaults: a causal model of an encoder family needs is_decoder, and with tied random embeddings a text
+# repeats one token forever
 SWITCHES = {"is_decoder": True, "tie_word_embeddings": False}
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _IMAGE = {"<image>": VOCAB - 1}
-# config class -> what the rules cannot know; a dict for a part of the config is merged into that part's
+# config class -> options that the rules cannot derive; a dict for a sub-config is merged into that sub-config's options
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ChameleonConfig": {"vocabulary_map": _IMAGE | {"IMGIMGAA": VOCAB - 2}},
     "CohereCompassTextConfig": {
@@ -130,7 +130,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# towers of the package timm, which text does not pass: another stands in
+# vision towers of the package timm are replaced: no text goes through them
 STAND_INS = {"TimmWrapperConfig": CLIPVisionConfig, "Gemma3nVisionConfig": CLIPVisionConfig}
 
 
@@ -139,7 +139,7 @@ def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     config = config_class(**tiny_options(config_class))
     for name, part in vars(config).items():
         if stand_in := STAND_INS.get(type(part).__name__):
-            # around the check that the part is of its class
+            # not by setattr, which checks the class of a sub-config
             vars(config)[name] = stand_in(**(vars(part) | tiny_options(stand_in)))
     return config
 
@@ -153,9 +153,9 @@ def tiny_options(
     """The arguments that make a tiny config of this class.
 
     Args:
-        default: one that may say other defaults than the class does, as a part of another config.
+        default: an instance whose defaults replace the class's, such as a sub-config of another config.
         ids: special token -> its id in the small vocabulary, so that all parts of a model agree.
-        exceptions: options that are not made by the rules.
+        exceptions: options that the rules do not make.
     """
     default = config_class() if default is None else default
     ids = {} if ids is None else ids
@@ -184,7 +184,7 @@ def tiny_options(
 
 
 def _defaults(config_class: type[PreTrainedConfig], default: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-    """The parameters and their defaults; what the class derives is None."""
+    """The parameters and their defaults; None for values that the class derives."""
     own, said = vars(config_class()), vars(default)
     unsaid = UNSAID | ({"head_dim": None} if "qk_rope_head_dim" in said else {})
     for parameter in inspect.signature(config_class.__init__).parameters.values():
@@ -218,7 +218,7 @@ def _small(name: str, value: Any, defaults: dict[str, Any], ids: dict[int, int])
 
 
 def _with_sections(rope: dict[str, Any], size: int) -> dict[str, Any]:
-    """Half of what is rotated of a head of `size` goes by time, the rest by height and width."""
+    """Rope of a head of `size`: half of the rotated channels for time, a quarter each for height and width."""
     half = int(size * rope.get("partial_rotary_factor", 1.0)) // 2
     return rope | {"mrope_section": [half // 2, half // 4, half // 4]}
 
@@ -228,6 +228,6 @@ def _is_layered(value: Any) -> bool:
 
 
 def _every_kind(layer_types: list[str], layers: int) -> list[str]:
-    """Every kind of layer there is, in the order of their first layers, again and again."""
+    """A list of `layers` layers that repeats every kind, in the order of first occurrence."""
     kinds = list(dict.fromkeys(layer_types))
     return [kinds[layer % len(kinds)] for layer in range(layers)]

@@ -1,17 +1,21 @@
-"""Traces of acceptance, a JSON object a line, and what other trees would have accepted of the same text.
+"""Traces of acceptance, one JSON object a line, and estimates of the acceptance of other trees on the same text.
 
     with sdt.patched(model, drafter=TracingDrafter(sdt.ModelDrafter(draft, tree=32), "trace.jsonl")):
         model.generate(**inputs)
     for call in read_trace("trace.jsonl"):
         print(replay(call, sdt.Topology.chain(5)))
 
-A line is a call: {"call": drafter, "rule", "batch"}; or a round of it: {"round", "nodes", "depth", "sampling", "rows",
-"ms"}. A row, left out once it is finished, has its "position" (real tokens before the root), the "parents" and "depths"
-of its tree, the accepted "path" (nodes), and for each emitted token, the recovered or bonus token last, its "ranks":
-[the rank that it had among the draft's candidates there, or null where it was none of them, how many there were]; where
-the tree carries the draft's logits, also their "entropy" in nats at each expanded node. Ranks are places among
-siblings. "ms" is host time: of the draft, of verification with acceptance, and of what lay between the last round's
-acceptance and this draft.
+A line is a call, {"call": drafter, "rule", "batch"}, or one of its rounds, {"round", "nodes", "depth", "sampling",
+"rows", "ms"}. Finished rows are left out. The entries of a row:
+
+- "position": real tokens before the root
+- "parents", "depths": the row's tree
+- "path": the accepted nodes
+- "ranks": for each emitted token, the recovered or bonus token last, [its rank among the draft's candidates at that
+  place (its place among siblings; null if it is none of them), number of candidates]
+- "entropy": entropy in nats of the draft's logits at each expanded node, if the tree carries them
+
+"ms" is host time in milliseconds: "draft", "verify_accept", and "between" the last round's acceptance and this draft.
 """
 
 import json
@@ -29,16 +33,17 @@ from ..tree import DraftTree, Topology
 
 
 class TracingDrafter(Drafter):
-    """Another drafter, its rounds written to a file as they happen; drafts and texts stay as they are.
+    """Another drafter, whose rounds are written to a file. Drafts and texts do not change.
 
-    Writing them reads tensors on the host: some host reads more a round, and no CUDA graphs. Not for timing.
+    Each round reads more tensors on the host and is not captured as a CUDA graph, so its times are not those of an
+    untraced round.
 
     Args:
-        drafter: drafts.
-        file: traces are appended to it.
+        drafter: proposes the draft tokens.
+        file: the file that traces are appended to.
 
     Raises:
-        ValueError: `drafter` is none.
+        ValueError: `drafter` is no `Drafter`.
     """
 
     def __init__(self, drafter: Drafter, file: str | os.PathLike):
@@ -109,7 +114,7 @@ class _TracingSession(DraftSession):
 
 
 def ranked(parents: list[int], tokens: list[int], node: int, token: int) -> tuple[int | None, int]:
-    """The place of `token` among the children of `node` (None: it is none of them), and how many these are."""
+    """The place of `token` among the children of `node` (None if it is none of them), and the number of children."""
     children = [tokens[child] for child, parent in enumerate(parents) if parent == node and child > 0]
     return (children.index(token) if token in children else None), len(children)
 
@@ -124,9 +129,9 @@ class TracedCall:
     """One call of a trace.
 
     Attributes:
-        drafter, rule: its names.
-        rounds: its lines, as written.
-        ranks: by row, [(rank or None, candidates), ...] of every token that the rounds emitted, in order.
+        drafter, rule: names of the drafter's class and of the acceptance rule.
+        rounds: the lines of its rounds, parsed.
+        ranks: for each row, [(rank or None, candidates), ...] of every token that the rounds emitted, in order.
     """
 
     drafter: str
@@ -136,7 +141,7 @@ class TracedCall:
 
     @property
     def acceptance_length(self) -> float:
-        """As it was: tokens a row emitted in a round; 0.0 without rounds."""
+        """Tokens that a row emitted in a round, on average; 0.0 without rounds."""
         count = sum(len(found["rows"]) for found in self.rounds)
         return sum(map(len, self.ranks)) / count if count else 0.0
 
@@ -145,7 +150,7 @@ def read_trace(file: str | os.PathLike) -> list[TracedCall]:
     """The calls in a file.
 
     Raises:
-        ValueError: a line is not of a trace.
+        ValueError: a line is no call and no round.
     """
     calls: list[TracedCall] = []
     for number, text in enumerate(Path(file).read_text().splitlines(), start=1):
@@ -167,11 +172,11 @@ def read_trace(file: str | os.PathLike) -> list[TracedCall]:
 
 @dataclass(frozen=True)
 class Replay:
-    """What another tree would have done.
+    """Acceptance of another tree on a traced text. Candidates that were never drafted are unknown, hence two bounds.
 
     Attributes:
-        rounds: (row, round) pairs, if no unknown candidate had been right.
-        least, most: acceptance length, if none of the candidates that were never drafted had been right, or all.
+        rounds: (row, round) pairs if no unknown candidate is accepted.
+        least, most: acceptance length if no unknown candidate is accepted, and if all of them are.
     """
 
     rounds: int
@@ -182,10 +187,10 @@ class Replay:
 def replay(calls: TracedCall | Iterable[TracedCall], topology: Topology) -> Replay:
     """Walk another tree along the text of a trace.
 
-    At each place the trace says which of the draft's candidates the emitted token was. That is exact for a drafter
-    whose candidates follow from the text before them (a draft model, skipped layers, heads); for one that looks further
-    where a round begins elsewhere (prompt lookup), it is an estimate. Candidates that were not drafted then are
-    unknown: hence two bounds, equal where the traced trees were at least as deep and as wide.
+    The trace has the rank of each emitted token among the draft's candidates. The result is exact if candidates depend
+    on the text before them alone (a draft model, skipped layers, heads). It is an estimate if they also depend on the
+    place at which a round begins (prompt lookup). The two bounds are equal if the traced trees were at least as deep
+    and as wide as `topology`.
 
     Args:
         calls: from `read_trace`.
@@ -224,7 +229,7 @@ def replay(calls: TracedCall | Iterable[TracedCall], topology: Topology) -> Repl
 
 
 def _accepted(text: list, children: list[dict[int, int]], heights: list[int], hopeful: bool) -> int:
-    """Draft tokens of one round that begins before `text`."""
+    """Number of draft tokens accepted in a round that begins before `text`."""
     node = 0
     for count, (rank, candidates) in enumerate(text):
         if rank is None and hopeful:

@@ -119,8 +119,8 @@ def check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: st
     """
     if tree == "auto" and not drafter.resizable:
         raise ValueError(
-            f'{owner}: drafter must be resizable with tree="auto", got {type(drafter).__name__}, which is not: give a '
-            "tree, or for prompt lookup branches=1"
+            f'{owner}: drafter must be resizable with tree="auto", got {type(drafter).__name__}: give a tree, or for '
+            "prompt lookup branches=1"
         )
     drafter.check(model, rule, None if tree == "auto" else tree)
 

@@ -111,7 +111,7 @@ def _progress(description: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    _require("rich", "demo")
+    _require_rich()
     from . import demo
 
     return demo.run(args.model, args.dtype, args.max_new_tokens)
@@ -370,7 +370,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     if not args.json:
-        _require("rich", "demo", " or --json")
+        _require_rich(" or --json")
     arch = int(args.arch.removeprefix("sm_"))
     only = f"^{args.op}/" if args.op else ""
     total = inspection.num_steps(arch, only)
@@ -389,9 +389,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     if not args.json:
-        _require("rich", "demo", " or --json")
-    if args.plot:
-        _require("matplotlib", "bench")
+        _require_rich(" or --json")
     planner = plan.Planner(plan.Request(*(getattr(args, name) for name in plan.Request._fields)))
     if args.plot:
         planner.check_plot(args.plot)
@@ -426,9 +424,9 @@ def _models(args: argparse.Namespace) -> int:
     return int(any(row["outcome"] in support.FAULTS for row in walked["rows"]))
 
 
-def _require(package: str, extra: str, otherwise: str = "") -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"needs the package {package}{otherwise}: pip install 'specdec-triton[{extra}]'")
+def _require_rich(otherwise: str = "") -> None:
+    if importlib.util.find_spec("rich") is None:
+        raise ImportError(f"needs the package rich{otherwise}: pip install 'specdec-triton[demo]'")
 
 
 def _describe(device: torch.device) -> str:

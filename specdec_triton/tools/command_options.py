@@ -164,8 +164,8 @@ def drafting(*more: Option) -> Group:
             option("--draft", f"a smaller model that drafts: {MODEL}", metavar="MODEL"),
             option(
                 "--prompt-lookup",
-                "draft up to N tokens that followed the same words earlier in the text (default: this, with N = "
-                f"{PROMPT_LOOKUP} or the depth of --tree)",
+                "draft up to N tokens that followed the same words earlier in the text (the default drafter; "
+                f"N is {PROMPT_LOOKUP}, or the depth of --tree)",
                 type=at_least(1), metavar="N",
             ),
             option(
@@ -207,10 +207,17 @@ def decoding(seed: str = "a new one each time") -> list[Group]:
             "decoding",
         ),
         Group(
-            [*filters(), option("--seed", f"makes sampled texts repeatable (default: {seed})", type=SEED)],
+            [
+                *filters(),
+                option(
+                    "--seed",
+                    f"sampled texts are the same for the same seed, with any drafter and --tree (default: {seed})",
+                    type=SEED,
+                ),
+            ],
             "sampling",
-            "Any of these turns sampling on, as does a --rule other than greedy; the others then have the values of "
-            "the model's generation config. Without them, decoding is greedy.",
+            "Decoding is greedy unless one of these options, or a --rule other than greedy, is given. Options that are "
+            "not given then have the values of the model's generation config.",
         ),
     ]
 

@@ -468,7 +468,7 @@ COMMANDS = {
             option("--prompt", PROMPT, required=True),
             count("--max-new-tokens", 256, "length of the answer, at most"),
         ]),
-        command_options.drafting(option("--plain", "generate of transformers, without speculation", action="store_true")),
+        command_options.drafting(option("--plain", "plain generate, without speculation", action="store_true")),
         *command_options.decoding(),
     ),
     "prove": (

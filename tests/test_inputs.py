@@ -98,6 +98,7 @@ REFUSED = {
 WARNED = {
     "assistant_confidence_threshold": {"assistant_confidence_threshold": 0.1},
     "compile_config": {"compile_config": CompileConfig()},
+    "max_matching_ngram_size": {"max_matching_ngram_size": 3},
     "num_assistant_tokens": {"num_assistant_tokens": 3},
     "num_assistant_tokens_schedule": {"num_assistant_tokens_schedule": "heuristic"},
 }
@@ -114,7 +115,6 @@ NEUTRAL = {
     "length_penalty": "of beam search",
     "low_memory": "of beam and contrastive search",
     "max_cache_len": "of static caches, which are refused",
-    "max_matching_ngram_size": "of prompt lookup asked for in the call",
     "stop_strings": "needs a tokenizer: test_generate",
     "target_lookbehind": "of drafts with another tokenizer",
     "token_healing": "changes the prompt before decoding begins; needs a tokenizer",
@@ -290,3 +290,19 @@ def test_a_loop_of_the_callers_decodes_without_the_drafter_and_this_is_said(mode
     with sdt.patched(model, drafter=sdt.PromptLookupDrafter()), warnings.catch_warnings():
         warnings.filterwarnings("error", message="generate:")
         model.generate(**inputs, **LENGTH, do_sample=False, custom_generate=sdt.SpeculativeGenerate())
+
+
+@pytest.mark.parametrize("name", ["constraints", "dola_layers", "force_words_ids", "num_beam_groups", "penalty_alpha"])
+def test_other_searches_are_refused_without_a_patch(model, name):
+    """A `custom_generate` of the caller's switches off the check of transformers."""
+    options = {key: value for key, value in REFUSED[name][0].items() if key not in CUSTOM}
+    with pytest.raises(ValueError, match="greedy search or sampling|num_beams must be 1"):
+        model.generate(**prompt(), **LENGTH, **options, custom_generate=sdt.SpeculativeGenerate())
+
+
+def test_prompt_lookup_in_the_call_uses_its_ngram_size(model):
+    call = {**prompt(), **LENGTH, "do_sample": False, "prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 3}
+    with sdt.patched(model), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="generate:")
+        model.generate(**call)
+    assert sdt.stats(model).rounds

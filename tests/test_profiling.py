@@ -253,3 +253,10 @@ def test_one_timed_round_has_no_spread(folders, monkeypatch, capsys):
     assert "rounds: 3\n" in out and "one round was timed, so there is no spread: raise --max-new-tokens" in out
     out, _ = profiled(monkeypatch, capsys, *args, tokens=12)
     assert "p20 to p80: " in out and "no spread" not in out
+
+
+def test_the_command_refuses_more_early_layers_than_there_are(monkeypatch, capsys, folders):
+    monkeypatch.setattr(models, "default_device", lambda: CPU)
+    command = ["profile", "--model", folders[0], "--prompt", "abab", "--assistant-early-exit", "99"]
+    assert cli.main(command) == 2
+    assert "--assistant-early-exit must be below the model's 2 layers, got 99" in capsys.readouterr().err

@@ -20,6 +20,7 @@ UNUSED = {
     "assistant_confidence_threshold": DRAFTERS_OWN,
     "num_assistant_tokens": DRAFTERS_OWN,
     "num_assistant_tokens_schedule": DRAFTERS_OWN,
+    "max_matching_ngram_size": "unless the call asks for prompt lookup: pass PromptLookupDrafter(max_ngram=...)",
     "compile_config": "which compiles in its own way: patch the model with compile=True",
 }
 MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "logits_to_keep", "position_ids", "use_cache", CACHE}
@@ -89,6 +90,8 @@ def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict
     defaults = config._get_default_generation_params()
     for name, instead in UNUSED.items():
         value = getattr(config, name)
+        if name == "max_matching_ngram_size" and "prompt_lookup_num_tokens" in asked:
+            continue
         if value not in (None, defaults.get(name), getattr(model.generation_config, name)):
             said = f"generate: {name} of the call is not used with speculative decoding, {instead}"
             warnings.warn(said, stacklevel=4)

@@ -167,7 +167,7 @@ def _prove(args: argparse.Namespace) -> int:
     device = models.default_device()
     if args.model:
         model, tokenizer = _load("target", args.model, args.dtype, device)
-        input_ids = tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
+        input_ids = tokenizer(_prompt(args.prompt), return_tensors="pt")["input_ids"].to(device)
     else:
         model, input_ids = models.tiny().to(device), torch.tensor([[3, 4, 5, 3]], device=device)
         _say("target: a tiny random Llama (no --model)")
@@ -268,6 +268,11 @@ def _profile(args: argparse.Namespace) -> int:
         draft, _ = _load("draft", args.draft, dtype, device)
         patch_options["drafter"] = sdt.ModelDrafter(draft)
     elif args.assistant_early_exit:
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        if args.assistant_early_exit >= layers:
+            raise ValueError(
+                f"--assistant-early-exit must be below the model's {layers} layers, got {args.assistant_early_exit}"
+            )
         draft = with_layers(model, range(args.assistant_early_exit))
     inputs = _inputs(tokenizer, prompt, device, args.batch)
     seen = []

@@ -324,10 +324,10 @@ class SpeculativeGenerate:
         asked = asked_assistance(generation_config, model_kwargs)
         if asked:
             raise ValueError(f"SpeculativeGenerate: assistance must be given as its drafter, got {', '.join(asked)}")
+        check_call(model, generation_config, {}, self.options)
         mode = generation_config.get_generation_mode()
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ValueError(f"SpeculativeGenerate: decoding must be greedy search or sampling, got {mode.value}")
-        check_call(model, generation_config, {}, self.options)
         warn_if_untested()
         check_supported(model)
         options = self.options if self.options.drafter else replace(self.options, drafter=NoDrafter())

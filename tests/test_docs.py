@@ -99,7 +99,7 @@ def test_snippets_run(page, tiny_checkpoints, capsys):
     for kind, text in CODE.findall(page.read_text()):
         if kind == "python":
             exec(compile(text, str(page), "exec"), names)
-    # a snippet that leaves the model patched changes what the reader's next lines do
+    # a snippet must not leave the model patched for the reader's next lines
     assert not isinstance(names["model"], SpeculativeModel)
 
 

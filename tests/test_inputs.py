@@ -25,7 +25,7 @@ from helpers import oracle
 
 LENGTH = {"max_new_tokens": 14, "eos_token_id": NEVER, "pad_token_id": 0}
 SAMPLED = {"do_sample": True}
-# argument -> what a call sets, with which the text must be that of plain decoding
+# argument -> arguments of a call that must give the text of plain decoding
 SERVED = {
     "bad_words_ids": {"bad_words_ids": [[7], [9, 11]]},
     "begin_suppress_tokens": {"begin_suppress_tokens": [5, 6, 7]},
@@ -193,8 +193,6 @@ def test_served_arguments_of_the_call(model, name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(model, name):
-    if not hasattr(GenerationConfig(), name):
-        pytest.skip("not an argument of this transformers")
     options, message = REFUSED[name]
     with sdt.patched(model, drafter=sdt.PromptLookupDrafter()), pytest.raises(ValueError, match=message):
         model.generate(**prompt(), **{**LENGTH, "do_sample": False, **options})

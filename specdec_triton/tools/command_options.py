@@ -10,7 +10,7 @@ import specdec_triton as sdt
 
 from ..engine.call import LEAST_TEMPERATURE
 from ..ops.rules import RULES
-from . import models
+from . import models, plan
 
 MODEL = "hub name, local folder or .gguf file"
 PROMPT_LOOKUP = 10
@@ -103,7 +103,7 @@ def acceptance(text: str) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or not all(value > 0 for value in found) or not sum(found) <= 1:
+    if not plan.is_acceptance(found):
         raise argparse.ArgumentTypeError(
             f"must be probabilities above 0 that sum to at most 1, such as 0.8 or 0.6,0.2, got {text!r}"
         )

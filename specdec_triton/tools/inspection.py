@@ -92,13 +92,14 @@ def cases(arch: int, only: str = "") -> Iterator[tuple[str, Any]]:
                 yield name, case
 
 
-def _num_processes(arch: int, only: str, processes: int) -> int:
-    return max(min(processes, sum(1 for _ in cases(arch, only)) // CASES_PER_PROCESS), 1)
+def _num_processes(num_cases: int, processes: int) -> int:
+    return max(min(processes, num_cases // CASES_PER_PROCESS), 1)
 
 
 def num_steps(arch: int, only: str = "", processes: int = PROCESSES) -> int:
     """How often `compile_table` calls its `progress`: for each case, and `PROCESS_STEPS` times for each process."""
-    return sum(1 for _ in cases(arch, only)) + PROCESS_STEPS * _num_processes(arch, only, processes)
+    num_cases = sum(1 for _ in cases(arch, only))
+    return num_cases + PROCESS_STEPS * _num_processes(num_cases, processes)
 
 
 def compile_table(
@@ -125,7 +126,7 @@ def compile_table(
     def part(which):
         return list(_work(arch, only, which, processes, progress).items())
 
-    processes = _num_processes(arch, only, processes)
+    processes = _num_processes(sum(1 for _ in cases(arch, only)), processes)
     with ThreadPoolExecutor(processes) as pool:
         parts = list(pool.map(part, range(processes)))
     return dict(item for items in itertools.zip_longest(*parts) for item in items if item)

@@ -232,9 +232,14 @@ def _time_forwards(config, workload, dtype, sizes):
         return measure_costs(forward, sizes)
 
 
+def is_acceptance(values: Sequence[float]) -> bool:
+    """Whether these are probabilities of siblings: above 0, with a sum of at most 1."""
+    return bool(values) and all(value > 0 for value in values) and sum(values) <= 1
+
+
 def check_acceptance(acceptance: Sequence[float]) -> None:
-    """Raises ValueError unless these are probabilities of siblings: above 0, with a sum of at most 1."""
-    if not acceptance or not min(acceptance) > 0 or not sum(acceptance) <= 1:
+    """Raises ValueError unless `is_acceptance`."""
+    if not is_acceptance(acceptance):
         raise ValueError(f"plan: acceptance must be numbers above 0 that sum to at most 1, got {list(acceptance)}")
 
 

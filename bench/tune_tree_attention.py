@@ -1,12 +1,16 @@
 """Times tree attention with other tiles, warps, stages and splits than its defaults in `kernels/tree_attention.py`.
 
-    python bench/tune_tree_attention.py [--warm] [--out FOLDER] [--budget SECONDS] [--rehearse]
+    python bench/tune_tree_attention.py [--splits] [--warm] [--out FOLDER] [--budget SECONDS] [--rehearse]
 
-Llama 3.1 8B's heads in bf16, batch 1. Every candidate is verified against the reference, then timed as in
-bench_tree_attention. The last lines give the default and the fastest candidates for each size. Compiling takes most of
-the time, so several processes do it first: `--compile 3` runs the fourth process's share, and `--warm` skips this step.
+Llama 3.1 8B's heads in bf16. Every candidate is verified against the reference, then timed as in bench_tree_attention.
+The last lines give the default and the fastest candidates for each size. Compiling takes most of the time, so several
+processes do it first: `--compile 3` runs the fourth process's share, and `--warm` skips this step.
+
+With --splits, only the number of splits varies, also for batches, and the tiles are the default ones. Few kernels are
+compiled then.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -31,21 +35,44 @@ PROGRAMS = (1, 2, 3)  # for each multiprocessor; the default plans at most as ma
 LEAST_ROWS = (1, 2, 4)  # a split has this many times the rows of a tile, at least
 SHORT = 1024  # contexts that one split may cover
 CASES = [(context, nodes) for context in (2048, 8192, 1024, 32768, 512) for nodes in (128, 64, 32, 16, 1)]
-REHEARSED = [(60, 2)]
+CASES = [(1, *case) for case in CASES]  # batch, context, N
+REHEARSED = [(1, 60, 2), (2, 200, 4)]
+# for --splits
+SPLIT_SIZES = [(1, 2048), (1, 512), (1, 1024), (64, 2048), (16, 2048), (1, 8192), (4, 2048), (16, 512), (64, 512)]
+SPLIT_SIZES += [(1, 32768), (4, 8192), (16, 8192)]
+SPLIT_CASES = [
+    (batch, context, nodes)
+    for batch, context in SPLIT_SIZES
+    for nodes in ((32, 8, 64, 1, 128) if batch == 1 else (8, 32, 1))
+]
+SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
 COMPILERS = 12
-PLANNED_BY = ("attention_config", "SHORT_SLOTS", "MIN_SPLIT_ROWS", "MIN_SPLIT_SLOTS", "PROGRAMS_A_ROW_TILE")
+PLANNED_BY = (
+    "attention_config",
+    "SHORT_SLOTS",
+    "MIN_SPLIT_ROWS",
+    "MIN_SPLIT_SLOTS",
+    "PROGRAMS_A_ROW_TILE",
+    "_split_tiles",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A configuration, and the split of keys; `least_rows` None: the keys are one split."""
+    """A configuration, and the split of keys; `least_rows` None: the keys are one split, or `split_tiles` is given."""
 
     config: kernels.AttentionConfig
     least_rows: int | None
+    split_tiles: int | None = None
 
     def use(self) -> None:
         """Plan every call with this candidate from now on."""
         kernels.attention_config = lambda *_: self.config
+        if self.split_tiles is not None:
+            kernels.SHORT_SLOTS = 0
+            kernels._split_tiles = lambda *_: self.split_tiles
+            kernels.attention_plan.cache_clear()
+            return
         kernels.SHORT_SLOTS = 0 if self.least_rows else sys.maxsize
         kernels.MIN_SPLIT_ROWS = self.least_rows or 1
         kernels.PROGRAMS_A_ROW_TILE = self.config.programs
@@ -66,11 +93,21 @@ def candidates(context: int, nodes: int) -> Iterator[Candidate]:
                 yield Candidate(config, None)
 
 
-def measure(bench: Bench, case: tuple[int, int]) -> None:
-    context, nodes = case
+def split_candidates(context: int, nodes: int) -> Iterator[Candidate]:
+    """The default tiles, and the narrow ones of a single split, with different numbers of splits."""
+    rows = nodes * LLAMA[0] // LLAMA[1]
+    configs = [kernels.attention_config(90, rows, LLAMA[2], 2, one_split, False) for one_split in (False, True)]
+    for config in dict.fromkeys(configs[: 1 + (context <= SHORT)]):
+        tiles = -(-context // config.block_n) + -(-nodes // config.block_n)
+        for split_tiles in sorted({-(-tiles // splits) for splits in SPLITS if splits <= tiles}):
+            yield Candidate(config, None, split_tiles)
+
+
+def measure(bench: Bench, case: tuple[int, int, int]) -> None:
+    batch, context, nodes = case
     heads, kv_heads, dim = LLAMA if bench.size == "gpu" else (4, 2, 64)
     name, dtype = dtype_of(bench.device)
-    sizes = 1, heads, kv_heads, dim, context, nodes
+    sizes = batch, heads, kv_heads, dim, context, nodes
     work = least_work(*sizes, dtype)
     sets = [make_inputs(*sizes, dtype, bench.device) for _ in range(bench.num_sets(work["nbytes"]))]
     wanted = ours(sets[0], "reference")
@@ -81,11 +118,12 @@ def measure(bench: Bench, case: tuple[int, int]) -> None:
     def verify(call) -> None:
         check_output(call(sets[0]), wanted)
 
-    shapes = {"context": context, "N": nodes, "Hq": heads, "Hkv": kv_heads, "D": dim}
+    shapes = {"B": batch, "context": context, "N": nodes, "Hq": heads, "Hkv": kv_heads, "D": dim}
     with plans_restored():
         bench.measure(Provider("default", call, kernel=True), shapes, name, sets, verify, **work)
         seen = set()
-        for candidate in list(candidates(context, nodes))[: None if bench.size == "gpu" else 2]:
+        tried_here = split_candidates if bench.options.splits else candidates
+        for candidate in list(tried_here(context, nodes))[: None if bench.size == "gpu" else 2]:
             candidate.use()
             grid, split_tiles, *_ = plan_of(sets[0])
             tried = candidate.config[:4], split_tiles, grid[1]
@@ -112,8 +150,8 @@ def plans_restored() -> Iterator[None]:
 def plan_of(inputs: dict):
     query, key, tree = inputs["query"], inputs["key"], inputs["packed_tree"]
     kv_heads, slots, dim = key.shape[1:]
-    shape = 1, kv_heads, query.shape[1] // kv_heads, query.shape[2], tree.shape[1], slots, dim, dim, key.element_size()
-    device = query.device
+    group, nodes, device = query.shape[1] // kv_heads, tree.shape[1], query.device
+    shape = len(key), kv_heads, group, query.shape[2], nodes, slots, dim, dim, key.element_size()
     return kernels.attention_plan(kernels.architecture(device), kernels.multiprocessors(device), *shape, False)
 
 
@@ -128,19 +166,24 @@ def compile_share(share: int) -> None:
             ours(make_inputs(1, *LLAMA, 512, 16, torch.bfloat16, device), "triton")
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--warm", action="store_true", help="do not compile first")
+    parser.add_argument("--splits", action="store_true", help="vary only the number of splits")
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--compile"]:
         compile_share(int(sys.argv[2]))
         return 0
-    bench = Bench("tune_tree_attention", __doc__, lambda parser: parser.add_argument("--warm", action="store_true"))
-    if bench.size == "gpu" and not bench.options.warm:
+    bench = Bench("tune_tree_attention", __doc__, arguments)
+    if bench.size == "gpu" and not bench.options.warm and not bench.options.splits:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--compile"]
         shares = [subprocess.Popen([*command, str(share)], cwd=ROOT, env=environment) for share in range(COMPILERS)]
         for process in shares:
             process.wait()
     torch.manual_seed(0)
-    status = bench.run(measure, CASES, [], REHEARSED)
+    status = bench.run(measure, SPLIT_CASES if bench.options.splits else CASES, [], REHEARSED)
     for line in fastest(bench.results.rows):
         print(line)
     return status
@@ -151,12 +194,13 @@ def fastest(rows: list[dict]) -> Iterator[str]:
     sizes: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["bench"] == "tune_tree_attention" and "p50_us" in row:
-            sizes.setdefault((row["shapes"]["context"], row["shapes"]["N"]), []).append(row)
-    for (context, nodes), found in sorted(sizes.items()):
+            size = row["shapes"].get("B", 1), row["shapes"]["context"], row["shapes"]["N"]
+            sizes.setdefault(size, []).append(row)
+    for (batch, context, nodes), found in sorted(sizes.items()):
         best = sorted((row for row in found if row["provider"] != "default"), key=lambda row: row["p50_us"])[:5]
         default = next(row["p50_us"] for row in found if row["provider"] == "default")
         said = "; ".join(f"{row['provider']}: {row['p50_us']:.1f}" for row in best)
-        yield f"tuned {context}, N {nodes}: default {default:.1f} us; {said}"
+        yield f"tuned B {batch}, {context}, N {nodes}: default {default:.1f} us; {said}"
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def compact_kv(storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor,
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # unbounded: captured graphs read the tables
 def _layout(
     widths: tuple[int, ...], itemsize: int, alignment: int, batch: int, slots: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.dtype, int, int]:

@@ -1,8 +1,9 @@
 """The public names of the package: each is available as `specdec_triton.<name>`."""
 
 from . import ops
-from ._patch import SpeculativeGenerate, patch, patched, stats, unpatch
+from ._patch import SpeculativeGenerate, patch, patched, release, stats, unpatch
 from ._stats import Stats
+from ._warmup import warmup
 from .drafters import (
     DraftContext,
     Drafter,
@@ -45,6 +46,8 @@ __all__ = [
     "optimal_topology",
     "patch",
     "patched",
+    "release",
     "stats",
     "unpatch",
+    "warmup",
 ]

@@ -30,6 +30,7 @@ from .engine.call import Call
 from .engine.generate import Generation
 from .engine.graph_runner import cannot_capture
 from .engine.inputs import asked_assistance, check_call, check_continuous_batching, check_drafter
+from .engine.workspace import Workspaces
 from .forward.checks import check_generate, check_supported, graph_hazard
 from .forward.versions import warn_if_untested
 from .forward.wrappers import unwrap
@@ -39,6 +40,8 @@ from .tree_choice.costs import Costs
 STATE = "_specdec_triton"  # name of the attribute of a patched model that holds its `_State`
 
 _stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
+# graphs and buffers of patched models; they refer neither to the model nor to its drafter
+_workspaces: WeakKeyDictionary[PreTrainedModel, Workspaces] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -205,6 +208,13 @@ def _close(model: PreTrainedModel, block: _Block) -> None:
             "later change of its class, then call unpatch"
         )
     _update_class(model)
+    _free(model)
+
+
+def _free(model: PreTrainedModel) -> int:
+    """Free what earlier calls of a patched model left for later ones. Returns the number of bytes."""
+    kept = _workspaces.pop(model, None)
+    return kept.release() if kept else 0
 
 
 def _replace(owner: str, model: PreTrainedModel, options: Options | None) -> None:
@@ -218,6 +228,7 @@ def _replace(owner: str, model: PreTrainedModel, options: Options | None) -> Non
         else:
             _state(model, make=True).base = options
         _update_class(model)
+        _free(model)
     except BaseException:
         if block:
             block.options = before
@@ -275,6 +286,23 @@ def _check_threads(owner: str, model: PreTrainedModel) -> None:
         )
 
 
+def release(model: PreTrainedModel) -> int:
+    """Free the device memory that earlier calls of a patched model left for later ones: CUDA graphs, key-value caches
+    and token buffers. The next call allocates and captures them again.
+
+    `unpatch`, a new `patch` and the end of a `patched` block do so, too. A `SpeculativeGenerate` frees its memory when
+    it is deleted.
+
+    Returns:
+        The number of bytes that were freed; 0 if nothing was kept.
+    """
+    return _free(unwrap(model))
+
+
+def last_stats(model: PreTrainedModel) -> Stats | None:
+    return _stats.get(model)
+
+
 def stats(model: PreTrainedModel) -> Stats:
     """Statistics of this model's last speculative `generate` call. The model need not be patched any more.
 
@@ -319,6 +347,13 @@ class SpeculativeGenerate:
         self.options = Options(
             drafter, rule, tree, costs, seed, cuda_graphs, compile, impl, owner="SpeculativeGenerate"
         )
+        self._workspaces: WeakKeyDictionary[PreTrainedModel, Workspaces] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict:
+        return {"options": self.options}
+
+    def __setstate__(self, state: dict) -> None:
+        self.options, self._workspaces = state["options"], WeakKeyDictionary()
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         asked = asked_assistance(generation_config, model_kwargs)
@@ -331,9 +366,8 @@ class SpeculativeGenerate:
         warn_if_untested()
         check_supported(model)
         options = self.options if self.options.drafter else replace(self.options, drafter=NoDrafter())
-        return _speculate(
-            model, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
-        )
+        call = input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+        return _speculate(self._workspaces, model, options, *call)
 
 
 class SpeculativeModel(GenerationMixin):
@@ -387,7 +421,7 @@ class SpeculativeModel(GenerationMixin):
             drafter = PromptLookupDrafter(
                 num_tokens=generation_config.prompt_lookup_num_tokens, **({} if ngram is None else {"max_ngram": ngram})
             )
-        return _speculate(self, replace(options, drafter=drafter), *call, model_kwargs, streamer)
+        return _speculate(_workspaces, self, replace(options, drafter=drafter), *call, model_kwargs, streamer)
 
     def _sample(
         self,
@@ -405,7 +439,7 @@ class SpeculativeModel(GenerationMixin):
             plain = super()._sample
             _update_class(self)  # an interrupt may have left it half unpatched
             return plain(*call, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
-        return _speculate(self, options, *call, model_kwargs, streamer)
+        return _speculate(_workspaces, self, options, *call, model_kwargs, streamer)
 
     @wraps(GenerationMixin.generate_batch)
     def generate_batch(self, inputs, generation_config=None, *args, **kwargs):
@@ -463,11 +497,19 @@ def _is_ours(cls: type) -> bool:
 
 
 def _speculate(
-    model, options, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer=None
+    workspaces,
+    model,
+    options,
+    input_ids,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    model_kwargs,
+    streamer=None,
 ):
     call = Call.of(
         model, options, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
     )
-    generation = Generation(call)
+    generation = Generation(call, workspaces.setdefault(model, Workspaces()))
     _stats[model] = generation.stats
     return generation.run()

@@ -27,8 +27,9 @@ class Stats:
             wait for each stage, so only the sum is meaningful.
         why_eager: the reason why rounds ran without CUDA graphs, or None.
         captured: number of CUDA graphs captured.
+        reused: number of CUDA graphs of earlier calls that were replayed.
         replayed: number of CUDA graph launches.
-        graph_bytes: bytes of device memory that the graphs held at the end of the call. It is freed afterwards.
+        graph_bytes: bytes of device memory that the graphs held at the end of the call.
         lag: number of rounds by which the host reads reports late.
         auto: with `tree="auto"`, the choices that were made; see `AdaptiveTree.summary`.
     """
@@ -44,6 +45,7 @@ class Stats:
     seconds: dict[str, float] = field(default_factory=dict)
     why_eager: str | None = None
     captured: int = 0
+    reused: int = 0
     replayed: int = 0
     graph_bytes: int = 0
     lag: int = 0

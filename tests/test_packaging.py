@@ -30,7 +30,8 @@ ARROWS = {
     "_stats": set(),
     "engine": {"_stats", "drafters", "forward", "ops", "options", "processors", "tree", "tree_choice"},
     "_patch": {"_stats", "drafters", "engine", "forward", "options", "tree_choice"},
-    "_api": {"_patch", "_stats", "drafters", "forward", "ops", "options", "tree", "tree_choice"},
+    "_warmup": {"_patch", "_stats", "engine", "forward"},
+    "_api": {"_patch", "_stats", "_warmup", "drafters", "forward", "ops", "options", "tree", "tree_choice"},
     "specdec_triton": {"_api"},
     # these use the library like any user: `import specdec_triton`
     "tools": {"drafters", "engine", "forward", "kernels", "ops", "specdec_triton", "tree", "tree_choice"},

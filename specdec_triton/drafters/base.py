@@ -7,12 +7,13 @@ single `generate` call.
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..forward.buffers import Buffers
 from ..forward.runner import TreeRunner
 from ..ops.filters import Filters
 from ..ops.reference import Acceptance
@@ -25,7 +26,7 @@ class DraftContext:
     """The state of one call's sequences between two rounds. Drafters must not write to it.
 
     Attributes:
-        tokens: [B, max_length + 1] int64 on the device. Prompt (left padding included) and emitted tokens by column.
+        tokens: [B, C] int64 on the device, C > max_length. Prompt (left padding included) and emitted tokens by column.
             Columns after `length` are undefined.
         start: [B] int64 on the device. First column that holds a real token.
         length: [B] int64 on the device. Column of the last emitted token, which is the root of the tree.
@@ -45,6 +46,7 @@ class DraftContext:
             session that is `on_device` must then not depend on `host_tokens`, `host_length` or `host_budget`.
         compiled: True if models run through `torch.compile`.
         unread_tokens: upper bound on the number of tokens that a row has emitted but the host has not read.
+        buffers: holds tensors for later calls, see `DraftSession.reusable`.
     """
 
     tokens: torch.Tensor
@@ -64,6 +66,7 @@ class DraftContext:
     fixed_shapes: bool = False
     compiled: bool = False
     unread_tokens: int = 0
+    buffers: Buffers = field(default_factory=Buffers)
 
     @property
     def root(self) -> torch.Tensor:
@@ -97,6 +100,9 @@ class DraftSession(ABC):
         on_device: True if `draft` and `observe` consist of tensor operations on tensors that keep their addresses from
             round to round. They must not read values on the host, must not use `host_tokens`, `host_length` or
             `host_budget`, and no shape may depend on values. A round can then be captured once and replayed.
+        reusable: True if a later call may replay graphs that were captured with this session. Every tensor that `draft`
+            and `observe` read or write must then come from `context`, from `context.buffers` or from the drafter, and
+            they must not depend on other values of the call than the key of `prepare` and the drafter's attributes.
         chains_only: True if the session can only draft chains when `prepare` asks for a tree.
         level_cost_ratio: estimated time to draft one level, divided by the time of a target forward over one token.
             0 if no model runs. `ModelDrafter` estimates it by the ratio of the numbers of parameters.
@@ -106,6 +112,7 @@ class DraftSession(ABC):
     max_depth: int
     trusted = False
     on_device = False
+    reusable = False
     chains_only = False
     level_cost_ratio = 0.0
 
@@ -265,7 +272,7 @@ class NoDrafter(Drafter):
 
 
 class _NoSession(DraftSession):
-    max_nodes, max_depth, trusted, on_device = 1, 0, True, True
+    max_nodes, max_depth, trusted, on_device, reusable = 1, 0, True, True, True
 
     def __init__(self, context: DraftContext):
         self.context = context

@@ -34,8 +34,10 @@ class DynamicSession(ModelSession):
         self._kept, self._levels = tree.num_nodes, tree.max_depth
         # a round begins with a path that ends in the root; stored here because captured rounds read its tensors
         self._path = topology_tensors(Topology.chain(self._catch_up - 1), context.start.device)
+        context.buffers.keep(self._path)
         # [B, N]: slot of each node in the draft's cache, relative to the root's slot; -1 if it was not forwarded
-        self._slots = torch.full((len(context.start), tree.num_nodes), -1, device=context.start.device)
+        slots = torch.full((len(context.start), tree.num_nodes), -1, device=context.start.device)
+        self._slots = context.buffers.put("draft.slots", slots)
 
     @property
     def _room(self) -> int:

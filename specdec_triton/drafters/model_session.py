@@ -10,7 +10,7 @@ from ..ops.filters import filtered_log_probs
 from ..ops.noise import COUPLED, DRAFT, gumbel
 from ..ops.reference import Acceptance
 from ..ops.rules import WEIGHING_RULES
-from ..tree import DraftTree, Topology
+from ..tree import DraftTree, Topology, topology_tensors
 from .base import DraftContext, DraftSession
 from .length import ChainLength, LengthRule, in_steps
 from .levels import Level, Plan, plan_of
@@ -36,7 +36,7 @@ class ModelSession(DraftSession):
         forwards: number of forwards that drafted. The prompt and catching up are not counted.
     """
 
-    trusted = True
+    trusted = reusable = True
 
     def __init__(
         self,
@@ -59,7 +59,8 @@ class ModelSession(DraftSession):
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
         self._last_token = embedded_tokens(model) - 1
         last = (context.max_length - context.start).clamp(max=limit) - 1
-        self._runner = TreeRunner(model, context.start, last, context.impl, context.fixed_shapes, context.compiled)
+        fixed, buffers = context.fixed_shapes, context.buffers
+        self._runner = TreeRunner(model, context.start, last, context.impl, fixed, context.compiled, buffers, "draft")
         self._behind = 0  # rounds since the draft model last ran
         self._plans: dict[Topology, Plan] = {}  # never dropped, because captured rounds read their tensors
         if shares_cache:
@@ -111,6 +112,7 @@ class ModelSession(DraftSession):
         self._follow(self._levels > 0)
         if topology not in self._plans:
             self._plans[topology] = plan_of(topology, self._catch_up, context.length.device)
+            context.buffers.keep(self._plans[topology], topology_tensors(topology, context.length.device))
         self._drafted = topology
         return topology, self._levels, self._runner.cache.slots
 

@@ -59,7 +59,7 @@ class _OracleSession(DraftSession):
     was not judged before.
     """
 
-    trusted = on_device = True
+    trusted = on_device = reusable = True
 
     def __init__(self, drafter: OracleDrafter, context: DraftContext, topology: Topology):
         self.context, self.topology = context, topology
@@ -67,13 +67,17 @@ class _OracleSession(DraftSession):
         random, device = np.random.default_rng(drafter.seed), context.tokens.device
         text = np.pad(drafter.text, ((0, 0), (0, 1)), constant_values=-1)  # the last column stands for all later ones
         others = max(context.vocab_size - 1, 1)
+
         # [B, L + 1] each: the text; the token that a child carries, -1 for an error; the child that carries it, as a
         # fraction of the number of children; the offset from which wrong tokens are made
-        self._text = torch.from_numpy(text).to(device)
-        self._carried = torch.from_numpy(np.where(random.random(text.shape) < drafter.error_rate, -1, text)).to(device)
-        self._share = torch.from_numpy(random.random(text.shape)).to(device)
+        def put(name: str, table: np.ndarray) -> torch.Tensor:
+            return context.buffers.put(f"oracle.{name}", torch.from_numpy(table).to(device))
+
+        self._text = put("text", text)
+        self._carried = put("carried", np.where(random.random(text.shape) < drafter.error_rate, -1, text))
+        self._share = put("share", random.random(text.shape))
         self._tables: dict[Topology, tuple[torch.Tensor, ...]] = {}  # kept for captured rounds
-        self._wrong = torch.from_numpy(random.integers(0, others, text.shape)).to(device)
+        self._wrong = put("wrong", random.integers(0, others, text.shape))
 
     def prepare(self, tree=None):
         wanted, context = self.topology if tree is None else tree, self.context
@@ -81,6 +85,7 @@ class _OracleSession(DraftSession):
         if self._drafted not in self._tables:
             device = context.tokens.device
             self._tables[self._drafted] = *topology_tensors(self._drafted, device), *_children(self._drafted, device)
+            context.buffers.keep(self._tables[self._drafted])
         return self._drafted
 
     def draft(self) -> DraftTree:

@@ -8,6 +8,7 @@ next round runs.
 from collections import deque
 from collections.abc import Hashable
 from contextlib import nullcontext
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .._stats import Stats, records_time
 from ..drafters import DraftContext, DraftSession
 from ..forward.runner import TreeRunner
 from ..forward.versions import CACHE
+from ..ops.filters import Filters
 from ..ops.rules import LOSSY_RULES
 from ..processors.host import is_stateless
 from ..tree import DraftTree, Topology
@@ -25,14 +27,17 @@ from ..tree_choice.controller import AdaptiveTree
 from .auto_tree import controller, most_nodes
 from .call import Call
 from .finished_rows import FinishedRows
-from .graph_runner import LAG, GraphRunner, Reports
+from .graph_runner import LAG, Reports
 from .output import Output
 from .round import RoundSteps
 from .scores import Scores
 from .stateful_processors import Lockstep
+from .workspace import Workspaces, top_k_bucket
 
 FIRST_RESERVE = 512  # number of new tokens that the first cache buffer has room for
 NODES_RESERVE = 256  # additional room for draft tokens if captured rounds need a buffer that is not reallocated
+# True while `warmup` runs: the end-of-sequence token does not end a row
+endless: ContextVar[bool] = ContextVar("specdec_triton_endless", default=False)
 WORTH_CAPTURING = 16  # with fewer tokens left to emit, capturing a graph takes longer than it saves
 
 
@@ -41,37 +46,47 @@ class Generation:
 
     Args:
         call: the call.
+        workspaces: keeps graphs and buffers for later calls; None keeps nothing.
     """
 
-    def __init__(self, call: Call):
-        self.call = call
+    def __init__(self, call: Call, workspaces: Workspaces | None = None):
+        self.call, self.workspaces = call, workspaces or Workspaces()
         batch, prompt_length = call.input_ids.shape
+        eos_ids = call.eos_ids
+        if eos_ids is not None and endless.get():
+            eos_ids = torch.full_like(eos_ids, -1)  # no token has this id
         self.stats = Stats(rule=call.rule, lossless=call.rule not in LOSSY_RULES)
         self.output = Output(
             call.input_ids,
             call.max_length,
-            eos_ids=[] if call.eos_ids is None else call.eos_ids.tolist(),
+            eos_ids=[] if eos_ids is None else eos_ids.tolist(),
             pad_id=call.pad_id,
             criteria=call.criteria,
             streamer=call.streamer,
             keep=call.keep,
         )
-        self.graph_runner = GraphRunner(call.device, call.why_eager())
+        room = min(call.max_length, prompt_length + FIRST_RESERVE)
+        self.workspace = self.workspaces.take(call, room, NODES_RESERVE)
+        self.graph_runner, self.buffers = self.workspace.graph_runner, self.workspace.buffers
+        self.reusable = not call.processors and not call.keep  # processors hold tensors of their own
         # processors that run on the host need each report before the next round
         self.reports = Reports(call.device, LAG.get(call.device.type, 0) if call.on_device else 0)
         fixed = self.graph_runner.why_eager is None or self.reports.lag > 0
+        if fixed and not self.buffers.fixed:
+            self.workspace.capacity += NODES_RESERVE
         impl, compiled = call.options.impl, call.options.compile
-        last = call.max_length - 1 - call.start
-        self.runner = TreeRunner(call.model, call.start, last, impl, fixed, compiled)
+        put = self.buffers.put
+        start, last = put("start", call.start), call.max_length - 1 - call.start
+        self.runner = TreeRunner(call.model, start, last, impl, fixed, compiled, self.buffers)
         self.stopped = np.zeros(batch, dtype=bool)  # rows that a criterion has stopped
-        self.slots = 0  # cache slots in the last round
         self.controller: AdaptiveTree | None = None
-        # trees that were drafted on the host, copied to the addresses that captured rounds read
-        self.copies: dict[Hashable, DraftTree] = {}
+        filters = [
+            each if each is None else put(f"filter {name}", each) for name, each in enumerate(call.filters.tensors)
+        ]
         self.context = DraftContext(
-            tokens=torch.nn.functional.pad(call.input_ids, (0, call.max_length + 1 - prompt_length)),
-            start=call.start,
-            length=torch.full((batch,), prompt_length - 1, device=call.device),
+            tokens=put("tokens", torch.nn.functional.pad(call.input_ids, (0, self.workspace.width - prompt_length))),
+            start=start,
+            length=put("length", torch.full((batch,), prompt_length - 1, device=call.device)),
             host_tokens=self.output.tokens,
             host_length=np.full(batch, prompt_length - 1),
             host_budget=np.full(batch, call.max_length - prompt_length),
@@ -79,19 +94,20 @@ class Generation:
             vocab_size=call.vocab_size,
             target=self.runner,
             rule=call.rule,
-            seeds=call.seeds,
-            filters=call.filters,
-            eos_ids=call.eos_ids,
+            seeds=None if call.seeds is None else put("seeds", call.seeds),
+            filters=Filters(*filters, max_top_k=top_k_bucket(call.filters.max_top_k)),
+            eos_ids=None if eos_ids is None else put("eos", eos_ids),
             impl=impl,
             fixed_shapes=fixed,
             compiled=compiled,
+            buffers=self.buffers,
         )
         self.finished = FinishedRows(self.context, self.output)
         self.scores = Scores(call, self.context, self.output, self.finished)
         self.lockstep: Lockstep | None = None
         if not all(map(is_stateless, call.processors)):
             self.lockstep = Lockstep(call.processors, self.context, self.output, self.finished)
-        budget = torch.full((batch,), call.max_length - prompt_length, device=call.device)
+        budget = put("budget", torch.full((batch,), call.max_length - prompt_length, device=call.device))
         by_default = impl is None and ops.implementation("tree_attention", call.device)[0] == "reference"
         plain_steps = by_default and not fixed and not compiled and not call.start.any()
         self.round = RoundSteps(call, self.context, budget, self.scores, self.lockstep, bool(plain_steps), self.stats)
@@ -125,7 +141,11 @@ class Generation:
             self.graph_runner.forget()  # its functions refer to this call, a reference cycle
             raise
         self.finish_stats()
-        self.graph_runner.forget()
+        if self.reusable:
+            self.workspace.capacity = max(self.workspace.capacity, self.runner.cache.capacity)
+            self.workspaces.put_back(self.workspace)
+        else:
+            self.graph_runner.forget()
         if self.call.streamer is not None:
             self.call.streamer.end()
         return self.result()
@@ -138,10 +158,7 @@ class Generation:
     def prefill(self) -> torch.Tensor:
         """Run transformers' own forward over the prompt. Returns the logits [B, 1, V] after its last token."""
         call = self.call
-        room = min(call.max_length, call.input_ids.shape[1] + FIRST_RESERVE)
-        if self.context.fixed_shapes:
-            room += NODES_RESERVE
-        logits = self.runner.prefill(call.input_ids, call.config, call.model_kwargs, room)
+        logits = self.runner.prefill(call.input_ids, call.config, call.model_kwargs, self.workspace.capacity)
         self.round.plain_steps = self.round.plain_steps and self.runner.can_decode
         return logits
 
@@ -154,6 +171,8 @@ class Generation:
         self.drafts_on_device = self.session.on_device and self.session.trusted
         if not self.drafts_on_device:
             self.reports.lag = 0  # the draft may depend on the last report
+        # a draft of the host is not part of a graph
+        self.reusable = self.reusable and (self.session.reusable or not self.drafts_on_device)
         self.context.unread_tokens = self.reports.lag * (self.session.max_depth + 1)
 
     @records_time("measure")
@@ -190,9 +209,9 @@ class Generation:
         cache = self.runner.cache
         cache.reserve(self.context.longest + self.session.max_nodes)
         shape = self.session.prepare(asked), cache.slots
-        if self.context.fixed_shapes and cache.slots > self.slots:
-            self.graph_runner.forget()  # the cache buffer has grown, now or while finished rows were fed
-        self.slots = cache.slots
+        if self.buffers.version != self.workspace.version:
+            self.graph_runner.forget()  # tensors have moved, for example because the cache has grown
+            self.workspace.version = self.buffers.version
         return shape
 
     @records_time("accept")
@@ -206,11 +225,12 @@ class Generation:
         shape = tree.shape, self.runner.cache.slots
         if not self.graph_runner.captures("verify", shape):
             return shape, tree
-        if shape in self.copies:
-            self.copies[shape].copy_(tree)
+        copies = self.workspace.copies
+        if shape in copies:
+            copies[shape].copy_(tree)
         else:
-            self.copies[shape] = tree.clone()
-        return shape, self.copies[shape]
+            copies[shape] = tree.clone()
+        return shape, copies[shape]
 
     @records_time("emit")
     def read(self) -> None:
@@ -287,7 +307,8 @@ class Generation:
     def finish_stats(self) -> None:
         stats, runner = self.stats, self.graph_runner
         stats.why_eager, stats.lag = runner.why_eager, self.reports.lag
-        stats.captured, stats.replayed, stats.graph_bytes = runner.captured, runner.replayed, runner.nbytes
+        stats.captured, stats.reused, stats.replayed = runner.captured, runner.reused, runner.replayed
+        stats.graph_bytes = runner.nbytes
         stats.auto = self.controller and self.controller.summary
         if runner.captured:
             stats.seconds["capture"] = runner.capture_seconds

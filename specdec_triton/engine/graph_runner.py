@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +28,26 @@ def cannot_capture(device: torch.device) -> str | None:
     return None if device.type in CAPTURES else f"tensors on {device.type}: CUDA graphs need a CUDA GPU"
 
 
+@dataclass(eq=False)
+class _Graph:
+    """A captured function.
+
+    Attributes:
+        replay: launches the graph.
+        outputs: the function's outputs, which each replay overwrites.
+        function: the function. During its call it is stored because it keeps the tensors alive that the graph reads.
+        is_new: True if the present call captured or has replayed the graph.
+    """
+
+    replay: Callable[[], None]
+    outputs: Any
+    function: Callable | None
+    is_new: bool = True
+
+
 class GraphRunner:
-    """Runs the functions of one call, eagerly or as CUDA graphs.
+    """Runs the functions of a call, eagerly or as CUDA graphs. A later call may use the same runner and its graphs: see
+    `begin_call` and `end_call`.
 
     Args:
         device: the model's device.
@@ -37,7 +56,9 @@ class GraphRunner:
 
     Attributes:
         why_eager: as given, or the reason why capturing was given up.
-        captured: number of graphs captured.
+        device: as given.
+        captured: number of graphs captured in this call.
+        reused: number of graphs of earlier calls that this call replayed.
         replayed: number of graph launches.
         capture_seconds, replay_seconds: host time spent on captures and on launches, in seconds. A capture first waits
             for the device.
@@ -46,16 +67,26 @@ class GraphRunner:
 
     def __init__(self, device: torch.device, why_eager: str | None = None, max_shapes: float = MAX_SHAPES):
         self.why_eager = why_eager = why_eager or cannot_capture(device)
-        self._device, self._max_shapes = device, max_shapes
+        self.device, self._max_shapes = device, max_shapes
         self._capture = None if why_eager else CAPTURES[device.type]()
-        # shape -> name -> (replay function, outputs, captured function); least recently used shape first. The captured
-        # function is stored because it keeps the tensors alive that the graph reads.
-        self._graphs: OrderedDict[Hashable, dict[str, tuple[Callable[[], None], Any, Callable]]] = OrderedDict()
+        # shape -> name -> graph; least recently used shape first
+        self._graphs: OrderedDict[Hashable, dict[str, _Graph]] = OrderedDict()
         self._seen: Counter[tuple[str, Hashable]] = Counter()  # eager runs since the graph was evicted, or at all
         self._evicted: Counter[Hashable] = Counter()
-        self.captured = self.replayed = 0
+        self.begin_call()
+
+    def begin_call(self) -> None:
+        """Set the counts to 0."""
+        self.captured = self.reused = self.replayed = 0
         self.capture_seconds = self.replay_seconds = 0.0
         self.worthwhile = True
+
+    def end_call(self) -> None:
+        """Keep the graphs, but not the functions, which refer to the call. The caller must keep the tensors alive that
+        the graphs read."""
+        for graphs in self._graphs.values():
+            for graph in graphs.values():
+                graph.function, graph.is_new = None, False
 
     @property
     def nbytes(self) -> int:
@@ -90,12 +121,15 @@ class GraphRunner:
                 self._give_up(error)
                 return function()
         self._graphs.move_to_end(shape)
-        replay, outputs, _ = self._graphs[shape][name]
+        graph = self._graphs[shape][name]
         begin = time.perf_counter()
-        replay()
+        graph.replay()
         self.replay_seconds += time.perf_counter() - begin
         self.replayed += 1
-        return outputs
+        if not graph.is_new:
+            graph.is_new = True
+            self.reused += 1
+        return graph.outputs
 
     def _capture_as(self, name: str, shape: Hashable, function: Callable[[], Any]) -> None:
         begin = time.perf_counter()
@@ -105,24 +139,24 @@ class GraphRunner:
             self._evicted[oldest] += 1
             for evicted in graphs:
                 del self._seen[evicted, oldest]
-        graph = *self._capture(function), function
+        graph = _Graph(*self._capture(function), function)
         self._graphs.setdefault(shape, {})[name] = graph
         self.captured += 1
         self.capture_seconds += time.perf_counter() - begin
 
     def forget(self) -> None:
-        """Drop all graphs, because the call is over or tensors that they use have moved."""
+        """Drop all graphs, because they are not needed any more or tensors that they use have moved."""
         if self._graphs:
             self._synchronize()
-            self._capture = CAPTURES[self._device.type]()  # with a new memory pool
+            self._capture = CAPTURES[self.device.type]()  # with a new memory pool
         self._graphs.clear()
         self._seen.clear()
         self._evicted.clear()
 
     def _synchronize(self) -> None:
         """Wait for the device. A graph must not be destroyed while it runs."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _give_up(self, error: Exception) -> None:
         self.forget()

@@ -76,11 +76,11 @@ class RoundSteps:
         if self.lockstep:
             return self.lockstep.accept(tree, logits, self.scores.choose, self.scores.kept), {}
         scores, parents = self.scores.process(tree, logits)
-        shape = {"max_depth": tree.max_depth, "budget": self.budget, "eos_ids": call.eos_ids, "impl": context.impl}
+        shape = {"max_depth": tree.max_depth, "budget": self.budget, "eos_ids": context.eos_ids, "impl": context.impl}
         if call.rule == "greedy":
             accepted = ops.accept_greedy(scores, tree.tokens, parents, **shape)
         else:
-            sampled = {"seeds": call.seeds, "position": context.position, "filters": call.filters}
+            sampled = {"seeds": context.seeds, "position": context.position, "filters": context.filters}
             drawn = {"sampling": tree.sampling, "draft_logits": tree.draft_logits, "draft_row": tree.draft_row}
             drawn["draft_filters"] = tree.draft_filters or Filters()
             accepted = ops.accept_sample(scores, tree.tokens, parents, rule=call.rule, **sampled, **drawn, **shape)
@@ -109,13 +109,13 @@ class RoundSteps:
         count = torch.where(live, accepted.length + 1, 0)
 
         place = torch.arange(emitted.shape[1], device=emitted.device)
-        # tokens that are not emitted are written to a spare last column
-        columns = torch.where(place < count[:, None], context.length[:, None] + 1 + place, self.call.max_length)
+        # tokens that are not emitted are written to the last column, which is not used
+        columns = torch.where(place < count[:, None], context.length[:, None] + 1 + place, context.tokens.shape[1] - 1)
         context.tokens.scatter_(1, columns, emitted)
         context.length.add_(count)
         left = self.budget - count
-        if self.call.eos_ids is not None:
-            left = torch.where((accepted.next_ids[:, None] == self.call.eos_ids).any(1), 0, left)
+        if context.eos_ids is not None:
+            left = torch.where((accepted.next_ids[:, None] == context.eos_ids).any(1), 0, left)
         self.budget.copy_(left)
 
         drafted = torch.where(live, (tree.parents >= 0).sum(1), 0)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import ops
+from .buffers import Buffers
 
 BUCKET = 128  # the number of slots, both allocated and visible to the model, is a multiple of this
 
@@ -59,7 +60,14 @@ class TreeCache(Cache):
         slots: number of slots that the model sees: a multiple of `BUCKET`, at least the number passed to `reserve`.
     """
 
-    def __init__(self, prefilled: Cache, capacity: int, fixed: bool = False):
+    def __init__(
+        self,
+        prefilled: Cache,
+        capacity: int,
+        fixed: bool = False,
+        buffers: Buffers | None = None,
+        name: str = "target",
+    ):
         layers = prefilled.layers
         # layers that use the keys and values of other layers are not initialized and are kept unchanged
         self._own = [index for index, layer in enumerate(layers) if layer.is_initialized]
@@ -68,26 +76,37 @@ class TreeCache(Cache):
         self._shapes = [(shape[1], shape[3]) for shape in shapes]
         self.widths = [heads * dim for heads, dim in self._shapes]
         self._batch = first.shape[0]
-        self._rows = torch.arange(self._batch, device=first.device)[:, None]
+        self._buffers, self._name = buffers or Buffers(), name
+        self._rows = self._buffers.put(f"{name}.rows", torch.arange(self._batch, device=first.device))[:, None]
         self._written: torch.Tensor | None = None
         self._length: int | None = None
         super().__init__(layers=list(layers))
         self._fixed = fixed
-        self._allocate(in_buckets(capacity), first)
+        held = self._buffers.size(f"{name}.cache") // (self._batch * sum(self.widths))
+        self._allocate(max(in_buckets(capacity), held), first)
         self._show(self.capacity if fixed else in_buckets(layers[self._own[0]].get_seq_length()))
 
     @classmethod
     def from_prefill(
-        cls, prefilled: Cache | None, capacity: int, fixed: bool = False, columns: int | None = None
+        cls,
+        prefilled: Cache | None,
+        capacity: int,
+        fixed: bool = False,
+        columns: int | None = None,
+        buffers: Buffers | None = None,
+        name: str = "target",
     ) -> "TreeCache":
         """Create a cache with the keys and values of a prefill.
 
         Args:
             prefilled: cache whose layers hold keys [B, H, T, D] and values [B, H, T, Dv] of all T columns. A layer with
                 a sliding window may hold only the last columns, if they include all that the next column can see.
-            capacity: number of slots, at least T; rounded up to a multiple of `BUCKET`.
+            capacity: number of slots, at least T; rounded up to a multiple of `BUCKET`. If `buffers` has a larger
+                cache, its capacity is used.
             fixed: True if the model is to see all slots from the start, so that views change only if the buffer grows.
             columns: T; None for the length of the cache.
+            buffers: where the memory comes from; None allocates it for this cache alone.
+            name: prefix of the names in `buffers`.
 
         Raises:
             ValueError: there is no such cache, a layer lacks columns, or the layers differ in dtype, device, batch size
@@ -116,7 +135,7 @@ class TreeCache(Cache):
                 f"columns within its window, got {sorted(map(str, kinds))}: load the model in one dtype, without mixed "
                 "precision"
             )
-        cache = cls(prefilled, capacity, fixed)
+        cache = cls(prefilled, capacity, fixed, buffers, name)
         for plane, filled in zip(
             cache._planes, [layer.keys for layer in layers] + [layer.values for layer in layers], strict=True
         ):
@@ -124,10 +143,11 @@ class TreeCache(Cache):
         return cache
 
     def _allocate(self, capacity: int, like: torch.Tensor) -> None:
-        """Allocate a new buffer of zeros. The layers' views are set later, by `_show`."""
+        """Allocate the buffer. The layers' views are set later, by `_show`. Slots that were not written hold zeros or
+        values of an earlier call, which attention does not see."""
         self.capacity = capacity
         slots = self._batch * capacity
-        self.storage = torch.zeros(slots * sum(self.widths), dtype=like.dtype, device=like.device)
+        self.storage = self._buffers.zeros(f"{self._name}.cache", slots * sum(self.widths), like)
         self._planes = [
             plane.view(self._batch, capacity, *shape).transpose(1, 2)
             for plane, shape in zip(
@@ -170,13 +190,8 @@ class TreeCache(Cache):
         self._length = length
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """Write keys [B, H, N, D] and values [B, H, N, Dv] to the slots set by `place` or `place_after`.
-
-            Returns:
-        def update(
-            self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
+        """Write keys [B, H, N, D] and values [B, H, N, Dv] to the slots set by `place` or `place_after`. Returns the
+        keys and values that the layer is to see."""
         layer = self.layers[layer_idx]
         if key_states.dtype != layer.keys.dtype or value_states.dtype != layer.values.dtype:
             raise ValueError(

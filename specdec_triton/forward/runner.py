@@ -12,6 +12,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..tree import chain_tensors, pack_tree
 from .attention import call_with_tree_attention, config_ids, window_of_cache
+from .buffers import Buffers
 from .cache import TreeCache
 from .preparation import NextStep, next_step
 from .versions import CACHE
@@ -31,6 +32,9 @@ class TreeRunner:
         impl: implementation of the ops, see `ops`.
         fixed: True to keep shapes and addresses, see `TreeCache.from_prefill`.
         compiled: True to run tree forwards through `torch.compile`.
+        buffers: holds the tensors that captured forwards read; None allocates them for this runner alone. `start` must
+            be in it already.
+        name: prefix of the names in `buffers`.
     """
 
     def __init__(
@@ -41,13 +45,17 @@ class TreeRunner:
         impl: str | None = None,
         fixed: bool = False,
         compiled: bool = False,
+        buffers: Buffers | None = None,
+        name: str = "target",
     ):
         self.model, self.start, self.impl, self._fixed = model, start, impl, fixed
+        self._buffers, self._name = buffers or Buffers(), name
         self._call, self._recompiles = model, nullcontext
         if compiled:
             self._call = torch.compile(model, fullgraph=True)
             self._recompiles = partial(torch._dynamo.config.patch, recompile_limit=RECOMPILES)
-        self.last_position = torch.as_tensor(last_position, device=start.device).expand(len(start))
+        last_position = torch.as_tensor(last_position, device=start.device).expand(len(start))
+        self.last_position = self._buffers.put(f"{name}.last_position", last_position)
         self.cache: TreeCache | None = None
         self.step = NextStep(origin=start)
         self._configs = config_ids(model)
@@ -87,14 +95,18 @@ class TreeRunner:
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = PREFILL_CHUNK
         outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
-        self.cache = TreeCache.from_prefill(outputs.get(CACHE), capacity, self._fixed, columns)
+        buffers, name = self._buffers, self._name
+        self.cache = TreeCache.from_prefill(outputs.get(CACHE), capacity, self._fixed, columns, buffers, name)
         try:
-            self.step = next_step(self.model, input_ids, outputs, model_kwargs)
+            step = next_step(self.model, input_ids, outputs, model_kwargs)
         except ValueError as error:
             raise ValueError(
                 f"generate: the model must continue a text token by token with speculative decoding: {error}: decode "
                 "it without speculation"
             ) from None
+        types = {kind: buffers.put(f"{name}.{kind}", last) for kind, last in step.token_types.items()}
+        self.step = NextStep(buffers.put(f"{name}.origin", step.origin), types, step.constants)
+        buffers.agree(f"{name}.arguments", (self._all_keys, *types, *sorted(step.constants.items())))
         return outputs.logits[:, -1:]
 
     def _arguments_of(self, tokens: torch.Tensor, columns: torch.Tensor) -> dict:

@@ -1,9 +1,11 @@
-"""The time of a whole call before its rounds are replayed; the costs and trees of `tree="auto"`.
+"""The time of a whole call: the first of its kind, one that captures its rounds, and one that reuses the graphs of an
+earlier call; the costs and trees of `tree="auto"`.
 
     python bench/bench_calls.py [--out FOLDER] [--budget SECONDS] [--rehearse]
 
-Target and draft are those of bench_generate. A call is timed with and without captured rounds: its prompt, its captures
-and the rest. For "auto", a row has the measured costs and the chosen trees.
+Target and draft are those of bench_generate. "first_ms" includes compilations, "captures_ms" the captures; "ms" is the
+time of the last call, which reuses graphs if rounds are captured. For "auto", a row has the measured costs and the
+chosen trees.
 """
 
 import dataclasses
@@ -47,12 +49,15 @@ def measure(bench: Bench, case: Case) -> None:
             drafter, options = sdt.OracleDrafter(text, ERRORS, tree=spider(NODES if large else 8, DEPTH)), {}
         else:
             drafter, options = None, {}
-        custom = sdt.SpeculativeGenerate(drafter=drafter, cuda_graphs=case.cuda_graphs, **options)
         calls = []
-        for _ in range(2):  # the first compiles
+        for reuses in (False, False, True):
             bench.check_time()
+            if not reuses:  # a new object has no graphs yet
+                custom = sdt.SpeculativeGenerate(drafter=drafter, cuda_graphs=case.cuda_graphs, **options)
             calls.append(time_call(target, ids, case.tokens, custom, device))
-        found |= calls[-1] | {"first_ms": calls[0]["ms"], "measure_ms": calls[0]["measure_ms"]}
+        first, captures, last = calls
+        found |= last | {"first_ms": first["ms"], "captures_ms": captures["ms"], "measure_ms": first["measure_ms"]}
+        found |= {"captured": captures["captured"], "capture_ms": captures["capture_ms"]}
         if case.way == "auto":
             costs = [each for known in auto_tree._measured.values() for each in known.values()][-1]
             chosen = sdt.stats(target).auto
@@ -71,13 +76,15 @@ def time_call(target, ids: torch.Tensor, tokens: int, custom: sdt.SpeculativeGen
     stats = sdt.stats(target)
     spent = {f"{name}_ms": round(1e3 * stats.seconds.get(name, 0.0), 1) for name in ("prefill", "measure", "capture")}
     found = {"ms": round(1e3 * seconds, 1), **spent, "rounds": stats.rounds}
-    return found | {"captured": stats.captured, "replayed": stats.replayed, "why_eager": stats.why_eager}
+    counts = {"captured": stats.captured, "reused": stats.reused, "replayed": stats.replayed}
+    return found | counts | {"why_eager": stats.why_eager}
 
 
 def in_words(found: dict) -> str:
     text = (
-        f"{found['ms']:.0f} ms (first {found['first_ms']:.0f}): prompt {found['prefill_ms']:.0f}, capture "
-        f"{found['capture_ms']:.0f}; {found['rounds']} rounds, {found['captured']} graphs, {found['replayed']} replays"
+        f"{found['ms']:.0f} ms (first {found['first_ms']:.0f}, with captures {found['captures_ms']:.0f}): prompt "
+        f"{found['prefill_ms']:.0f}, capture {found['capture_ms']:.0f}; {found['rounds']} rounds, {found['captured']} "
+        f"graphs, {found['reused']} reused, {found['replayed']} replays"
     )
     if found["why_eager"]:
         text += f"; {found['why_eager'][:60]}"

@@ -9,6 +9,7 @@ import io
 import pickle
 import threading
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from specdec_triton.engine import generate, workspace
 from specdec_triton.engine.workspace import capacity_bucket
 from specdec_triton.forward import cache
 from specdec_triton.forward.fingerprint import fingerprint
+from specdec_triton.forward.runner import TreeRunner
 
 OPTIONS = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 24}
 
@@ -309,6 +311,29 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(workspace, "memory_of", lambda device: 9 * idle[-1].nbytes)
     assert decode(model, {**prompt(batch=4), **OPTIONS}).reused == 2
     assert not idle, "one that is too large is freed after its call"
+
+
+def test_a_prompt_that_lacks_memory_gets_that_of_idle_buffers():
+    model, inputs = fresh(), {**prompt(batch=2), **OPTIONS}
+    sdt.patch(model, drafter=sdt.NoDrafter())
+    decode(model, inputs)
+    prefill, failures = TreeRunner.prefill, [torch.OutOfMemoryError("4 GiB")] * 3
+
+    def fail(self, *args):
+        if failures:
+            raise failures.pop()
+        return prefill(self, *args)
+
+    with mock.patch.object(TreeRunner, "prefill", fail):
+        with pytest.raises(torch.OutOfMemoryError):
+            model.generate(**{**inputs, **prompt(batch=1)})  # fails again after the buffers were freed
+        with pytest.raises(torch.OutOfMemoryError):
+            model.generate(**inputs)  # nothing was left to free
+    decode(model, inputs)
+    failures.append(torch.OutOfMemoryError("4 GiB"))
+    with mock.patch.object(TreeRunner, "prefill", fail):
+        assert decode(model, {**inputs, **prompt(batch=1)}).captured == 2
+    assert decode(model, inputs).captured == 2
 
 
 def test_a_cache_that_grew_is_reused_with_its_size(monkeypatch):

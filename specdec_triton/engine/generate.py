@@ -158,7 +158,14 @@ class Generation:
     def prefill(self) -> torch.Tensor:
         """Run transformers' own forward over the prompt. Returns the logits [B, 1, V] after its last token."""
         call = self.call
-        logits = self.runner.prefill(call.input_ids, call.config, call.model_kwargs, self.workspace.capacity)
+        prompt = call.input_ids, call.config, call.model_kwargs, self.workspace.capacity
+        try:
+            logits = self.runner.prefill(*prompt)
+        except torch.OutOfMemoryError:
+            # a cache of the caller has a part of the prompt by now
+            if call.callers_cache is not None or not self.workspaces.release():
+                raise
+            logits = self.runner.prefill(*prompt)
         self.round.plain_steps = self.round.plain_steps and self.runner.can_decode
         return logits
 

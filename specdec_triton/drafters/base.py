@@ -7,7 +7,7 @@ single `generate` call.
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class DraftContext:
             session that is `on_device` must then not depend on `host_tokens`, `host_length` or `host_budget`.
         compiled: True if models run through `torch.compile`.
         unread_tokens: upper bound on the number of tokens that a row has emitted but the host has not read.
+        position: [B] int64 on the device. Position of each root: the number of real tokens before it.
     """
 
     tokens: torch.Tensor
@@ -64,16 +65,15 @@ class DraftContext:
     fixed_shapes: bool = False
     compiled: bool = False
     unread_tokens: int = 0
+    position: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.position = self.length - self.start  # later updated in place, together with `length`
 
     @property
     def root(self) -> torch.Tensor:
         """[B] int64. The last emitted tokens."""
         return self.tokens.gather(1, self.length[:, None]).squeeze(1)
-
-    @property
-    def position(self) -> torch.Tensor:
-        """[B] int64. Position of each root: the number of real tokens before it."""
-        return self.length - self.start
 
     @property
     def longest(self) -> int:

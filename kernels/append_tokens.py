@@ -47,10 +47,11 @@ def _append_tokens_kernel(
     next_id = tl.load(accepted.next_ids + row)
     live = budget > 0
     path = tl.load(accepted.path + row * D + place, mask=place < D, other=-1)
-    count = tl.where(live, tl.load(accepted.length + row) + 1, 0)
-    # -1 at all places after the emitted tokens, as the report shows them; the path of a row with NaN is undefined
-    drafts = tl.load(tokens_ptr + row * N + path, mask=(place + 1 < count) & (path >= 0), other=-1)
-    emitted = tl.where(place + 1 == count, next_id, drafts)
+    accepted_length = tl.load(accepted.length + row)
+    count = tl.where(live, accepted_length + 1, 0)
+    # the lanes after the path hold the next token, as the report does
+    drafts = tl.load(tokens_ptr + row * N + path, mask=(place < accepted_length) & (path >= 0), other=-1)
+    emitted = tl.where(place < accepted_length, drafts, next_id)
     # lanes after the tree count as padding nodes
     parents = tl.load(parents_ptr + row * N + place, mask=place < N, other=-1)
     drafted = tl.where(live, tl.sum((parents >= 0).to(tl.int32), 0), 0)

@@ -83,7 +83,7 @@ def append_by_hand(
             budget[row] = 0
         drafted = sum(parent >= 0 for parent in parents[row]) if left > 0 else 0
         flags = [int(has_nan[row]), int(left > 0 and draft_nan is not None and draft_nan[row])]
-        padding = [-1] * (len(path[row]) + 1 - len(emitted))
+        padding = [next_ids[row]] * (len(path[row]) + 1 - len(emitted))
         report.append([*emitted, *padding, *path[row], len(emitted), drafted, budget[row], *flags])
     return report, text, length, position, budget
 

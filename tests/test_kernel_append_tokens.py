@@ -98,9 +98,9 @@ def test_hand_worked(impl):
     assert report.tolist() == [
         # emitted tokens, path, their number, draft tokens, budget, flags
         [11, 12, 13, 2, 3, 3, 3, 1, 0, 1],
-        [20, 2, -1, 1, -1, 2, 1, 0, 1, 0],
+        [20, 2, 2, 1, -1, 2, 1, 0, 1, 0],
         [-1, -1, -1, -1, -1, 0, 0, 0, 0, 0],
-        [43, -1, -1, -1, -1, 1, 0, 0, 0, 0],
+        [43, 43, 43, -1, -1, 1, 0, 0, 0, 0],
     ]
     assert report.dtype == torch.int64
 

@@ -400,9 +400,9 @@ def append_tokens(
         impl: None, "triton" or "reference".
 
     Returns:
-        The report [B, 2 D + 6] int64: D + 1 emitted tokens, padded with -1; the path of D nodes; then the number of
-        emitted tokens, the number of draft tokens, the remaining budget, and two flags for NaN in the target's and the
-        draft's logits. The number of draft tokens and the draft's flag are 0 in finished rows.
+        The report [B, 2 D + 6] int64: the emitted tokens, the last of them repeated up to D + 1 places; the path of D
+        nodes; then the number of emitted tokens, the number of draft tokens, the remaining budget, and two flags for
+        NaN in the target's and the draft's logits. The numbers and the draft's flag are 0 in finished rows.
 
     Raises:
         ValueError: a shape, dtype, device or stride differs from the above.

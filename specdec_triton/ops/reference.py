@@ -296,21 +296,21 @@ def append_tokens(
 ) -> torch.Tensor:
     """See `ops.append_tokens`."""
     live = budget > 0
-    count = torch.where(live, accepted_length + 1, 0)
+    count = (accepted_length + 1) * live
     place = torch.arange(path.shape[1] + 1, device=text.device)
-    last = next_ids[:, None]
+    root, last = text.gather(1, length[:, None]), next_ids[:, None]
     drafts = torch.cat([tokens.gather(1, path.clamp(min=0).long()), last], dim=1)
     emitted = torch.where(place < accepted_length[:, None], drafts, last)
-    # later places write the last token again, and finished rows write their last token again, so nothing else changes
+    # places after the last token write that token again, and finished rows write their root again: nothing else changes
     columns = length[:, None] + torch.minimum(place + 1, count[:, None])
-    text.scatter_(1, columns, torch.where(live[:, None], emitted, text.gather(1, length[:, None])))
+    text.scatter_(1, columns, torch.where(live[:, None], emitted, root))
     length.add_(count)
     position.add_(count)
     budget.sub_(count)
     if eos_ids is not None:
-        budget.masked_fill_(live & (last == eos_ids).any(1), 0)
+        budget.masked_fill_((last == eos_ids).any(1) & live, 0)
 
-    drafted = torch.where(live, (parents >= 0).sum(1), 0)
+    drafted = (parents >= 0).sum(1) * live
     draft_nan = torch.zeros_like(live) if draft_nan is None else live & draft_nan
     fields = torch.stack([count, drafted, budget, has_nan, draft_nan], dim=1)
-    return torch.cat([torch.where(place < count[:, None], emitted, -1), path, fields], dim=1)
+    return torch.cat([emitted, path, fields], dim=1)

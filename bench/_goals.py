@@ -190,6 +190,7 @@ def demo(name: str, **shapes) -> Read:
 
 ROUND = {"B": 1, "context": 2048, "cuda_graphs": True, "N": (1, 64)}
 COUPLED = {"B": 1, "N": 64, "V": LARGE, "rule": "coupled", "filters": "temperature"}
+APPEND = {"op": "append_tokens", "B": 1, "N": 64}
 SHORT = ((1, 16, 32, 64), (512, 1024))
 SDPA = "sdpa, dense mask"
 PLAIN, ORACLE, DRAFTED = "ours, plain", "ours, oracle", "ours, draft model"
@@ -224,6 +225,7 @@ GOALS = [
     Check("7", "the same: launches more", "<=", 1, filters_cost("launches")),
     Check("8", "compaction, 8B, batch 1: µs", "<=", 10.0, field("p50_us", "compact", "triton", model="8B", B=1)),
     Check("8", "the same: launches", "<=", 1, field("launches", "compact", "triton", model="8B", B=1)),
+    Check("8", "append, N = 64, batch 1: launches", "<=", 1, field("launches", "compact", "triton", **APPEND)),
     Check("9", "verify forward, 8B, 2k: N = 64 over N = 1", "<=", 1.10, verify_growth(64)),
     Check("9", "verify forward, 8B, 2k: N = 128 over N = 1", "<=", 1.25, verify_growth(128)),
     Check("10", "host work a round: µs", "<=", 150.0, of_rounds("host_us")),

@@ -257,7 +257,7 @@ def _has_goal_sizes(bench: str, shapes: dict) -> bool:
         llama = all(shapes[name] == size for name, size in LLAMA.items())
         return llama and shapes["context"] in (1024, 8192, 32768) and shapes["N"] in (1, 32, 64, 128)
     if bench == "compact":
-        return shapes["model"] == "8B" and shapes["B"] == 1 and shapes["path"] == "spread"
+        return shapes["B"] == 1 and shapes.get("path", "spread") == "spread" and shapes.get("model", "8B") == "8B"
     return (
         shapes["B"] == 1 and shapes["V"] == LARGE and shapes["N"] == 64 and shapes.get("rule", "coupled") == "coupled"
     )

@@ -1,4 +1,4 @@
-"""The four ops alone, on small tensors: Triton kernels on a CUDA GPU, their PyTorch references elsewhere.
+"""Four of the ops alone, on small tensors: Triton kernels on a CUDA GPU, their PyTorch references elsewhere.
 
 python examples/kernels_alone.py
 

@@ -219,10 +219,10 @@ class DraftTree:
     ) -> "DraftTree":
         """Tokens [B, N] int64 in a fixed shape. The tensors of the shape are made once for each device."""
         batch, _ = Check("DraftTree", N=topology.num_nodes)("tokens", tokens, "B?, N", torch.int64)
-        parents, depth, ancestors = topology_tensors(topology, tokens.device)
+        _, depth, ancestors = topology_tensors(topology, tokens.device)
         return cls(
             tokens=tokens,
-            parents=parents.expand(batch, -1),
+            parents=_parents_of(topology, batch, tokens.device),
             depth=depth.expand(batch, -1),
             ancestors=ancestors.expand(batch, -1, -1),
             max_depth=topology.max_depth,
@@ -527,6 +527,13 @@ def topology_tensors(topology: Topology, device: torch.device) -> tuple[torch.Te
     parents = torch.tensor([topology.parents], dtype=torch.int32)
     member = _ancestor_matrix(parents)
     return parents.to(device), (member.sum(-1) - 1).to(device), _pack_bits(member).to(device)
+
+
+@lru_cache(maxsize=256)
+def _parents_of(topology: Topology, batch: int, device: torch.device) -> torch.Tensor:
+    """[B, N] int32, contiguous, because kernels would copy expanded parents in every round. They are cached: callers
+    must not write to them."""
+    return topology_tensors(topology, device)[0].repeat(batch, 1)
 
 
 def chain_tensors(num_nodes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -61,6 +61,33 @@ def accept_greedy_by_hand(logits, tokens, parents, max_depth, budget, eos_ids):
     return path + [-1] * (max_depth - len(path)), len(path), following
 
 
+def append_by_hand(
+    text, length, position, budget, tokens, parents, path, accepted_length, next_ids, has_nan, eos_ids, draft_nan
+):
+    """`ops.append_tokens` for one row after another. All arguments are lists.
+
+    Returns:
+        The report, and the new text, length, position and budget.
+    """
+    report = []
+    for row, left in enumerate(budget):
+        emitted = []
+        if left > 0:
+            emitted = [*(tokens[row][node] for node in path[row][: accepted_length[row]]), next_ids[row]]
+        for token in emitted:
+            length[row] += 1
+            position[row] += 1
+            budget[row] -= 1
+            text[row][length[row]] = token
+        if emitted and next_ids[row] in (eos_ids or []):
+            budget[row] = 0
+        drafted = sum(parent >= 0 for parent in parents[row]) if left > 0 else 0
+        flags = [int(has_nan[row]), int(left > 0 and draft_nan is not None and draft_nan[row])]
+        padding = [next_ids[row]] * (len(path[row]) + 1 - len(emitted))
+        report.append([*emitted, *padding, *path[row], len(emitted), drafted, budget[row], *flags])
+    return report, text, length, position, budget
+
+
 # --- filters
 
 

@@ -1,8 +1,13 @@
 """Helpers of several test modules: drafters, calls of `generate`, comparison of outputs, and the state that a patch may
 change."""
 
+from contextlib import ExitStack
+from functools import partial, wraps
+from unittest import mock
+
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import specdec_triton as sdt
 from families import EOS, NEVER, PAD, VOCAB, perturbed, prompt
@@ -10,7 +15,10 @@ from simulated_graph import SimulatedGraphs
 from specdec_triton.drafters import DraftContext, Drafter, DraftSession
 from specdec_triton.drafters.model_session import ModelSession
 from specdec_triton.engine import graph_runner
+from specdec_triton.engine.round import RoundSteps
 from specdec_triton.forward.runner import TreeRunner
+from specdec_triton.ops.filters import Filters
+from specdec_triton.tools.profiling import STAGES
 from specdec_triton.tree import DraftTree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -222,3 +230,85 @@ def snapshot(model):
         "generation_config": model.generation_config.to_dict(),
         "training": model.training,
     }
+
+
+# --- launches
+
+# operations of PyTorch that launch nothing, besides those that return views
+SILENT = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that a GPU would launch. Each Triton kernel is one launch, and so is each operation of PyTorch
+    that does more than allocate or return a view.
+
+    The launchers of registered ops run, but their kernels do not. The ops' references compute the results instead,
+    because they are faster than the interpreter.
+
+    Attributes:
+        names: the names of the kernels and operations, in order.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def run(self, function):
+        """Run a function and count its launches."""
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+
+        def count(kernel, *args, **kwargs):
+            self.names.append(kernel.__name__)
+
+        with ExitStack() as patches:
+            for kind in (InterpretedFunction, JITFunction):
+                patches.enter_context(mock.patch.object(kind, "run", count))
+            with self:
+                return function()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if func.namespace == "specdec_triton":
+            with self:
+                sdt.ops._launcher(name)(*args)
+            if name == "accept_sample":  # the registered op takes filters as lists
+                args = [Filters(*each) if isinstance(each, list) else each for each in args]
+            return getattr(sdt.ops.reference, name)(*args)
+        with self:  # a composite operation, such as `contiguous`, counts as its parts
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
+        if not (func.is_view or name in SILENT):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def launches_by_step(call):
+    """The launches of every round that is neither captured nor replayed: a list with {step: names} for each.
+
+    Args:
+        call: a function that calls `generate`. Steps are the methods of `RoundSteps` named in `STAGES`.
+    """
+    rounds = []
+
+    def counted(name, step):
+        @wraps(step)
+        def run(*args):
+            if _get_current_dispatch_mode() is not None:  # a capture
+                return step(*args)
+            if name == STAGES[0]:
+                rounds.append({})
+            launches = Launches()
+            result = launches.run(partial(step, *args))
+            if rounds:  # not the acceptance of the token after the prompt
+                rounds[-1][name] = launches.names
+            return result
+
+        return run
+
+    with ExitStack() as patches:
+        for name in STAGES:
+            patches.enter_context(mock.patch.object(RoundSteps, name, counted(name, vars(RoundSteps)[name])))
+        call()
+    return rounds

@@ -58,6 +58,8 @@ def gpu_rows():
             shapes = {"B": 1, "N": nodes, "V": 128256, "rule": "coupled", "sampling": "none", "filters": filters}
             rows.append(row("accept_sample", "triton", shapes, p50_us=us, of_ceiling=0.3, **TIMES))
     rows.append(row("compact", "triton", {"model": "8B", "B": 1, "path": "long"}, p50_us=9.0, of_ceiling=0.2, **TIMES))
+    appended = {"op": "append_tokens", "B": 1, "N": 64, "D": 7}
+    rows.append(row("compact", "triton", appended, p50_us=3.0, of_ceiling=0.01, **TIMES))
     rows += [rounds(1, 5000.0), rounds(64, 5400.0), rounds(128, 6000.0), rounds(64, 9000.0, graphs=False)]
     plain, assisted, eager = "ours, plain", "transformers assisted", "transformers eager"
     rows.append(generated(plain, "compiled", {}, eta=0.9, compile=True, N=1))

@@ -109,6 +109,7 @@ PLACES = {
     "packing": in_function(sdt.forward.runner, "pack_tree"),
     "acceptance": in_function(sdt.ops, "accept_greedy"),
     "compaction": in_function(sdt.ops, "compact_kv"),
+    "appending": in_function(sdt.ops, "append_tokens"),
     "cache growth": in_function(sdt.TreeCache, "_allocate"),
 }
 

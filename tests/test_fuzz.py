@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import specdec_triton as sdt
-from by_hand import accept_greedy_by_hand, attention_by_hand
+from by_hand import accept_greedy_by_hand, append_by_hand, attention_by_hand
 from families import EOS, NEVER, PAD, VOCAB, build, prompt
 from helpers import snapshot
 from sampled_cases import FILTERS, case
@@ -163,11 +163,50 @@ def compact(storage, **arguments):
     return storage
 
 
+@st.composite
+def append_calls(draw):
+    batch, nodes = draw(st.integers(1, 3)), draw(st.integers(1, 7))
+    depth = draw(st.integers(0, nodes - 1))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    accepted = [draw(st.integers(0, depth)) for _ in range(batch)]
+    left = [draw(st.integers(0, 3)) for _ in range(batch)]  # rows without any are finished
+    path = [[*range(1, count + 1)] + [-1] * (depth - count) for count in accepted]
+    return {
+        "text": torch.randint(0, 50, (batch, 20), generator=generator),
+        "length": torch.tensor([draw(st.integers(0, 9)) for _ in range(batch)]),
+        "position": torch.tensor([draw(st.integers(0, 9)) for _ in range(batch)]),
+        "budget": torch.tensor([each and each + count for each, count in zip(left, accepted, strict=True)]),
+        "tokens": torch.randint(0, 9, (batch, nodes), generator=generator),
+        "parents": parents_of(draw, batch, nodes),
+        "path": torch.tensor(path, dtype=torch.int32).view(batch, depth),
+        "next_ids": torch.randint(0, 9, (batch,), generator=generator),
+        "has_nan": torch.rand(batch, generator=generator) < 0.3,
+        "eos_ids": draw(st.sampled_from([None, torch.tensor([0]), torch.tensor([1, 3]), torch.tensor([]).long()])),
+        "draft_nan": draw(st.sampled_from([None, torch.rand(batch, generator=generator) < 0.5])),
+    }
+
+
+def append(path, next_ids, has_nan, impl=None, **arguments):
+    for name in ("text", "length", "position", "budget"):
+        if torch.is_tensor(arguments[name]):
+            arguments[name] = arguments[name].clone(memory_format=torch.contiguous_format)
+    length = (path >= 0).sum(-1) if torch.is_tensor(path) else path
+    report = ops.append_tokens(**arguments, accepted=ops.Acceptance(path, length, next_ids, has_nan), impl=impl)
+    return report, *(arguments[name] for name in ("text", "length", "position", "budget"))
+
+
+def appended_by_hand(impl=None, **arguments):
+    lists = {name: value if value is None else value.tolist() for name, value in arguments.items()}
+    accepted = [sum(node >= 0 for node in row) for row in lists["path"]]
+    return tuple(map(torch.tensor, append_by_hand(**lists, accepted_length=accepted)))
+
+
 CALLS = {
     "tree_attention": (attention_calls(), ops.tree_attention, packed_attention_by_hand),
     "accept_greedy": (acceptance_calls(), ops.accept_greedy, acceptance_by_hand),
     "accept_sample": (sampling_calls(), ops.accept_sample, sampling_by_hand),
     "compact_kv": (compaction_calls(), compact, compaction_by_hand),
+    "append_tokens": (append_calls(), append, appended_by_hand),
 }
 
 
@@ -253,7 +292,7 @@ def check_op(op, data, impl):
         # with different rounding of sums, a choice may differ: test_kernel_accept_sample compares more closely
         again = function(**rearranged(arguments, "contiguous"), impl=impl)
         assert all(torch.equal(ours, other) for ours, other in zip(got, again, strict=True))
-    elif op.startswith("accept"):
+    elif op.startswith("accept") or op == "append_tokens":
         assert all(torch.equal(ours, hand) for ours, hand in zip(got, wanted, strict=True))
     else:
         assert torch.equal(got, wanted)
@@ -280,6 +319,12 @@ def whole_call(op):
         base, path = torch.tensor([2, 5]), torch.tensor([[2, 3, 6], [1, 4, -1]], dtype=torch.int32)
         return {"storage": torch.arange(2 * 12 * 7).float(), "widths": [3, 4], "base": base, "path": path}
     more = {"budget": torch.tensor([4, 3]), "eos_ids": torch.tensor([2, 6])}
+    if op == "append_tokens":
+        text, tokens, flags = torch.arange(40).view(2, 20), torch.arange(12).view(2, 6), torch.tensor([True, False])
+        given = {"text": text, "length": torch.tensor([3, 8]), "position": torch.tensor([3, 6]), "tokens": tokens}
+        path = torch.tensor([[1, 3, 5], [2, 3, 4]], dtype=torch.int32)
+        given |= {"parents": parents, "path": path, "next_ids": torch.tensor([7, 6])}
+        return given | more | {"has_nan": flags, "draft_nan": ~flags}
     if op == "accept_sample":
         return case("multi_round", "without", 2, 6, 9, "all", torch.float16, 3) | more
     logits = torch.randint(-3, 4, (2, 6, 9), generator=random).half()

@@ -43,7 +43,7 @@ def test_text_through_the_kernels(family, calls):
     assert stats.accepted > 0
     assert calls["tree_attention"] == 2 * stats.rounds
     assert 0 < calls["compact_kv"] <= stats.rounds  # at the end of the text a tree may be cut to a chain
-    assert calls["accept_greedy"] == stats.rounds + 1
+    assert calls["accept_greedy"] == calls["append_tokens"] == stats.rounds + 1
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
@@ -97,4 +97,4 @@ def test_sampling_through_the_kernels(rule, calls):
         with sdt.patched(model, drafter=drafter, rule=rule, seed=5, impl=impl):
             texts.append(model.generate(**inputs, **options, eos_token_id=[EOS, 7], repetition_penalty=1.2))
     assert torch.equal(*texts)
-    assert calls["accept_sample"] == sdt.stats(model).rounds + 1
+    assert calls["accept_sample"] == calls["append_tokens"] == sdt.stats(model).rounds + 1

@@ -42,6 +42,14 @@ def compaction_inputs(batch=2):
     return storage, torch.full((batch,), 3, device=DEVICE), torch.tensor([[2, 4, -1]] * batch, device=DEVICE).int()
 
 
+def append_inputs(batch=2):
+    _, tokens, parents = acceptance_inputs(batch)
+    text = torch.arange(batch * 20, device=DEVICE).view(batch, 20)
+    length, position = torch.arange(2, 2 + batch, device=DEVICE), torch.arange(batch, device=DEVICE)
+    budget, path = torch.full((batch,), 3, device=DEVICE), torch.tensor([[1, 4, -1]] * batch, device=DEVICE).int()
+    return text, length, position, budget, tokens, parents, path
+
+
 def attention(query, key, value, packed, impl="triton"):
     return ops.tree_attention(query, key, value, packed, sliding_window=4, impl=impl)
 
@@ -74,11 +82,19 @@ def compaction(storage, base, path, impl="triton"):
     return storage * 2
 
 
+def append(text, length, position, budget, tokens, parents, path, impl="triton"):
+    accepted = ops.Acceptance(path, (path >= 0).sum(1), tokens[:, 0], tokens[:, 0] > 1)
+    options = {"eos_ids": tokens[0, :2], "draft_nan": budget < 0, "impl": impl}
+    report = ops.append_tokens(text, length, position, budget, tokens, parents, accepted, **options)
+    return report, text + 1, length * 2, position * 2, budget * 2
+
+
 CALLS = {
     "tree_attention": (attention, attention_inputs),
     "accept_greedy": (acceptance, acceptance_inputs),
     "accept_sample": (sampling, sampling_inputs),
     "compact_kv": (compaction, compaction_inputs),
+    "append_tokens": (append, append_inputs),
 }
 
 
@@ -99,6 +115,10 @@ def arguments(op):
             logits, tokens, parents, "multi_round", seeds, seeds + 7, filters, 2, budget, None,
             "without", draft_logits, draft_row, [None] * 4,
         )  # fmt: skip
+    if op == "append_tokens":
+        inputs = append_inputs()
+        next_ids = torch.tensor([5, 6], device=DEVICE)
+        return *inputs, torch.full_like(next_ids, 2), next_ids, next_ids > 5, next_ids[:1], None
     storage, base, path = compaction_inputs()
     return storage, [8, 4], base, path
 

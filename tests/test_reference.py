@@ -241,6 +241,61 @@ def test_compact_kv_refuses_bad_arguments(changes, message):
         ops.compact_kv(**{**arguments, **changes})
 
 
+def acceptance(batch=2, depth=2, **changes):
+    fields = {
+        "path": torch.full((batch, depth), -1, dtype=torch.int32),
+        "length": torch.zeros(batch, dtype=torch.int64),
+        "next_ids": torch.zeros(batch, dtype=torch.int64),
+        "has_nan": torch.zeros(batch, dtype=torch.bool),
+    }
+    return ops.Acceptance(**fields | changes)
+
+
+LONGS = torch.zeros(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": torch.zeros(2, 9)}, r"text must be torch.int64 \[B, C\], none of them 0, got torch.float32"),
+        (
+            {"text": torch.zeros(9, 2, dtype=torch.int64).t()},
+            r"text must be \[B, C\] with contiguous rows that do not overlap, got .* with strides \[1, 2\]",
+        ),
+        ({"text": LONGS[:1].expand(2, -1)}, r"text must be \[B, C\] with contiguous rows that do not overlap"),
+        ({"length": LONGS[0]}, r"length must be torch.int64 \[2\], got torch.int64 \[3\]"),
+        ({"length": LONGS[:, 0]}, r"length must be contiguous \[B\], got torch.int64 \[2\] on cpu with strides \[3\]"),
+        ({"position": LONGS[:, 0]}, r"position must be contiguous \[B\]"),
+        ({"budget": LONGS[0, 0].expand(2)}, r"budget must be contiguous \[B\]"),
+        ({"budget": torch.zeros(2)}, r"budget must be torch.int64 \[2\]"),
+        ({"tokens": LONGS[:1]}, r"tokens must be torch.int64 \[2, N\]"),
+        ({"parents": LONGS[:, :2]}, r"parents must be torch.int32 or torch.int64 \[2, 3\]"),
+        ({"accepted": None}, "accepted must be an Acceptance, got NoneType"),
+        ({"accepted": tuple(acceptance())}, "accepted must be an Acceptance, got tuple"),
+        ({"accepted": acceptance(path=LONGS)}, r"accepted.path must be torch.int32 \[2, D\]"),
+        ({"accepted": acceptance(depth=3)}, r"accepted.path must be \[2, D\] with D below 3, the number of nodes"),
+        ({"accepted": acceptance(length=LONGS)}, r"accepted.length must be torch.int64 \[2\]"),
+        ({"accepted": acceptance(next_ids=LONGS)}, r"accepted.next_ids must be torch.int64 \[2\]"),
+        ({"accepted": acceptance(has_nan=LONGS[:, 0])}, r"accepted.has_nan must be torch.bool \[2\]"),
+        ({"eos_ids": LONGS}, r"eos_ids must be torch.int64 \[E\]"),
+        ({"draft_nan": LONGS[:, 0]}, r"draft_nan must be torch.bool \[2\]"),
+        ({"draft_nan": torch.zeros(2, dtype=torch.bool, device="meta")}, "draft_nan must be on cpu"),
+        ({"impl": "eager"}, 'impl must be None, "triton" or "reference"'),
+    ],
+)
+def test_append_tokens_refuses_bad_arguments(changes, message):
+    arguments = {
+        "text": torch.zeros(2, 9, dtype=torch.int64),
+        **{name: torch.zeros(2, dtype=torch.int64) for name in ("length", "position", "budget")},
+        "tokens": LONGS,
+        "parents": LONGS - 1,
+        "accepted": acceptance(),
+    }
+    ops.append_tokens(**arguments)
+    with pytest.raises(ValueError, match=f"^append_tokens: {message}"):
+        ops.append_tokens(**{**arguments, **changes})
+
+
 def test_which_implementation_and_why():
     assert ops.implementation("tree_attention", "cpu")[0] == "reference"
     assert ops.implementation("tree_attention", "cuda")[0] == "triton"

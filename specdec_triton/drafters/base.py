@@ -47,6 +47,7 @@ class DraftContext:
         compiled: True if models run through `torch.compile`.
         unread_tokens: upper bound on the number of tokens that a row has emitted but the host has not read.
         buffers: holds tensors for later calls, see `DraftSession.reusable`.
+        position: [B] int64 on the device. Position of each root: the number of real tokens before it.
     """
 
     tokens: torch.Tensor
@@ -67,16 +68,16 @@ class DraftContext:
     compiled: bool = False
     unread_tokens: int = 0
     buffers: Buffers = field(default_factory=Buffers)
+    position: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # later updated in place, together with `length`
+        self.position = self.buffers.put("position", self.length - self.start)
 
     @property
     def root(self) -> torch.Tensor:
         """[B] int64. The last emitted tokens."""
         return self.tokens.gather(1, self.length[:, None]).squeeze(1)
-
-    @property
-    def position(self) -> torch.Tensor:
-        """[B] int64. Position of each root: the number of real tokens before it."""
-        return self.length - self.start
 
     @property
     def longest(self) -> int:

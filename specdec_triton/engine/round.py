@@ -84,8 +84,7 @@ class RoundSteps:
             drawn = {"sampling": tree.sampling, "draft_logits": tree.draft_logits, "draft_row": tree.draft_row}
             drawn["draft_filters"] = tree.draft_filters or Filters()
             accepted = ops.accept_sample(scores, tree.tokens, parents, rule=call.rule, **sampled, **drawn, **shape)
-        nodes = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
-        return accepted, self.scores.at(nodes, scores, logits)
+        return accepted, self.scores.along(accepted.path, scores, logits)
 
     @records_time("compact")
     def compact(self, tree: DraftTree, accepted: Acceptance) -> None:
@@ -95,30 +94,18 @@ class RoundSteps:
 
     @records_time("emit")
     def emit(self, tree: DraftTree, accepted: Acceptance) -> torch.Tensor:
-        """Append the accepted tokens and the target's own token to the text.
-
-        Returns:
-            The report [B, 2 D + 6] int64: D + 1 emitted tokens, D path nodes, then the number of emitted tokens, the
-            number of draft tokens, the remaining budget, and two flags for NaN in the target's and the draft's logits.
-        """
+        """Append the accepted tokens and the target's own token to the text. Returns the report for the host, see
+        `ops.append_tokens`."""
         context = self.context
-        drafts = tree.tokens.gather(1, accepted.path.clamp(min=0).long())
-        emitted = torch.cat([drafts, torch.zeros_like(accepted.next_ids)[:, None]], dim=1)
-        emitted.scatter_(1, accepted.length[:, None], accepted.next_ids[:, None])
-        live = self.budget > 0
-        count = torch.where(live, accepted.length + 1, 0)
-
-        place = torch.arange(emitted.shape[1], device=emitted.device)
-        # tokens that are not emitted are written to the last column, which is not used
-        columns = torch.where(place < count[:, None], context.length[:, None] + 1 + place, context.tokens.shape[1] - 1)
-        context.tokens.scatter_(1, columns, emitted)
-        context.length.add_(count)
-        left = self.budget - count
-        if context.eos_ids is not None:
-            left = torch.where((accepted.next_ids[:, None] == context.eos_ids).any(1), 0, left)
-        self.budget.copy_(left)
-
-        drafted = torch.where(live, (tree.parents >= 0).sum(1), 0)
-        draft_nan = torch.zeros_like(live) if tree.has_nan is None else live & tree.has_nan
-        fields = torch.stack([count, drafted, left, accepted.has_nan, draft_nan], dim=1)
-        return torch.cat([emitted, accepted.path, fields], dim=1)
+        return ops.append_tokens(
+            context.tokens,
+            context.length,
+            context.position,
+            self.budget,
+            tree.tokens,
+            tree.parents,
+            accepted,
+            eos_ids=context.eos_ids,
+            draft_nan=tree.has_nan,
+            impl=context.impl,
+        )

@@ -77,11 +77,11 @@ class Scores:
         if not max(counts):
             return
         padded = [row + [(0, 0)] * (max(counts) - len(row)) for row in chosen]
-        nodes = torch.tensor([[node for node, _ in row] for row in padded], device=logits.device)
+        path = torch.tensor([[node for node, _ in row[1:]] for row in padded], dtype=torch.int64, device=logits.device)
         tokens = [[token for _, token in row] for row in padded]
-        kept = self.at(nodes, scores, logits)
+        kept = self.along(path, scores, logits)
         if not tree.is_chain:  # finished rows may be extended later, so their cache must be compact
-            path = nodes[:, 1:].where(torch.arange(1, max(counts)) < torch.tensor(counts)[:, None], -1)
+            path = path.where(torch.arange(1, max(counts)) < torch.tensor(counts)[:, None], -1)
             self._context.target.cache.compact(self._context.length, path.int(), self._call.options.impl)
         self._output.append(tokens, counts, kept, self.after_end)
 
@@ -100,19 +100,28 @@ class Scores:
         noise = gumbel(call.seeds[rows], position, 0, COUPLED, scores.shape[-1])
         return (filtered_log_probs(scores[:, None], call.filters.of_rows(rows)).squeeze(1) + noise).argmax(-1).tolist()
 
-    def at(self, nodes: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The scores to keep, [B, K, V] by name, of `nodes` [B, K]."""
+    def along(self, path: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The scores to keep, [B, K + 1, V] by name, of the root and the nodes `path` [B, K]. Nodes that are -1 have
+        undefined scores. Nothing is computed if no scores are kept."""
         if not self._output.columns_kept:
             return {}
+        nodes = torch.nn.functional.pad(path.clamp(min=0).long(), (1, 0))
         places = nodes[:, :, None].expand(-1, -1, logits.shape[-1])
-        return self.kept(scores.gather(1, places), logits.gather(1, places))
+        return self._as_returned({name: each.gather(1, places) for name, each in self._wanted(scores, logits).items()})
 
     def kept(self, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """The scores to keep, by name, from processed scores and logits [..., V]."""
+        return self._as_returned(self._wanted(scores, logits))
+
+    def _wanted(self, scores: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         sources = {"scores": scores, "logits": logits}
-        kept = {name: sources[name].float() for name in self._output.columns_kept}
+        return {name: sources[name] for name in self._output.columns_kept}
+
+    def _as_returned(self, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same scores, in fp32 and with the filters of plain `generate`."""
+        kept = {name: each.float() for name, each in wanted.items()}
         if "scores" in kept and self._call.warpers:
-            kept["scores"] = self._call.warpers(None, kept["scores"].flatten(0, -2)).view_as(scores)
+            kept["scores"] = self._call.warpers(None, kept["scores"].flatten(0, -2)).view_as(kept["scores"])
         return kept
 
     def after_end(self, rows: list[int], count: int) -> dict[str, torch.Tensor]:

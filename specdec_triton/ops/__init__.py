@@ -25,7 +25,7 @@ from .filters import Filters
 from .reference import TREE_FIELDS, WORD_BITS, Acceptance
 from .rules import WEIGHING_RULES, check_legal
 
-OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
+OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv", "append_tokens")
 FILTER_DTYPES = {
     "temperature": torch.float32,
     "top_k": torch.int64,
@@ -362,6 +362,78 @@ def compact_kv(
         resolve(op, impl, storage.device)(storage, widths, base, path)
 
 
+@typed
+def append_tokens(
+    text: torch.Tensor,
+    length: torch.Tensor,
+    position: torch.Tensor,
+    budget: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    accepted: Acceptance,
+    *,
+    eos_ids: torch.Tensor | None = None,
+    draft_nan: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Append the accepted tokens and the target's own token to the text, in place, and report the round.
+
+    A row whose budget is not 0 emits accepted.length + 1 tokens. Its length and position grow by their number, and its
+    budget falls by it. If the target's token is in `eos_ids`, the budget becomes 0. Finished rows, whose budget is 0,
+    do not change.
+
+    Strides: text, length, position and budget are changed in place. The rows of the text must be contiguous and must
+    not overlap, and the others must be contiguous. All other tensors may have any strides.
+
+    Args:
+        text: [B, C] int64. The tokens of each row by column.
+        length: [B] int64. Column of each row's last token, the root of its tree. The caller must ensure that length +
+            budget < C; it is not checked, because lengths are only read on the device.
+        position: [B] int64. Position of that token.
+        budget: [B] int64. Number of tokens that each row may still emit; 0 if the row is finished.
+        tokens: [B, N] int64. Draft token of each node.
+        parents: [B, N] int32 or int64. -1 at the root and at padding nodes.
+        accepted: the acceptance of the tree, with D < N, as `accept_greedy` or `accept_sample` returned it under the
+            same budget.
+        eos_ids: [E] int64. Tokens that end a text; None if there are none.
+        draft_nan: [B] bool. True if the draft's logits hold a NaN; None if there is no such row.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        The report [B, 2 D + 6] int64: the emitted tokens, the last of them repeated up to D + 1 places; the path of D
+        nodes; then the number of emitted tokens, the number of draft tokens, the remaining budget, and two flags for
+        NaN in the target's and the draft's logits. The numbers and the draft's flag are 0 in finished rows.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride differs from the above.
+    """
+    op = "append_tokens"
+    check = Check(op)
+    batch, columns = check("text", text, "B, C", torch.int64)
+    if text.stride(1) != 1 and columns > 1 or text.stride(0) < columns and batch > 1:
+        raise check.refusal("text", "[B, C] with contiguous rows that do not overlap", text)
+    for name, tensor in (("length", length), ("position", position), ("budget", budget)):
+        check(name, tensor, "B", torch.int64)
+        if not tensor.is_contiguous():
+            raise check.refusal(name, "contiguous [B]", tensor)
+    _, nodes = check("tokens", tokens, "B, N", torch.int64)
+    check("parents", parents, "B, N", torch.int32, torch.int64)
+    if not isinstance(accepted, Acceptance):
+        raise ValueError(f"{op}: accepted must be an Acceptance, got {type(accepted).__name__}")
+    _, max_depth = check("accepted.path", accepted.path, "B, D?", torch.int32)
+    if max_depth >= nodes:
+        raise check.refusal("accepted.path", f"[{batch}, D] with D below {nodes}, the number of nodes", accepted.path)
+    check("accepted.length", accepted.length, "B", torch.int64)
+    check("accepted.next_ids", accepted.next_ids, "B", torch.int64)
+    check("accepted.has_nan", accepted.has_nan, "B", torch.bool)
+    if eos_ids is not None:
+        check("eos_ids", eos_ids, "E?", torch.int64)
+    if draft_nan is not None:
+        check("draft_nan", draft_nan, "B", torch.bool)
+    compute = resolve(op, impl, text.device)
+    return compute(text, length, position, budget, tokens, parents, *accepted, eos_ids, draft_nan)
+
+
 # Library.define and impl take 3 µs of host time per call, torch.library.custom_op 15 to 25 µs
 _LIBRARY = torch.library.Library("specdec_triton", "FRAGMENT")
 
@@ -400,6 +472,10 @@ def _fake_compact_kv(storage, widths, base, path):
     return None
 
 
+def _fake_append_tokens(text, length, position, budget, tokens, parents, path, *others):
+    return tokens.new_empty((tokens.shape[0], 2 * path.shape[1] + 6))
+
+
 _register(
     "tree_attention(Tensor query, Tensor key, Tensor value, Tensor packed_tree, float scale, int? sliding_window, "
     "int? chunk_size, float? softcap, Tensor? sinks) -> Tensor",
@@ -418,3 +494,9 @@ _register(
     _fake_accept_sample,
 )
 _register("compact_kv(Tensor(a!) storage, int[] widths, Tensor base, Tensor path) -> ()", _fake_compact_kv)
+_register(
+    "append_tokens(Tensor(a!) text, Tensor(b!) length, Tensor(c!) position, Tensor(d!) budget, Tensor tokens, "
+    "Tensor parents, Tensor path, Tensor accepted_length, Tensor next_ids, Tensor has_nan, Tensor? eos_ids, "
+    "Tensor? draft_nan) -> Tensor",
+    _fake_append_tokens,
+)

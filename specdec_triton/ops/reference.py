@@ -278,3 +278,39 @@ def compact_kv(storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor,
         # all reads happen before the writes, so sources and targets may overlap
         planes[:, rows, target] = planes[:, rows, source]
         offset, plane = offset + size, plane + count
+
+
+def append_tokens(
+    text: torch.Tensor,
+    length: torch.Tensor,
+    position: torch.Tensor,
+    budget: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    path: torch.Tensor,
+    accepted_length: torch.Tensor,
+    next_ids: torch.Tensor,
+    has_nan: torch.Tensor,
+    eos_ids: torch.Tensor | None = None,
+    draft_nan: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `ops.append_tokens`."""
+    live = budget > 0
+    count = (accepted_length + 1) * live
+    place = torch.arange(path.shape[1] + 1, device=text.device)
+    root, last = text.gather(1, length[:, None]), next_ids[:, None]
+    drafts = torch.cat([tokens.gather(1, path.clamp(min=0).long()), last], dim=1)
+    emitted = torch.where(place < accepted_length[:, None], drafts, last)
+    # places after the last token write that token again, and finished rows write their root again: nothing else changes
+    columns = length[:, None] + torch.minimum(place + 1, count[:, None])
+    text.scatter_(1, columns, torch.where(live[:, None], emitted, root))
+    length.add_(count)
+    position.add_(count)
+    budget.sub_(count)
+    if eos_ids is not None:
+        budget.masked_fill_((last == eos_ids).any(1) & live, 0)
+
+    drafted = (parents >= 0).sum(1) * live
+    draft_nan = torch.zeros_like(live) if draft_nan is None else live & draft_nan
+    fields = torch.stack([count, drafted, budget, has_nan, draft_nan], dim=1)
+    return torch.cat([emitted, path, fields], dim=1)

@@ -1,0 +1,70 @@
+"""The kernels that a round launches, step by step. On a GPU, a launch takes about two microseconds even if it computes
+almost nothing.
+
+A launch that is added to a step fails these tests, which show its name.
+"""
+
+from functools import partial
+
+import pytest
+
+import specdec_triton as sdt
+from families import NEVER, build, perturbed, prompt
+from helpers import HostDrafter, Launches, capture_here, launches_by_step
+from specdec_triton import ops
+
+CHAIN, TREE = {"num_tokens": 5}, {"tree": 16}
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 0}
+FILTERED = {**SAMPLED, "top_k": 9, "top_p": 0.9}
+KEPT = {"return_dict_in_generate": True, "output_scores": True}
+GREEDY, APPEND = ["_argmax_kernel", "_walk_kernel"], ["_append_tokens_kernel"]
+COUPLED = ["noisy_statistics_kernel", "walk_kernel"]
+WEIGHTED = ["statistics_kernel", "rows_kernel", "draws_kernel", "walk_kernel"]
+OF_THE_PATH = ["clamp", "_to_copy", "constant_pad_nd", "gather"]  # scores that the call returns
+
+# name -> options of the draft model, arguments of `generate`, rule, launches of acceptance and of compaction
+CASES = {
+    "greedy chain": (CHAIN, {}, None, GREEDY, []),
+    "greedy tree": (TREE, {}, None, GREEDY, ["_compact_kv_kernel"]),
+    "greedy chain, several EOS tokens": (CHAIN, {"eos_token_id": [5, NEVER]}, None, GREEDY, []),
+    "greedy chain, scores returned": (CHAIN, KEPT, None, GREEDY + OF_THE_PATH, []),
+    "coupled chain": (CHAIN, SAMPLED, "coupled", COUPLED, []),
+    "coupled tree": (TREE, SAMPLED, "coupled", COUPLED, ["_compact_kv_kernel"]),
+    "coupled chain, filtered": (CHAIN, FILTERED, "coupled", ["statistics_kernel", "rows_kernel", "walk_kernel"], []),
+    "rejection chain": (CHAIN, SAMPLED, "rejection", WEIGHTED, []),
+}
+
+
+def rounds_of(drafter, inputs, **options):
+    model = build("llama", num_hidden_layers=1)
+    inputs = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 15, **inputs}
+    custom = sdt.SpeculativeGenerate(drafter=drafter, impl="triton", **options)
+    return launches_by_step(lambda: model.generate(**inputs, custom_generate=custom))
+
+
+@pytest.mark.parametrize(("name", "batch"), [(name, 1) for name in CASES] + [("greedy tree", 2), ("coupled chain", 2)])
+def test_steps_after_the_target(name, batch, monkeypatch):
+    capture_here(monkeypatch, 1)
+    draft, arguments, rule, accept, compact = CASES[name]
+    drafter = sdt.ModelDrafter(perturbed("llama", num_hidden_layers=1), **draft)
+    options = {"rule": rule, "seed": 1} if rule else {}
+    # the first round may compute tables that later rounds reuse
+    _, steady, *_ = rounds_of(drafter, {**prompt(batch=batch), **arguments}, **options)
+    found = {step: steady[step] for step in ("accept", "compact", "emit")}
+    assert found == {"accept": accept, "compact": compact, "emit": APPEND}
+
+
+def test_steps_after_a_draft_of_the_host():
+    text = prompt(batch=2, length=30)["input_ids"]
+    for found in rounds_of(HostDrafter(text), prompt()):
+        assert (found["accept"], found["compact"], found["emit"]) == (GREEDY, [], APPEND)
+
+
+def test_copies_of_a_launcher_are_counted():
+    tree = sdt.DraftTree.from_topology(sdt.Topology.chain(2), prompt(batch=2, length=3)["input_ids"])
+    logits = build("llama", num_hidden_layers=1)(tree.tokens).logits.detach()
+    for parents, copied in ((tree.parents, []), (tree.parents[:1].expand(2, -1), ["clone"])):
+        launches = Launches()
+        call = {"max_depth": 2, "budget": tree.tokens[:, 1].contiguous(), "impl": "triton"}
+        launches.run(partial(ops.accept_greedy, logits, tree.tokens, parents, **call))
+        assert launches.names == ["_argmax_kernel", *copied, "_walk_kernel"]

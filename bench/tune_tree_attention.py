@@ -31,7 +31,7 @@ TILES = {
     64: [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 3), (32, 8, 3)],
     128: [(64, 8, 2), (64, 8, 3), (32, 8, 3), (32, 8, 4)],
 }
-PROGRAMS = (1, 2, 3)  # for each multiprocessor; the default plans at most as many as there are row tiles
+PROGRAMS = (1, 2)  # at a time on a multiprocessor, as the plan assumes
 LEAST_ROWS = (1, 2, 4)  # a split has this many times the rows of a tile, at least
 SHORT = 1024  # contexts that one split may cover
 CASES = [(context, nodes) for context in (2048, 8192, 1024, 32768, 512) for nodes in (128, 64, 32, 16, 1)]
@@ -52,7 +52,6 @@ PLANNED_BY = (
     "SHORT_SLOTS",
     "MIN_SPLIT_ROWS",
     "MIN_SPLIT_SLOTS",
-    "PROGRAMS_A_ROW_TILE",
     "_split_tiles",
 )
 
@@ -75,7 +74,6 @@ class Candidate:
             return
         kernels.SHORT_SLOTS = 0 if self.least_rows else sys.maxsize
         kernels.MIN_SPLIT_ROWS = self.least_rows or 1
-        kernels.PROGRAMS_A_ROW_TILE = self.config.programs
         kernels.MIN_SPLIT_SLOTS = self.config.block_n
         kernels.attention_plan.cache_clear()
 
@@ -94,9 +92,9 @@ def candidates(context: int, nodes: int) -> Iterator[Candidate]:
 
 
 def split_candidates(context: int, nodes: int) -> Iterator[Candidate]:
-    """The default tiles, and the narrow ones of a single split, with different numbers of splits."""
+    """The default tiles, and for short contexts the narrowest, with different numbers of splits."""
     rows = nodes * LLAMA[0] // LLAMA[1]
-    configs = [kernels.attention_config(90, rows, LLAMA[2], 2, one_split, False) for one_split in (False, True)]
+    configs = [kernels.attention_config(90, rows, LLAMA[2], 2, narrow, False) for narrow in (False, True)]
     for config in dict.fromkeys(configs[: 1 + (context <= SHORT)]):
         tiles = -(-context // config.block_n) + -(-nodes // config.block_n)
         for split_tiles in sorted({-(-tiles // splits) for splits in SPLITS if splits <= tiles}):

@@ -11,9 +11,13 @@ writes the output. Otherwise a second kernel merges the splits in index order. L
 covers the capacity, and programs of empty splits return at once.
 
 With a given plan, the result of a row depends only on its own start, length and path. A tile or split in which the row
-sees nothing does not change any bit of its result, whatever other rows, nodes and sequences there are. Each row masks
-its scores, but all rows of a tile use the same values, and 0 * NaN is NaN. If some row does not see the whole tile,
-values that are not finite are therefore read as 0, and rows that see such a slot get a score of NaN.
+sees nothing does not change any bit of its result, whatever other rows, nodes and sequences there are. The plan depends
+on the capacity, the number of row tiles, and the batch bucket: the power of two >= B. Inside a bucket, the bits of a
+row are therefore the same in every batch. In another bucket, the keys may be split at other places, which changes the
+rounding of sums.
+
+Each row masks its scores, but all rows of a tile use the same values, and 0 * NaN is NaN. If some row does not see the
+whole tile, values that are not finite are therefore read as 0, and rows that see such a slot get a score of NaN.
 
 Reference: `specdec_triton.ops.reference.tree_attention`.
 """
@@ -79,9 +83,7 @@ _ATTENTION_TIGHT = _ATTENTION | {
 }
 
 
-def attention_config(
-    arch: int, rows: int, head_dim: int, bytes: int, one_split: bool, limited: bool
-) -> AttentionConfig:
+def attention_config(arch: int, rows: int, head_dim: int, bytes: int, narrow: bool, limited: bool) -> AttentionConfig:
     """The configuration for a shape.
 
     Args:
@@ -89,31 +91,35 @@ def attention_config(
         rows: N * G.
         head_dim: the larger one of D and Dv.
         bytes: bytes per element.
-        one_split: True if the keys are one split.
+        narrow: True for the narrowest row tiles.
         limited: True if a window or chunks limit the keys that a row sees.
     """
     table = _ATTENTION_TIGHT if limited or not 90 <= arch < 120 else _ATTENTION
     configs = [AttentionConfig(*entry) for entry in table[bytes, max(pow2(head_dim), 64)]]
-    if one_split:  # narrow row tiles give more programs, and the keys that they share stay in the L2 cache
-        rows = 16 if rows <= 64 else 32
+    if narrow:
+        return configs[0]
     return next((config for config in configs if max(config.block_m, config.most_rows) >= rows), configs[-1])
 
 
 # A capacity of up to this many slots, without the tree's own, is one split: a prefix of 256 slots in a cache that is
-# rounded up to a multiple of 128. On an H200, one split of 1024 slots took longer than several splits of 2048 slots (19
-# and 11 us).
+# rounded up to a multiple of 128. Longer ones are one split if that is estimated to be faster.
 SHORT_SLOTS = 256 + 127
+# In a short capacity, up to this many rows use the narrowest row tiles, as long as each of their programs has a
+# multiprocessor of its own. On an H200 with one split of 512 slots, 32 rows took 12.8 us in tiles of 16 and 15.7 us in
+# one of 32. 128 rows took 12.3 us in tiles of 64 and 15.4 us in tiles of 32; in a batch of 16, 18.6 and 39.2 us.
+NARROW_ROWS = 64
 # A split has at least MIN_SPLIT_SLOTS slots, and at least MIN_SPLIT_ROWS times as many slots as a row tile has rows.
 # With D = Dv and two bytes per element, the partial results of a program, written and read once, then take at most half
 # as much traffic as its keys and values.
 MIN_SPLIT_SLOTS = 128
 MIN_SPLIT_ROWS = 4
-# Number of programs planned per multiprocessor for each row tile, up to the configuration's `programs`. On an H200 with
-# 8 KV heads, a single row tile was fastest with one program (8192 slots, N = 16: 17.9 us in 15 splits, 21.7 us in 33);
-# several row tiles were fastest with two.
-PROGRAMS_A_ROW_TILE = 1
 MAX_WAVES = 4  # plans with up to this many waves are compared
-WAVE_TILES = 4  # estimated cost of starting a program and merging its results, in tiles
+# Estimated times, in units of the time that a program alone on its multiprocessor takes for a tile. They were fitted to
+# 46 sizes of bench/tune_tree_attention.py --splits on an H200 (Triton 3.6, 2026-11-28). Any SHARED_TILE from 1.2 to 1.4
+# gives the same mean. The constants are ratios of times, so other cards use them too.
+SHARED_TILE = 1.3  # a tile of each of two programs on the same multiprocessor
+MERGE_PASS = 3  # merging MERGE_SPLITS splits, apart from the traffic of partial results
+MERGE_TRAFFIC = 1.5  # writing and reading partial results of as many bytes as a tile of keys and values
 MERGE_SPLITS = 16  # number of splits merged at a time
 MERGE_ROWS = 4  # rows per program of the merge; the same for every shape, so that sums do not depend on the row count
 
@@ -124,24 +130,30 @@ def attention_plan(
 ):
     """The launch plan of a shape.
 
-    It depends on shapes and on the device, never on lengths. The size of a split depends on the capacity and the number
-    of row tiles and KV heads. It does not depend on B. It depends on N only through the configuration and the number of
-    row tiles, and on T only through the choice of a single split for small capacities.
+    It depends on shapes and on the device, never on lengths. The size of a split depends on the capacity, the number of
+    row tiles and KV heads, and the batch bucket, which is the power of two >= B. It depends on N only through the
+    configuration and the number of row tiles, and on T only through the choice of a single split for small capacities.
 
     Returns:
         The grid (row tiles, splits, sequences * KV heads), the number of tiles per split, and the compile-time
         arguments of tree attention and of its merge.
     """
-    one_split = slots - nodes <= SHORT_SLOTS
-    config = attention_config(arch, rows * group, max(head_dim, value_dim), bytes, one_split, limited)
+    bucket = pow2(batch)
+    short = slots - nodes <= SHORT_SLOTS
+    narrow_programs = bucket * kv_heads * triton.cdiv(rows * group, 16)
+    narrow = short and rows * group <= NARROW_ROWS and narrow_programs <= multiprocessors
+    config = attention_config(arch, rows * group, max(head_dim, value_dim), bytes, narrow, limited)
     block_m, block_n, num_warps, num_stages, programs, _ = config
     row_tiles = triton.cdiv(rows * group, block_m)
     tiles = triton.cdiv(slots, block_n) + 1  # largest number of tiles that prefix and tree may take
     split_tiles = tiles
-    if not one_split:
+    if not short:
         least = max(MIN_SPLIT_ROWS * block_m, MIN_SPLIT_SLOTS) // block_n
-        at_a_time = multiprocessors * min(row_tiles * PROGRAMS_A_ROW_TILE, programs)
-        split_tiles = _split_tiles(tiles, least, row_tiles * kv_heads, at_a_time)
+        traffic = 2 * block_m * value_dim * 4 / (block_n * (head_dim + value_dim) * bytes)
+        # A program of 64 rows takes its tiles faster than memory gives them, unless others read the same ones. Two then
+        # gain nothing: on an H200, N = 16 at 32768 slots took 41 us in 16 splits and 44 us in 33.
+        at_a_time = 1 if row_tiles == 1 and block_m >= 64 else programs
+        split_tiles = _split_tiles(tiles, least, bucket * kv_heads * row_tiles, multiprocessors, at_a_time, traffic)
     splits = triton.cdiv(triton.cdiv(slots - nodes, block_n) + triton.cdiv(nodes, block_n), split_tiles)
     shared = {"G": group, "DV": value_dim, "BLOCK_N": block_n, "BLOCK_DV": max(pow2(value_dim), 16), **FP_FUSION}
     blocks = {"D": head_dim, "BLOCK_M": block_m, "BLOCK_D": max(pow2(head_dim), 16)}
@@ -150,17 +162,33 @@ def attention_plan(
     return (row_tiles, splits, batch * kv_heads), split_tiles, meta, merge_meta
 
 
-def _split_tiles(tiles: int, least: int, programs_a_split: int, at_a_time: int) -> int:
-    """Number of tiles per split, chosen so that one sequence at full capacity fills whole waves of `at_a_time`
-    programs."""
+def _split_tiles(
+    tiles: int, least: int, programs_a_split: int, multiprocessors: int, at_a_time: int, traffic: float
+) -> int:
+    """Number of tiles per split with the smallest estimated time for sequences at full capacity.
 
-    def size(waves):
-        return max(triton.cdiv(tiles, max(waves * at_a_time // programs_a_split, 1)), least)
+    Args:
+        tiles: of the capacity.
+        least: smallest number of tiles per split.
+        programs_a_split: row tiles * KV heads * sequences.
+        multiprocessors: of the GPU.
+        at_a_time: programs on a multiprocessor, 1 or 2.
+        traffic: bytes of a program's partial results, written and read, divided by those of a tile.
+    """
 
-    def cost(size):
-        return triton.cdiv(programs_a_split * triton.cdiv(tiles, size), at_a_time) * (size + WAVE_TILES)
+    def time(size):
+        splits = triton.cdiv(tiles, size)
+        programs = programs_a_split * splits
+        together, alone = divmod(triton.cdiv(programs, multiprocessors), at_a_time)
+        waves = together * (SHARED_TILE if at_a_time > 1 else 1) + alone
+        if splits == 1:
+            return waves * size
+        merge = MERGE_PASS * triton.cdiv(splits, MERGE_SPLITS) + MERGE_TRAFFIC * traffic * programs / multiprocessors
+        return waves * size + merge
 
-    return min(map(size, range(1, MAX_WAVES + 1)), key=cost)
+    most = max(MAX_WAVES * multiprocessors * at_a_time // programs_a_split, 1)
+    sizes = {min(max(triton.cdiv(tiles, splits), least), tiles) for splits in range(1, min(most, tiles) + 1)}
+    return min(sorted(sizes, reverse=True), key=time)  # of equal times, the fewest splits
 
 
 def _attention_options(block_m: int, block_d: int, bytes: int, num_warps: int, num_stages: int) -> dict[str, int]:
@@ -534,10 +562,10 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     features = {"": {}, " chunk": {"chunk_size": 8192}, " window softcap": {"sliding_window": 4096, "softcap": 50.0}}
     features[" window sinks"] = {"sliding_window": 4096, "sinks": abstract(torch.bfloat16, 32)}
 
-    def call(dtype, dim, nodes, slots, kv_heads=8, feature=""):
-        query = abstract(DTYPES[dtype], 1, 4 * kv_heads, nodes, dim)
-        keys = abstract(DTYPES[dtype], 1, kv_heads, slots, dim)
-        tree = abstract(torch.int64, 1, nodes, triton.cdiv(nodes, WORD_BITS.value) + 3)
+    def call(dtype, dim, nodes, slots, kv_heads=8, feature="", batch=1):
+        query = abstract(DTYPES[dtype], batch, 4 * kv_heads, nodes, dim)
+        keys = abstract(DTYPES[dtype], batch, kv_heads, slots, dim)
+        tree = abstract(torch.int64, batch, nodes, triton.cdiv(nodes, WORD_BITS.value) + 3)
         return functools.partial(tree_attention, query, keys, keys, tree, dim**-0.5, **features[feature])
 
     shapes = [("bf16", dim, feature) for dim in (64, 128, 256, 512) for feature in features]
@@ -549,14 +577,15 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         itemsize = DTYPES[dtype].itemsize
         chosen = {}  # configuration -> smallest number of rows that uses it
         for rows in (16, 32, 64, 128, 512, 1024):
-            chosen.setdefault(attention_config(arch, rows, dim, itemsize, one_split, feature != ""), rows)
+            chosen.setdefault(attention_config(arch, rows, dim, itemsize, False, feature != ""), rows)
         for config, rows in chosen.items():
             name = f"{dtype} d{dim} m{config.block_m} n{config.block_n} {'one' if one_split else 'split'}{feature}"
             width, cores = 2 * pow2(dim), dtype != "fp32"
             yield CompileCase(
                 name,
                 _tree_attention_kernel,
-                call(dtype, dim, rows // 4, SHORT_SLOTS if one_split else 8192, feature=feature),
+                # in a large batch, the keys are one split
+                call(dtype, dim, rows // 4, 8192, feature=feature, batch=1024 if one_split else 1),
                 tensor_cores=cores,
                 tile_bytes=config.block_n * width * itemsize,
                 tile_flops=2 * config.block_m * config.block_n * width if cores else 0,

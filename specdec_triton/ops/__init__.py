@@ -100,6 +100,10 @@ def tree_attention(
     [start, length + T) are ignored, whatever they hold. Softmax and sums are computed in fp32. A query, key or value
     that is not finite affects only the rows that attend to it; their outputs may be NaN.
 
+    With the kernel, the bits of a row depend only on the row's own start, length and path, inside a configuration
+    bucket: the same device, dtype, heads, head dims, options, S, N and T, and the same smallest power of two >= B.
+    Other rows, and slots that it does not see, do not change them.
+
     Strides: any. Query, key, value and packed tree are read in place if their last dimension is contiguous.
 
     Args:

@@ -374,6 +374,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.plans:
+        print(*inspection.plan_lines(), sep="\n")
+        return 0
     if not args.json:
         _require_rich(" or --json")
     arch = int(args.arch.removeprefix("sm_"))
@@ -528,6 +531,8 @@ COMMANDS = {
             option("op", "a single op (default: all)", nargs="?", choices=inspection.OPS),
             option("--arch", "GPU architecture to compile for", choices=[f"sm_{arch}" for arch in inspection.ARCHES],
                    default="sm_90"),
+            option("--plans", "only show programs, waves and MB of partial results of tree attention (32 query heads, "
+                   "8 KV heads, head dim 128, 132 multiprocessors)", action="store_true"),
             _json(),
         ]),
     ),

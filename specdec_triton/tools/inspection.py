@@ -11,6 +11,7 @@ import collections
 import importlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -384,6 +385,53 @@ def limiter(row: dict[str, Any], arch: int, programs: int) -> str:
     if slowest == "memory" and programs * tiles * tile["bytes"] < bandwidth * MEMORY_LATENCY / has.clock:
         return "bytes in flight"
     return slowest
+
+
+PLANNED_CONTEXTS, PLANNED_NODES, PLANNED_BATCHES = (1024, 2048, 8192, 32768), (1, 8, 16, 32, 64, 128), (1, 16, 64)
+
+
+class PlannedAttention(NamedTuple):
+    """Tree attention of one layer, in a cache whose capacity is used up."""
+
+    batch: int
+    context: int
+    nodes: int
+    splits: int
+    programs: int  # with work
+    waves: float  # programs / multiprocessors
+    partial_bytes: int  # written; the merge reads them again
+
+    @property
+    def filled(self) -> float:
+        """Programs divided by those of whole waves."""
+        return self.waves / math.ceil(self.waves)
+
+
+def planned_attention(
+    batch: int, context: int, nodes: int, heads: int = 32, kv_heads: int = 8, dim: int = 128,
+    multiprocessors: int = 132, arch: int = 90,
+) -> PlannedAttention:  # fmt: skip
+    """The plan of tree attention in 16-bit floats, without a window. Defaults: Llama 3.1 8B's heads on an H200."""
+    from ..forward.cache import in_buckets
+    from ..kernels.tree_attention import attention_plan
+
+    slots, group = in_buckets(context + nodes), heads // kv_heads
+    shape = batch, kv_heads, group, nodes, nodes, slots, dim, dim, 2, False
+    (row_tiles, splits, sequences), split_tiles, meta, _ = attention_plan(arch, multiprocessors, *shape)
+    tiles = -(-slots // meta["BLOCK_N"])
+    programs = row_tiles * sequences * -(-tiles // split_tiles)
+    nbytes = 4 * sequences * splits * nodes * group * (dim + 2) if splits > 1 else 0
+    return PlannedAttention(batch, context, nodes, splits, programs, programs / multiprocessors, nbytes)
+
+
+def plan_lines() -> Iterator[str]:
+    """A Markdown table of `planned_attention`."""
+    yield "| batch | context | " + " | ".join(f"N = {nodes}" for nodes in PLANNED_NODES) + " |"
+    yield "| --- | --- |" + " --- |" * len(PLANNED_NODES)
+    for batch, context in itertools.product(PLANNED_BATCHES, PLANNED_CONTEXTS):
+        plans = [planned_attention(batch, context, nodes) for nodes in PLANNED_NODES]
+        cells = [f"{plan.programs}, {plan.waves:.2f}, {plan.partial_bytes / 1e6:.1f}" for plan in plans]
+        yield f"| {batch} | {context // 1024}k | " + " | ".join(cells) + " |"
 
 
 def describe(name: str, row: dict[str, Any], arch: int) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from specdec_triton import ops
 from specdec_triton.engine import graphs
 from specdec_triton.tools import support
 
-TESTS = ("kernel_compact_kv", "kernel_append_tokens", "kernel_accept_greedy", "kernel_accept_sample")
-TESTS = [f"tests/test_{name}.py" for name in (*TESTS, "kernel_tree_attention", "library", "families")]
+KERNELS = ("compact_kv", "append_tokens", "draft_topk", "accept_greedy", "accept_sample", "tree_attention")
+TESTS = [*(f"tests/test_kernel_{name}.py" for name in KERNELS), "tests/test_library.py", "tests/test_families.py"]
 PROCESSES, TESTS_SECONDS = 14, 120
 SUMMARY = re.compile(r"\d+ (passed|failed|errors?|tests? collected)|\d+/\d+ tests collected")
 TOKENS = 48

@@ -62,6 +62,7 @@ def pretend(counter: Counter, arch: int) -> None:
         return reference.Acceptance(*ops._fake_accept_greedy(logits, tokens, parents, depth, None, None))
 
     reference.accept_greedy = reference.accept_sample = acceptance
+    reference.draft_topk = lambda *given: reference.Candidates(*ops._fake_draft_topk(*given))
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.cuda.CUDAGraph = lambda: types.SimpleNamespace(replay=lambda: None)
     torch.cuda.graph = lambda graph: contextlib.nullcontext()

@@ -9,6 +9,7 @@ import triton.language as tl
 
 # purposes, with the same numbers as in `specdec_triton.ops.noise`
 COUPLED: tl.constexpr = tl.constexpr(0)
+DRAFT: tl.constexpr = tl.constexpr(1)
 ACCEPT: tl.constexpr = tl.constexpr(2)
 RECOVER: tl.constexpr = tl.constexpr(3)
 BONUS: tl.constexpr = tl.constexpr(4)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._keys import NEG_INF, highest_logit
+from ._keys import NEG_INF, highest_logit, order_in, value_of
 from ._launch import COUNTS, FP_FUSION
 
 # All launches of sampled acceptance use one tile size, so that a row's result depends only on its own logits.
@@ -69,6 +69,16 @@ def tile_scores(logits, inverse_temperature, first_id, BLOCK_V: tl.constexpr):
     key, peak = highest_logit(logits, first_id, BLOCK_V)
     # differences from the tile's highest logit are accurate even if the logits are large
     return key, tl.where(logits == NEG_INF, NEG_INF, (logits - peak) * inverse_temperature)
+
+
+@triton.jit
+def row_scores(noisy, peaks, peak, inverse_temperature):
+    """The noisy scores of tiles, converted to be relative to the row's highest logit `peak` instead of the tiles'
+    highest logits `peaks`.
+
+    A row of -inf is invalid. Its scores must not become NaN, because NaN has no order.
+    """
+    return tl.where(peaks == NEG_INF, NEG_INF, value_of(order_in(noisy)) + (peaks - peak) * inverse_temperature)
 
 
 @triton.jit(do_not_specialize=COUNTS)

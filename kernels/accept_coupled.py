@@ -33,6 +33,7 @@ from ._rows import (
     load_raw,
     logits_argument,
     row_of,
+    row_scores,
     row_statistics,
     statistics_options,
     tile_scores,
@@ -163,18 +164,8 @@ def _best_tile(statistics, index, S, inverse_temperature, BLOCK_S: tl.constexpr)
     keys = tl.load(statistics.keys + index * S + tile, mask=tile < S, other=NO_KEY)
     noisy = tl.load(statistics.noisy + index * S + tile, mask=tile < S, other=NO_KEY)
     peaks = tl.where(tile < S, value_of(order_in(keys)), NEG_INF)
-    scores = _row_scores(noisy, peaks, tl.max(peaks, 0), inverse_temperature)
+    scores = row_scores(noisy, peaks, tl.max(peaks, 0), inverse_temperature)
     return id_in(tl.max(tl.where(tile < S, key_of(order_of(scores), id_in(noisy)), NO_KEY), 0))
-
-
-@triton.jit
-def _row_scores(noisy, peaks, peak, inverse_temperature):
-    """The noisy scores of tiles, converted to be relative to the row's highest logit `peak` instead of the tiles'
-    highest logits `peaks`.
-
-    A row of -inf is invalid. Its scores must not become NaN, because NaN has no order.
-    """
-    return tl.where(peaks == NEG_INF, NEG_INF, value_of(order_in(noisy)) + (peaks - peak) * inverse_temperature)
 
 
 @triton.jit
@@ -246,7 +237,7 @@ def _best_tiles(statistics, temperature_ptr, row, node, N, S, BLOCK_N: tl.conste
         mask = (tile < S)[:, None] & (node < N)[None, :]
         peaks = value_of(order_in(tl.load(statistics.keys + at, mask=mask, other=NO_KEY)))
         noisy = tl.load(statistics.noisy + at, mask=mask, other=NO_KEY)
-        scores = _row_scores(noisy, peaks, peak[None, :], inverse)
+        scores = row_scores(noisy, peaks, peak[None, :], inverse)
         chosen = tl.maximum(chosen, tl.where(mask, key_of(order_of(scores), id_in(noisy)), NO_KEY))
     return tl.where(node < N, id_in(tl.max(chosen, 0)), -1), invalid
 

@@ -1,15 +1,23 @@
 """Drafters that run models, and options that are refused."""
 
+import dataclasses
 import gc
+import types
 import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
 from helpers import TREES, assert_ranked_by, context
+from specdec_triton.drafters.model_session import ModelSession
 from specdec_triton.forward.wrappers import embedded_tokens
+from specdec_triton.ops import noise
+from specdec_triton.ops.filters import Filters, filtered_log_probs
+from specdec_triton.ops.rules import WEIGHING_RULES
+from specdec_triton.tree import topology_tensors
 
 
 @pytest.mark.parametrize("adapted", ["lora", "tokens", "saved"])
@@ -68,6 +76,135 @@ def test_a_model_that_drafts_for_itself_is_collected(make):
 def test_a_draft_model_ranks_each_nodes_children(tree, seed, monkeypatch):
     draft = build("llama", seed=seed)
     assert_ranked_by(draft, build("llama"), sdt.ModelDrafter(draft, tree=tree), monkeypatch)
+
+
+CHAIN, TREE = sdt.Topology.chain(5), sdt.Topology.from_budget(16)
+FILTERS = {
+    "greedy": Filters(),
+    "temperature": Filters(temperature=torch.tensor([0.7, 1.2])),
+    "filtered": Filters(
+        temperature=torch.tensor([0.7, 1.2]),
+        top_k=torch.tensor([20, 30]),
+        top_p=torch.tensor([0.9, 0.8], dtype=torch.float64),
+        max_top_k=30,
+    ),
+}
+DRAFTED = 61  # tokens of the draft's vocabulary; the target has some more
+
+
+def drafting(rule, filters, tree, replacement=False, vocab=DRAFTED, impl="reference"):
+    """A session, ready to draft, whose forwards return the rows of fixed logits [B, N, V] one after another; and these
+    logits."""
+    model = build("llama", vocab_size=DRAFTED)
+    told = dataclasses.replace(
+        context([[5, 6, 7, 8], [9, 8, 7, 6]], vocab=vocab),
+        rule=rule,
+        filters=FILTERS[filters],
+        seeds=None if rule == "greedy" else torch.tensor([3, 2**40]),
+        impl=impl,
+        target=types.SimpleNamespace(model=build("llama", vocab_size=vocab)),
+    )
+    with torch.no_grad():
+        session = ModelSession(model, told, tree, replacement=replacement)
+    random = torch.Generator().manual_seed(1)
+    logits, given = 4 * torch.randn(2, 2 * tree.num_nodes, DRAFTED, generator=random), [0]
+
+    def forward(tokens, *_):
+        given.append(given[-1] + tokens.shape[1])
+        return logits[:, given[-2] : given[-1]]
+
+    session._runner.forward = forward
+    session.prepare()
+    topology_tensors(tree, logits.device)  # made once for each shape
+    return session, logits
+
+
+@pytest.mark.parametrize("tree", [CHAIN, TREE, sdt.Topology.from_paths([(0, 2), (1, 0, 3), (3,)])], ids=repr)
+@pytest.mark.parametrize(
+    ("rule", "filters", "replacement"),
+    [
+        ("greedy", "greedy", False),
+        ("typical", "filtered", False),
+        ("coupled", "temperature", False),
+        ("coupled", "filtered", False),
+        ("multi_round", "temperature", False),
+        ("traversal", "filtered", False),
+        ("multi_round", "temperature", True),
+        ("multi_round", "filtered", True),
+    ],
+)
+def test_the_tokens_of_each_rule(rule, filters, replacement, tree):
+    """Each node's token is the one that a literal statement of the rule chooses from the logits of its parent."""
+    session, logits = drafting(rule, filters, tree, replacement)
+    drafted, told = session.draft(), session.context
+    # the first forward has one token more, to catch up with the text
+    inner = sorted(set(tree.parents) - {-1}, key=lambda node: (tree.depths[node], node))
+    row_of = {node: 1 + place for place, node in enumerate(inner)}
+    drawn = {}
+    for node in range(1, tree.num_nodes):
+        parent = tree.parents[node]
+        row = logits[:, row_of[parent]]
+        log_probs = filtered_log_probs(row[:, None], told.filters)[:, 0]
+        place = tree.ranks[node]
+        if rule == "coupled":
+            row = log_probs + noise.gumbel(told.seeds, told.position + tree.depths[node], 0, noise.COUPLED, DRAFTED)
+        elif rule in WEIGHING_RULES:
+            source = node if replacement else parent
+            row = log_probs + noise.gumbel(told.seeds, told.position, source, noise.DRAFT, DRAFTED)
+            place = 0 if replacement else drawn.get(parent, 0)
+            drawn[parent] = place + 1
+        wanted = torch.sort(row, dim=-1, descending=True, stable=True).indices[:, place]
+        assert torch.equal(drafted.tokens[:, node], wanted)
+    assert drafted.tokens[:, 0].tolist() == [8, 6] and not drafted.has_nan.any()
+    assert drafted.sampling == ("none" if rule not in WEIGHING_RULES else "with" if replacement else "without")
+    if drafted.sampling != "none":
+        for node, row in row_of.items():
+            assert torch.equal(drafted.draft_logits[:, drafted.draft_row[0, node]], logits[:, row])
+
+
+@pytest.mark.parametrize("node", [0, 3])
+def test_nan_of_any_level_is_reported_for_its_row_alone(node):
+    session, logits = drafting("coupled", "temperature", CHAIN)
+    logits[1, 1 + node, 7] = float("nan")
+    assert session.draft().has_nan.tolist() == [False, True]
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that launch a kernel: all but views and allocations. An op of ours may launch several."""
+
+    OURS = {"draft_topk": 2}
+    FREE = ("empty", "new_empty", "empty_like", "detach", "alias", "lift_fresh", "_unsafe_view")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in self.FREE:
+            self.count += self.OURS.get(name, 1)
+        return func(*args, **(kwargs or {}))
+
+
+# launches of a draft of 5 and of 7 levels, without those of the model's forwards: two for each level, one more if the
+# tree does not expand all candidates, and 7 to 9 for each draft
+LAUNCHES = {
+    ("greedy", "greedy"): (17, 26),
+    ("coupled", "temperature"): (18, 27),
+    ("coupled", "filtered"): (18, 27),
+    ("rejection", "temperature"): (19, None),
+    ("multi_round", "filtered"): (19, 28),
+}
+
+
+@pytest.mark.parametrize(("rule", "filters"), LAUNCHES)
+def test_launches(rule, filters):
+    for tree, wanted in zip((CHAIN, TREE), LAUNCHES[rule, filters], strict=True):
+        if wanted is not None:
+            session, _ = drafting(rule, filters, tree, impl="triton")
+            with Launches() as launches:
+                session.draft()
+            assert launches.count == wanted
 
 
 @pytest.mark.parametrize(

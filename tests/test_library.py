@@ -54,9 +54,20 @@ def attention(query, key, value, packed, impl="triton"):
     return ops.tree_attention(query, key, value, packed, sliding_window=4, impl=impl)
 
 
+def draft_inputs(batch=2, vocab=70):
+    seeds = torch.arange(batch, device=DEVICE)
+    return torch.randn(batch, 3, vocab, device=DEVICE), seeds, torch.arange(3, device=DEVICE)
+
+
 def acceptance(logits, tokens, parents, impl="triton"):
     budget = torch.full_like(tokens[:, 0], 2)
     return ops.accept_greedy(logits, tokens, parents, max_depth=2, budget=budget, eos_ids=budget[:1], impl=impl)
+
+
+def drafting(logits, seeds, nodes, impl="triton"):
+    filters = Filters(temperature=torch.full_like(seeds, 0.7, dtype=torch.float32))
+    options = {"noise": "draft", "seeds": seeds, "position": seeds + 7, "nodes": nodes, "with_log_probs": True}
+    return ops.draft_topk(logits, 4, filters=filters, **options, impl=impl)
 
 
 def sampling(logits, tokens, parents, seeds, draft_logits, draft_row, impl="triton"):
@@ -91,6 +102,7 @@ def append(text, length, position, budget, tokens, parents, path, impl="triton")
 
 CALLS = {
     "tree_attention": (attention, attention_inputs),
+    "draft_topk": (drafting, draft_inputs),
     "accept_greedy": (acceptance, acceptance_inputs),
     "accept_sample": (sampling, sampling_inputs),
     "compact_kv": (compaction, compaction_inputs),
@@ -105,6 +117,10 @@ def operator(op):
 def arguments(op):
     if op == "tree_attention":
         return (*attention_inputs(), 0.25, 4, None, 2.0, torch.randn(4, device=DEVICE))
+    if op == "draft_topk":
+        logits, seeds, nodes = draft_inputs()
+        filters = [torch.full((2,), 0.7, device=DEVICE), torch.full((2,), 9, device=DEVICE), None, None]
+        return logits, 3, filters, "draft", seeds, seeds + 7, 0, nodes, None, True
     if op == "accept_greedy":
         return (*acceptance_inputs(), 2, torch.tensor([3, 0], device=DEVICE), None)
     if op == "accept_sample":

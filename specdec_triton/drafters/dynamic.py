@@ -10,7 +10,9 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
+from .. import ops
 from ..ops.filters import filtered_log_probs
+from ..ops.noise import COUPLED, gumbel
 from ..ops.reference import Acceptance
 from ..tree import DraftTree, DynamicTree, Topology, topology_tensors, with_children
 from .base import DraftContext
@@ -64,15 +66,15 @@ class DynamicSession(ModelSession):
         # the candidates so far; slots are -1 for nodes that are not forwarded
         tokens, parents, scores = [root], [torch.full_like(root, -1)], [torch.zeros(batch, 1, device=device)]
         slots = [torch.zeros_like(root)]
-        has_nan = torch.zeros_like(first, dtype=torch.bool)
+        flags = []
         # the tree in the draft's cache: catch-up tokens and expanded nodes
         _, depth, ancestors = (part.expand(batch, *part.shape[1:]) for part in self._path)
         at, made = torch.zeros_like(root), 1  # the nodes to expand, and the number of candidates so far
         mass, row = scores[0], torch.full_like(root, self._catch_up - 1)
         for level in range(1, self._levels + 1):
-            logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
-            best, children = self._log_probs(logits[:, -at.shape[1] :, : context.vocab_size], level).topk(width)
-            has_nan |= best.isnan().flatten(1).any(1)
+            logits = self._runner.forward(self._embedded(fed), depth, ancestors, first)
+            best, children, has_nan = self._candidates(logits[:, -at.shape[1] :, : context.vocab_size], level)
+            flags.append(has_nan)
             mass, children = (mass[:, :, None] + best).flatten(1), children.flatten(1)
             tokens.append(children)
             parents.append(at.repeat_interleave(width, 1))
@@ -96,15 +98,21 @@ class DynamicSession(ModelSession):
             self._levels,
         )
         self._slots[:, : self._kept].copy_(torch.cat(slots, 1).gather(1, nodes))
-        return replace(tree, has_nan=has_nan)
+        return replace(tree, has_nan=torch.cat(flags, 1).any(1) if flags else None)
 
-    def _log_probs(self, logits: torch.Tensor, depth: int) -> torch.Tensor:
-        """Log-probabilities [B, n, V] that each token is the target's choice at `depth`, from the draft's logits
-        [B, n, V] of the parents."""
-        log_probs = filtered_log_probs(logits, self.context.filters)
-        if self.context.rule == "coupled":
-            return (log_probs + self._noise(depth, logits.shape[-1])).log_softmax(-1)
-        return log_probs
+    def _candidates(self, logits: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The most likely choices of the target at `depth`, from the draft's logits [B, n, V] of n parents.
+
+        Returns:
+            Log-probabilities [B, n, K], tokens [B, n, K] int64, and [B, n] bool, True if logits are NaN.
+        """
+        context, width = self.context, self.topology.width
+        if context.rule != "coupled":
+            found = ops.draft_topk(logits, width, filters=context.filters, with_log_probs=True, impl=context.impl)
+            return found.log_probs, found.tokens, found.has_nan
+        noise = gumbel(context.seeds, context.position + depth, 0, COUPLED, logits.shape[-1])[:, None]
+        best, tokens = (filtered_log_probs(logits, context.filters) + noise).log_softmax(-1).topk(width)
+        return best, tokens, best[..., 0].isnan()
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
         if self._shares_cache or tree.max_depth == 0:

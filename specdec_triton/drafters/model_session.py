@@ -4,16 +4,15 @@ import torch
 from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
+from .. import ops
 from ..forward.runner import TreeRunner
 from ..forward.wrappers import embedded_tokens
-from ..ops.filters import filtered_log_probs
-from ..ops.noise import COUPLED, DRAFT, gumbel
 from ..ops.reference import Acceptance
 from ..ops.rules import WEIGHING_RULES
 from ..tree import DraftTree, Topology, topology_tensors
 from .base import DraftContext, DraftSession
 from .length import ChainLength, LengthRule, in_steps
-from .levels import Level, Plan, plan_of
+from .levels import Plan, plan_of
 
 # Each round begins with two tokens: the root is never in the draft's cache, and the last accepted token may be missing.
 CATCH_UP = 2
@@ -54,10 +53,17 @@ class ModelSession(DraftSession):
         self.forwards = 0
         self.context, self.topology = context, topology
         self.max_nodes, self.max_depth = topology.num_nodes, topology.max_depth
-        self._replacement = replacement
+        self._sampling = "none"
+        if context.rule in WEIGHING_RULES:
+            self._sampling = "with" if replacement else "without"
+        self._noise = "coupled" if context.rule == "coupled" else "none" if self._sampling == "none" else "draft"
         self._shares_cache, self._catch_up = shares_cache, 1 if shares_cache else CATCH_UP
+        columns = torch.arange(self._catch_up, device=context.start.device)
+        self._catch_up_columns = context.buffers.put("draft.columns", columns)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
-        self._last_token = embedded_tokens(model) - 1
+        known = embedded_tokens(model)
+        self._last_token = known - 1
+        self._knows_all = known >= max(context.vocab_size, embedded_tokens(context.target.model))
         last = (context.max_length - context.start).clamp(max=limit) - 1
         fixed, buffers = context.fixed_shapes, context.buffers
         self._runner = TreeRunner(model, context.start, last, context.impl, fixed, context.compiled, buffers, "draft")
@@ -111,8 +117,9 @@ class ModelSession(DraftSession):
             self.forwards += self._levels  # counted here, because `draft` does not run if the round is replayed
         self._follow(self._levels > 0)
         if topology not in self._plans:
-            self._plans[topology] = plan_of(topology, self._catch_up, context.length.device)
-            context.buffers.keep(self._plans[topology], topology_tensors(topology, context.length.device))
+            device = context.length.device
+            self._plans[topology] = plan_of(topology, self._catch_up, self._sampling, device)
+            context.buffers.keep(self._plans[topology], topology_tensors(topology, device))
         self._drafted = topology
         return topology, self._levels, self._runner.cache.slots
 
@@ -136,95 +143,76 @@ class ModelSession(DraftSession):
         for done in range(0, rounds, CHUNK):
             base = first + done
             columns = base[:, None] + torch.arange(min(CHUNK, rounds - done), device=first.device)
-            self._runner.forward_chain(context.tokens.gather(1, columns).clamp(max=self._last_token), base)
+            self._runner.forward_chain(self._embedded(context.tokens.gather(1, columns)), base)
 
     def draft(self) -> DraftTree:
         context, stops, plan = self.context, self._stops, self._plans[self._drafted]
         first, fed = self._catching_up()
-        tokens, has_nan = [fed[:, -1:]], torch.zeros_like(first, dtype=torch.bool)
-        drawn_from = []
+        position = None if context.seeds is None else context.position
+        tokens, drawn_from, flags = [fed[:, -1:]], [], []
         going = drafted = None
         if stops is not None:
             going = stops.going()
             drafted = going.long()  # number of draft tokens of each row
         for level in plan.levels[: self._levels]:
             depth, ancestors = (part.expand(len(first), *part.shape[1:]) for part in (level.depth, level.ancestors))
-            logits = self._runner.forward(fed.clamp(max=self._last_token), depth, ancestors, first)
+            logits = self._runner.forward(self._embedded(fed), depth, ancestors, first)
             logits = logits[:, -level.num_parents :, : context.vocab_size]
-            best, children, draft_prob = self._children(level, logits)
-            is_nan = best.isnan().any(1)
-            has_nan |= is_nan if going is None else is_nan & going  # inputs of a row that stopped are undefined
-            tokens.append(children)
-            fed = children[:, level.expanded]
+            found = ops.draft_topk(
+                logits,
+                level.num_candidates,
+                filters=context.filters,
+                noise=self._noise,
+                seeds=context.seeds,
+                position=position,
+                depth=level.depth_below,
+                nodes=level.nodes,
+                rows=level.rows,
+                with_log_probs=stops is not None,
+                impl=context.impl,
+            )
+            candidates = found.tokens.flatten(1)
+            tokens.append(candidates)
+            flags.append(found.has_nan)
             drawn_from.append(logits)
+            fed = candidates if level.expanded is None else candidates[:, level.expanded]
             if stops is not None:
-                going = stops.goes_on(going, level.depth_below, children[:, 0], draft_prob[:, 0])
+                going = stops.goes_on(going, level.depth_below, candidates[:, 0], found.log_probs[:, 0, 0].exp())
                 drafted = drafted + going
                 if stops.looks and not going.any():
                     break
         if not self.on_device:
             self.forwards += len(drawn_from)
+        drafts = torch.cat(tokens, 1)
         if stops is None:
-            tree = DraftTree.from_topology(self._drafted, torch.cat(tokens, 1)[:, plan.order], has_nan)
+            has_nan = torch.cat(flags, 1).any(1) if flags else None
+            drafts = drafts if plan.order is None else drafts[:, plan.order]
+            tree = DraftTree.from_topology(self._drafted, drafts, has_nan)
             draft_row = plan.draft_row.expand(len(first), -1)
         else:
-            tree = DraftTree.chain(torch.cat(tokens, 1), drafted, has_nan)
-            node = torch.arange(tree.num_nodes, device=first.device)
-            draft_row = torch.where(node < drafted[:, None], node, -1).int()
+            node = torch.arange(drafts.shape[1], device=first.device)
+            expanded = node < drafted[:, None]
+            # logits after the end of a row's draft are undefined
+            has_nan = (torch.cat(flags, 1) & expanded[:, : len(flags)]).any(1) if flags else None
+            tree = DraftTree.chain(drafts, drafted, has_nan)
+            draft_row = torch.where(expanded, node, -1).int()
         if context.rule not in WEIGHING_RULES or not drawn_from:
             return tree
-        unknown = context.vocab_size - drawn_from[0].shape[-1]  # tokens that the draft's vocabulary lacks; never drawn
-        return tree.drawn(
-            "with" if self._replacement else "without",
-            pad(torch.cat(drawn_from, 1), (0, unknown), value=float("-inf")),
-            draft_row,
-            context.filters,
-        )
+        draft_logits = torch.cat(drawn_from, 1)
+        unknown = context.vocab_size - draft_logits.shape[-1]  # tokens that the draft's vocabulary lacks; never drawn
+        if unknown:
+            draft_logits = pad(draft_logits, (0, unknown), value=float("-inf"))
+        return tree.drawn(self._sampling, draft_logits, draft_row, context.filters)
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens, or the draft's last token for those that it has no embedding of."""
+        return tokens if self._knows_all else tokens.clamp(max=self._last_token)
 
     def _catching_up(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot [B] in the draft's cache at which a round begins, and the tokens [B, catch-up] that it begins with.
         The root is the last of them."""
         first = self.context.length - (self._catch_up - 1)
-        columns = first[:, None] + torch.arange(self._catch_up, device=first.device)
-        return first, self.context.tokens.gather(1, columns)
-
-    def _noise(self, depth: int, width: int) -> torch.Tensor:
-        """[B, 1, V]: the noise that the target will use at this depth under "coupled"."""
-        context = self.context
-        return gumbel(context.seeds, context.position + depth, 0, COUPLED, width)[:, None]
-
-    def _children(self, level: Level, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Choose the tokens of a level's children from the logits [B, parents, V] of its parents.
-
-        Returns:
-            The best score at each parent: [B, parents], NaN if any logit is NaN.
-            The tokens: [B, children] int64.
-            Their draft probabilities: [B, children] fp32, or None if there is no length rule.
-        """
-        context, scores = self.context, logits
-        weighs = context.rule in WEIGHING_RULES
-        log_probs = None
-        if weighs or context.rule == "coupled" or self._stops is not None:
-            log_probs = filtered_log_probs(logits, context.filters)
-        num_wanted, places = level.num_ranks, level.ranks
-        if context.rule == "coupled":
-            scores = log_probs + self._noise(level.depth_below, logits.shape[-1])
-        elif weighs:
-            row = context.seeds[:, None], context.position[:, None]
-            if self._replacement:
-                noise = gumbel(*row, level.children, DRAFT, logits.shape[-1])
-                best = log_probs.amax(-1)
-                tokens = (log_probs[:, level.parent_rows] + noise).argmax(-1)
-            else:
-                scores = log_probs + gumbel(*row, level.parents, DRAFT, logits.shape[-1])
-                num_wanted, places = level.num_draws, level.draws
-        if not (weighs and self._replacement):
-            best, candidates = scores.topk(num_wanted, dim=-1)
-            best, tokens = best[:, :, 0], candidates[:, level.parent_rows, places]
-        draft_prob = None
-        if self._stops is not None:
-            draft_prob = log_probs[:, level.parent_rows].gather(-1, tokens[..., None]).squeeze(-1).exp()
-        return best, tokens, draft_prob
+        return first, self.context.tokens.gather(1, first[:, None] + self._catch_up_columns)
 
     def observe_on_host(self, drafted, emitted):
         if self._length is not None:

@@ -9,7 +9,8 @@ Strides: tensors may have any strides unless an op's docstring says otherwise. T
 read in place; other tensors are copied if they are not contiguous.
 
 Letters: B sequences, T tree nodes, N query rows, W = ceil(T/64) mask words, Hq/Hkv query/key-value heads, S cache
-slots, D head dim of keys, Dv of values, V vocabulary, P cache planes (in `accept_sample` expanded nodes).
+slots, D head dim of keys, Dv of values, V vocabulary, P cache planes (in `draft_topk` and `accept_sample` expanded
+nodes).
 """
 
 import functools
@@ -22,10 +23,10 @@ import torch
 from . import reference
 from .arguments import ANY_FLOAT, FLOAT_DTYPES, Check, is_number, typed
 from .filters import Filters
-from .reference import TREE_FIELDS, WORD_BITS, Acceptance
+from .reference import DRAFT_NOISE, TREE_FIELDS, WORD_BITS, Acceptance, Candidates
 from .rules import WEIGHING_RULES, check_legal
 
-OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv", "append_tokens")
+OPS = ("tree_attention", "draft_topk", "accept_greedy", "accept_sample", "compact_kv", "append_tokens")
 FILTER_DTYPES = {
     "temperature": torch.float32,
     "top_k": torch.int64,
@@ -153,6 +154,81 @@ def tree_attention(
     compute = resolve(op, impl, query.device)
     scale = head_dim**-0.5 if scale is None else scale
     return compute(query, key, value, packed_tree, scale, sliding_window, chunk_size, softcap, sinks)
+
+
+@typed
+def draft_topk(
+    logits: torch.Tensor,
+    k: int,
+    *,
+    filters: Filters = NO_FILTERS,
+    noise: str = "none",
+    seeds: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+    depth: int = 0,
+    nodes: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    with_log_probs: bool = False,
+    impl: str | None = None,
+) -> Candidates:
+    """The k best tokens after each expanded node of a draft, by logit or by noisy log-probability.
+
+    The noise is a function of the row's seed, `position` and the depth or node (see `noise`). Among equal scores, the
+    lower id is better. If fewer than k tokens are left after the filters, the other tokens follow in the order of their
+    ids; their log-probability is -inf. Nothing is read on the host.
+
+    The kernel takes two launches. Their time grows with k, which is the number of passes over keys in registers.
+
+    Strides: any, also for the tensors in `filters`. Logits are read in place.
+
+    Args:
+        logits: [B, P, V] fp32, bf16 or fp16. The draft's logits at its P expanded nodes.
+        k: number of candidates, 1 to V.
+        filters: `Filters` of the draft. A row with temperature 0 is greedy. With "none", filters change
+            log-probabilities alone, not the candidates.
+        noise: "none": tokens are ranked by their logits. "coupled": by filtered log-probability plus the noise with
+            which the target will sample at `depth`; it is the same for all nodes of a sequence. "draft": by filtered
+            log-probability plus noise of each node's own, so that the candidates are draws without replacement.
+        seeds: [B] int64. Seed of each row; needed if there is noise.
+        position: [B] int64. Number of real tokens before the root; needed if there is noise.
+        depth: depth of the candidates, with "coupled".
+        nodes: [G] int64. The numbers of the nodes whose noise is used, with "draft".
+        rows: [G] int64. For each group of candidates, the row of `logits` that they are taken from, 0 to P - 1, which
+            is not checked. By default there are G = P groups, one for each row.
+        with_log_probs: True if `log_probs` is needed.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        `Candidates`: tokens [B, G, k] int64, has_nan [B, G] bool, log_probs [B, G, k] fp32 or None.
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above.
+    """
+    op = "draft_topk"
+    check = Check(op)
+    _, groups, vocab = check("logits", logits, "B, P, V", *FLOAT_DTYPES)
+    if not 1 <= k <= vocab:
+        raise ValueError(f"{op}: k must be 1 to {vocab} for {vocab} tokens, got {k}")
+    if noise not in DRAFT_NOISE:
+        raise ValueError(f"{op}: noise must be one of {', '.join(DRAFT_NOISE)}, got {noise!r}")
+    if not isinstance(with_log_probs, bool):
+        raise ValueError(f"{op}: with_log_probs must be True or False, got {with_log_probs!r}")
+    _check_filters(check, "filters", filters)
+    if rows is not None:
+        (groups,) = check("rows", rows, "G", torch.int64)
+    check.sizes["G"] = groups
+    needed = {"seeds": (seeds, "B"), "position": (position, "B")} if noise != "none" else {}
+    needed |= {"nodes": (nodes, "G")} if noise == "draft" else {}
+    for name, (tensor, shape) in needed.items():
+        if tensor is None:
+            raise ValueError(f'{op}: {name} must be given with noise "{noise}", got None')
+        check(name, tensor, shape, torch.int64)
+    compute = resolve(op, impl, logits.device)
+    given = filters if compute is reference.draft_topk else filters.tensors  # the registered op takes lists of tensors
+    drawn = (seeds, position) if noise != "none" else (None, None)
+    nodes, depth = nodes if noise == "draft" else None, depth if noise == "coupled" else 0
+    tokens, has_nan, log_probs = compute(logits, k, given, noise, *drawn, depth, nodes, rows, with_log_probs)
+    return Candidates(tokens, has_nan, log_probs if with_log_probs else None)
 
 
 @typed
@@ -461,6 +537,14 @@ def _fake_tree_attention(query, key, value, packed_tree, scale, sliding_window, 
     return query.new_empty((batch, rows, query_heads, value.shape[3]))
 
 
+def _fake_draft_topk(logits, k, filters, noise, seeds, position, depth, nodes, rows, with_log_probs):
+    batch, groups, _ = logits.shape
+    groups = groups if rows is None else rows.shape[0]
+    tokens = logits.new_empty((batch, groups, k), dtype=torch.int64)
+    log_probs = logits.new_empty((batch, groups, k if with_log_probs else 0), dtype=torch.float32)
+    return tokens, logits.new_empty((batch, groups), dtype=torch.bool), log_probs
+
+
 def _fake_accept_greedy(logits, tokens, parents, max_depth, budget, eos_ids):
     batch = logits.shape[0]
     path = logits.new_empty((batch, max_depth), dtype=torch.int32)
@@ -485,12 +569,17 @@ _register(
     "int? chunk_size, float? softcap, Tensor? sinks) -> Tensor",
     _fake_tree_attention,
 )
+# a `Filters` is passed as the list of its tensors
+_register(
+    "draft_topk(Tensor logits, SymInt k, Tensor?[] filters, str noise, Tensor? seeds, Tensor? position, int depth, "
+    "Tensor? nodes, Tensor? rows, bool with_log_probs) -> (Tensor tokens, Tensor has_nan, Tensor log_probs)",
+    _fake_draft_topk,
+)
 _register(
     "accept_greedy(Tensor logits, Tensor tokens, Tensor parents, SymInt max_depth, Tensor budget, Tensor? eos_ids) "
     "-> (Tensor path, Tensor length, Tensor next_ids, Tensor has_nan)",
     _fake_accept_greedy,
 )
-# a `Filters` is passed as the list of its tensors
 _register(
     "accept_sample(Tensor logits, Tensor tokens, Tensor parents, str rule, Tensor seeds, Tensor position, "
     "Tensor?[] filters, SymInt max_depth, Tensor budget, Tensor? eos_ids, str sampling, Tensor? draft_logits, "

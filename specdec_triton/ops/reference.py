@@ -12,10 +12,29 @@ from typing import NamedTuple
 import torch
 
 from .filters import Filters, filtered_log_probs
+from .noise import COUPLED, DRAFT, gumbel
 from .rules import RULES, SampledRound
 
 WORD_BITS = 64
+DRAFT_NOISE = ("none", "coupled", "draft")
 TREE_FIELDS = 3  # columns of a packed tree after its W ancestor words: depth, start, length
+
+
+class Candidates(NamedTuple):
+    """The best tokens of G groups, one group for each expanded node of a draft.
+
+    Attributes:
+        tokens: [B, G, k] int64. The best token first.
+        has_nan: [B, G] bool. True if the group's logits hold a NaN. With noise, it is also True if they hold +inf or
+            only -inf, which do not define a distribution. The group's other results are then undefined, but its tokens
+            are below V.
+        log_probs: [B, G, k] fp32. Log-probability of each token after the filters, without noise; None if it was not
+            asked for.
+    """
+
+    tokens: torch.Tensor
+    has_nan: torch.Tensor
+    log_probs: torch.Tensor | None
 
 
 class Acceptance(NamedTuple):
@@ -109,6 +128,54 @@ def tree_attention(
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
     mixed = weights.reshape(batch, kv_heads, -1, num_slots) @ value
     return mixed.view(batch, query_heads, rows, -1).transpose(1, 2).to(dtype).contiguous()
+
+
+def draft_topk(
+    logits: torch.Tensor,
+    k: int,
+    filters: Filters,
+    noise: str,
+    seeds: torch.Tensor | None,
+    position: torch.Tensor | None,
+    depth: int,
+    nodes: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    with_log_probs: bool,
+) -> Candidates:
+    """See `ops.draft_topk`."""
+    vocab, log_probs = logits.shape[2], None
+    if noise != "none" or with_log_probs:
+        log_probs = filtered_log_probs(logits, filters)
+        log_probs = log_probs if rows is None else log_probs[:, rows]
+    if noise == "none":
+        scores = logits if rows is None else logits[:, rows]
+    elif noise == "coupled":
+        scores = log_probs + gumbel(seeds, position + depth, 0, COUPLED, vocab)[:, None]
+    else:
+        scores = log_probs + gumbel(seeds[:, None], position[:, None], nodes, DRAFT, vocab)
+    best, tokens = scores.max(-1, keepdim=True) if k == 1 else _best(scores, k)
+    if noise == "none":
+        has_nan = best[..., 0].isnan()
+    else:
+        has_nan = ~logits.amax(-1).isfinite()
+        has_nan = has_nan if rows is None else has_nan[:, rows]
+    return Candidates(tokens, has_nan, log_probs.gather(-1, tokens) if with_log_probs else None)
+
+
+def _best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest scores [B, G, k] and their ids, the lower id first among equal scores. `topk` does not define which
+    of several equal scores it takes, and in which order."""
+    best, ids = scores.topk(k, dim=-1)
+    lowest, places = best[..., -1:], torch.arange(k, device=scores.device)
+    # of the tokens that tie with the lowest of them, take the first ones
+    tied = (scores == lowest).cumsum(-1, dtype=torch.int32)
+    above = (best != lowest).sum(-1, keepdim=True)
+    first = torch.searchsorted(tied, (places - above + 1).clamp(min=1).int()).clamp(max=scores.shape[-1] - 1)
+    ids = torch.where(places < above, ids, first)
+    # NaN compares with nothing, so the ids of such a row may repeat
+    ids, order = ids.sort(-1)
+    best, again = torch.sort(best.gather(-1, order), dim=-1, descending=True, stable=True)
+    return best, ids.gather(-1, again)
 
 
 def accept_greedy(

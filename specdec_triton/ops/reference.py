@@ -7,6 +7,7 @@ Arguments are described and checked in `ops` and not checked again here. No func
 """
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,10 @@ from .rules import RULES, SampledRound
 
 WORD_BITS = 64
 TREE_FIELDS = 3  # columns of a packed tree after its W ancestor words: depth, start, length
+
+# The masks of the current forward, because all layers with one window or chunk size use the same mask: the arguments of
+# `_masks` -> the packed tree and its masks. None: masks are not shared.
+_shared_masks: ContextVar[dict | None] = ContextVar("specdec_triton_masks", default=None)
 
 
 class Acceptance(NamedTuple):
@@ -72,6 +77,30 @@ def visible_slots(
     return visible
 
 
+def share_masks() -> None:
+    """In the current `contextvars` context, compute a mask only once. The masks are kept as long as the context, so the
+    context must be that of a single forward."""
+    _shared_masks.set({})
+
+
+def _masks(packed_tree: torch.Tensor, *arguments: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`visible_slots`, and the scores [B, 1, N, S] of slots that are not scored: NaN if they are visible, else -inf."""
+    # Dynamo cannot trace a context variable; compilers merge equal masks by themselves
+    shared = None if torch.compiler.is_compiling() else _shared_masks.get()
+    if shared is None:
+        return _new_masks(packed_tree, *arguments)
+    key = packed_tree.device, packed_tree.data_ptr(), packed_tree.shape, packed_tree.stride(), *arguments
+    if key not in shared:
+        # the tree is kept, so that no other tree gets its address
+        shared[key] = packed_tree, _new_masks(packed_tree, *arguments)
+    return shared[key][1]
+
+
+def _new_masks(packed_tree: torch.Tensor, *arguments: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    visible = visible_slots(packed_tree, *arguments)
+    return visible, torch.where(visible, float("nan"), float("-inf"))[:, None]
+
+
 def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -92,9 +121,8 @@ def tree_attention(
     # because NaN plus -inf is NaN. Values are not masked: that would take a copy for every row, and 0 * NaN is NaN.
     # Instead, values that are not finite become 0, and the scores of all rows that see such a slot become NaN. One such
     # value marks the slot for all heads.
-    visible = visible_slots(packed_tree, rows, num_slots, sliding_window, chunk_size)
+    visible, unseen = _masks(packed_tree, rows, num_slots, sliding_window, chunk_size)
     finite = (value.amax((1, 3)).isfinite() & value.amin((1, 3)).isfinite())[:, None]
-    unseen = torch.where(visible, float("nan"), float("-inf"))[:, None]
     value = value.nan_to_num(0.0, 0.0, 0.0)
 
     scores = (query * scale).reshape(batch, kv_heads, -1, head_dim) @ key.transpose(2, 3)

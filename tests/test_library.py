@@ -42,6 +42,13 @@ def compaction_inputs(batch=2):
     return storage, torch.full((batch,), 3, device=DEVICE), torch.tensor([[2, 4, -1]] * batch, device=DEVICE).int()
 
 
+def lookup_inputs(batch=2):
+    tokens = torch.arange(12, device=DEVICE).repeat(batch, 2) % 5
+    start = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    state = torch.ones(batch, 3, device=DEVICE), torch.ones(batch, 3, dtype=torch.int64, device=DEVICE)
+    return tokens, start, start + 20, *state
+
+
 def attention(query, key, value, packed, impl="triton"):
     return ops.tree_attention(query, key, value, packed, sliding_window=4, impl=impl)
 
@@ -74,11 +81,17 @@ def compaction(storage, base, path, impl="triton"):
     return storage * 2
 
 
+def lookup(tokens, start, length, estimates, last_draft, impl="triton"):
+    shape = {"num_nodes": 6, "max_depth": 4}
+    return ops.ngram_lookup(tokens, start, length, estimates, last_draft, **shape, threshold=0.5, impl=impl)
+
+
 CALLS = {
     "tree_attention": (attention, attention_inputs),
     "accept_greedy": (acceptance, acceptance_inputs),
     "accept_sample": (sampling, sampling_inputs),
     "compact_kv": (compaction, compaction_inputs),
+    "ngram_lookup": (lookup, lookup_inputs),
 }
 
 
@@ -99,6 +112,8 @@ def arguments(op):
             logits, tokens, parents, "multi_round", seeds, seeds + 7, filters, 2, budget, None,
             "without", draft_logits, draft_row, [None] * 4,
         )  # fmt: skip
+    if op == "ngram_lookup":
+        return (*lookup_inputs(), 6, 4, 0.8, 0.75, 0.2, 0.02)
     storage, base, path = compaction_inputs()
     return storage, [8, 4], base, path
 

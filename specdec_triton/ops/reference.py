@@ -306,3 +306,76 @@ def compact_kv(storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor,
         # all reads happen before the writes, so sources and targets may overlap
         planes[:, rows, target] = planes[:, rows, source]
         offset, plane = offset + size, plane + count
+
+
+def ngram_lookup(
+    tokens: torch.Tensor,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    estimates: torch.Tensor,
+    last_draft: torch.Tensor,
+    num_nodes: int,
+    max_depth: int,
+    first: float,
+    threshold: float,
+    learning: float,
+    drift: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `ops.ngram_lookup`."""
+    update_estimates(length, estimates, last_draft, first, learning, drift)
+    matched, end = (best[:, 0] for best in longest_matches(tokens, start, length, estimates.shape[1], 1))
+    if not max_depth:
+        matched = torch.zeros_like(matched)
+    expected = estimates.gather(1, (matched - 1).clamp(min=0)[:, None])[:, 0]
+    drafts = (matched > 0) & (expected >= threshold)
+    count = torch.where(drafts, (length - end).clamp(max=max_depth), 0)
+    last_draft.copy_(torch.stack([matched, count, length], 1))
+
+    node = torch.arange(num_nodes, device=tokens.device)
+    real = node <= count[:, None]
+    source = torch.where(node == 0, length[:, None], end[:, None] + node)
+    chain = torch.where(real, tokens.gather(1, torch.where(real, source, 0)), 0)
+    ancestors = (node <= node[:, None]) & real[..., None] | torch.eye(num_nodes, dtype=torch.bool, device=tokens.device)
+    shift = node % WORD_BITS
+    words = [
+        (ancestors[..., at : at + WORD_BITS].long() << shift[at : at + WORD_BITS])
+        for at in range(0, num_nodes, WORD_BITS)
+    ]
+    ancestors = torch.stack([word.sum(-1) for word in words], -1)
+    return chain, torch.where(real, node - 1, -1).int(), torch.where(real, node, 0), ancestors
+
+
+def update_estimates(
+    length: torch.Tensor,
+    estimates: torch.Tensor,
+    last_draft: torch.Tensor,
+    first: float,
+    learning: float,
+    drift: float,
+) -> None:
+    """The part of `ngram_lookup` that updates `estimates` with the result of the last draft, in place."""
+    matched, drafted, root = last_draft.T
+    place = (matched - 1).clamp(min=0)[:, None]
+    estimate = estimates.gather(1, place)[:, 0]
+    learnt = estimate + learning * ((length - root - 1).float() - estimate)
+    drifted = estimate + drift * (first * matched.float() - estimate)
+    learns = (matched > 0) & (length > root)
+    estimate = torch.where(learns, torch.where(drafted > 0, learnt, drifted), estimate)
+    estimates.scatter_(1, place, estimate[:, None])
+
+
+def longest_matches(
+    tokens: torch.Tensor, start: torch.Tensor, length: torch.Tensor, max_ngram: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Earlier occurrences of the last tokens of the texts, longest first, then earliest. Returns the length of at most
+    `count` matches, 0 for none, and their last columns: two tensors [B, M] int64."""
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    running = (columns >= start[:, None]) & (columns < length[:, None])
+    matched = torch.zeros_like(tokens)
+    for back in range(min(max_ngram, len(columns))):
+        same = tokens[:, : len(columns) - back] == tokens.gather(1, (length[:, None] - back).clamp(min=0))
+        running = running & torch.nn.functional.pad(same, (back, 0)) & (columns - back >= start[:, None])
+        matched = matched + running
+    order = torch.where(matched > 0, (matched + 1) * len(columns) - columns, 0)
+    best, end = order.topk(min(count, len(columns)), dim=1)
+    return torch.where(best > 0, matched.gather(1, end), 0), end

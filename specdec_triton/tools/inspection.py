@@ -27,7 +27,7 @@ from .roofline import GPU, GPUS
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent
 # not from `ops`, which would import torch for the command line's help
-OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv")
+OPS = ("tree_attention", "accept_greedy", "accept_sample", "compact_kv", "ngram_lookup")
 PROCESSES = os.cpu_count() or 1
 CASES_PER_PROCESS = 8  # at least: a process takes seconds to start
 PROCESS_STEPS = 4  # of the progress: Python started, torch imported, kernels imported, machine code read

@@ -51,8 +51,8 @@ class PromptLookupDrafter(Drafter):
         branches: largest number of matches that become branches of the tree. Branches share their common prefix.
         adaptive: draft only if matches of the same length were accepted often enough in this row. On a CPU, a forward
             over more rows takes longer. The measured times then decide whether a draft is made, and how long it is.
-            Drafts therefore differ between runs. Texts do not: under rules whose texts depend on the draft ("rejection",
-            "block", "multi_round", "traversal", "typical"), a constant threshold is used instead.
+            Drafts therefore differ between runs, but texts do not. Under rules whose texts depend on the draft, which
+            are all but "greedy" and "coupled", a constant threshold is used instead.
 
     Raises:
         ValueError: a number is not an integer of at least 1.

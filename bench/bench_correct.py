@@ -34,7 +34,14 @@ from specdec_triton import ops
 from specdec_triton.engine import graphs
 from specdec_triton.tools import support
 
-TESTS = ("kernel_compact_kv", "kernel_accept_greedy", "kernel_accept_sample", "kernel_tree_attention", "library")
+TESTS = (
+    "kernel_compact_kv",
+    "kernel_accept_greedy",
+    "kernel_accept_sample",
+    "kernel_tree_attention",
+    "kernel_ngram_lookup",
+    "library",
+)
 TESTS = [f"tests/test_{name}.py" for name in (*TESTS, "families")]
 PROCESSES, TESTS_SECONDS = 14, 120
 SUMMARY = re.compile(r"\d+ (passed|failed|errors?|tests? collected)|\d+/\d+ tests collected")

@@ -168,3 +168,40 @@ def test_bad_arguments(changes, message):
     arguments |= {"estimates": torch.zeros(2, 3), "last_draft": torch.zeros(2, 3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=f"^ngram_lookup: {message}"):
         ops.ngram_lookup(**{**arguments, "num_nodes": 4, "max_depth": 3, **changes})
+
+
+@pytest.mark.gpu
+@pytest.mark.first_gpu
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("columns", [300, 8192, 32768, 131072])
+def test_long_texts(batch, columns):
+    random = torch.Generator().manual_seed(columns)
+    tokens = torch.randint(0, 30, (batch, columns), generator=random).to(DEVICE)
+    length = torch.randint(columns // 2, columns, (batch,), generator=random).to(DEVICE)
+    check(tokens, length // 7, length, new_state(length))
+
+
+@pytest.mark.gpu
+@pytest.mark.first_gpu
+def test_one_captured_graph_serves_new_texts_and_the_host_reads_nothing():
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 3, (4, 3000), generator=random).to(DEVICE)
+    start, length = (torch.full((4,), column, device=DEVICE) for column in (5, 900))
+    state = new_state(length)
+    given = [part.clone() for part in state]
+    kernel.ngram_lookup(tokens, start, length, *state, 12, 11, *RULE.values())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            chain = kernel.ngram_lookup(tokens, start, length, *state, 12, 11, *RULE.values())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for part, first in zip(state, given, strict=True):
+        part.copy_(first)
+    for _ in range(9):
+        wanted = reference.ngram_lookup(tokens, start, length, *given, 12, 11, *RULE.values())
+        graph.replay()
+        for mine, theirs in zip((*chain, *state), (*wanted, *given), strict=True):
+            assert torch.equal(mine, theirs)
+        length += torch.randint(1, 5, (4,), generator=random).to(DEVICE)

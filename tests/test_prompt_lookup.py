@@ -9,6 +9,7 @@ import torch
 import specdec_triton as sdt
 from families import NEVER, build, prompt
 from helpers import context
+from simulated_graph import Record
 from specdec_triton.drafters import prompt_lookup
 from specdec_triton.drafters.prompt_lookup import _matches
 from specdec_triton.ops.reference import Acceptance
@@ -152,6 +153,21 @@ def test_lookups_on_device_and_host_agree(options, asked, impl):
             assert not reads.total
             say(now, (length + 1).numpy(), random, alphabet)
     assert (drafted > 0) == (asked != 1)
+
+
+@pytest.mark.parametrize("depth", [None, 0])
+def test_a_lookup_on_the_device_is_one_op(depth):
+    """The op is two launches. Views and allocations launch nothing."""
+    now = context([[1, 2, 3, 1, 2], [4, 5, 6]])
+    now.fixed_shapes, now.impl = True, "triton"
+    session = sdt.PromptLookupDrafter().start(now)
+    session.prepare(None if depth is None else sdt.Topology.chain(depth))
+    with Record() as record:
+        tree = session.draft()
+        session.observe(tree, None)
+    names = [func.name() for func, *_ in record.operations]
+    assert names.count("specdec_triton::ngram_lookup") == 1
+    assert {*names} <= {"specdec_triton::ngram_lookup", "aten::slice.Tensor"}, names
 
 
 class FixedShapes(sdt.PromptLookupDrafter):

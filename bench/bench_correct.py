@@ -34,7 +34,15 @@ from specdec_triton import ops
 from specdec_triton.engine import graphs
 from specdec_triton.tools import support
 
-KERNELS = ("compact_kv", "append_tokens", "draft_topk", "accept_greedy", "accept_sample", "tree_attention")
+KERNELS = (
+    "compact_kv",
+    "ngram_lookup",
+    "append_tokens",
+    "draft_topk",
+    "accept_greedy",
+    "accept_sample",
+    "tree_attention",
+)
 TESTS = [*(f"tests/test_kernel_{name}.py" for name in KERNELS), "tests/test_library.py", "tests/test_families.py"]
 PROCESSES, TESTS_SECONDS = 14, 120
 SUMMARY = re.compile(r"\d+ (passed|failed|errors?|tests? collected)|\d+/\d+ tests collected")

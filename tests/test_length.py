@@ -227,6 +227,20 @@ def test_the_number_of_tokens_may_be_none_and_must_be_a_number():
             sdt.patch(target, drafter=sdt.ModelDrafter(draft))
 
 
+def test_the_default_bound_is_5_and_a_set_number_is_used(monkeypatch):
+    """The target is its own draft, so each draft is accepted and no token has a low probability."""
+    target, rounds = build("llama"), record_drafts(monkeypatch)
+    target.generation_config.assistant_confidence_threshold = 0.0
+    for tokens, deepest in ((None, 5), (9, 9)):
+        target.generation_config.num_assistant_tokens = tokens
+        for drafter in (None, sdt.ModelDrafter(target)):
+            rounds.clear()
+            asked = {} if drafter else {"assistant_model": target}
+            with sdt.patched(target, drafter=drafter):
+                target.generate(**prompt(batch=1), **GREEDY, **asked)
+            assert max(proposed.max_depth for *_, proposed in rounds) == deepest
+
+
 def test_the_bound_of_each_row_moves_with_its_luck():
     config = build("llama").generation_config
     config.num_assistant_tokens_schedule = "heuristic"

@@ -50,6 +50,13 @@ def append_inputs(batch=2):
     return text, length, position, budget, tokens, parents, path
 
 
+def lookup_inputs(batch=2):
+    tokens = torch.arange(12, device=DEVICE).repeat(batch, 2) % 5
+    start = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    state = torch.ones(batch, 3, device=DEVICE), torch.ones(batch, 3, dtype=torch.int64, device=DEVICE)
+    return tokens, start, start + 20, *state
+
+
 def attention(query, key, value, packed, impl="triton"):
     return ops.tree_attention(query, key, value, packed, sliding_window=4, impl=impl)
 
@@ -100,6 +107,11 @@ def append(text, length, position, budget, tokens, parents, path, impl="triton")
     return report, text + 1, length * 2, position * 2, budget * 2
 
 
+def lookup(tokens, start, length, estimates, last_draft, impl="triton"):
+    shape = {"num_nodes": 6, "max_depth": 4}
+    return ops.ngram_lookup(tokens, start, length, estimates, last_draft, **shape, threshold=0.5, impl=impl)
+
+
 CALLS = {
     "tree_attention": (attention, attention_inputs),
     "draft_topk": (drafting, draft_inputs),
@@ -107,6 +119,7 @@ CALLS = {
     "accept_sample": (sampling, sampling_inputs),
     "compact_kv": (compaction, compaction_inputs),
     "append_tokens": (append, append_inputs),
+    "ngram_lookup": (lookup, lookup_inputs),
 }
 
 
@@ -135,6 +148,8 @@ def arguments(op):
         inputs = append_inputs()
         next_ids = torch.tensor([5, 6], device=DEVICE)
         return *inputs, torch.full_like(next_ids, 2), next_ids, next_ids > 5, next_ids[:1], None
+    if op == "ngram_lookup":
+        return (*lookup_inputs(), 6, 4, 0.8, 0.75, 0.2, 0.02)
     storage, base, path = compaction_inputs()
     return storage, [8, 4], base, path
 

@@ -25,7 +25,7 @@ ARROWS = {
     "tree_choice": {"tree"},
     "forward": {"ops", "tree"},
     "processors": {"ops", "tree"},
-    "drafters": {"forward", "ops", "tree"},
+    "drafters": {"forward", "ops", "tree", "tree_choice"},
     "options": {"drafters", "ops", "tree", "tree_choice"},
     "_stats": set(),
     "engine": {"_stats", "drafters", "forward", "ops", "options", "processors", "tree", "tree_choice"},

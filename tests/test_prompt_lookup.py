@@ -1,5 +1,7 @@
 """Prompt lookup: its drafts on the host and on the device."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,12 @@ import torch
 import specdec_triton as sdt
 from families import NEVER, build, prompt
 from helpers import context
+from simulated_graph import Record
+from specdec_triton.drafters import prompt_lookup
 from specdec_triton.drafters.prompt_lookup import _matches
 from specdec_triton.ops.reference import Acceptance
 from specdec_triton.tools.host_sync import count_host_reads
+from specdec_triton.tree_choice.costs import OnlineCosts
 
 
 def test_matches_are_the_longest_first_then_the_earliest():
@@ -114,7 +119,8 @@ def say(now, count, random, alphabet):
     ],
     ids=str,
 )
-def test_lookups_on_device_and_host_agree(options, asked):
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_lookups_on_device_and_host_agree(options, asked, impl):
     """The drafts are equal node for node, at a constant width and without host reads, over rounds with accepted and
     rejected drafts."""
     random, lookup, drafted = np.random.default_rng(0), sdt.PromptLookupDrafter(**options), 0
@@ -124,11 +130,11 @@ def test_lookups_on_device_and_host_agree(options, asked):
         now.start.copy_(torch.tensor([5, 7, 5, 21]))  # the text of the last row has one token
         now.tokens.masked_fill_(torch.arange(65) > now.length[:, None], 0)
         host = lookup.start(now, asked)
-        now.fixed_shapes = True
+        now.fixed_shapes, now.impl = True, impl
         device = lookup.start(now, asked)
         assert device.on_device and not host.on_device
         for number in range(8):
-            limit = sdt.Topology.chain(number) if number % 3 == 2 else None
+            limit = sdt.Topology.chain(number - 2) if number % 3 == 2 else None
             assert host.prepare(limit) == device.prepare(limit)
             wanted = host.draft()
             with count_host_reads() as reads:
@@ -149,6 +155,21 @@ def test_lookups_on_device_and_host_agree(options, asked):
     assert (drafted > 0) == (asked != 1)
 
 
+@pytest.mark.parametrize("depth", [None, 0])
+def test_a_lookup_on_the_device_is_one_op(depth):
+    """The op is two launches. Views and allocations launch nothing."""
+    now = context([[1, 2, 3, 1, 2], [4, 5, 6]])
+    now.fixed_shapes, now.impl = True, "triton"
+    session = sdt.PromptLookupDrafter().start(now)
+    session.prepare(None if depth is None else sdt.Topology.chain(depth))
+    with Record() as record:
+        tree = session.draft()
+        session.observe(tree, None)
+    names = [func.name() for func, *_ in record.operations]
+    assert names.count("specdec_triton::ngram_lookup") == 1
+    assert {*names} <= {"specdec_triton::ngram_lookup", "aten::slice.Tensor"}, names
+
+
 class FixedShapes(sdt.PromptLookupDrafter):
     def start(self, context, tree=None):
         context.fixed_shapes = True
@@ -162,3 +183,117 @@ def test_the_text_of_the_lookup_on_the_device(branches):
     with sdt.patched(model, drafter=FixedShapes(3, max_ngram=1, branches=branches, adaptive=False)):
         assert torch.equal(model.generate(**prompt(), **options), plain)
     assert sdt.stats(model).accepted > 0
+
+
+STEEP = sdt.Costs(verify=((1, 1.0), (4, 2.0), (12, 2.25)))
+FLAT = sdt.Costs(verify=((1, 1.0), (12, 1.0)))
+
+
+def timed(rows, times=STEEP, rule="greedy", **options):
+    """A context and a session that chooses its drafts by the given times."""
+    now = context(rows, budget=400, max_length=400)
+    now.target, now.rule = SimpleNamespace(model=torch.nn.Module(), cache=None), rule
+    session = sdt.PromptLookupDrafter(**options).start(now)
+    session.times = times
+    return now, session
+
+
+def emit(now, *rows):
+    """Let the target emit these tokens, one list for each row."""
+    for row, tokens in enumerate(rows):
+        now.host_tokens[row, now.host_length[row] + 1 :][: len(tokens)] = tokens
+    now.host_length = now.host_length + [len(tokens) for tokens in rows]
+
+
+LONG = [*range(10, 40), 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]  # the end is a match of ten tokens
+
+
+def test_a_draft_must_pay_by_the_times_of_a_forward():
+    """A match of one token is worth a draft if more rows take no time, and not if they take twice as long."""
+    for rows, times, width in (
+        ([5, 6, 7, 8, 9, 20, 21, 5], FLAT, 8),
+        ([5, 6, 7, 8, 9, 20, 21, 5], STEEP, 1),
+        (LONG, STEEP, 12),
+        (LONG, sdt.Costs(verify=((1, 1.0), (12, 12.0))), 1),
+        (LONG, sdt.Costs(verify=((1, 1.0), (4, 1.0), (12, 10.0))), 4),  # as long as pays
+        # 5.2 tokens are expected, which is 1.15 times as many per second as plain steps, or 1.05 times
+        (LONG, sdt.Costs(verify=((1, 1.0), (4, 4.5), (12, 4.5))), 12),
+        (LONG, sdt.Costs(verify=((1, 1.0), (4, 4.95), (12, 4.95))), 1),
+        ([1, 2, 3], FLAT, 1),
+    ):
+        _, session = timed([rows], times)
+        assert session.draft().num_nodes == width, (rows, times)
+    _, session = timed([LONG], sdt.Costs(verify=((1, 1.0), (12, 12.0))), adaptive=False)
+    assert session.draft().num_nodes == 12
+
+
+def test_acceptance_is_learned_from_the_rounds():
+    now, session = timed([LONG])
+    widths = []
+    for number in range(9):
+        widths.append(session.draft().num_nodes)
+        emit(now, [100 + number])  # nothing is accepted
+        assert session.draft().num_nodes == 1
+        emit(now, LONG[-10:])
+    assert widths[0] == 12 and widths[-1] == 1
+    now, session = timed([[*LONG, *LONG]])
+    before = session._acceptance[0].copy()
+    tree = session.draft()
+    emit(now, tree.tokens[0, 1:5].tolist() + [99])  # four tokens are accepted, the fifth is rejected
+    session.draft()
+    grown = session._acceptance[0, -1] > before[-1]
+    assert grown[:4].all() and not grown[4:].any() and (session._acceptance[0, :-1] == before[:-1]).all()
+
+
+def test_a_draft_of_one_row_must_pay_for_all_rows():
+    texts = [LONG, *([number, number + 1] for number in (50, 60, 70, 80, 90))]
+    assert timed(texts[:2])[1].draft().num_nodes > 1
+    assert (
+        timed(texts)[1].draft().num_nodes == 1
+    )  # five rows without a match wait for a forward that takes twice as long
+    now, session = timed(texts)
+    now.host_budget[1:] = 0  # finished rows do not wait
+    assert session.draft().num_nodes == 12
+
+
+def test_times_are_learned_from_rounds_and_kept_for_later_calls(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(prompt_lookup.time, "perf_counter", lambda: clock.now)
+    now, session = timed([LONG], OnlineCosts(prompt_lookup.CPU_TIMES))
+    widths = []
+    for number in range(9):
+        for new in (lambda tree, number=number: [*tree.tokens[0, 1:].tolist(), 100 + number], lambda _: LONG[-10:]):
+            tree = session.draft()
+            widths.append(tree.num_nodes)
+            clock.now += 3.0 if tree.num_nodes == 1 else 60.0
+            session.observe(tree, None)
+            clock.now += 1000.0  # other steps are not timed
+            emit(now, new(tree))
+    assert widths[0] == 12 and widths[-2] == 1  # twenty times the time does not pay
+    assert session.times.costs.verify_seconds(1) == 3.0
+    later = sdt.PromptLookupDrafter().start(now)
+    assert later.times.costs.verify_seconds(12) / later.times.costs.verify_seconds(1) > 4
+    other = SimpleNamespace(model=torch.nn.Module(), cache=None)
+    now.target = other
+    assert sdt.PromptLookupDrafter().start(now).times.costs == prompt_lookup.CPU_TIMES
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block", "multi_round", "traversal", "typical", "coupled", "greedy"])
+def test_drafts_use_times_only_if_the_text_does_not_depend_on_them(rule):
+    now = context([LONG])
+    now.target, now.rule = SimpleNamespace(model=torch.nn.Module(), cache=None), rule
+    session = sdt.PromptLookupDrafter().start(now)
+    assert hasattr(session, "times") == (rule in ("greedy", "coupled"))
+
+
+@pytest.mark.parametrize("times", [FLAT, STEEP], ids=["flat", "steep"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "coupled"])
+def test_the_text_does_not_depend_on_the_times(times, sampled, monkeypatch):
+    model = build("llama")
+    options = {"do_sample": sampled, "max_new_tokens": 40, "eos_token_id": NEVER}
+    baseline = sdt.SpeculativeGenerate(seed=3)
+    plain = model.generate(**prompt(), **options, custom_generate=baseline)
+    monkeypatch.setattr(prompt_lookup._TimedLookupSession, "observe", lambda *_: None)
+    monkeypatch.setattr(prompt_lookup, "CPU_TIMES", times)
+    with sdt.patched(model, drafter=sdt.PromptLookupDrafter(4), seed=3):
+        assert torch.equal(model.generate(**prompt(), **options), plain)

@@ -1,4 +1,7 @@
-"""The verify forward: its host reads, its compilation, and the logits of every node."""
+"""The verify forward: its host reads, its masks, its compilation, and the logits of every node."""
+
+import gc
+import weakref
 
 import pytest
 import torch
@@ -6,7 +9,8 @@ import torch
 import specdec_triton as sdt
 from families import FAMILIES, FEW, NEVER, VOCAB, build, perturbed, prompt
 from helpers import TREES, oracle, prefilled
-from specdec_triton.forward import runner
+from specdec_triton.forward import attention, runner
+from specdec_triton.ops import reference
 from specdec_triton.tools.host_sync import count_host_reads
 from specdec_triton.tree import DraftTree
 
@@ -44,6 +48,32 @@ def test_the_host_reads_once_a_round(layers, batch):
     for name, drafter in drafters.items():
         with sdt.patched(model, drafter=drafter, tree="auto" if name == "auto" else None):
             assert reads_a_round(model, lambda **more: model.generate(**inputs, **more)) <= 1, name
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma3", 2), ("llama4", 2)])
+def test_the_reference_builds_each_mask_once_in_a_forward(family, kinds, monkeypatch):
+    """There is one mask for each window or chunk size, however many layers share it. It ends with the forward."""
+    model, inputs = build(family, num_hidden_layers=4), prompt()
+    target, masks, build_mask = prefilled(model, inputs), [], reference.visible_slots
+    tokens = torch.randint(0, VOCAB, (2, 6))
+
+    def watched(*arguments):
+        mask = build_mask(*arguments)
+        masks.append((weakref.ref(mask), arguments[3:]))
+        return mask
+
+    length = torch.full((2,), inputs["input_ids"].shape[1])
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(attention, "share_masks", lambda: None)
+        wanted = [target.forward_chain(tokens, base) for base in (length, length + 1)]
+    monkeypatch.setattr(reference, "visible_slots", watched)
+    with torch.no_grad():
+        for base, logits in zip((length, length + 1), wanted, strict=True):
+            masks.clear()
+            assert torch.equal(target.forward_chain(tokens, base), logits)
+            assert len(masks) == len({limits for _, limits in masks}) == kinds
+    gc.collect()
+    assert not any(mask() is not None for mask, _ in masks)
 
 
 def test_the_counter_counts():

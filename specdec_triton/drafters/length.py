@@ -1,5 +1,5 @@
 """The length of a drafted chain if the user did not fix it. The assistant's generation config decides, as in
-transformers.
+transformers. If it sets no `num_assistant_tokens`, the bound is 5 and not transformers' 20.
 
 `num_assistant_tokens` bounds the length of a draft. `assistant_confidence_threshold` ends a draft after a token whose
 draft probability, after filters, is below the threshold; that token is still verified. `num_assistant_tokens_schedule`
@@ -18,7 +18,10 @@ from transformers import GenerationConfig
 
 from .base import DraftContext
 
-DEFAULT_TOKENS, DEFAULT_CONFIDENCE = 20, 0.4  # transformers' defaults, if the generation config sets no value
+# If the generation config sets no value. Transformers' bound is 20. If each draft token is accepted with probability
+# 0.8, a longer chain seldom is, and each level takes a forward of the draft model.
+DEFAULT_TOKENS = 5
+DEFAULT_CONFIDENCE = 0.4  # transformers' default
 SCHEDULES = ("heuristic", "heuristic_transient")  # the schedules that change the bound
 LONGEST = 128  # upper limit, in tokens, of a bound that a schedule changes
 FIRST_GUESS = 4  # guessed length of a draft, in tokens, before the first round
@@ -41,7 +44,7 @@ class LengthRule:
 
 
 def assistant_tokens(owner: str, config: GenerationConfig) -> int:
-    """`num_assistant_tokens` of the config, or transformers' default.
+    """`num_assistant_tokens` of the config, or `DEFAULT_TOKENS`.
 
     Raises:
         ValueError: it is not a number of at least 0; the message begins with `owner`.

@@ -34,7 +34,7 @@ class ModelDrafter(Drafter):
         model: a decoder-only model that uses transformers' attention interface, on the target's device. PEFT and
             `torch.compile` wrappers are unwrapped.
         num_tokens: length of the drafted chain. If `num_tokens` and `tree` are None, the model's generation config
-            sets the length, as in transformers: at most `num_assistant_tokens` (20 by default), adjusted by
+            sets the length, as in transformers: at most `num_assistant_tokens` (5 if it is not set), adjusted by
             `num_assistant_tokens_schedule` ("constant" by default), and the draft ends early after a token of low
             probability (see `confidence_threshold`).
         tree: a topology, a number of nodes (root included) or a `DynamicTree`, instead of a chain.

@@ -5,11 +5,17 @@ lookup decoding (Saxena 2023), as in transformers' `prompt_lookup_num_tokens`. H
 branches of one tree.
 """
 
+import time
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import torch
 
-from ..ops.reference import Acceptance
+from .. import ops
+from ..ops.reference import Acceptance, longest_matches, update_estimates
 from ..tree import DraftTree, Topology
+from ..tree_choice.costs import Costs, OnlineCosts
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_static
 
 # The number of nodes is padded to a multiple of this. On CPUs a matrix product over 2, 3 or 11 rows takes longer than
@@ -21,6 +27,18 @@ NODE_BUCKET = 4
 # estimate moves by the share DRIFT towards its start, so that drafts are tried again later.
 FIRST_WORTH, PAYS = 0.8, 0.75
 LEARNING, DRIFT = 0.2, 0.02
+# On a CPU, a forward takes longer with more rows, and the decision uses measured times. Each row then estimates, for
+# each class of matches, the probability that at least d draft tokens are accepted. The classes are matches of at least
+# so many tokens. The estimate for a class of m tokens starts at that of a geometric distribution with the mean
+# m * FIRST_MEAN. A draft must be expected to emit MARGIN times as many tokens per second as a plain step. Chosen by
+# simulation: the recorded greedy texts of SmolLM2-135M on 17 prompts, with the times of `CPU_TIMES`.
+MATCH_CLASSES = np.array([1, 2, 3, 4, 6, 10])
+FIRST_MEAN, MARGIN = 0.5, 1.1
+# Time of a forward by its rows, until it is measured. From SmolLM2-135M in fp32 on 1 and 2 cores of an x86_64: 4 rows
+# took 1.7 to 2.2 times as long as one row, 12 rows 2.2 to 2.3 times.
+CPU_TIMES = Costs(verify=((1, 1.0), (4, 2.0), (12, 2.25)))
+# model -> (batch, capacity, ...) -> the latest times; a call continues with those of earlier calls
+_known_times: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class PromptLookupDrafter(Drafter):
@@ -31,8 +49,10 @@ class PromptLookupDrafter(Drafter):
         max_ngram: length of the longest n-gram that is compared, `max_matching_ngram_size` in transformers. Longer
             matches are preferred, and earlier ones among equally long matches.
         branches: largest number of matches that become branches of the tree. Branches share their common prefix.
-        adaptive: draft only if matches of the same length were accepted often enough in this row. This matters if a
-            forward over more rows takes longer, as on a CPU.
+        adaptive: draft only if matches of the same length were accepted often enough in this row. On a CPU, a forward
+            over more rows takes longer. The measured times then decide whether a draft is made, and how long it is.
+            Drafts therefore differ between runs, but texts do not. Under rules whose texts depend on the draft, which
+            are all but "greedy" and "coupled", a constant threshold is used instead.
 
     Raises:
         ValueError: a number is not an integer of at least 1.
@@ -60,8 +80,17 @@ class PromptLookupDrafter(Drafter):
     def start(self, context, tree=None):
         if isinstance(tree, Topology):
             tree = tree.num_nodes
-        session = _DeviceLookupSession if context.fixed_shapes else _LookupSession
+        if context.fixed_shapes:
+            session: type[_Session] = _DeviceLookupSession
+        else:
+            session = _TimedLookupSession if self.adaptive and may_use_times(context) else _LookupSession
         return session(self, context, 1 + self.num_tokens * self.branches if tree is None else tree)
+
+
+def may_use_times(context: DraftContext) -> bool:
+    """True if drafts may depend on measured times: the rule gives the same text for any draft, and host times are those
+    of the forwards."""
+    return context.rule in ("greedy", "coupled") and context.start.device.type == "cpu" and context.target is not None
 
 
 class _Session(DraftSession):
@@ -91,6 +120,15 @@ def padded_width(nodes: int) -> int:
     return nodes if nodes == 1 else -(-nodes // NODE_BUCKET) * NODE_BUCKET
 
 
+class _Match(NamedTuple):
+    """A row's text, and the earlier occurrences of its last tokens."""
+
+    text: np.ndarray  # without padding
+    ends: list[int]  # last columns of the occurrences, the best first
+    length: int  # of the longest match, 0 for none
+    depth: int  # number of tokens that may be drafted
+
+
 class _LookupSession(_Session):
     """Lookup on the host. The tree of each round is as wide as its widest row."""
 
@@ -101,15 +139,20 @@ class _LookupSession(_Session):
         self._first_worth = np.arange(1, drafter.max_ngram + 1, dtype=np.float32) * np.float32(FIRST_WORTH)
         self._worth = np.tile(self._first_worth, (batch, 1))  # estimated accepted tokens, by length of the match
         self._matched = np.zeros(batch, dtype=np.int64)  # length of the row's last match, 0 for none
-        self._drafted = np.zeros(batch, dtype=bool)  # whether the row's last tree had draft tokens
+        self._drafted = np.zeros(batch, dtype=np.int64)  # depth of the row's last draft
         self._length = context.host_length.copy()
 
     def draft(self) -> DraftTree:
         context = self.context
         device = context.tokens.device
         if self.drafter.adaptive:
-            self._adapt()
-        rows = [self._row(row) for row in range(len(context.host_length))]
+            # tokens accepted since the last draft; -1 if no round has ended since
+            self._learn(context.host_length - self._length - 1)
+        self._length = context.host_length.copy()
+        matches = [self._match(row) for row in range(len(context.host_length))]
+        self._matched[:] = [match.length if match.depth else 0 for match in matches]
+        self._drafted[:] = self._depths(matches)
+        rows = [self._tree(match, depth) for match, depth in zip(matches, self._drafted.tolist(), strict=True)]
         width = max(len(tokens) for tokens, _ in rows)
         if width == 1:
             return DraftTree.root_only(context.root[:, None])
@@ -120,31 +163,40 @@ class _LookupSession(_Session):
         parents = torch.tensor(parents, dtype=torch.int32, device=device)
         return DraftTree.from_parents(tokens, parents, depth, is_chain=chains)
 
-    def _adapt(self) -> None:
-        accepted = (self.context.host_length - self._length - 1).clip(0)
-        self._length = self.context.host_length.copy()
-        rows = np.flatnonzero(self._matched)
+    def _match(self, row: int) -> _Match:
+        context = self.context
+        text = context.host_tokens[row, self._start[row] : int(context.host_length[row]) + 1]
+        ends, length = _matches(text, self.drafter.max_ngram, self.drafter.branches)
+        depth = min(self._depth, max(int(context.host_budget[row]) - 1, 0))
+        if ends:
+            depth = min(depth, len(text) - 1 - min(ends))
+        return _Match(text, ends, length, depth)
+
+    def _learn(self, accepted: np.ndarray) -> None:
+        """Update the estimates by the number of accepted tokens of the last draft [B]."""
+        rows = np.flatnonzero((self._matched > 0) & (accepted >= 0))
         places = rows, self._matched[rows] - 1
         worth, first = self._worth[places], self._first_worth[places[1]]
         learnt = worth + np.float32(LEARNING) * (accepted[rows].astype(np.float32) - worth)
         drifted = worth + np.float32(DRIFT) * (first - worth)
-        self._worth[places] = np.where(self._drafted[rows], learnt, drifted)
+        self._worth[places] = np.where(self._drafted[rows] > 0, learnt, drifted)
 
-    def _row(self, row: int) -> tuple[list[int], list[int]]:
+    def _depths(self, matches: list[_Match]) -> list[int]:
+        """The depth of each row's draft, 0 for no draft."""
+        return [
+            0
+            if not match.length or self.drafter.adaptive and self._worth[row, match.length - 1] < PAYS
+            else match.depth
+            for row, match in enumerate(matches)
+        ]
+
+    def _tree(self, match: _Match, depth: int) -> tuple[list[int], list[int]]:
         """Tokens and parents of one row's tree: a trie of the continuations, cut at the largest number of nodes."""
-        context = self.context
-        end = int(context.host_length[row]) + 1
-        text = context.host_tokens[row, self._start[row] : end]
+        text = match.text
         tokens, parents, children = [int(text[-1])], [-1], {}
-        longest = min(self._depth, max(int(context.host_budget[row]) - 1, 0))
-        matches, matched = _matches(text, self.drafter.max_ngram, self.drafter.branches)
-        self._matched[row], self._drafted[row] = matched if longest else 0, False
-        if matched and self.drafter.adaptive and self._worth[row, matched - 1] < PAYS:
-            return tokens, parents
-        for match in matches if longest else ():
-            self._drafted[row] = True
+        for end in match.ends if depth else ():
             node = 0
-            for token in text[match + 1 : match + 1 + longest].tolist():
+            for token in text[end + 1 : end + 1 + depth].tolist():
                 if (node, token) not in children:
                     if len(tokens) == self._most:
                         break
@@ -155,24 +207,119 @@ class _LookupSession(_Session):
         return tokens, parents
 
 
-class _DeviceLookupSession(_Session):
-    """Lookup on the device. All rounds have the same width. The trees equal those of the host session, except that
-    they are not cut at the row's budget."""
+class _TimedLookupSession(_LookupSession):
+    """Lookup on the host that chooses the depth of its drafts by the times of earlier rounds.
 
-    on_device = True
+    The times of the verify forwards are learned from the rounds themselves, which costs no forward. `times` may be set
+    to a `Costs`; nothing is then measured.
+    """
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
         super().__init__(drafter, context, max_nodes)
-        lengths = torch.arange(1, drafter.max_ngram + 1, dtype=torch.float32, device=context.length.device)
-        self._first_worth = (lengths * FIRST_WORTH).expand(len(context.length), -1)
-        self._worth = self._first_worth.clone()  # [B, max_ngram]: estimated accepted tokens, by length of the match
-        self._matched = torch.zeros_like(context.length)  # length of the row's last match, 0 for none
+        batch, target = len(self._start), context.target
+        mean = MATCH_CLASSES[:, None] * FIRST_MEAN
+        self._first = (mean / (1 + mean)) ** np.arange(1, drafter.num_tokens + 1)
+        # [B, classes, num_tokens]: the probability that at least this many draft tokens are accepted
+        self._acceptance = np.tile(self._first, (batch, 1, 1))
+        self._class = np.zeros(batch, dtype=np.int64)  # of the row's last match
+        self._known = _known_times.setdefault(target.model, {})
+        # times grow with the text
+        capacity = 0 if target.cache is None else target.cache.capacity.bit_length()
+        self._call = batch, capacity, target.cache and target.cache.storage.dtype, context.impl, context.compiled
+        self.times: Costs | OnlineCosts = OnlineCosts(self._known.get(self._call, CPU_TIMES))
+        self._timed: tuple[int, float] | None = None  # nodes of the last tree, and the time at which it was drafted
 
     def draft(self) -> DraftTree:
+        tree = super().draft()
+        self._timed = tree.num_nodes, time.perf_counter()
+        return tree
+
+    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
+        if self._timed and isinstance(self.times, OnlineCosts):
+            nodes, begin = self._timed
+            self.times.record(nodes, 0, max(time.perf_counter() - begin, 1e-9))
+        self._timed = None
+
+    def _learn(self, accepted: np.ndarray) -> None:
+        for row in np.flatnonzero((self._matched > 0) & (accepted >= 0)):
+            place, drafted = (row, self._class[row]), self._drafted[row]
+            acceptance = self._acceptance[place]
+            if drafted:
+                # if all tokens were accepted, nothing is known about later ones
+                seen = slice(drafted if accepted[row] >= drafted else None)
+                hits = np.arange(len(acceptance)) < accepted[row]
+                acceptance[seen] += LEARNING * (hits - acceptance)[seen]
+                self._acceptance[place] = np.minimum.accumulate(acceptance)
+            else:
+                acceptance += DRIFT * (self._first[place[1]] - acceptance)
+
+    def _depths(self, matches: list[_Match]) -> list[int]:
+        expected = np.zeros((len(matches), self._depth + 1))  # tokens emitted by each row, by depth of the draft
+        for row, match in enumerate(matches):
+            live = self.context.host_budget[row] > 0
+            expected[row, :] = live
+            if live and match.length and match.depth:
+                self._class[row] = _class_of(match)
+                gains = self._acceptance[row, self._class[row], : match.depth].cumsum()
+                expected[row, 1:] += np.pad(gains, (0, self._depth - match.depth), mode="edge")
+        total = expected.sum(0)
+        if total[-1] == total[0]:
+            return [0] * len(matches)
+        widths = [padded_width(min(self._most, 1 + depth * self.drafter.branches)) for depth in range(self._depth + 1)]
+        times = self.times.costs if isinstance(self.times, OnlineCosts) else self.times
+        self._known[self._call] = times
+        rates = total / [times.round_seconds(width, 0) for width in widths]
+        best = int(rates.argmax())
+        if rates[best] < MARGIN * rates[0]:
+            best = 0
+        return [min(best, match.depth) if match.length else 0 for match in matches]
+
+
+def _class_of(match: _Match) -> int:
+    """Index in `MATCH_CLASSES`. The best occurrence is compared beyond the longest n-gram of the lookup."""
+    text, (end, *_), length = match.text, match.ends, match.length
+    while length < min(MATCH_CLASSES[-1], end + 1) and text[end - length] == text[len(text) - 1 - length]:
+        length += 1
+    return int(np.searchsorted(MATCH_CLASSES, length, side="right")) - 1
+
+
+class _DeviceLookupSession(_Session):
+    """Lookup on the device. All rounds have the same width. The trees equal those of the host session with constant
+    thresholds, except that they are not cut at the row's budget."""
+
+    on_device = reusable = True
+
+    def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
+        super().__init__(drafter, context, max_nodes)
+        length = context.length
+        matches = torch.arange(1, drafter.max_ngram + 1, dtype=torch.float32, device=length.device)
+        put = context.buffers.put
+        worth = (matches * FIRST_WORTH).repeat(len(length), 1)
+        self._worth = put("lookup.worth", worth)  # [B, max_ngram], see `_LookupSession`
+        # [B, 3]: length of the last match, number of draft tokens, column of the root; see `ops.ngram_lookup`
+        last_draft = torch.stack([torch.zeros_like(length), torch.zeros_like(length), length], 1)
+        self._last_draft = put("lookup.last_draft", last_draft)
+
+    def draft(self) -> DraftTree:
+        context = self.context
+        if self._most == 1:
+            return DraftTree.root_only(context.root[:, None])
+        text, state = context.tokens, (self._worth, self._last_draft)
+        threshold = PAYS if self.drafter.adaptive else 0.0
+        weights = {"first": FIRST_WORTH, "learning": LEARNING, "drift": DRIFT}
+        if self.drafter.branches == 1:
+            shape = {"num_nodes": self._width, "max_depth": self._depth}
+            columns = context.start, context.length
+            tree = ops.ngram_lookup(text, *columns, *state, **shape, threshold=threshold, **weights, impl=context.impl)
+            return DraftTree(*tree, max_depth=self._depth, is_chain=True)
+        update_estimates(context.length, *state, **weights)
+        return self._branches(text, threshold)
+
+    def _branches(self, text: torch.Tensor, threshold: float) -> DraftTree:
         root, width = self.context.root, self._width
+        copied, real = self._continuations(text, threshold)
         if width == 1:
             return DraftTree.root_only(root[:, None])
-        copied, real = self._continuations()
         branch = torch.arange(copied.shape[1], device=root.device)[:, None]
         # tokens of two branches are one node if the branches are equal up to them; the earlier branch owns the node
         alike = (copied[:, :, None] == copied[:, None]) & real[:, :, None] & real[:, None]  # [B, M, M, D]
@@ -187,45 +334,20 @@ class _DeviceLookupSession(_Session):
         tokens = root.new_zeros(len(root), width).scatter_(1, place, copied.flatten(1))
         parents = torch.full_like(tokens, -1, dtype=torch.int32).scatter_(1, place, parent.flatten(1).int())
         tokens[:, 0], parents[:, 0] = root, -1
-        return DraftTree.from_parents(tokens, parents, self._depth, is_chain=self.drafter.branches == 1)
+        return DraftTree.from_parents(tokens, parents, self._depth)
 
-    def _continuations(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _continuations(self, text: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The continuations of the M best matches: tokens [B, M, D] int64, and [B, M, D] bool, True for tokens inside
-        the text."""
-        context = self.context
-        text, length = context.tokens[:, : context.max_length], context.length[:, None]
-        columns = torch.arange(text.shape[1], device=text.device)
-        running = (columns >= context.start[:, None]) & (columns < length)
-        matched = torch.zeros_like(text)
-        for back in range(min(self.drafter.max_ngram, text.shape[1])):
-            same = text[:, : text.shape[1] - back] == text.gather(1, (length - back).clamp(min=0))
-            running = running & torch.nn.functional.pad(same, (back, 0))
-            running = running & (columns - back >= context.start[:, None])
-            matched = matched + running
-        # longest matches first, then earliest
-        order = torch.where(matched > 0, (matched + 1) * len(columns) - columns, 0)
-        best, end = order.topk(min(self.drafter.branches, len(columns)), dim=1)
-        self._matched.copy_(matched.amax(1))
-        if self.drafter.adaptive:
-            best = torch.where(self._worth.gather(1, self._place) >= PAYS, best, 0)
-        column = end[:, :, None] + 1 + torch.arange(self._depth, device=text.device)
-        real = (best > 0)[:, :, None] & (column <= length[:, :, None])
-        return text.gather(1, column.clamp(max=len(columns) - 1).flatten(1)).view_as(column), real
-
-    @property
-    def _place(self) -> torch.Tensor:
-        """[B, 1] int64. The column of `_worth` for the length of the row's last match."""
-        return (self._matched - 1).clamp(min=0)[:, None]
-
-    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
-        if not self.drafter.adaptive:
-            return
-        worth, first = (table.gather(1, self._place) for table in (self._worth, self._first_worth))
-        learnt = worth + LEARNING * (accepted.length[:, None].float() - worth)
-        drifted = worth + DRIFT * (first - worth)
-        drafted = (tree.parents[:, 1:] >= 0).any(1, keepdim=True)
-        now = torch.where(drafted, learnt, torch.where(self._matched[:, None] > 0, drifted, worth))
-        self._worth.scatter_(1, self._place, now)
+        the text. It also records the match and the number of draft tokens for the next `update_estimates`."""
+        context, depth = self.context, self._depth
+        length, drafter = context.length[:, None], self.drafter
+        matched, end = longest_matches(text, context.start, context.length, drafter.max_ngram, drafter.branches)
+        longest = matched[:, :1] if depth else torch.zeros_like(length)
+        drafts = (longest > 0) & (self._worth.gather(1, (longest - 1).clamp(min=0)) >= threshold)
+        column = end[:, :, None] + 1 + torch.arange(depth, device=text.device)
+        real = (drafts & (matched > 0))[:, :, None] & (column <= length[:, :, None])
+        self._last_draft.copy_(torch.cat([longest, drafts.long(), length], 1))
+        return text.gather(1, column.clamp(max=text.shape[1] - 1).flatten(1)).view_as(column), real
 
 
 def _matches(text: np.ndarray, max_ngram: int, count: int) -> tuple[list[int], int]:

@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from .. import ops
-from ..ops.reference import TREE_FIELDS
+from ..ops.reference import TREE_FIELDS, share_masks
 
 # (implementation, True if the cache keeps all keys) -> registered name; separate names avoid global state
 NAMES = {
@@ -87,6 +87,7 @@ def call_with_tree_attention(
     """
     context = copy_context()
     context.run(_current.set, (NAMES[impl, all_keys], configs))
+    context.run(share_masks)  # the tree is not changed during a forward
     return context.run(call, **arguments)
 
 

@@ -26,7 +26,15 @@ from .filters import Filters
 from .reference import DRAFT_NOISE, TREE_FIELDS, WORD_BITS, Acceptance, Candidates
 from .rules import WEIGHING_RULES, check_legal
 
-OPS = ("tree_attention", "draft_topk", "accept_greedy", "accept_sample", "compact_kv", "append_tokens")
+OPS = (
+    "tree_attention",
+    "ngram_lookup",
+    "draft_topk",
+    "accept_greedy",
+    "accept_sample",
+    "compact_kv",
+    "append_tokens",
+)
 FILTER_DTYPES = {
     "temperature": torch.float32,
     "top_k": torch.int64,
@@ -514,6 +522,73 @@ def append_tokens(
     return compute(text, length, position, budget, tokens, parents, *accepted, eos_ids, draft_nan)
 
 
+@typed
+def ngram_lookup(
+    tokens: torch.Tensor,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    estimates: torch.Tensor,
+    last_draft: torch.Tensor,
+    *,
+    num_nodes: int,
+    max_depth: int,
+    first: float = 0.0,
+    threshold: float = 0.0,
+    learning: float = 0.0,
+    drift: float = 0.0,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompt lookup: draft the tokens that followed an earlier occurrence of the last tokens of each text.
+
+    The longest match is used, of at most G tokens, and the earliest among equally long ones. The draft is a chain. Each
+    row estimates the number of accepted tokens for each length of the match, and drafts only if the estimate is at
+    least `threshold`. If the text has grown since the last call, that call's draft updates the estimate e of its match
+    of m tokens: e += learning * (accepted - e) if tokens were drafted, else e += drift * (first * m - e).
+
+    Strides: estimates and last_draft must be contiguous, since they are changed in place. The other tensors may have
+    any strides, and tokens are read in place.
+
+    Args:
+        tokens: [B, C] int64. The texts; row b has tokens in the columns from start[b] to length[b].
+        start: [B] int64. First column of each text.
+        length: [B] int64. Last column of each text, below C; it holds the root.
+        estimates: [B, G] fp32, in place. The estimates by length of the match, from 1 to G.
+        last_draft: [B, 3] int64, in place. The length of the match of the last draft (0 for none), the number of its
+            draft tokens, and the column of its root. Zeros, and `length` as the last column, before the first call.
+        num_nodes: N >= 1, root included. Nodes after the draft tokens are padding.
+        max_depth: D, 0 to N - 1. Largest number of draft tokens.
+        first: estimates drift towards this number for each token of the match.
+        threshold: smallest estimate for which tokens are drafted. 0 drafts for every match.
+        learning: weight of the last draft in the new estimate.
+        drift: weight of the first estimate in the new estimate.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        tokens [B, N] int64, parents [B, N] int32, depth [B, N] int64 and ancestors [B, N, ceil(N/64)] int64, see
+        `DraftTree`.
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above.
+    """
+    op = "ngram_lookup"
+    check = Check(op)
+    check("tokens", tokens, "B, C", torch.int64)
+    check("start", start, "B", torch.int64)
+    check("length", length, "B", torch.int64)
+    check("estimates", estimates, "B, G", torch.float32)
+    if last_draft.dim() != 2 or last_draft.shape[1] != 3:
+        raise check.refusal("last_draft", f"int64 [{tokens.shape[0]}, 3]", last_draft)
+    check("last_draft", last_draft, "B, F", torch.int64)
+    for name, state in (("estimates", estimates), ("last_draft", last_draft)):
+        if not state.is_contiguous():
+            raise check.refusal(name, "contiguous", state)
+    if not 0 <= max_depth < num_nodes:
+        raise ValueError(f"{op}: max_depth must be 0 to num_nodes - 1 = {num_nodes - 1}, got {max_depth}")
+    compute = resolve(op, impl, tokens.device)
+    state = estimates, last_draft
+    return compute(tokens, start, length, *state, num_nodes, max_depth, first, threshold, learning, drift)
+
+
 # Library.define and impl take 3 µs of host time per call, torch.library.custom_op 15 to 25 µs
 _LIBRARY = torch.library.Library("specdec_triton", "FRAGMENT")
 
@@ -564,6 +639,13 @@ def _fake_append_tokens(text, length, position, budget, tokens, parents, path, *
     return tokens.new_empty((tokens.shape[0], 2 * path.shape[1] + 6))
 
 
+def _fake_ngram_lookup(tokens, start, length, estimates, last_draft, num_nodes, *options):
+    batch = tokens.shape[0]
+    chain, depth = (tokens.new_empty((batch, num_nodes)) for _ in range(2))
+    parents = tokens.new_empty((batch, num_nodes), dtype=torch.int32)
+    return chain, parents, depth, tokens.new_empty((batch, num_nodes, -(-num_nodes // WORD_BITS)))
+
+
 _register(
     "tree_attention(Tensor query, Tensor key, Tensor value, Tensor packed_tree, float scale, int? sliding_window, "
     "int? chunk_size, float? softcap, Tensor? sinks) -> Tensor",
@@ -592,4 +674,10 @@ _register(
     "Tensor parents, Tensor path, Tensor accepted_length, Tensor next_ids, Tensor has_nan, Tensor? eos_ids, "
     "Tensor? draft_nan) -> Tensor",
     _fake_append_tokens,
+)
+_register(
+    "ngram_lookup(Tensor tokens, Tensor start, Tensor length, Tensor(a!) estimates, Tensor(b!) last_draft, "
+    "SymInt num_nodes, SymInt max_depth, float first, float threshold, float learning, float drift) "
+    "-> (Tensor tokens, Tensor parents, Tensor depth, Tensor ancestors)",
+    _fake_ngram_lookup,
 )

@@ -7,6 +7,7 @@ Arguments are described and checked in `ops` and not checked again here. No func
 """
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ from .rules import RULES, SampledRound
 WORD_BITS = 64
 DRAFT_NOISE = ("none", "coupled", "draft")
 TREE_FIELDS = 3  # columns of a packed tree after its W ancestor words: depth, start, length
+
+# The masks of the current forward, because all layers with one window or chunk size use the same mask: the arguments of
+# `_masks` -> the packed tree and its masks. None: masks are not shared.
+_shared_masks: ContextVar[dict | None] = ContextVar("specdec_triton_masks", default=None)
 
 
 class Candidates(NamedTuple):
@@ -91,6 +96,30 @@ def visible_slots(
     return visible
 
 
+def share_masks() -> None:
+    """In the current `contextvars` context, compute a mask only once. The masks are kept as long as the context, so the
+    context must be that of a single forward."""
+    _shared_masks.set({})
+
+
+def _masks(packed_tree: torch.Tensor, *arguments: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`visible_slots`, and the scores [B, 1, N, S] of slots that are not scored: NaN if they are visible, else -inf."""
+    # Dynamo cannot trace a context variable; compilers merge equal masks by themselves
+    shared = None if torch.compiler.is_compiling() else _shared_masks.get()
+    if shared is None:
+        return _new_masks(packed_tree, *arguments)
+    key = packed_tree.device, packed_tree.data_ptr(), packed_tree.shape, packed_tree.stride(), *arguments
+    if key not in shared:
+        # the tree is kept, so that no other tree gets its address
+        shared[key] = packed_tree, _new_masks(packed_tree, *arguments)
+    return shared[key][1]
+
+
+def _new_masks(packed_tree: torch.Tensor, *arguments: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    visible = visible_slots(packed_tree, *arguments)
+    return visible, torch.where(visible, float("nan"), float("-inf"))[:, None]
+
+
 def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -111,9 +140,8 @@ def tree_attention(
     # because NaN plus -inf is NaN. Values are not masked: that would take a copy for every row, and 0 * NaN is NaN.
     # Instead, values that are not finite become 0, and the scores of all rows that see such a slot become NaN. One such
     # value marks the slot for all heads.
-    visible = visible_slots(packed_tree, rows, num_slots, sliding_window, chunk_size)
+    visible, unseen = _masks(packed_tree, rows, num_slots, sliding_window, chunk_size)
     finite = (value.amax((1, 3)).isfinite() & value.amin((1, 3)).isfinite())[:, None]
-    unseen = torch.where(visible, float("nan"), float("-inf"))[:, None]
     value = value.nan_to_num(0.0, 0.0, 0.0)
 
     scores = (query * scale).reshape(batch, kv_heads, -1, head_dim) @ key.transpose(2, 3)
@@ -381,3 +409,76 @@ def append_tokens(
     draft_nan = torch.zeros_like(live) if draft_nan is None else live & draft_nan
     fields = torch.stack([count, drafted, budget, has_nan, draft_nan], dim=1)
     return torch.cat([emitted, path, fields], dim=1)
+
+
+def ngram_lookup(
+    tokens: torch.Tensor,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    estimates: torch.Tensor,
+    last_draft: torch.Tensor,
+    num_nodes: int,
+    max_depth: int,
+    first: float,
+    threshold: float,
+    learning: float,
+    drift: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `ops.ngram_lookup`."""
+    update_estimates(length, estimates, last_draft, first, learning, drift)
+    matched, end = (best[:, 0] for best in longest_matches(tokens, start, length, estimates.shape[1], 1))
+    if not max_depth:
+        matched = torch.zeros_like(matched)
+    expected = estimates.gather(1, (matched - 1).clamp(min=0)[:, None])[:, 0]
+    drafts = (matched > 0) & (expected >= threshold)
+    count = torch.where(drafts, (length - end).clamp(max=max_depth), 0)
+    last_draft.copy_(torch.stack([matched, count, length], 1))
+
+    node = torch.arange(num_nodes, device=tokens.device)
+    real = node <= count[:, None]
+    source = torch.where(node == 0, length[:, None], end[:, None] + node)
+    chain = torch.where(real, tokens.gather(1, torch.where(real, source, 0)), 0)
+    ancestors = (node <= node[:, None]) & real[..., None] | torch.eye(num_nodes, dtype=torch.bool, device=tokens.device)
+    shift = node % WORD_BITS
+    words = [
+        (ancestors[..., at : at + WORD_BITS].long() << shift[at : at + WORD_BITS])
+        for at in range(0, num_nodes, WORD_BITS)
+    ]
+    ancestors = torch.stack([word.sum(-1) for word in words], -1)
+    return chain, torch.where(real, node - 1, -1).int(), torch.where(real, node, 0), ancestors
+
+
+def update_estimates(
+    length: torch.Tensor,
+    estimates: torch.Tensor,
+    last_draft: torch.Tensor,
+    first: float,
+    learning: float,
+    drift: float,
+) -> None:
+    """The part of `ngram_lookup` that updates `estimates` with the result of the last draft, in place."""
+    matched, drafted, root = last_draft.T
+    place = (matched - 1).clamp(min=0)[:, None]
+    estimate = estimates.gather(1, place)[:, 0]
+    learnt = estimate + learning * ((length - root - 1).float() - estimate)
+    drifted = estimate + drift * (first * matched.float() - estimate)
+    learns = (matched > 0) & (length > root)
+    estimate = torch.where(learns, torch.where(drafted > 0, learnt, drifted), estimate)
+    estimates.scatter_(1, place, estimate[:, None])
+
+
+def longest_matches(
+    tokens: torch.Tensor, start: torch.Tensor, length: torch.Tensor, max_ngram: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Earlier occurrences of the last tokens of the texts, longest first, then earliest. Returns the length of at most
+    `count` matches, 0 for none, and their last columns: two tensors [B, M] int64."""
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    running = (columns >= start[:, None]) & (columns < length[:, None])
+    matched = torch.zeros_like(tokens)
+    for back in range(min(max_ngram, len(columns))):
+        same = tokens[:, : len(columns) - back] == tokens.gather(1, (length[:, None] - back).clamp(min=0))
+        running = running & torch.nn.functional.pad(same, (back, 0)) & (columns - back >= start[:, None])
+        matched = matched + running
+    order = torch.where(matched > 0, (matched + 1) * len(columns) - columns, 0)
+    best, end = order.topk(min(count, len(columns)), dim=1)
+    return torch.where(best > 0, matched.gather(1, end), 0), end

@@ -28,7 +28,15 @@ from .roofline import GPU, GPUS
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent
 # not from `ops`, which would import torch for the command line's help
-OPS = ("tree_attention", "draft_topk", "accept_greedy", "accept_sample", "compact_kv", "append_tokens")
+OPS = (
+    "tree_attention",
+    "ngram_lookup",
+    "draft_topk",
+    "accept_greedy",
+    "accept_sample",
+    "compact_kv",
+    "append_tokens",
+)
 PROCESSES = os.cpu_count() or 1
 CASES_PER_PROCESS = 8  # at least: a process takes seconds to start
 PROCESS_STEPS = 4  # of the progress: Python started, torch imported, kernels imported, machine code read

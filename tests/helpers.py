@@ -272,7 +272,7 @@ class Launches(TorchDispatchMode):
         if func.namespace == "specdec_triton":
             with self:
                 sdt.ops._launcher(name)(*args)
-            if name == "accept_sample":  # the registered op takes filters as lists
+            if name in ("accept_sample", "draft_topk"):  # the registered ops take filters as lists
                 args = [Filters(*each) if isinstance(each, list) else each for each in args]
             return getattr(sdt.ops.reference, name)(*args)
         with self:  # a composite operation, such as `contiguous`, counts as its parts

@@ -99,6 +99,8 @@ def _tiles_kernel(
     temperature_ptr,  # [B] fp32, or None
     G, K, V, S, depth,
     NOISE: tl.constexpr,  # "none", "coupled" or "draft"
+    # flags, because in a loop Triton 3.6 cannot ask whether a tuple or its field is None
+    STATISTICS: tl.constexpr, LOG_PROBS: tl.constexpr,
     ROWS: tl.constexpr,  # groups per program
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -112,13 +114,13 @@ def _tiles_kernel(
     for group in range(first_group, tl.minimum(first_group + ROWS, G)):
         scores = load_logits(row_of(logits, batch, _row_of_group(rows_ptr, group), V), ids)
         place = (batch * G + group) * S + tile
-        if statistics is not None:
+        if STATISTICS:
             inverse, greedy = load_inverse_temperature(temperature_ptr, batch)
             key, peak = highest_logit(scores, first_id, BLOCK_V)
             tl.store(statistics.keys + place, key)
             # differences from the tile's highest logit are accurate even if the logits are large
             relative = tl.where(scores == NEG_INF, NEG_INF, (scores - peak) * inverse)
-            if statistics.sums is not None:
+            if LOG_PROBS:
                 tl.store(statistics.sums + place, tl.sum(tl.exp(relative), 0))
             if NOISE == "coupled":
                 scores = relative + tl.where(greedy, 0.0, shared)
@@ -157,6 +159,7 @@ def _merge_kernel(
     filters,  # Filters with at most a temperature
     G, K, V, S,
     NOISY: tl.constexpr,
+    STATISTICS: tl.constexpr, LOG_PROBS: tl.constexpr,
     SINGLE: tl.constexpr,  # True if all keys fit into one block
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -166,7 +169,7 @@ def _merge_kernel(
     place = batch * G + group
     peak, inverse = tl.full((), 0.0, tl.float32), tl.full((), 1.0, tl.float32)
     greedy_id = tl.full((), -1, tl.int32)
-    if statistics is not None:
+    if STATISTICS:
         tile = tl.arange(0, BLOCK_S)
         key = tl.max(tl.load(statistics.keys + place * S + tile, mask=tile < S, other=NO_KEY), 0)
         peak = value_of(order_in(key))
@@ -177,7 +180,7 @@ def _merge_kernel(
         else:
             invalid = order_in(key) == NAN_ORDER
         tl.store(out.has_nan + place, invalid)
-    if out.log_probs is not None:
+    if LOG_PROBS:
         row = row_of(logits, batch, _row_of_group(rows_ptr, group), V)
         distribution = row_distribution(row, statistics, place, batch, S, filters, BLOCK_S, 16)
     best = tl.full((), ABOVE, tl.int64)
@@ -191,7 +194,7 @@ def _merge_kernel(
             for first in range(0, S * K, BLOCK):
                 keys = _row_keys(best_ptr, statistics, place, first, peak, inverse, K, S, NOISY, BLOCK)
                 best = tl.maximum(best, tl.max(tl.where(keys < last, keys, NO_KEY), 0))
-        if statistics is None:
+        if not STATISTICS:
             if rank == 0:
                 tl.store(out.has_nan + place, order_in(best) == NAN_ORDER)
         token = id_in(best)
@@ -200,7 +203,7 @@ def _merge_kernel(
             others = rank - 1 + (rank > greedy_id).to(tl.int32)
             token = tl.where(greedy_id >= 0, tl.where(rank == 0, greedy_id, others), token)
         tl.store(out.tokens + place * K + rank, token.to(tl.int64))
-        if out.log_probs is not None:
+        if LOG_PROBS:
             tl.store(out.log_probs + place * K + rank, log_prob_of(distribution, token))
 
 
@@ -214,6 +217,7 @@ def _select_kernel(
     filters,  # Filters
     N, G, K, V, S, depth,
     NOISE: tl.constexpr,
+    LOG_PROBS: tl.constexpr,
     BLOCK_K: tl.constexpr,  # power of two >= K
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -260,7 +264,7 @@ def _select_kernel(
         best = tl.max(tl.where(kept < best, kept, NO_KEY), 0)
         token = id_in(best)
         tl.store(out.tokens + place * K + rank, token.to(tl.int64))
-        if out.log_probs is not None:
+        if LOG_PROBS:
             tl.store(out.log_probs + place * K + rank, log_prob_of(distribution, token))
 
 
@@ -302,7 +306,8 @@ def draft_topk(
             statistics = row_statistics(logits, filters.temperature)
             _select_kernel[groups, batch](
                 out, statistics, logits_argument(logits), rows, drawn, filters, parents, groups, k, vocab, tiles, depth,
-                NOISE=noise, BLOCK_K=block_of(k), BLOCK_S=block_of(tiles), BLOCK_V=BLOCK_V, **ROW_OPTIONS,
+                NOISE=noise, LOG_PROBS=with_log_probs, BLOCK_K=block_of(k), BLOCK_S=block_of(tiles), BLOCK_V=BLOCK_V,
+                **ROW_OPTIONS,
             )  # fmt: skip
             return out.tokens, out.has_nan, log_probs
         tiles, statistics = triton.cdiv(vocab, TILE_V), None
@@ -310,15 +315,16 @@ def draft_topk(
         if drawn is not None or with_log_probs:
             keys = logits.new_empty((batch, groups, tiles), dtype=torch.int64)
             statistics = Statistics(keys, torch.empty_like(keys, dtype=torch.float32) if with_log_probs else None)
+        flags = {"STATISTICS": statistics is not None, "LOG_PROBS": with_log_probs}
         together = ROWS_A_PROGRAM if noise == "coupled" else 1
         _tiles_kernel[tiles, triton.cdiv(groups, together), batch](
             best, statistics, logits_argument(logits), rows, drawn, filters.temperature, groups, k, vocab, tiles, depth,
-            NOISE=noise, ROWS=together, BLOCK_V=TILE_V, num_warps=NUM_WARPS, **FP_FUSION,
+            NOISE=noise, **flags, ROWS=together, BLOCK_V=TILE_V, num_warps=NUM_WARPS, **FP_FUSION,
         )  # fmt: skip
         block = min(max(pow2(tiles * k), 128), MERGE_KEYS)
         _merge_kernel[groups, batch](
             out, best, statistics, logits_argument(logits), rows, filters, groups, k, vocab, tiles,
-            NOISY=noise != "none", SINGLE=tiles * k <= block, BLOCK=block, BLOCK_S=block_of(tiles),
+            NOISY=noise != "none", **flags, SINGLE=tiles * k <= block, BLOCK=block, BLOCK_S=block_of(tiles),
             num_warps=NUM_WARPS, **FP_FUSION,
         )  # fmt: skip
     return out.tokens, out.has_nan, log_probs

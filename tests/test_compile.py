@@ -18,6 +18,7 @@ QUICK = (
     r"|ngram_lookup/(search|chain n16)$"
     # spilled under Triton 3.6
     r"|tree_attention/(bf16 d64 m16 n64 split chunk|fp32 d256 m16 n16 split window softcap)$|.*/walk typical n256$"
+    r"|draft_topk/(bf16 tiles (none|draft log_probs rows)|merge coupled k4)$"
     r"|accept_sample/(bf16 (statistics coupled|rows multi_round without.*|draws block with)|walk coupled n64)$"
 )
 

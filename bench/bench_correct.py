@@ -233,6 +233,9 @@ def text(device: torch.device, case: Case) -> dict:
         custom = sdt.SpeculativeGenerate(drafter=drafter, cuda_graphs=captured, **options)
         texts[captured] = model.generate(**inputs, custom_generate=custom)
         stats[captured] = sdt.stats(model)
+        if captured:
+            texts["reused"] = model.generate(**inputs, custom_generate=custom)
+            stats["reused"] = sdt.stats(model)
     wanted = texts[False] if case.rule else model.generate(**inputs) if case.generate else plain
     # drafts near the end are cut only in uncaptured rounds, which changes the last tokens of a sampled text
     columns = slice(None, -4 if case.rule else None)
@@ -241,7 +244,10 @@ def text(device: torch.device, case: Case) -> dict:
         assert same, (
             f"cuda_graphs={captured} writes another text than {'uncaptured rounds' if case.rule else 'generate'}"
         )
-    return graphs_in_words(stats["auto"])
+    reused = stats["reused"].reused
+    assert reused or case.generate, "the second call replays no graph of the first"
+    found = graphs_in_words(stats["auto"])
+    return found | {"said": f"{found['said']}; the next call reuses {reused} graphs"}
 
 
 def graphs_in_words(stats: sdt.Stats) -> dict:

@@ -35,8 +35,8 @@ CASES = {
 }
 
 
-def rounds_of(drafter, inputs, **options):
-    model = build("llama", num_hidden_layers=1)
+def rounds_of(drafter, inputs, layers=1, **options):
+    model = build("llama", num_hidden_layers=layers)
     inputs = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 15, **inputs}
     custom = sdt.SpeculativeGenerate(drafter=drafter, impl="triton", **options)
     return launches_by_step(lambda: model.generate(**inputs, custom_generate=custom))
@@ -52,6 +52,21 @@ def test_steps_after_the_target(name, batch, monkeypatch):
     _, steady, *_ = rounds_of(drafter, {**prompt(batch=batch), **arguments}, **options)
     found = {step: steady[step] for step in ("accept", "compact", "emit")}
     assert found == {"accept": accept, "compact": compact, "emit": APPEND}
+
+
+def test_the_target_and_a_lookup(monkeypatch):
+    """36 launches for each layer of a Llama, 7 of them matrix products, and 24 for the rest of the forward. A lookup
+    takes 2, plain decoding none but that of the root."""
+    capture_here(monkeypatch, 1)
+    sizes = {}
+    for layers in (1, 2):
+        steps = [
+            rounds_of(drafter, prompt(), layers=layers)[1] for drafter in (sdt.PromptLookupDrafter(), sdt.NoDrafter())
+        ]
+        assert [len(found["draft"]) for found in steps] == [2, 1]
+        assert steps[0]["verify"] == steps[1]["verify"]
+        sizes[layers] = [len(steps[0]["verify"]), steps[0]["verify"].count("mm")]
+    assert sizes == {1: [60, 8], 2: [96, 15]}
 
 
 def test_steps_after_a_draft_of_the_host():

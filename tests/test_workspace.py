@@ -4,6 +4,7 @@ Graphs are simulated: a stale one would write a wrong text or read values of an 
 """
 
 import copy
+import dataclasses
 import gc
 import io
 import pickle
@@ -13,10 +14,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 import specdec_triton as sdt
 from families import EOS, NEVER, build, prompt
 from helpers import DRAFTERS, TREES, HostDrafter, capture_here, drafter_of, eos_in_mid_row, perturbed
+from simulated_graph import storage_of
 from specdec_triton import _patch
 from specdec_triton.engine import generate, workspace
 from specdec_triton.engine.workspace import capacity_bucket
@@ -334,6 +337,57 @@ def test_a_prompt_that_lacks_memory_gets_that_of_idle_buffers():
     with mock.patch.object(TreeRunner, "prefill", fail):
         assert decode(model, {**inputs, **prompt(batch=1)}).captured == 2
     assert decode(model, inputs).captured == 2
+
+
+def storages_of(value, found, seen):
+    """Add the addresses of all tensors inside a value."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        found.add(storage_of(value))
+    elif isinstance(value, dict):
+        for each in value.values():
+            storages_of(each, found, seen)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            storages_of(each, found, seen)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        storages_of(vars(value), found, seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [(name, "coupled") for name in ("none", "lookup", "oracle", "host")]
+    + [(name, "greedy") for name in ("model", "tree", "dynamic", "early")]
+    + [pytest.param(name, "greedy", marks=pytest.mark.slow) for name in ("none", "lookup", "oracle", "host")]
+    + [pytest.param(name, "coupled", marks=pytest.mark.slow) for name in ("tree", "dynamic", "early")]
+    + [("model", "rejection"), pytest.param("early", "rejection", marks=pytest.mark.slow)],
+)
+def test_a_kept_graph_reads_only_what_is_kept(name, rule):
+    """A tensor that only the call owned is freed after it, and a replay would read whatever is there then."""
+    model, inputs = fresh(), {**prompt(batch=2), **OPTIONS, "do_sample": rule != "greedy"}
+    text = model.generate(**{**inputs, "do_sample": False, "max_new_tokens": 40})
+    drafter = HostDrafter(text) if name == "host" else drafter_of(name, text) or sdt.NoDrafter()
+    sdt.patch(model, drafter=drafter, rule=None if rule == "greedy" else rule, seed=1)
+    model.generate(**inputs)
+    kept = only(model)
+    owned = set()
+    models = [model, *(each for each in vars(drafter).values() if isinstance(each, torch.nn.Module))]
+    for each in models:
+        storages_of([*each.parameters(), *each.buffers()], owned, set())
+    buffers = kept.buffers
+    graphs = [graph for shape in kept.graph_runner._graphs.values() for graph in shape.values()]
+    assert len(graphs) >= 2 and all(graph.function is None for graph in graphs)
+    storages_of([buffers._tensors, buffers._kept, kept.copies, [graph.outputs for graph in graphs]], owned, set())
+    for graph in graphs:
+        made = set()
+        for func, args, kwargs, results in graph.replay.__self__.operations:
+            read = {storage_of(each) for each in tree_flatten((args, kwargs))[0] if torch.is_tensor(each)}
+            if func is torch.ops.aten.lift_fresh.default:  # of a constant that was just made
+                made |= read
+            assert read <= owned | made, f"{name}: {func} reads a tensor that only the call owned"
+            made |= {storage_of(each) for each in tree_flatten(results)[0] if torch.is_tensor(each)}
 
 
 def test_a_cache_that_grew_is_reused_with_its_size(monkeypatch):

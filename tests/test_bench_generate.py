@@ -13,16 +13,24 @@ from bench_generate import ASSISTED, DRAFTED, GRAPHS, PLAIN, Call, Case, check_g
 from bench_helpers import bench, rows
 from bench_helpers import quick as quick
 from helpers import capture_here
+from specdec_triton.engine.workspace import Workspaces
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 SHORT = Case("graphs", (PLAIN,), context=12, tokens=(8, 40), turns=1, options=GRAPHS)
 
 
-def test_a_short_call_that_is_not_captured_gives_no_row(tmp_path, monkeypatch):
-    """Eight tokens are not worth a capture: the difference would include the captures of the long call. (The rehearsal
-    of gpu.sh captures both.)"""
+def test_a_short_call_reuses_the_graphs_of_a_long_one(tmp_path, monkeypatch):
     capture_here(monkeypatch, 1)
+    assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [SHORT]) == 0
+    assert all("p50_tokens_s" in row for row in rows(tmp_path, bench="generate"))
+
+
+def test_a_short_call_that_is_not_captured_gives_no_row(tmp_path, monkeypatch):
+    """Eight tokens are not worth a capture. If nothing is reused, the difference would include the captures of the long
+    call."""
+    capture_here(monkeypatch, 1)
+    monkeypatch.setattr(Workspaces, "put_back", lambda self, workspace: workspace.graph_runner.forget())
     assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [SHORT]) == 1
     for row in rows(tmp_path, bench="generate"):
         assert (

@@ -187,13 +187,13 @@ class Launches(TorchDispatchMode):
 
 
 # launches of a draft of 5 and of 7 levels, without those of the model's forwards: two for each level, one more if the
-# tree does not expand all candidates, and 7 to 9 for each draft
+# tree does not expand all candidates, and 7 or 8 for each draft
 LAUNCHES = {
     ("greedy", "greedy"): (17, 26),
-    ("coupled", "temperature"): (18, 27),
-    ("coupled", "filtered"): (18, 27),
-    ("rejection", "temperature"): (19, None),
-    ("multi_round", "filtered"): (19, 28),
+    ("coupled", "temperature"): (17, 26),
+    ("coupled", "filtered"): (17, 26),
+    ("rejection", "temperature"): (18, None),
+    ("multi_round", "filtered"): (18, 27),
 }
 
 
@@ -202,6 +202,7 @@ def test_launches(rule, filters):
     for tree, wanted in zip((CHAIN, TREE), LAUNCHES[rule, filters], strict=True):
         if wanted is not None:
             session, _ = drafting(rule, filters, tree, impl="triton")
+            session.draft()  # computes tables that later drafts reuse
             with Launches() as launches:
                 session.draft()
             assert launches.count == wanted

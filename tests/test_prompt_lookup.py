@@ -227,6 +227,20 @@ def test_a_draft_must_pay_by_the_times_of_a_forward():
     assert session.draft().num_nodes == 12
 
 
+def test_auto_trees_decide_alone():
+    """The controller has chosen the depth by times. Otherwise no draft would be made that the controller can learn
+    from."""
+    for row in ([5, 6, 7, 8, 9, 20, 21, 5], LONG):
+        _, session = timed([row], sdt.Costs(verify=((1, 1.0), (4, 9.0))))
+        session.prepare()
+        assert session.draft().num_nodes == 1
+        for depth in (1, 2):
+            session.prepare(sdt.Topology.chain(depth))
+            assert session.draft().num_nodes == 4 and session._drafted[0] == depth
+        session.prepare()
+        assert session.draft().num_nodes == 1
+
+
 def test_acceptance_is_learned_from_the_rounds():
     now, session = timed([LONG])
     widths = []

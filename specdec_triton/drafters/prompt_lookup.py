@@ -211,7 +211,8 @@ class _TimedLookupSession(_LookupSession):
     """Lookup on the host that chooses the depth of its drafts by the times of earlier rounds.
 
     The times of the verify forwards are learned from the rounds themselves, which costs no forward. `times` may be set
-    to a `Costs`; nothing is then measured.
+    to a `Costs`; nothing is then measured. If `tree="auto"` asks for a depth, the constant threshold of `_LookupSession`
+    applies instead, because the depth was chosen by times already.
     """
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
@@ -227,7 +228,12 @@ class _TimedLookupSession(_LookupSession):
         capacity = 0 if target.cache is None else target.cache.capacity.bit_length()
         self._call = batch, capacity, target.cache and target.cache.storage.dtype, context.impl, context.compiled
         self.times: Costs | OnlineCosts = OnlineCosts(self._known.get(self._call, CPU_TIMES))
+        self._asked = False
         self._timed: tuple[int, float] | None = None  # nodes of the last tree, and the time at which it was drafted
+
+    def prepare(self, tree=None):
+        self._asked = tree is not None
+        return super().prepare(tree)
 
     def draft(self) -> DraftTree:
         tree = super().draft()
@@ -241,6 +247,7 @@ class _TimedLookupSession(_LookupSession):
         self._timed = None
 
     def _learn(self, accepted: np.ndarray) -> None:
+        super()._learn(accepted)
         for row in np.flatnonzero((self._matched > 0) & (accepted >= 0)):
             place, drafted = (row, self._class[row]), self._drafted[row]
             acceptance = self._acceptance[place]
@@ -254,6 +261,8 @@ class _TimedLookupSession(_LookupSession):
                 acceptance += DRIFT * (self._first[place[1]] - acceptance)
 
     def _depths(self, matches: list[_Match]) -> list[int]:
+        if self._asked:
+            return super()._depths(matches)
         expected = np.zeros((len(matches), self._depth + 1))  # tokens emitted by each row, by depth of the draft
         for row, match in enumerate(matches):
             live = self.context.host_budget[row] > 0

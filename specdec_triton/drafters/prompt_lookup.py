@@ -211,8 +211,8 @@ class _TimedLookupSession(_LookupSession):
     """Lookup on the host that chooses the depth of its drafts by the times of earlier rounds.
 
     The times of the verify forwards are learned from the rounds themselves, which costs no forward. `times` may be set
-    to a `Costs`; nothing is then measured. If `tree="auto"` asks for a depth, the constant threshold of `_LookupSession`
-    applies instead, because the depth was chosen by times already.
+    to a `Costs`; nothing is then measured. If `tree="auto"` asks for a depth, the threshold of `_LookupSession` applies
+    instead, because the depth was chosen by times already.
     """
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):

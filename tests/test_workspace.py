@@ -86,9 +86,13 @@ def test_the_contents_of_buffers_are_those_of_each_call():
         inputs["input_ids"] = torch.where(ids > 2, (ids + 7 * seed) % 58 + 3, ids)
         calls.append({**inputs, **sampled, "temperature": 0.6 + seed / 4, "top_k": 9 + seed})
     calls[3]["eos_token_id"] = eos_in_mid_row(model, prompt(batch=2), **OPTIONS)
-    alone = [model.generate(**each, custom_generate=sdt.SpeculativeGenerate(drafter=tree, seed=4)) for each in calls]
-    sdt.patch(model, drafter=tree, seed=4)
+    alone = []
+    for number, call in enumerate(calls):
+        torch.manual_seed(number)
+        alone.append(model.generate(**call, custom_generate=sdt.SpeculativeGenerate(drafter=tree)))
+    sdt.patch(model, drafter=tree)
     for number, (call, expected) in enumerate(zip(calls, alone, strict=True)):
+        torch.manual_seed(number)
         assert torch.equal(model.generate(**call), expected), number
         stats = sdt.stats(model)
         assert stats.captured == (0 if number else 2) and stats.replayed > 4
@@ -99,6 +103,52 @@ def test_what_a_draft_of_the_host_needs_is_reused():
     sdt.patch(model, drafter=HostDrafter(model.generate(**inputs)))
     assert decode(model, inputs).captured > 0
     assert decode(model, inputs).reused > 0
+
+
+@pytest.mark.parametrize(
+    "other", [{"repetition_penalty": 5.0}, {"return_dict_in_generate": True, "output_scores": True}]
+)
+def test_calls_with_processors_or_scores_use_no_kept_graph(other):
+    model, inputs = fresh(), {**prompt(batch=2), **OPTIONS}
+    sdt.patch(model, drafter=sdt.NoDrafter())
+    decode(model, inputs)
+    found = model.generate(**inputs, **other)
+    assert sdt.stats(model).reused == 0
+    with Plain(model) as plain:
+        wanted = plain.generate(**inputs, **other)
+    if "output_scores" in other:
+        assert len(found.scores) == len(wanted.scores)
+        found, wanted = found.sequences, wanted.sequences
+    assert torch.equal(found, wanted)
+    assert decode(model, inputs).reused == 2, "the graphs of other calls are still there"
+
+
+def test_a_draft_length_rule_that_changes_is_seen():
+    model, draft, inputs = fresh(), copy.deepcopy(perturbed("llama", 0.1)), {**prompt(), **OPTIONS}
+    config = draft.generation_config
+    config.num_assistant_tokens, config.num_assistant_tokens_schedule = 4, "constant"
+    config.assistant_confidence_threshold = 0.99
+    sdt.patch(model, drafter=sdt.ModelDrafter(draft))
+    decode(model, inputs)
+    config.assistant_confidence_threshold = 0.0
+    stats = decode(model, inputs)
+    assert stats.reused == 0 and stats.drafted >= 4 * (stats.rounds - 2)
+
+
+def test_a_streamer_may_call_generate_at_the_end():
+    model, inputs = fresh(), {**prompt(batch=1), **OPTIONS, "return_dict_in_generate": True}
+    sdt.patch(model, drafter=sdt.NoDrafter())
+    wanted = model.generate(**inputs).past_key_values.layers[0].keys
+
+    class Streamer:
+        def put(self, value):
+            pass
+
+        def end(self):
+            model.generate(**{**inputs, "input_ids": inputs["input_ids"].flip(1)})
+
+    found = model.generate(**inputs, streamer=Streamer()).past_key_values.layers[0].keys
+    assert torch.equal(found, wanted)
 
 
 def in_place(model):

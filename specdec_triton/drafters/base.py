@@ -103,7 +103,9 @@ class DraftSession(ABC):
             `host_budget`, and no shape may depend on values. A round can then be captured once and replayed.
         reusable: True if a later call may replay graphs that were captured with this session. Every tensor that `draft`
             and `observe` read or write must then come from `context`, from `context.buffers` or from the drafter, and
-            they must not depend on other values of the call than the key of `prepare` and the drafter's attributes.
+            they must not depend on other values of the call than the key of `prepare`, the drafter's attributes, and
+            values that the session states by `context.buffers.agree`. Constant tensors are kept alive by
+            `context.buffers.keep`.
         chains_only: True if the session can only draft chains when `prepare` asks for a tree.
         level_cost_ratio: estimated time to draft one level, divided by the time of a target forward over one token.
             0 if no model runs. `ModelDrafter` estimates it by the ratio of the numbers of parameters.

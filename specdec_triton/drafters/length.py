@@ -94,7 +94,6 @@ class ChainLength:
         batch, self._context, self._rule = len(context.start), context, rule
         self.longest = rule.tokens if rule.config is None else max(rule.tokens, min(LONGEST, context.useful_depth))
         self.limit = context.buffers.put("draft.limit", torch.zeros_like(context.length))
-        context.buffers.agree("draft.confidence", rule.confidence)
         self.looks = rule.confidence > 0 and not context.fixed_shapes
         self._bound = np.full(batch, rule.tokens)
         guesses = rule.confidence > 0 and context.fixed_shapes

@@ -47,6 +47,7 @@ class ModelSession(DraftSession):
         length: LengthRule | None = None,
     ):
         self._length = self._stops = None if length is None else ChainLength(context, length)
+        context.buffers.agree("draft.confidence", None if length is None else length.confidence)
         if self._length is not None:
             topology = Topology.chain(self._length.longest)
         self.on_device = self._length is None or not self._length.looks

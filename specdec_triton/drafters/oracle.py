@@ -1,5 +1,7 @@
 """A drafter that replays a known text, for tests and for benchmarks with a controlled acceptance rate."""
 
+import functools
+
 import numpy as np
 import torch
 
@@ -85,7 +87,7 @@ class _OracleSession(DraftSession):
         if self._drafted not in self._tables:
             device = context.tokens.device
             self._tables[self._drafted] = *topology_tensors(self._drafted, device), *_children(self._drafted, device)
-            context.buffers.keep(self._tables[self._drafted])
+            context.buffers.keep(*self._tables[self._drafted])
         return self._drafted
 
     def draft(self) -> DraftTree:
@@ -117,6 +119,7 @@ class _OracleSession(DraftSession):
         return on_path
 
 
+@functools.lru_cache(maxsize=256)
 def _children(topology: Topology, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The children [N + 1, K] int64 of each node and the number of them [N + 1]. Rows are padded with N, which stands
     for "no node"; row N belongs to it and has no children."""

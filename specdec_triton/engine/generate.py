@@ -68,7 +68,7 @@ class Generation:
         room = min(call.max_length, prompt_length + FIRST_RESERVE)
         self.workspace = self.workspaces.take(call, room, NODES_RESERVE)
         self.graph_runner, self.buffers = self.workspace.graph_runner, self.workspace.buffers
-        self.reusable = not call.processors and not call.keep  # processors hold tensors of their own
+        self.reusable = True
         # processors that run on the host need each report before the next round
         self.reports = Reports(call.device, LAG.get(call.device.type, 0) if call.on_device else 0)
         fixed = self.graph_runner.why_eager is None or self.reports.lag > 0
@@ -135,20 +135,22 @@ class Generation:
                     self.step()
                 if len(self.reports) > self.reports.lag or self.context.host_budget.max() <= len(self.reports):
                     self.read()
+            self.finish_stats()
+            if self.call.streamer is not None:
+                self.call.streamer.end()
+            result = self.result()
         except BaseException:
             if self.call.device.type == "cuda":
                 torch.cuda.synchronize(self.call.device)  # kernels must end before the model is restored
             self.graph_runner.forget()  # its functions refer to this call, a reference cycle
             raise
-        self.finish_stats()
+        # only now: another call may take the workspace, and write to its cache, at once
         if self.reusable:
             self.workspace.capacity = max(self.workspace.capacity, self.runner.cache.capacity)
             self.workspaces.put_back(self.workspace)
         else:
-            self.graph_runner.forget()
-        if self.call.streamer is not None:
-            self.call.streamer.end()
-        return self.result()
+            self.workspace.forget()
+        return result
 
     @property
     def session(self) -> DraftSession:
@@ -217,7 +219,7 @@ class Generation:
         cache.reserve(self.context.longest + self.session.max_nodes)
         shape = self.session.prepare(asked), cache.slots
         if self.buffers.version != self.workspace.version:
-            self.graph_runner.forget()  # tensors have moved, for example because the cache has grown
+            self.workspace.forget()  # tensors have moved, for example because the cache has grown
             self.workspace.version = self.buffers.version
         return shape
 

@@ -48,7 +48,14 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that the workspace holds."""
-        return self.buffers.nbytes + self.graph_runner.nbytes
+        fields = (field for tree in self.copies.values() for field in vars(tree).values())
+        copied = sum(field.nbytes for field in fields if isinstance(field, torch.Tensor))
+        return self.buffers.nbytes + self.graph_runner.nbytes + copied
+
+    def forget(self) -> None:
+        """Drop the graphs, and the copies of trees that they read."""
+        self.graph_runner.forget()
+        self.copies.clear()
 
 
 class Workspaces:
@@ -59,7 +66,8 @@ class Workspaces:
         self._idle: list[Workspace] = []
 
     def take(self, call: Call, capacity: int, reserve: int) -> Workspace:
-        """A workspace for a call; a new one if none fits.
+        """A workspace for a call; a new one if none fits. A call with logits processors or scores to return gets one
+        without a key, which is not kept: its graphs read tensors of the processors.
 
         Args:
             call: the call.
@@ -69,13 +77,13 @@ class Workspaces:
         runner = GraphRunner(call.device, call.why_eager())
         if runner.why_eager is not None:
             return Workspace(None, capacity, call.max_length + 1, runner, Buffers())
-        key, capacity = key_of(call), capacity + reserve
+        shares = not call.processors and not call.keep
+        key, capacity = key_of(call) if shares else None, capacity + reserve
         width = capacity_bucket(call.max_length + 1)
         most = MOST_UNUSED * max(capacity_bucket(capacity), width)
-        for place in range(len(self._idle) - 1, -1, -1):
-            held = self._idle[place]
+        for held in reversed(list(self._idle)) if shares else ():  # other threads may change the list
             fits = capacity <= held.capacity <= most and width <= held.width <= most
-            if held.key == key and fits and self._remove(held):
+            if fits and held.key == key and self._remove(held):
                 held.graph_runner.begin_call()
                 return held
         return Workspace(key, capacity_bucket(capacity), width, runner, Buffers(fixed=True))
@@ -83,26 +91,28 @@ class Workspaces:
     def put_back(self, workspace: Workspace) -> None:
         """Keep a workspace for later calls. It must not be called if the call raised an exception."""
         runner = workspace.graph_runner
-        runner.end_call()
         if workspace.key is None or runner.why_eager is not None:
+            runner.forget()
             return
+        runner.end_call()
         self._idle.append(workspace)
         limit = KEPT_SHARE * memory_of(runner.device)
-        while len(self._idle) > MOST_KEPT or sum(held.nbytes for held in self._idle) > limit:
-            self._drop(self._idle[0])
+        for oldest in list(self._idle):
+            if len(self._idle) > MOST_KEPT or self.nbytes > limit:
+                self._drop(oldest)
 
     def release(self) -> int:
         """Drop all idle workspaces. Returns the number of bytes that they held."""
         freed = 0
-        while self._idle:
-            freed += self._idle[-1].nbytes
-            self._drop(self._idle[-1])
+        for held in list(self._idle):
+            freed += held.nbytes
+            self._drop(held)
         return freed
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that idle workspaces hold."""
-        return sum(held.nbytes for held in self._idle)
+        return sum(held.nbytes for held in list(self._idle))
 
     def _remove(self, workspace: Workspace) -> bool:
         """Remove a workspace. False if another thread has removed it."""
@@ -114,14 +124,15 @@ class Workspaces:
 
     def _drop(self, workspace: Workspace) -> None:
         if self._remove(workspace):
-            workspace.graph_runner.forget()
+            workspace.forget()
 
 
 def key_of(call: Call) -> Hashable:
     """Equal keys mean that a call can replay the graphs of another, if the capacities fit, too.
 
-    It has everything that captured code depends on and that is not in a buffer: the models' fingerprint, the drafter,
-    the options, the kinds of sampling parameters, and torch's settings.
+    It has what captured code depends on, except the contents of buffers, the values that sessions state by
+    `Buffers.agree`, and the key of each round: the models' fingerprint, the drafter, the options, the kinds of sampling
+    parameters, and torch's settings.
     """
     options, filters = call.options, call.filters
     eos = None if call.eos_ids is None else len(call.eos_ids)
@@ -132,10 +143,17 @@ def key_of(call: Call) -> Hashable:
         tuple(each is None for each in filters.tensors),
         top_k_bucket(filters.max_top_k),
     )
+    matmul = torch.backends.cuda.matmul
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch's newer interface
+        precision = matmul.fp32_precision
     settings = (
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        precision,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
         torch.cuda.current_stream(call.device).cuda_stream if call.device.type == "cuda" else None,
     )
     asked = options.tree, options.impl, options.compile, call.vocab_size

@@ -101,6 +101,12 @@ def attention_config(arch: int, rows: int, head_dim: int, bytes: int, narrow: bo
     return next((config for config in configs if max(config.block_m, config.most_rows) >= rows), configs[-1])
 
 
+def one_split_config(config: AttentionConfig, head_dim: int, bytes: int) -> AttentionConfig:
+    """The configuration if the keys are one split. With tiles of 32 slots, the widest heads would spill."""
+    spills = bytes == 2 and pow2(head_dim) == 256 and config.block_m == 64
+    return config._replace(block_n=16) if spills else config
+
+
 # A capacity of up to this many slots, without the tree's own, is one split: a prefix of 256 slots in a cache that is
 # rounded up to a multiple of 128. Longer ones are one split if that is estimated to be faster.
 SHORT_SLOTS = 256 + 127
@@ -155,6 +161,9 @@ def attention_plan(
         at_a_time = 1 if row_tiles == 1 and block_m >= 64 else programs
         split_tiles = _split_tiles(tiles, least, bucket * kv_heads * row_tiles, multiprocessors, at_a_time, traffic)
     splits = triton.cdiv(triton.cdiv(slots - nodes, block_n) + triton.cdiv(nodes, block_n), split_tiles)
+    if splits == 1:
+        block_n = one_split_config(config, max(head_dim, value_dim), bytes).block_n
+        split_tiles = triton.cdiv(slots, block_n) + 1
     shared = {"G": group, "DV": value_dim, "BLOCK_N": block_n, "BLOCK_DV": max(pow2(value_dim), 16), **FP_FUSION}
     blocks = {"D": head_dim, "BLOCK_M": block_m, "BLOCK_D": max(pow2(head_dim), 16)}
     meta = shared | blocks | _attention_options(block_m, blocks["BLOCK_D"], bytes, num_warps, num_stages)
@@ -579,6 +588,8 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         for rows in (16, 32, 64, 128, 512, 1024):
             chosen.setdefault(attention_config(arch, rows, dim, itemsize, False, feature != ""), rows)
         for config, rows in chosen.items():
+            if one_split:
+                config = one_split_config(config, dim, itemsize)
             name = f"{dtype} d{dim} m{config.block_m} n{config.block_n} {'one' if one_split else 'split'}{feature}"
             width, cores = 2 * pow2(dim), dtype != "fp32"
             yield CompileCase(

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from ._filters import Filters, filters_argument, is_invalid, log_prob_of, log_probs, row_distribution
-from ._keys import NAN_ORDER, NEG_INF, NO_KEY, highest_logit, id_in, key_of, order_in, order_of, value_of
+from ._keys import NAN_ORDER, NO_KEY, id_in, key_of, order_in, order_of, value_of
 from ._launch import DTYPES, FP_FUSION, CompileCase, abstract, block_of, contiguous, launching_on, pow2
 from ._noise import COUPLED, DRAFT, gumbel
 from ._rows import (
@@ -41,6 +41,7 @@ from ._rows import (
     row_of,
     row_scores,
     row_statistics,
+    tile_scores,
 )
 
 # Vocabulary ids per program of the tiles kernel, for every number of rows, so that a row's result does not depend on
@@ -116,10 +117,8 @@ def _tiles_kernel(
         place = (batch * G + group) * S + tile
         if STATISTICS:
             inverse, greedy = load_inverse_temperature(temperature_ptr, batch)
-            key, peak = highest_logit(scores, first_id, BLOCK_V)
+            key, relative = tile_scores(scores, inverse, first_id, BLOCK_V)
             tl.store(statistics.keys + place, key)
-            # differences from the tile's highest logit are accurate even if the logits are large
-            relative = tl.where(scores == NEG_INF, NEG_INF, (scores - peak) * inverse)
             if LOG_PROBS:
                 tl.store(statistics.sums + place, tl.sum(tl.exp(relative), 0))
             if NOISE == "coupled":

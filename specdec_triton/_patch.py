@@ -300,6 +300,7 @@ def release(model: PreTrainedModel) -> int:
 
 
 def last_stats(model: PreTrainedModel) -> Stats | None:
+    """Statistics of the last speculative call of an unwrapped model, or None."""
     return _stats.get(model)
 
 
@@ -310,12 +311,13 @@ def stats(model: PreTrainedModel) -> Stats:
         RuntimeError: there was no such call.
     """
     target = unwrap(model)
-    if target not in _stats:
+    found = last_stats(target)
+    if found is None:
         raise RuntimeError(
             f"stats: no speculative generate() has run on this {type(target).__name__}: patch it and ask for "
             "assistance, or pass a drafter"
         )
-    return _stats[target]
+    return found
 
 
 class SpeculativeGenerate:

@@ -7,11 +7,10 @@ import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
-from helpers import TREES, assert_ranked_by, context
+from helpers import TREES, Launches, assert_ranked_by, context
 from specdec_triton.drafters.model_session import ModelSession
 from specdec_triton.forward.wrappers import embedded_tokens
 from specdec_triton.ops import noise
@@ -169,23 +168,6 @@ def test_nan_of_any_level_is_reported_for_its_row_alone(node):
     assert session.draft().has_nan.tolist() == [False, True]
 
 
-class Launches(TorchDispatchMode):
-    """Counts operations that launch a kernel: all but views and allocations. An op of ours may launch several."""
-
-    OURS = {"draft_topk": 2}
-    FREE = ("empty", "new_empty", "empty_like", "detach", "alias", "lift_fresh", "_unsafe_view")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in self.FREE:
-            self.count += self.OURS.get(name, 1)
-        return func(*args, **(kwargs or {}))
-
-
 # launches of a draft of 5 and of 7 levels, without those of the model's forwards: two for each level, one more if the
 # tree does not expand all candidates, and 7 or 8 for each draft
 LAUNCHES = {
@@ -203,9 +185,9 @@ def test_launches(rule, filters):
         if wanted is not None:
             session, _ = drafting(rule, filters, tree, impl="triton")
             session.draft()  # computes tables that later drafts reuse
-            with Launches() as launches:
-                session.draft()
-            assert launches.count == wanted
+            launches = Launches()
+            launches.run(session.draft)
+            assert len(launches.names) == wanted
 
 
 @pytest.mark.parametrize(

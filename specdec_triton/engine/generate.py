@@ -65,15 +65,12 @@ class Generation:
             streamer=call.streamer,
             keep=call.keep,
         )
-        room = min(call.max_length, prompt_length + FIRST_RESERVE)
-        self.workspace = self.workspaces.take(call, room, NODES_RESERVE)
-        self.graph_runner, self.buffers = self.workspace.graph_runner, self.workspace.buffers
-        self.reusable = True
         # processors that run on the host need each report before the next round
         self.reports = Reports(call.device, LAG.get(call.device.type, 0) if call.on_device else 0)
-        fixed = self.graph_runner.why_eager is None or self.reports.lag > 0
-        if fixed and not self.buffers.fixed:
-            self.workspace.capacity += NODES_RESERVE
+        room = min(call.max_length, prompt_length + FIRST_RESERVE)
+        self.workspace = self.workspaces.take(call, room, NODES_RESERVE, self.reports.lag)
+        self.graph_runner, self.buffers = self.workspace.graph_runner, self.workspace.buffers
+        self.reusable, fixed = True, self.workspace.fixed
         impl, compiled = call.options.impl, call.options.compile
         put = self.buffers.put
         start, last = put("start", call.start), call.max_length - 1 - call.start

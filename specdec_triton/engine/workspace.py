@@ -33,6 +33,7 @@ class Workspace:
         width: columns of the text.
         graph_runner: runs the rounds, and holds their graphs.
         buffers: the tensors that the graphs read and write.
+        fixed: True if shapes and addresses must not change from round to round: rounds are captured or read late.
         copies: trees that were drafted on the host, copied to the addresses that the graphs read, by shape.
         version: the version of `buffers` for which graphs were captured.
     """
@@ -42,6 +43,7 @@ class Workspace:
     width: int
     graph_runner: GraphRunner
     buffers: Buffers
+    fixed: bool
     copies: dict[Hashable, DraftTree] = field(default_factory=dict)
     version: int = 0
 
@@ -65,7 +67,7 @@ class Workspaces:
     def __init__(self) -> None:
         self._idle: list[Workspace] = []
 
-    def take(self, call: Call, capacity: int, reserve: int) -> Workspace:
+    def take(self, call: Call, capacity: int, reserve: int, lag: int) -> Workspace:
         """A workspace for a call; a new one if none fits. A call with logits processors or scores to return gets one
         without a key, which is not kept: its graphs read tensors of the processors.
 
@@ -73,12 +75,15 @@ class Workspaces:
             call: the call.
             capacity: number of cache slots that the call needs at its start.
             reserve: number of additional slots if shapes are fixed.
+            lag: number of rounds by which reports are read late.
         """
         runner = GraphRunner(call.device, call.why_eager())
+        fixed = runner.why_eager is None or lag > 0
+        capacity += reserve if fixed else 0
         if runner.why_eager is not None:
-            return Workspace(None, capacity, call.max_length + 1, runner, Buffers())
+            return Workspace(None, capacity, call.max_length + 1, runner, Buffers(), fixed)
         shares = not call.processors and not call.keep
-        key, capacity = key_of(call) if shares else None, capacity + reserve
+        key = key_of(call) if shares else None
         width = capacity_bucket(call.max_length + 1)
         most = MOST_UNUSED * max(capacity_bucket(capacity), width)
         for held in reversed(list(self._idle)) if shares else ():  # other threads may change the list
@@ -86,7 +91,7 @@ class Workspaces:
             if fits and held.key == key and self._remove(held):
                 held.graph_runner.begin_call()
                 return held
-        return Workspace(key, capacity_bucket(capacity), width, runner, Buffers(fixed=True))
+        return Workspace(key, capacity_bucket(capacity), width, runner, Buffers(fixed=True), fixed)
 
     def put_back(self, workspace: Workspace) -> None:
         """Keep a workspace for later calls. It must not be called if the call raised an exception."""

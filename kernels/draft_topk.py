@@ -116,16 +116,16 @@ def _tiles_kernel(
         scores = load_logits(row_of(logits, batch, _row_of_group(rows_ptr, group), V), ids)
         place = (batch * G + group) * S + tile
         if STATISTICS:
-            inverse, greedy = load_inverse_temperature(temperature_ptr, batch)
+            inverse, _ = load_inverse_temperature(temperature_ptr, batch)
             key, relative = tile_scores(scores, inverse, first_id, BLOCK_V)
             tl.store(statistics.keys + place, key)
             if LOG_PROBS:
                 tl.store(statistics.sums + place, tl.sum(tl.exp(relative), 0))
+            # the merge does not use the noise of rows whose temperature is 0
             if NOISE == "coupled":
-                scores = relative + tl.where(greedy, 0.0, shared)
+                scores = relative + shared
             elif NOISE == "draft":
-                added = _group_noise(noise, batch, group, depth, first_id, NOISE, BLOCK_V)
-                scores = relative + tl.where(greedy, 0.0, added)
+                scores = relative + _group_noise(noise, batch, group, depth, first_id, NOISE, BLOCK_V)
         keys = _keys_of(scores, ids, V)
         best = tl.max(keys, 0)
         tl.store(best_ptr + place * K, best)

@@ -217,6 +217,11 @@ def accept_greedy(
     """See `ops.accept_greedy`."""
     batch, num_nodes, _ = logits.shape
     best, target_ids = logits.max(-1)
+    live = budget > 0
+    if num_nodes == 1:  # the root: there is no path to follow
+        path = torch.full((batch, max_depth), -1, dtype=torch.int32, device=logits.device)
+        next_ids, has_nan = torch.where(live, target_ids[:, 0], -1), live & best[:, 0].isnan()
+        return Acceptance(path, torch.zeros_like(budget), next_ids, has_nan)
     nodes = torch.arange(num_nodes, device=logits.device)
     parents = parents.long()
 
@@ -244,7 +249,6 @@ def accept_greedy(
     path = torch.full((batch, max_depth + 1), -1, dtype=torch.int32, device=logits.device)
     place = torch.where(kept & (rank > 0), rank - 1, max_depth)  # other nodes are written to the last column
     path.scatter_(1, place, nodes.int().expand(batch, -1))
-    live = budget > 0
     return Acceptance(
         path=path[:, :max_depth].contiguous(),
         length=length,

@@ -271,10 +271,10 @@ class Launches(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "specdec_triton":
             with self:
-                sdt.ops._launcher(name)(*args)
+                sdt.ops.registry.launcher(name)(*args)
             if name in ("accept_sample", "draft_topk"):  # the registered ops take filters as lists
                 args = [Filters(*each) if isinstance(each, list) else each for each in args]
-            return getattr(sdt.ops.reference, name)(*args)
+            return sdt.ops.registry.reference_of(name)(*args)
         with self:  # a composite operation, such as `contiguous`, counts as its parts
             parts = func.decompose(*args, **(kwargs or {}))
         if parts is not NotImplemented:

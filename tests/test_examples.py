@@ -139,7 +139,8 @@ def test_own_drafter(run, repeating):
 def test_kernels_alone(run, monkeypatch, implementation):
     if implementation == "triton" and not ops.HAS_TRITON:
         pytest.skip("triton is not installed")
-    monkeypatch.setattr(ops, "implementation", lambda op, device: (implementation, "asked for"))
+    for module in (ops, ops.registry):
+        monkeypatch.setattr(module, "implementation", lambda op, device: (implementation, "asked for"))
     chosen, attention, greedy, sampled, compacted = run("kernels_alone").splitlines()
     assert chosen == f"implementation: {implementation} asked for"
     assert attention == "tree_attention: [1, 4, 4, 16]"

@@ -374,7 +374,7 @@ def no_launch(monkeypatch):
     def refuse(op):
         raise Launched(op)
 
-    monkeypatch.setattr(ops, "_launcher", refuse)
+    monkeypatch.setattr(ops.registry, "launcher", refuse)
 
 
 def test_heads_too_wide_are_refused(no_launch):
@@ -399,7 +399,7 @@ def test_wide_heads(head_dim, value_dim):
 
 
 def test_heads_too_wide_take_the_reference_by_default(no_launch, monkeypatch):
-    monkeypatch.setattr(ops, "implementation", lambda op, device: ("triton", "as on a GPU"))
+    monkeypatch.setattr(ops.registry, "implementation", lambda op, device: ("triton", "as on a GPU"))
     case = wide(576, 512)
     assert torch.equal(case.run(None), case.run("reference"))
     with pytest.raises(Launched):

@@ -13,13 +13,13 @@ from helpers import DEVICE, TREES, oracle
 def calls(monkeypatch):
     """Counts the runs of each kernel, because a test that runs none would prove nothing."""
     counts = dict.fromkeys(sdt.ops.OPS, 0)
-    launcher = sdt.ops._launcher
+    launcher = sdt.ops.registry.launcher
 
     def counted(op):
         counts[op] += 1
         return launcher(op)
 
-    monkeypatch.setattr(sdt.ops, "_launcher", counted)
+    monkeypatch.setattr(sdt.ops.registry, "launcher", counted)
     return counts
 
 

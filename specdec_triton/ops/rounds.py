@@ -1,0 +1,611 @@
+"""The ops of a round: attention, draft, acceptance, compaction and append. See `ops` for the rules of all ops.
+
+Letters: B sequences, T tree nodes, N query rows, W = ceil(T/64) mask words, Hq/Hkv query/key-value heads, S cache
+slots, D head dim of keys, Dv of values, V vocabulary, P cache planes (in `draft_topk` and `accept_sample` expanded
+nodes).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from . import reference
+from .arguments import ANY_FLOAT, FLOAT_DTYPES, Check, is_number, typed
+from .filters import Filters
+from .reference import DRAFT_NOISE, TREE_FIELDS, WORD_BITS, Acceptance, Candidates
+from .registry import register, resolve
+from .rules import WEIGHING_RULES, check_legal
+
+FILTER_DTYPES = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float64,
+    "min_p": torch.float32,
+}
+NO_FILTERS = Filters()
+# Bytes per element -> largest head dim of tree_attention's kernel. A program holds whole heads; wider ones do not fit
+# into its registers and shared memory.
+MAX_HEAD_DIMS = {2: 512, 4: 256}
+
+
+@typed
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed_tree: torch.Tensor,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Attention of draft-tree nodes over the text before the tree and over their own ancestors.
+
+    Row i of the query is tree node T - N + i. It attends to the slots [start, length) of its sequence and to slot
+    length + j for every node j whose bit is set in its ancestor words, which include the node itself. Slots outside
+    [start, length + T) are ignored, whatever they hold. Softmax and sums are computed in fp32. A query, key or value
+    that is not finite affects only the rows that attend to it; their outputs may be NaN.
+
+    With the kernel, the bits of a row depend only on the row's own start, length and path, inside a configuration
+    bucket: the same device, dtype, heads, head dims, options, S, N and T, and the same smallest power of two >= B.
+    Other rows, and slots that it does not see, do not change them.
+
+    Strides: any. Query, key, value and packed tree are read in place if their last dimension is contiguous.
+
+    Args:
+        query: [B, Hq, N, D] fp32, bf16 or fp16.
+        key: [B, Hkv, S, D], same dtype. Query heads h * Hq/Hkv to (h + 1) * Hq/Hkv - 1 use key head h.
+        value: [B, Hkv, S, Dv], same dtype.
+        packed_tree: [B, T, W + 3] int64, T >= N, as `DraftTree.pack` returns it. For each node: its ancestor words
+            (bit j % 64 of word j // 64 is node j), its depth, and the start and length of its sequence in slots. The
+            caller must ensure that length + T <= S; it is not checked, because lengths are only read on the device.
+        scale: factor for query @ key; D ** -0.5 by default.
+        sliding_window: a row sees only keys whose position is less than this number of positions before its own.
+        chunk_size: a row sees only keys of its own chunk of positions (Llama 4).
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        sinks: [Hq] float. An additional logit per head in the softmax's denominator (gpt-oss).
+        impl: None, "triton" or "reference". The kernel supports D and Dv up to 512, in fp32 up to 256. None selects
+            the reference for wider heads.
+
+    Returns:
+        [B, N, Hq, Dv], query's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above.
+    """
+    op = "tree_attention"
+    check = Check(op)
+    _, query_heads, rows, head_dim = check("query", query, "B, Hq, N, D", *FLOAT_DTYPES)
+    _, kv_heads, slots, _ = check("key", key, "B, Hkv, S, D", query.dtype)
+    if query_heads % kv_heads:
+        raise check.refusal("key", f"a tensor whose number of heads divides {query_heads}", key)
+    *_, value_dim = check("value", value, "B, Hkv, S, Dv", query.dtype)
+    _, nodes, fields = check("packed_tree", packed_tree, "B, T, W + 3", torch.int64)
+    if not rows <= nodes <= slots or fields != -(-nodes // WORD_BITS) + TREE_FIELDS:
+        wanted = f"{rows} to {slots} nodes of ceil(T/{WORD_BITS}) + {TREE_FIELDS} fields"
+        raise check.refusal("packed_tree", wanted, packed_tree)
+    for name, option in (("sliding_window", sliding_window), ("chunk_size", chunk_size), ("softcap", softcap)):
+        if option is not None and not option > 0:
+            raise ValueError(f"{op}: {name} must be None or positive, got {option}")
+    if sinks is not None:
+        check("sinks", sinks, "Hq", *ANY_FLOAT)
+    widest = MAX_HEAD_DIMS[query.element_size()]
+    if max(head_dim, value_dim) > widest:
+        if impl == "triton":
+            name, tensor = ("key", key) if head_dim > widest else ("value", value)
+            wanted = f'a tensor with a head dim of at most {widest} for impl="triton" (impl=None uses the reference)'
+            raise check.refusal(name, wanted, tensor)
+        impl = impl or "reference"
+    compute = resolve(op, impl, query.device)
+    scale = head_dim**-0.5 if scale is None else scale
+    return compute(query, key, value, packed_tree, scale, sliding_window, chunk_size, softcap, sinks)
+
+
+@typed
+def draft_topk(
+    logits: torch.Tensor,
+    k: int,
+    *,
+    filters: Filters = NO_FILTERS,
+    noise: str = "none",
+    seeds: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+    depth: int = 0,
+    nodes: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    with_log_probs: bool = False,
+    impl: str | None = None,
+) -> Candidates:
+    """The k best tokens after each expanded node of a draft, by logit or by noisy log-probability.
+
+    The noise is a function of the row's seed, `position` and the depth or node (see `noise`). Among equal scores, the
+    lower id is better. If fewer than k tokens are left after the filters, the other tokens follow in the order of their
+    ids; their log-probability is -inf. Nothing is read on the host.
+
+    The kernel takes two launches. Their time grows with k, which is the number of passes over keys in registers.
+
+    Strides: any, also for the tensors in `filters`. Logits are read in place.
+
+    Args:
+        logits: [B, P, V] fp32, bf16 or fp16. The draft's logits at its P expanded nodes.
+        k: number of candidates, 1 to V.
+        filters: `Filters` of the draft. A row with temperature 0 is greedy. With "none", filters change
+            log-probabilities alone, not the candidates.
+        noise: "none": tokens are ranked by their logits. "coupled": by filtered log-probability plus the noise with
+            which the target will sample at `depth`; it is the same for all nodes of a sequence. "draft": by filtered
+            log-probability plus noise of each node's own, so that the candidates are draws without replacement.
+        seeds: [B] int64. Seed of each row; needed if there is noise.
+        position: [B] int64. Number of real tokens before the root; needed if there is noise.
+        depth: depth of the candidates, with "coupled".
+        nodes: [G] int64. The numbers of the nodes whose noise is used, with "draft".
+        rows: [G] int64. For each group of candidates, the row of `logits` that they are taken from, 0 to P - 1, which
+            is not checked. By default there are G = P groups, one for each row.
+        with_log_probs: True if `log_probs` is needed.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        `Candidates`: tokens [B, G, k] int64, has_nan [B, G] bool, log_probs [B, G, k] fp32 or None.
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above.
+    """
+    op = "draft_topk"
+    check = Check(op)
+    _, groups, vocab = check("logits", logits, "B, P, V", *FLOAT_DTYPES)
+    if not 1 <= k <= vocab:
+        raise ValueError(f"{op}: k must be 1 to {vocab} for {vocab} tokens, got {k}")
+    if noise not in DRAFT_NOISE:
+        raise ValueError(f"{op}: noise must be one of {', '.join(DRAFT_NOISE)}, got {noise!r}")
+    if not isinstance(with_log_probs, bool):
+        raise ValueError(f"{op}: with_log_probs must be True or False, got {with_log_probs!r}")
+    _check_filters(check, "filters", filters)
+    if rows is not None:
+        (groups,) = check("rows", rows, "G", torch.int64)
+    check.sizes["G"] = groups
+    needed = {"seeds": (seeds, "B"), "position": (position, "B")} if noise != "none" else {}
+    needed |= {"nodes": (nodes, "G")} if noise == "draft" else {}
+    for name, (tensor, shape) in needed.items():
+        if tensor is None:
+            raise ValueError(f'{op}: {name} must be given with noise "{noise}", got None')
+        check(name, tensor, shape, torch.int64)
+    compute = resolve(op, impl, logits.device)
+    given = filters if compute is reference.draft_topk else filters.tensors  # the registered op takes lists of tensors
+    drawn = (seeds, position) if noise != "none" else (None, None)
+    nodes, depth = nodes if noise == "draft" else None, depth if noise == "coupled" else 0
+    tokens, has_nan, log_probs = compute(logits, k, given, noise, *drawn, depth, nodes, rows, with_log_probs)
+    return Candidates(tokens, has_nan, log_probs if with_log_probs else None)
+
+
+@typed
+def accept_greedy(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    *,
+    max_depth: int,
+    budget: torch.Tensor | None = None,
+    eos_ids: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> Acceptance:
+    """Greedy acceptance: follow the target's argmax from the root until no child carries it.
+
+    If the target's token is in `eos_ids`, the walk stops and that token becomes `next_ids`. A drafted EOS is therefore
+    emitted as the target's token and never counted as accepted.
+
+    Strides: any. Logits are read in place.
+
+    Args:
+        logits: [B, N, V] fp32, bf16 or fp16. The target's logits after the path that ends at each node. Among equal
+            maxima the lowest id is used.
+        tokens: [B, N] int64. Draft token of each node; node 0 is the root, the last emitted token.
+        parents: [B, N] int32. -1 at the root and at padding nodes, which are never reached; parents[:, i] < i at all
+            other nodes. Among siblings with the same token the first is followed.
+        max_depth: D, number of edges on the longest path.
+        budget: [B] int64. Number of tokens that each row may still emit. At most budget - 1 draft tokens are accepted;
+            a row with budget 0 emits nothing. No limit by default.
+        eos_ids: [E] int64. Tokens that end a text; None if there are none.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        `Acceptance`: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool. A row whose budget is
+        not 0 emits length + 1 tokens.
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above.
+    """
+    op = "accept_greedy"
+    budget = _check_acceptance(Check(op), logits, tokens, parents, max_depth, budget, eos_ids)
+    return Acceptance(*resolve(op, impl, logits.device)(logits, tokens, parents, max_depth, budget, eos_ids))
+
+
+@typed
+def accept_sample(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    *,
+    rule: str,
+    seeds: torch.Tensor,
+    position: torch.Tensor,
+    filters: Filters = NO_FILTERS,
+    max_depth: int,
+    budget: torch.Tensor | None = None,
+    eos_ids: torch.Tensor | None = None,
+    sampling: str = "none",
+    draft_logits: torch.Tensor | None = None,
+    draft_row: torch.Tensor | None = None,
+    draft_filters: Filters = NO_FILTERS,
+    impl: str | None = None,
+) -> Acceptance:
+    """Stochastic acceptance. The emitted tokens have the distribution of the target's own samples.
+
+    Temperature, top-k, top-p and min-p are applied here, to the target's logits and to the draft's. The rules are
+    functions in `rules`; each cites its paper. All noise is a function of the row's seed, `position` and the node (see
+    `noise`). The op therefore has no state, and rows do not depend on each other.
+
+    The emitted tokens are the accepted draft tokens followed by `next_ids`. They are cut after the first EOS and at the
+    budget; the last remaining token is then `next_ids`. Nothing is read on the host. Logits of nodes that are not
+    reached may hold any values. If the logits of an accepted node do not define a distribution, its children count as
+    padding, so the path ends there.
+
+    Strides: any, also for the tensors in `filters` and `draft_filters`. Logits and draft logits are read in place.
+
+    Args:
+        logits: [B, N, V] fp32, bf16 or fp16. The target's logits after the path that ends at each node.
+        tokens: [B, N] int64. Draft token of each node; node 0 is the root, the last emitted token. A node whose token
+            is outside 0 to V - 1 is padding.
+        parents: [B, N] int32. -1 at the root and at padding nodes, which are never reached; parents[:, i] < i at all
+            other nodes. Siblings are tried in index order. If they were drawn, this must be the order of the draws.
+        rule: a name in `rules.RULES`; "typical" is lossy. For "rejection" and "block", nodes that are not the child of
+            the node before them are padding.
+        seeds: [B] int64. Seed of each row.
+        position: [B] int64. Number of real tokens before the root.
+        filters: `Filters` of the target. A row with temperature 0 is greedy.
+        max_depth: D, number of edges on the longest path.
+        budget: [B] int64. Number of tokens that each row may still emit; a row with budget 0 emits nothing. No limit by
+            default.
+        eos_ids: [E] int64. Tokens that end a text; None if there are none.
+        sampling: how the draft tokens were chosen. "none": without sampling. "with" or "without": siblings were drawn
+            from the draft's filtered probabilities with or without replacement, and none was cut or reordered by value.
+        draft_logits: [B, P, V] fp32, bf16 or fp16. The draft's logits at its P expanded nodes, if tokens were drawn.
+        draft_row: [B, N] int32. The row of `draft_logits` that a node's children were drawn from; -1 if it has none.
+            The caller must ensure that rows are below P; it is not checked.
+        draft_filters: `Filters` that were applied to `draft_logits` before the draws.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        `Acceptance`: path [B, D] int32, length [B] int64, next_ids [B] int64, has_nan [B] bool. A row whose budget is
+        not 0 emits length + 1 tokens.
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above, or the rule does not accept such a tree.
+    """
+    op = "accept_sample"
+    if rule == "greedy":
+        raise ValueError(f'{op}: rule "greedy" is ops.accept_greedy')
+    try:
+        check_legal(rule, sampling, is_chain=True)
+    except ValueError as refusal:
+        raise ValueError(f"{op}: {refusal}") from None
+    check = Check(op)
+    budget = _check_acceptance(check, logits, tokens, parents, max_depth, budget, eos_ids)
+    check("seeds", seeds, "B", torch.int64)
+    check("position", position, "B", torch.int64)
+    _check_filters(check, "filters", filters)
+    _check_filters(check, "draft_filters", draft_filters)
+    if (draft_logits is None) != (draft_row is None):
+        raise ValueError(f"{op}: draft_logits and draft_row must both be given or both be None, got one of them")
+    if draft_logits is not None and draft_row is not None:
+        if sampling == "none":
+            raise ValueError(f'{op}: draft_logits must be None with sampling="none", got a tensor')
+        check("draft_logits", draft_logits, "B, P?, V", *FLOAT_DTYPES)
+        check("draft_row", draft_row, "B, N", torch.int32)
+    elif sampling != "none" and rule in WEIGHING_RULES and tokens.shape[1] > 1:
+        raise ValueError(
+            f'{op}: draft_logits must be given with rule "{rule}", which needs the draft probabilities of a tree drawn '
+            f"{sampling} replacement, got None"
+        )
+    if draft_logits is not None and not draft_logits.shape[1]:
+        draft_logits, draft_row, sampling = None, None, "none"
+    compute = resolve(op, impl, logits.device)
+    # the registered op takes lists of tensors
+    both = (filters, draft_filters) if compute is reference.accept_sample else (filters.tensors, draft_filters.tensors)
+    return Acceptance(
+        *compute(
+            logits, tokens, parents, rule, seeds, position, both[0], max_depth, budget, eos_ids,
+            sampling, draft_logits, draft_row, both[1],
+        )
+    )  # fmt: skip
+
+
+def _check_acceptance(check: Check, logits, tokens, parents, max_depth, budget, eos_ids) -> torch.Tensor:
+    """Check the common arguments of the acceptance ops. Returns the budget; if it is None, one that does not limit."""
+    batch, nodes, _ = check("logits", logits, "B, N, V", *FLOAT_DTYPES)
+    check("tokens", tokens, "B, N", torch.int64)
+    check("parents", parents, "B, N", torch.int32)
+    if not 0 <= max_depth < nodes:
+        raise ValueError(f"{check.owner}: max_depth must be 0 to {nodes - 1} for {nodes} nodes, got {max_depth}")
+    if budget is None:
+        budget = torch.full((batch,), max_depth + 1, dtype=torch.int64, device=logits.device)
+    check("budget", budget, "B", torch.int64)
+    if eos_ids is not None:
+        check("eos_ids", eos_ids, "E?", torch.int64)
+    return budget
+
+
+def _check_filters(check: Check, name: str, filters: Filters) -> None:
+    if not isinstance(filters, Filters):
+        raise ValueError(f"{check.owner}: {name} must be a Filters, got {type(filters).__name__}")
+    for field, dtype in FILTER_DTYPES.items():
+        option = getattr(filters, field)
+        if option is not None:
+            check(f"{name}.{field}", option, "B", dtype)
+    if filters.max_top_k is not None and (
+        filters.top_k is None or not is_number(filters.max_top_k, int) or filters.max_top_k < 1
+    ):
+        raise ValueError(
+            f"{check.owner}: {name}.max_top_k must be None, or at least 1 with a top_k, got {filters.max_top_k!r}"
+        )
+
+
+@typed
+def compact_kv(
+    storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor, path: torch.Tensor, *, impl: str | None = None
+) -> None:
+    """Move the keys and values of accepted nodes to the slots after the root's, in place, for all layers at once.
+
+    The cache is one flat buffer of P planes. A plane holds the keys or the values of one layer; plane p has shape
+    [B, S, widths[p]], so the row of a token is contiguous. In every plane, slot base + path[k] is copied to slot
+    base + 1 + k.
+
+    Strides: the storage must be contiguous, since it is changed in place; base and path may have any strides.
+
+    Args:
+        storage: [B * S * sum(widths)], any dtype, contiguous.
+        widths: P numbers, the elements per slot in each plane (heads * head dim).
+        base: [B] int64. Slot of the root.
+        path: [B, D] int32. Strictly increasing node numbers, then -1 as padding. The caller must ensure that
+            base + D < S; it is not checked.
+        impl: None, "triton" or "reference".
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above.
+    """
+    op = "compact_kv"
+    check = Check(op, storage.device)
+    if storage.dim() != 1 or not storage.is_contiguous() or not storage.numel():
+        raise check.refusal("storage", "contiguous [B * S * sum(widths)], not empty", storage)
+    (batch,) = check("base", base, "B?", torch.int64)
+    check("path", path, "B?, D?", torch.int32)
+    slot_elements = sum(widths)
+    if batch == 0 or slot_elements == 0 or min(widths) <= 0 or storage.numel() % (batch * slot_elements):
+        raise ValueError(
+            f"{op}: widths must be positive and B * sum(widths) = {batch * slot_elements} must divide the storage's "
+            f"{storage.numel()} elements, got {len(widths)} widths from {min(widths, default=0)}"
+        )
+    if path.shape[1]:
+        resolve(op, impl, storage.device)(storage, widths, base, path)
+
+
+@typed
+def append_tokens(
+    text: torch.Tensor,
+    length: torch.Tensor,
+    position: torch.Tensor,
+    budget: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    accepted: Acceptance,
+    *,
+    eos_ids: torch.Tensor | None = None,
+    draft_nan: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Append the accepted tokens and the target's own token to the text, in place, and report the round.
+
+    A row whose budget is not 0 emits accepted.length + 1 tokens. Its length and position grow by their number, and its
+    budget falls by it. If the target's token is in `eos_ids`, the budget becomes 0. Finished rows, whose budget is 0,
+    do not change.
+
+    Strides: text, length, position and budget are changed in place. The rows of the text must be contiguous and must
+    not overlap, and the others must be contiguous. All other tensors may have any strides.
+
+    Args:
+        text: [B, C] int64. The tokens of each row by column.
+        length: [B] int64. Column of each row's last token, the root of its tree. The caller must ensure that length +
+            budget < C; it is not checked, because lengths are only read on the device.
+        position: [B] int64. Position of that token.
+        budget: [B] int64. Number of tokens that each row may still emit; 0 if the row is finished.
+        tokens: [B, N] int64. Draft token of each node.
+        parents: [B, N] int32 or int64. -1 at the root and at padding nodes.
+        accepted: the acceptance of the tree, with D < N, as `accept_greedy` or `accept_sample` returned it under the
+            same budget.
+        eos_ids: [E] int64. Tokens that end a text; None if there are none.
+        draft_nan: [B] bool. True if the draft's logits hold a NaN; None if there is no such row.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        The report [B, 2 D + 6] int64: the emitted tokens, the last of them repeated up to D + 1 places; the path of D
+        nodes; then the number of emitted tokens, the number of draft tokens, the remaining budget, and two flags for
+        NaN in the target's and the draft's logits. The numbers and the draft's flag are 0 in finished rows.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride differs from the above.
+    """
+    op = "append_tokens"
+    check = Check(op)
+    batch, columns = check("text", text, "B, C", torch.int64)
+    if text.stride(1) != 1 and columns > 1 or text.stride(0) < columns and batch > 1:
+        raise check.refusal("text", "[B, C] with contiguous rows that do not overlap", text)
+    for name, tensor in (("length", length), ("position", position), ("budget", budget)):
+        check(name, tensor, "B", torch.int64)
+        if not tensor.is_contiguous():
+            raise check.refusal(name, "contiguous [B]", tensor)
+    _, nodes = check("tokens", tokens, "B, N", torch.int64)
+    check("parents", parents, "B, N", torch.int32, torch.int64)
+    if not isinstance(accepted, Acceptance):
+        raise ValueError(f"{op}: accepted must be an Acceptance, got {type(accepted).__name__}")
+    _, max_depth = check("accepted.path", accepted.path, "B, D?", torch.int32)
+    if max_depth >= nodes:
+        raise check.refusal("accepted.path", f"[{batch}, D] with D below {nodes}, the number of nodes", accepted.path)
+    check("accepted.length", accepted.length, "B", torch.int64)
+    check("accepted.next_ids", accepted.next_ids, "B", torch.int64)
+    check("accepted.has_nan", accepted.has_nan, "B", torch.bool)
+    if eos_ids is not None:
+        check("eos_ids", eos_ids, "E?", torch.int64)
+    if draft_nan is not None:
+        check("draft_nan", draft_nan, "B", torch.bool)
+    compute = resolve(op, impl, text.device)
+    return compute(text, length, position, budget, tokens, parents, *accepted, eos_ids, draft_nan)
+
+
+@typed
+def ngram_lookup(
+    tokens: torch.Tensor,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    estimates: torch.Tensor,
+    last_draft: torch.Tensor,
+    *,
+    num_nodes: int,
+    max_depth: int,
+    first: float = 0.0,
+    threshold: float = 0.0,
+    learning: float = 0.0,
+    drift: float = 0.0,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompt lookup: draft the tokens that followed an earlier occurrence of the last tokens of each text.
+
+    The longest match is used, of at most G tokens, and the earliest among equally long ones. The draft is a chain. Each
+    row estimates the number of accepted tokens for each length of the match, and drafts only if the estimate is at
+    least `threshold`. If the text has grown since the last call, that call's draft updates the estimate e of its match
+    of m tokens: e += learning * (accepted - e) if tokens were drafted, else e += drift * (first * m - e).
+
+    Strides: estimates and last_draft must be contiguous, since they are changed in place. The other tensors may have
+    any strides, and tokens are read in place.
+
+    Args:
+        tokens: [B, C] int64. The texts; row b has tokens in the columns from start[b] to length[b].
+        start: [B] int64. First column of each text.
+        length: [B] int64. Last column of each text, below C; it holds the root.
+        estimates: [B, G] fp32, in place. The estimates by length of the match, from 1 to G.
+        last_draft: [B, 3] int64, in place. The length of the match of the last draft (0 for none), the number of its
+            draft tokens, and the column of its root. Zeros, and `length` as the last column, before the first call.
+        num_nodes: N >= 1, root included. Nodes after the draft tokens are padding.
+        max_depth: D, 0 to N - 1. Largest number of draft tokens.
+        first: estimates drift towards this number for each token of the match.
+        threshold: smallest estimate for which tokens are drafted. 0 drafts for every match.
+        learning: weight of the last draft in the new estimate.
+        drift: weight of the first estimate in the new estimate.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        tokens [B, N] int64, parents [B, N] int32, depth [B, N] int64 and ancestors [B, N, ceil(N/64)] int64, see
+        `DraftTree`.
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above.
+    """
+    op = "ngram_lookup"
+    check = Check(op)
+    check("tokens", tokens, "B, C", torch.int64)
+    check("start", start, "B", torch.int64)
+    check("length", length, "B", torch.int64)
+    check("estimates", estimates, "B, G", torch.float32)
+    if last_draft.dim() != 2 or last_draft.shape[1] != 3:
+        raise check.refusal("last_draft", f"int64 [{tokens.shape[0]}, 3]", last_draft)
+    check("last_draft", last_draft, "B, F", torch.int64)
+    for name, state in (("estimates", estimates), ("last_draft", last_draft)):
+        if not state.is_contiguous():
+            raise check.refusal(name, "contiguous", state)
+    if not 0 <= max_depth < num_nodes:
+        raise ValueError(f"{op}: max_depth must be 0 to num_nodes - 1 = {num_nodes - 1}, got {max_depth}")
+    compute = resolve(op, impl, tokens.device)
+    state = estimates, last_draft
+    return compute(tokens, start, length, *state, num_nodes, max_depth, first, threshold, learning, drift)
+
+
+def _fake_tree_attention(query, key, value, packed_tree, scale, sliding_window, chunk_size, softcap, sinks):
+    batch, query_heads, rows, _ = query.shape
+    return query.new_empty((batch, rows, query_heads, value.shape[3]))
+
+
+def _fake_draft_topk(logits, k, filters, noise, seeds, position, depth, nodes, rows, with_log_probs):
+    batch, groups, _ = logits.shape
+    groups = groups if rows is None else rows.shape[0]
+    tokens = logits.new_empty((batch, groups, k), dtype=torch.int64)
+    log_probs = logits.new_empty((batch, groups, k if with_log_probs else 0), dtype=torch.float32)
+    return tokens, logits.new_empty((batch, groups), dtype=torch.bool), log_probs
+
+
+def _fake_accept_greedy(logits, tokens, parents, max_depth, budget, eos_ids):
+    batch = logits.shape[0]
+    path = logits.new_empty((batch, max_depth), dtype=torch.int32)
+    length, next_ids = (logits.new_empty(batch, dtype=torch.int64) for _ in range(2))
+    return path, length, next_ids, logits.new_empty(batch, dtype=torch.bool)
+
+
+def _fake_accept_sample(logits, tokens, parents, rule, seeds, position, filters, max_depth, budget, eos_ids, *draft):
+    return _fake_accept_greedy(logits, tokens, parents, max_depth, budget, eos_ids)
+
+
+def _fake_compact_kv(storage, widths, base, path):
+    return None
+
+
+def _fake_append_tokens(text, length, position, budget, tokens, parents, path, *others):
+    return tokens.new_empty((tokens.shape[0], 2 * path.shape[1] + 6))
+
+
+def _fake_ngram_lookup(tokens, start, length, estimates, last_draft, num_nodes, *options):
+    batch = tokens.shape[0]
+    chain, depth = (tokens.new_empty((batch, num_nodes)) for _ in range(2))
+    parents = tokens.new_empty((batch, num_nodes), dtype=torch.int32)
+    return chain, parents, depth, tokens.new_empty((batch, num_nodes, -(-num_nodes // WORD_BITS)))
+
+
+register(
+    "tree_attention(Tensor query, Tensor key, Tensor value, Tensor packed_tree, float scale, int? sliding_window, "
+    "int? chunk_size, float? softcap, Tensor? sinks) -> Tensor",
+    _fake_tree_attention,
+    reference,
+)
+# a `Filters` is passed as the list of its tensors
+register(
+    "draft_topk(Tensor logits, SymInt k, Tensor?[] filters, str noise, Tensor? seeds, Tensor? position, int depth, "
+    "Tensor? nodes, Tensor? rows, bool with_log_probs) -> (Tensor tokens, Tensor has_nan, Tensor log_probs)",
+    _fake_draft_topk,
+    reference,
+)
+register(
+    "accept_greedy(Tensor logits, Tensor tokens, Tensor parents, SymInt max_depth, Tensor budget, Tensor? eos_ids) "
+    "-> (Tensor path, Tensor length, Tensor next_ids, Tensor has_nan)",
+    _fake_accept_greedy,
+    reference,
+)
+register(
+    "accept_sample(Tensor logits, Tensor tokens, Tensor parents, str rule, Tensor seeds, Tensor position, "
+    "Tensor?[] filters, SymInt max_depth, Tensor budget, Tensor? eos_ids, str sampling, Tensor? draft_logits, "
+    "Tensor? draft_row, Tensor?[] draft_filters) -> (Tensor path, Tensor length, Tensor next_ids, Tensor has_nan)",
+    _fake_accept_sample,
+    reference,
+)
+register("compact_kv(Tensor(a!) storage, int[] widths, Tensor base, Tensor path) -> ()", _fake_compact_kv, reference)
+register(
+    "append_tokens(Tensor(a!) text, Tensor(b!) length, Tensor(c!) position, Tensor(d!) budget, Tensor tokens, "
+    "Tensor parents, Tensor path, Tensor accepted_length, Tensor next_ids, Tensor has_nan, Tensor? eos_ids, "
+    "Tensor? draft_nan) -> Tensor",
+    _fake_append_tokens,
+    reference,
+)
+register(
+    "ngram_lookup(Tensor tokens, Tensor start, Tensor length, Tensor(a!) estimates, Tensor(b!) last_draft, "
+    "SymInt num_nodes, SymInt max_depth, float first, float threshold, float learning, float drift) "
+    "-> (Tensor tokens, Tensor parents, Tensor depth, Tensor ancestors)",
+    _fake_ngram_lookup,
+    reference,
+)

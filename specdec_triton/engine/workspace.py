@@ -161,7 +161,7 @@ def key_of(call: Call) -> Hashable:
         matmul.allow_fp16_reduced_precision_reduction,
         torch.cuda.current_stream(call.device).cuda_stream if call.device.type == "cuda" else None,
     )
-    asked = options.tree, options.impl, options.compile, call.vocab_size
+    asked = options.tree, options.impl, options.compile, options.fuse, call.vocab_size
     return shape, settings, fingerprint(asked, call.model, type(call.drafter), vars(call.drafter))
 
 

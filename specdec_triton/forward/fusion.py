@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..ops import FLOAT_DTYPES
 from . import fused_modules, known_forwards
 from .fused_modules import FusedNorm, Handover, Part
 from .known_forwards import activation_of, source_id
@@ -58,7 +59,7 @@ def fuse(model: PreTrainedModel, impl: str | None = None) -> Fused:
 
 class _Fusion:
     def __init__(self, model: PreTrainedModel, impl: str | None):
-        self.impl, self.handover = impl, Handover()
+        self.impl, self.handover, self.dtype = impl, Handover(), model.dtype
         self.result = Fused(model)
         self.norms: dict[int, FusedNorm] = {}  # by id of the module
         self.copies: dict[int, nn.Module] = {}
@@ -71,6 +72,8 @@ class _Fusion:
     def unfit_model(self, model: PreTrainedModel) -> str | None:
         if model.training:
             return "it is in training mode"
+        if model.dtype not in FLOAT_DTYPES:
+            return f"it is in {model.dtype}"
         if any(module._compiled_call_impl is not None for module in model.modules()):
             return "module.compile() was called"
         return None
@@ -126,8 +129,8 @@ class _Fusion:
                 raise _Unfit(f"the source of {type(module).__name__} is not known")
             _check_untouched(module)
             weight = module.weight
-            if type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype not in fused_modules.ops.FLOAT_DTYPES:
-                raise _Unfit(f"its weight is a {type(weight).__name__} of {weight.dtype}")
+            if type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype != self.dtype:
+                raise _Unfit(f"the weight of its norm is a {type(weight).__name__} of {weight.dtype}")
             self.norms[id(module)] = FusedNorm(module, spec.style, getattr(module, spec.eps))
         return self.norms[id(module)]
 

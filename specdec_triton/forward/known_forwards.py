@@ -10,7 +10,7 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -209,13 +209,17 @@ def activation_of(module: Any) -> str | None:
 
 
 @cache
-def source_id(*functions: Callable) -> str | None:
+def source_id(*functions: Callable | None) -> str | None:
     """A hash of the functions' source, as far as it decides what they compute. None if there is no source."""
     try:
         sources = [textwrap.dedent(inspect.getsource(inspect.unwrap(function))) for function in functions]
-        trees = [ast.parse(source).body[0] for source in sources]
+        return id_of([ast.parse(source).body[0] for source in sources])
     except (OSError, TypeError, SyntaxError):
         return None
+
+
+def id_of(trees: Sequence[ast.AST]) -> str:
+    """`source_id` of functions that were parsed. Their docstrings are removed."""
     for tree in trees:
         if isinstance(tree, ast.FunctionDef) and ast.get_docstring(tree) is not None:
             del tree.body[0]

@@ -108,13 +108,16 @@ def mlp_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 def attention_forward(
     module: nn.Module,
     hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    attention_mask: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     part: Part = module.fused
     spec: Attention = part.spec
-    cache: TreeCache = kwargs.pop(CACHE)
+    cache = kwargs.pop(CACHE, None)
+    if not isinstance(cache, TreeCache):
+        of_class = super(type(module), module).forward
+        return of_class(hidden_states, position_embeddings, attention_mask, **{CACHE: cache}, **kwargs)
     if spec.joint:
         query, key, value = _split(module, getattr(module, spec.joint)(hidden_states))
     else:

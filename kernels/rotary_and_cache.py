@@ -2,8 +2,8 @@
 to their cache slots.
 
 There is one launch. A program handles some heads of one node: query heads, key heads, or value heads, which are only
-copied. A rotated dim and its partner are loaded by the same thread, once each, so that no element is exchanged between
-threads unless there is a norm.
+copied. The halves of the rotated dims are two tiles of the same layout, so that a thread loads each dim together with
+its partner, and each once. Interleaved dims are one tile, which is split in registers.
 
 Each operation is rounded to the dtype that PyTorch would give its result. In fp32, a fused multiply-add would skip one
 of these roundings, so the compiler may not use any.

@@ -183,8 +183,9 @@ def gated_activation(
     "gelu_tanh" (Shazeer 2020).
 
     The activation is computed in fp32 and rounded to the dtype of `gate` before the product, as in transformers. The
-    kernel is one launch. Its results are within one unit in the last place of bf16 or fp16, and within eight in fp32,
-    because its exponential is another approximation.
+    kernel is one launch. Its results are within two units in the last place of bf16 or fp16, and within eight in fp32,
+    because its exponential is another approximation. With "gelu" and "gelu_tanh" they may also differ by
+    2^-21 * |gate * up|, because PyTorch's 1 + erf and 1 + tanh cancel if the gate is negative.
 
     Strides: any. The tensors are read in place if their last dimension is contiguous, such as the halves of a joint
     product.

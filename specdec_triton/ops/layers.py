@@ -45,7 +45,7 @@ def rms_norm(
     Sennrich 2019.
 
     The kernel is one launch. It sums in another order. A norm is therefore within one unit in the last place of bf16 or
-    fp16 of the reference's, and within four in fp32. With style "cast_first" it is within two in bf16 or fp16, because
+    fp16 of the reference's, and within eight in fp32. With style "cast_first" it is within two in bf16 or fp16, because
     the product with the weight may double a difference. `summed` is bit-equal to the reference's. With an
     `update_weight`, the norm of the update is within the bound, `summed` is exact for that update, and `normed` is
     within the bound for that sum.

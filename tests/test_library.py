@@ -57,6 +57,15 @@ def lookup_inputs(batch=2):
     return tokens, start, start + 20, *state
 
 
+def norm_inputs(batch=2):
+    hidden, residual = torch.randn(2, batch, 3, 40, device=DEVICE)
+    return hidden, residual, *torch.randn(2, 40, device=DEVICE)
+
+
+def gate_inputs(batch=2):
+    return torch.randn(batch, 3, 80, device=DEVICE).chunk(2, -1)
+
+
 def attention(query, key, value, packed, impl="triton"):
     return ops.tree_attention(query, key, value, packed, sliding_window=4, impl=impl)
 
@@ -112,6 +121,15 @@ def lookup(tokens, start, length, estimates, last_draft, impl="triton"):
     return ops.ngram_lookup(tokens, start, length, estimates, last_draft, **shape, threshold=0.5, impl=impl)
 
 
+def norm(hidden, residual, weight, update_weight, impl="triton"):
+    options = {"eps": 1e-6, "style": "one_plus", "multiplier": 0.5}
+    return ops.rms_norm(hidden, weight, residual=residual, update_weight=update_weight, **options, impl=impl)
+
+
+def gated(gate, up, impl="triton"):
+    return ops.gated_activation(gate, up, activation="gelu_tanh", impl=impl)
+
+
 CALLS = {
     "tree_attention": (attention, attention_inputs),
     "draft_topk": (drafting, draft_inputs),
@@ -120,6 +138,8 @@ CALLS = {
     "compact_kv": (compaction, compaction_inputs),
     "append_tokens": (append, append_inputs),
     "ngram_lookup": (lookup, lookup_inputs),
+    "rms_norm": (norm, norm_inputs),
+    "gated_activation": (gated, gate_inputs),
 }
 
 
@@ -150,6 +170,11 @@ def arguments(op):
         return *inputs, torch.full_like(next_ids, 2), next_ids, next_ids > 5, next_ids[:1], None
     if op == "ngram_lookup":
         return (*lookup_inputs(), 6, 4, 0.8, 0.75, 0.2, 0.02)
+    if op == "rms_norm":
+        hidden, residual, weight, update_weight = norm_inputs()
+        return hidden, weight, 1e-6, "cast_last", residual, 0.5, update_weight
+    if op == "gated_activation":
+        return *gate_inputs(), "silu"
     storage, base, path = compaction_inputs()
     return storage, [8, 4], base, path
 

@@ -64,6 +64,15 @@ def rotary_inputs(batch=2):
     return query, key, value, cos, sin, keys, values, torch.arange(3, device=DEVICE).expand(batch, -1) * 4
 
 
+def norm_inputs(batch=2):
+    hidden, residual = torch.randn(2, batch, 3, 40, device=DEVICE)
+    return hidden, residual, *torch.randn(2, 40, device=DEVICE)
+
+
+def gate_inputs(batch=2):
+    return torch.randn(batch, 3, 80, device=DEVICE).chunk(2, -1)
+
+
 def attention(query, key, value, packed, impl="triton"):
     return ops.tree_attention(query, key, value, packed, sliding_window=4, impl=impl)
 
@@ -125,6 +134,15 @@ def rotary(query, key, value, cos, sin, keys, values, slots, impl="triton"):
     return rotated, keys + 1, values * 2
 
 
+def norm(hidden, residual, weight, update_weight, impl="triton"):
+    options = {"eps": 1e-6, "style": "one_plus", "multiplier": 0.5}
+    return ops.rms_norm(hidden, weight, residual=residual, update_weight=update_weight, **options, impl=impl)
+
+
+def gated(gate, up, impl="triton"):
+    return ops.gated_activation(gate, up, activation="gelu_tanh", impl=impl)
+
+
 CALLS = {
     "tree_attention": (attention, attention_inputs),
     "draft_topk": (drafting, draft_inputs),
@@ -134,6 +152,8 @@ CALLS = {
     "append_tokens": (append, append_inputs),
     "ngram_lookup": (lookup, lookup_inputs),
     "rotary_and_cache": (rotary, rotary_inputs),
+    "rms_norm": (norm, norm_inputs),
+    "gated_activation": (gated, gate_inputs),
 }
 
 
@@ -167,6 +187,11 @@ def arguments(op):
     if op == "rotary_and_cache":
         inputs = rotary_inputs()
         return *inputs, True, None, inputs[3][0, 0], 1e-6, "cast_last"
+    if op == "rms_norm":
+        hidden, residual, weight, update_weight = norm_inputs()
+        return hidden, weight, 1e-6, "cast_last", residual, 0.5, update_weight
+    if op == "gated_activation":
+        return *gate_inputs(), "silu"
     storage, base, path = compaction_inputs()
     return storage, [8, 4], base, path
 

@@ -37,6 +37,8 @@ OPS = (
     "compact_kv",
     "append_tokens",
     "rotary_and_cache",
+    "rms_norm",
+    "gated_activation",
 )
 PROCESSES = os.cpu_count() or 1
 CASES_PER_PROCESS = 8  # at least: a process takes seconds to start

@@ -9,7 +9,17 @@ COMPILED = " compiled"  # is appended to a bench's name for its run with --compi
 # values of the field "inputs" of rows
 CONTROLLED = "synthetic, controlled acceptance"
 REPLAYED = "synthetic weights, replayed acceptance"
+# ways to run a forward that is captured in a CUDA graph, see `way_of`
+WAYS = ("fused", "compiled", "eager in graph")
 ROWS, CALIBRATION, REPORT = "rows.json", "calibration.json", "report.md"
+
+
+def way_of(shapes: dict) -> str | None:
+    """How our methods ran their forwards: one of `WAYS`, or None if they were not captured. Rows of layers that run as
+    in transformers name neither "fuse" nor "compile"."""
+    if not shapes.get("cuda_graphs"):
+        return None
+    return WAYS[0] if shapes.get("fuse") else WAYS[1] if shapes.get("compile") else WAYS[2]
 
 
 class Results:

@@ -250,6 +250,13 @@ def test_the_model_is_not_changed_while_it_is_fused():
     assert snapshot(model) == before and [id(each) for each in model.parameters()] == parameters
 
 
+def test_the_copy_is_a_model_like_any_other():
+    model, inputs = build("gemma3"), prompt()
+    with torch.no_grad():
+        ours, plain = (each(**inputs) for each in (fuse(model).model, model))
+    assert torch.equal(ours.logits, plain.logits)
+
+
 def test_weights_are_shared():
     model = build("llama")
     found = fuse(model).model
@@ -291,6 +298,7 @@ def test_captured_rounds_and_later_calls(monkeypatch):
             assert torch.equal(model.generate(**inputs), plain)
             assert sdt.stats(model).why_eager is None
             assert bool(sdt.stats(model).reused) == (call > 0)
+            assert sdt.stats(model).fused["LlamaDecoderLayer"] == 2
         with torch.no_grad():
             model.model.layers[0].mlp.gate_proj.weight.mul_(2)
         other = model.generate(**inputs)

@@ -316,7 +316,9 @@ class Generation:
         stats.why_eager, stats.lag = runner.why_eager, self.reports.lag
         stats.captured, stats.reused, stats.replayed = runner.captured, runner.reused, runner.replayed
         stats.graph_bytes = runner.nbytes
-        stats.fused, stats.not_fused = self.runner.fused.replaced, self.runner.fused.left
+        if self.runner.fused is not None:  # it is None if all forwards were replayed
+            self.workspace.fused = self.runner.fused.replaced, self.runner.fused.left
+        stats.fused, stats.not_fused = self.workspace.fused
         stats.auto = self.controller and self.controller.summary
         if runner.captured:
             stats.seconds["capture"] = runner.capture_seconds

@@ -85,10 +85,13 @@ def norm_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
 
 
 def _normed(hidden: torch.Tensor, norm: FusedNorm, impl: str | None) -> torch.Tensor:
-    shape = hidden.shape
-    rows = hidden if hidden.dim() == 3 else hidden.reshape(1, -1, shape[-1])
-    normed, _ = ops.rms_norm(rows, norm.module.weight, eps=norm.eps, style=norm.style, impl=impl)
-    return normed.view(shape)
+    normed, _ = ops.rms_norm(_rows(hidden), norm.module.weight, eps=norm.eps, style=norm.style, impl=impl)
+    return normed.view(hidden.shape)
+
+
+def _rows(states: torch.Tensor) -> torch.Tensor:
+    """[B, N, C] for states [B, N, C], or [1, rows, C] for states with other leading dimensions."""
+    return states if states.dim() == 3 else states.reshape(1, -1, states.shape[-1])
 
 
 def mlp_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -98,19 +101,23 @@ def mlp_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     else:
         gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
     part = module.fused
-    return module.down_proj(ops.gated_activation(gate, up, activation=part.activation, impl=part.impl))
+    gated = ops.gated_activation(_rows(gate), _rows(up), activation=part.activation, impl=part.impl)
+    return module.down_proj(gated.view(gate.shape))
 
 
 def attention_forward(
     module: nn.Module,
     hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    attention_mask: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     part: Part = module.fused
     spec: Attention = part.spec
-    cache: TreeCache = kwargs.pop(CACHE)
+    cache = kwargs.pop(CACHE, None)
+    if not isinstance(cache, TreeCache):
+        of_class = super(type(module), module).forward
+        return of_class(hidden_states, position_embeddings, attention_mask, **{CACHE: cache}, **kwargs)
     if spec.joint:
         query, key, value = _split(module, getattr(module, spec.joint)(hidden_states))
     else:

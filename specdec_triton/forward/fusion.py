@@ -161,6 +161,8 @@ class _Fusion:
         spec = _spec(module)
         norms = tuple(name and self.norm_of(getattr(module, name)) for name in spec.norms)
         _check_alike(norms)
+        for name in spec.dropouts:
+            _check_untouched(getattr(module, name))
         multiplier = getattr(module, spec.multiplier) if spec.multiplier else 1.0
         return Part(self.impl, spec, norms, multiplier=multiplier, handover=self.handover)
 
@@ -198,6 +200,8 @@ def _check_untouched(module: nn.Module) -> None:
         raise _Unfit("its forward was replaced")
     if module._forward_hooks or module._forward_pre_hooks:
         raise _Unfit("it has forward hooks")
+    if module.training:
+        raise _Unfit("it is in training mode")
 
 
 @cache

@@ -135,6 +135,10 @@ ATTENTIONS = {
     "dae5ea32d878": Attention(_own_window, norms="head"),
     # Qwen3
     "ccd91e5eebb9": Attention(_own_window, norms="head"),
+    # Qwen3VLText
+    "242733cc8cc5": Attention(norms="head"),
+    # HYV3
+    "c023b953f9e4": Attention(norms="head"),
     # Glm4Moe
     "10a6ed776275": Attention(norms="head", applies=lambda module: module.use_qk_norm),
     # Olmo2
@@ -168,20 +172,19 @@ LAYERS = {
     "5a2c96f86e30": Layer(BEFORE),
     # Mixtral
     "a2614aec8f11": Layer(BEFORE),
+    # Qwen3VLText
+    "0616b5e0a3ab": Layer(BEFORE),
     # Granite
     "11374561e08c": Layer(BEFORE, multiplier="residual_multiplier"),
     # GraniteMoe
     "e392a726ad46": Layer(BEFORE, mlp="block_sparse_moe", multiplier="residual_multiplier"),
     # Phi3
     "e8f9adab26b0": Layer(BEFORE, dropouts=("resid_attn_dropout", "resid_mlp_dropout")),
+    # Emu3
+    "9e8cb1d6f214": Layer(BEFORE, dropouts=("dropout",)),
     # Gemma2
     "cf995ded58f3": Layer(
-        (
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        )
+        ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
     ),
     # Glm4
     "30f5469cd4d5": Layer(

@@ -38,6 +38,9 @@ class TreeRunner:
         buffers: holds the tensors that captured forwards read; None allocates them for this runner alone. `start` must
             be in it already.
         name: prefix of the names in `buffers`.
+
+    Attributes:
+        fused: the modules that were replaced; None before the first tree forward.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class TreeRunner:
         if compiled:
             self._recompiles = partial(torch._dynamo.config.patch, recompile_limit=RECOMPILES)
         self._fuses = fused
+        self.fused: Fused | None = None
         last_position = torch.as_tensor(last_position, device=start.device).expand(len(start))
         self.last_position = self._buffers.put(f"{name}.last_position", last_position)
         self.cache: TreeCache | None = None
@@ -153,14 +157,10 @@ class TreeRunner:
         return outputs.logits
 
     @cached_property
-    def fused(self) -> Fused:
-        """The model, with fused layers if asked for. It is copied after the prompt's forward, which may set attributes
-        of modules."""
-        return fuse(self.model, self.impl) if self._fuses else Fused(self.model)
-
-    @cached_property
     def _forward(self) -> Callable:
-        """What runs tree forwards."""
+        """The model that runs tree forwards. It is made after the prompt's forward, which may set attributes of
+        modules."""
+        self.fused = fuse(self.model, self.impl) if self._fuses else Fused(self.model)
         return torch.compile(self.fused.model, fullgraph=True) if self._compiled else self.fused.model
 
     @property

@@ -161,7 +161,7 @@ REHEARSED = [
     # these would repeat a part of "drafts"
     if case.name not in ("acceptance", "batch of 64", "nodes") and case.options not in (EAGER_ROUNDS, EAGER_LAYERS)
 ]
-REHEARSED.append(Case("graphs", (PLAIN,), context=12, tokens=(20, 24), turns=1, options=FUSED))
+REHEARSED.append(Case("graphs", (PLAIN, DRAFTED), context=12, tokens=(28, 40), turns=1, options=FUSED))
 
 
 def fuses(options: tuple[tuple[str, object], ...], device: torch.device) -> bool:

@@ -35,7 +35,7 @@ STEPS = {
         ("bench_accept", QUICK, 15),
         ("bench_accept_sample", QUICK, 40),
         ("bench_compact", QUICK, 15),
-        ("bench_layers", QUICK, 15),
+        ("bench_layers", QUICK, 25),
         ("bench_round", (), 85),
     ],
     "second": [("bench_generate", (), 140), ("bench_tree_attention", (*QUICK, "--compiled"), 75)],

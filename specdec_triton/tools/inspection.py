@@ -36,6 +36,7 @@ OPS = (
     "accept_sample",
     "compact_kv",
     "append_tokens",
+    "rotary_and_cache",
 )
 PROCESSES = os.cpu_count() or 1
 CASES_PER_PROCESS = 8  # at least: a process takes seconds to start

@@ -10,7 +10,7 @@ COMPILED = " compiled"  # is appended to a bench's name for its run with --compi
 CONTROLLED = "synthetic, controlled acceptance"
 REPLAYED = "synthetic weights, replayed acceptance"
 # ways to run a forward that is captured in a CUDA graph, see `way_of`
-WAYS = ("fused", "compiled", "eager in graph")
+WAYS = ("fused", "compiled", "fused and compiled", "eager in graph")
 ROWS, CALIBRATION, REPORT = "rows.json", "calibration.json", "report.md"
 
 
@@ -19,7 +19,8 @@ def way_of(shapes: dict) -> str | None:
     in transformers name neither "fuse" nor "compile"."""
     if not shapes.get("cuda_graphs"):
         return None
-    return WAYS[0] if shapes.get("fuse") else WAYS[1] if shapes.get("compile") else WAYS[2]
+    fused, compiled = shapes.get("fuse"), shapes.get("compile")
+    return WAYS[2] if fused and compiled else WAYS[0] if fused else WAYS[1] if compiled else WAYS[3]
 
 
 class Results:

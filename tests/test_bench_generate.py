@@ -9,7 +9,7 @@ import bench_generate
 import bench_round
 import pytest
 import torch
-from _rows import REPLAYED, WAYS, way_of
+from _rows import REPLAYED, way_of
 from bench_generate import (
     ASSISTED,
     COMPILED,
@@ -90,18 +90,20 @@ def test_the_key_of_a_row_names_fused_layers_only():
     assert shown_options(GRAPHS, cuda) == graphs | {"fuse": True} == shown_options(FUSED, cpu)
     assert shown_options(GRAPHS, cpu) == graphs == shown_options(EAGER_LAYERS, cuda)
     assert shown_options(COMPILED, cuda) == graphs | {"compile": True}
+    both = shown_options((*COMPILED, ("fuse", True)), cuda)
+    assert both == graphs | {"compile": True, "fuse": True} and way_of(both) == "fused and compiled"
 
 
 def test_the_cases_of_goals_run_in_all_ways():
-    cuda = torch.device("cuda")
+    cuda, ways = torch.device("cuda"), {"fused", "compiled", "eager in graph"}
     wide = [case for case in bench_generate.CASES if (64, 4.5) in case.oracle and PLAIN in case.ways]
-    assert {way_of(shown_options(case.options, cuda)) for case in wide} >= set(WAYS)
+    assert {way_of(shown_options(case.options, cuda)) for case in wide} >= ways
     drafted = [case for case in bench_generate.CASES if case.name == "drafts"]
     assert [way_of(shown_options(case.options, cuda)) for case in drafted] == ["fused", "eager in graph"]
     assert all(DRAFTED in case.ways and case.pair == "llama" for case in drafted)
     for nodes in (1, 64, 128):
         found = [case for case in bench_round.CASES if (case.nodes, case.batch) == (nodes, 1)]
-        assert {way_of(shown_options(case.options, cuda)) for case in found} >= set(WAYS)
+        assert {way_of(shown_options(case.options, cuda)) for case in found} >= ways
 
 
 def test_every_case_that_asks_for_graphs_is_long_enough():

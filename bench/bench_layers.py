@@ -6,8 +6,8 @@ activation; N rows of one sequence, at the sizes of a Llama.
 Providers: the Triton kernels; on a CPU, the references; eager, which is the code of transformers' Llama and of our
 cache; Liger's kernels, if it is installed; with --compiled, eager under torch.compile. Liger does not write to a cache:
 its rotary embedding, which works in place, is followed by eager's writes. Outputs of ours and of eager are verified to
-the unit in the last place that `ops` promises. Liger and the compiler round at other places: their largest error may be
-twice the reference's, both measured from fp32.
+the units in the last place that `ops` promises. Liger and the compiler round at other places: their largest error may
+be twice the reference's, both measured from fp32.
 
 The floor is one read of the inputs and one write of the outputs. Inputs of few rows fit into the caches, as they do in
 a forward, where the kernel before has just written them.
@@ -45,7 +45,7 @@ class Norm:
         nbytes: of all inputs and outputs, once each.
     """
 
-    ulps: tuple[int, ...] = (1, 0)
+    ulps: tuple[int, ...] = (2, 0)
 
     def __init__(self, shape: dict, nodes: int, device: torch.device):
         self.size, self.device = (1, nodes, shape["hidden_size"]), device
@@ -81,7 +81,7 @@ class Norm:
 class FirstNorm(Norm):
     """`rms_norm` without a residual: the first norm of a forward."""
 
-    ulps = (1,)
+    ulps = (2,)
 
     def __init__(self, shape: dict, nodes: int, device: torch.device):
         super().__init__(shape, nodes, device)
@@ -165,7 +165,7 @@ class Rotary:
 class Gated:
     """`gated_activation` with "silu". See `Norm` for the attributes."""
 
-    ulps = (1,)
+    ulps = (2,)
 
     def __init__(self, shape: dict, nodes: int, device: torch.device):
         self.size, self.device = (1, nodes, shape["intermediate_size"]), device

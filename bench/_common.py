@@ -257,7 +257,7 @@ class Bench:
             verify: called with `provider.call`; raises AssertionError if its outputs are wrong.
             nbytes: the least number of bytes read and written; with `flops` it gives the floor of the time.
             flops: the least number of floating-point operations.
-            count: count the launches of a kernel of ours, which takes a run under the profiler.
+            count: on a GPU, count the launches of the call, which takes a run under the profiler.
 
         Raises:
             OutOfTime: the budget is spent.
@@ -275,7 +275,7 @@ class Bench:
                     found["untimed"] = UNTIMED
                 else:
                     found |= self._timed(provider, sets, nbytes, flops)
-                    counts = count and provider.kernel and self.device.type == "cuda"
+                    counts = count and self.device.type == "cuda"
                     found["launches"] = launches(provider.call, sets[0]) if counts else None
         return self.add(provider.name, shapes, dtype, found)
 
@@ -293,6 +293,7 @@ class Bench:
         return {
             "method": method,
             "calls": len(times),
+            "bytes": nbytes,
             "sets": len(sets),
             "p20_us": round(p20, 3),
             "p50_us": round(p50, 3),

@@ -9,7 +9,18 @@ COMPILED = " compiled"  # is appended to a bench's name for its run with --compi
 # values of the field "inputs" of rows
 CONTROLLED = "synthetic, controlled acceptance"
 REPLAYED = "synthetic weights, replayed acceptance"
+# ways to run a forward that is captured in a CUDA graph, see `way_of`
+WAYS = ("fused", "compiled", "fused and compiled", "eager in graph")
 ROWS, CALIBRATION, REPORT = "rows.json", "calibration.json", "report.md"
+
+
+def way_of(shapes: dict) -> str | None:
+    """How our methods ran their forwards: one of `WAYS`, or None if they were not captured. Rows of layers that run as
+    in transformers name neither "fuse" nor "compile"."""
+    if not shapes.get("cuda_graphs"):
+        return None
+    fused, compiled = shapes.get("fuse"), shapes.get("compile")
+    return WAYS[2] if fused and compiled else WAYS[0] if fused else WAYS[1] if compiled else WAYS[3]
 
 
 class Results:

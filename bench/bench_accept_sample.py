@@ -163,7 +163,7 @@ def measure(bench: Bench, case: tuple[int, int, int, str, str]) -> None:
         checks |= {Provider("flashinfer chain", accept_flashinfer, absent=flashinfer): verify_range}
     shapes = {"B": batch, "N": nodes, "V": vocab, "rule": rule, "sampling": sampling, "filters": kind}
     for provider, check in checks.items():
-        bench.measure(provider, shapes, "bf16", sets, check, nbytes=nbytes, count=rule == "coupled")
+        bench.measure(provider, shapes, "bf16", sets, check, nbytes=nbytes, count=provider.kernel and rule == "coupled")
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import sys
 import torch
 from _common import Bench, simulate_graphs
 from _models import prompts, spider
-from bench_generate import elapsed, generate, pair
+from bench_generate import elapsed, generate, pair, shown_options
 
 import specdec_triton as sdt
 from specdec_triton.engine import auto_tree
@@ -66,7 +66,7 @@ def measure(bench: Bench, case: Case) -> None:
             found["trees"] = [list(tree.values()) for tree in chosen["trees"]]
             found["speedup_expected"] = round(chosen["speedup"], 3)
         found["said"] = in_words(found)
-    shapes = {"model": name, **dataclasses.asdict(case)}
+    shapes = {"model": name, **dataclasses.asdict(case)} | shown_options((), device)
     bench.add(case.way, shapes, "bf16" if large else "fp32", found)
 
 

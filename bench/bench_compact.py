@@ -104,7 +104,7 @@ def measure_append(bench: Bench, batch: int, nodes: int) -> None:
     nbytes = batch * (4 * nodes + 8 * (2 * depth + 6) + 8 * (ACCEPTED + 1))
     for impl in ("triton", "reference"):
         provider = Provider(impl, functools.partial(append, impl=impl), kernel=impl == "triton")
-        bench.measure(provider, shapes, "int64", sets, verify, nbytes=nbytes, count=True)
+        bench.measure(provider, shapes, "int64", sets, verify, nbytes=nbytes, count=provider.kernel)
 
 
 def copied(value: torch.Tensor | ops.Acceptance) -> torch.Tensor | ops.Acceptance:
@@ -137,7 +137,7 @@ def measure(bench: Bench, case: tuple) -> None:
         Provider("reference", lambda inputs: compact(inputs, "reference")),
         Provider("eager, a layer at a time", compact_eager),
     ):
-        bench.measure(provider, shapes, "bf16", sets, verify, nbytes=nbytes, count=batch == 1)
+        bench.measure(provider, shapes, "bf16", sets, verify, nbytes=nbytes, count=provider.kernel and batch == 1)
 
 
 def main() -> int:

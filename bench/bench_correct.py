@@ -41,6 +41,9 @@ KERNELS = (
     "draft_topk",
     "accept_greedy",
     "accept_sample",
+    "gated_activation",
+    "rms_norm",
+    "rotary_and_cache",
     "tree_attention",
 )
 TESTS = [*(f"tests/test_kernel_{name}.py" for name in KERNELS), "tests/test_library.py", "tests/test_families.py"]
@@ -251,14 +254,15 @@ def text(device: torch.device, case: Case) -> dict:
 
 
 def graphs_in_words(stats: sdt.Stats) -> dict:
-    """Counts of captured rounds, in words.
+    """Counts of captured rounds and of fused modules, in words.
 
     Raises:
         AssertionError: no round was replayed.
     """
     assert stats.replayed, f"no round was replayed: {stats.why_eager}"
     tokens = f"{stats.acceptance_length:.2f} tokens each"
-    return {"said": f"{stats.rounds} rounds, {tokens}, {stats.captured} graphs, {stats.replayed} replays"}
+    said = f"{stats.rounds} rounds, {tokens}, {stats.captured} graphs, {stats.replayed} replays"
+    return {"said": f"{said}, {sum(stats.fused.values())} modules fused"}
 
 
 def rounded_text(device: torch.device, case: Case) -> dict:

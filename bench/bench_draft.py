@@ -58,7 +58,7 @@ def measure(bench: Bench, case: tuple[int, int, int, int, str]) -> None:
             impl, lambda inputs, impl=impl: ops.draft_topk(**inputs, impl=impl), kernel=impl == "triton"
         )
         shape = {"B": batch, "P": parents, "k": k, "V": vocab, "kind": kind}
-        bench.measure(provider, shape, "bf16", sets, verify, nbytes=nbytes, count=parents == 1)
+        bench.measure(provider, shape, "bf16", sets, verify, nbytes=nbytes, count=provider.kernel and parents == 1)
 
 
 def main() -> int:

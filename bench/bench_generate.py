@@ -19,6 +19,10 @@ and replay them; otherwise the difference would include uncaptured rounds, and t
 over turns. Before timing, a method's text must equal that of transformers' eager `generate`. In bf16 it may differ if
 every token, teacher-forced, is within `GAP` of the target's largest logit.
 
+A forward that is captured runs in one of three ways: with fused layers (the default on a GPU), compiled, or eager in
+the graph. Rows of fused layers have "fuse" among their shapes. Other rows have layers as transformers runs them, since
+they were measured with `fuse=False` or before there was this option.
+
 "eta", the round efficiency, is a floor over the time of a round. The floor is the time to read the target's weights,
 its keys and values, and the draft's weights once for each of its forwards, at the bandwidth measured here.
 """
@@ -40,6 +44,7 @@ from _rows import CONTROLLED, REPLAYED, RESULTS
 
 import specdec_triton as sdt
 from specdec_triton.engine.generate import WORTH_CAPTURING
+from specdec_triton.options import Options
 from specdec_triton.tools import calibration, profiling
 from specdec_triton.tools.host_sync import count_forwards
 from specdec_triton.tools.roofline import efficiency_bytes, floor_seconds, shape_of
@@ -107,12 +112,14 @@ class Case:
 
 GRAPHS = (("cuda_graphs", True),)
 EAGER_ROUNDS = (("cuda_graphs", False),)
-COMPILED = (("cuda_graphs", True), ("compile", True))
+COMPILED = (*GRAPHS, ("compile", True))
+FUSED, EAGER_LAYERS = (*GRAPHS, ("fuse", True)), (*GRAPHS, ("fuse", False))
 DRAFTED, LOOKED_UP, THEIR_LOOKUP = "ours, draft model", "ours, prompt lookup", "transformers prompt lookup"
 STATIC = "transformers static cache, compiled"
 COUNTED = (ASSISTED, THEIR_LOOKUP)  # they emit several tokens a forward of the target
 CASES = [
     Case("drafts", (PLAIN, DRAFTED, EAGER, ASSISTED), oracle=((64, 4.5),), options=GRAPHS, turns=2),
+    Case("drafts", (PLAIN, DRAFTED), oracle=((64, 4.5),), options=EAGER_LAYERS, turns=2, seconds=25),
     Case(
         "replayed pair", (PLAIN, DRAFTED, ASSISTED), tokens=(32, 222), options=GRAPHS, turns=2, pair="qwen", seconds=40
     ),
@@ -142,14 +149,44 @@ def scaled(case: Case, batch: int, graphs: tuple = (), **sizes) -> Case:
     return dataclasses.replace(case, options=options, batch=min(case.batch, batch), **sizes)
 
 
-SMALL = [scaled(case, 4, context=64, tokens=(4, 36)) for case in CASES if case.options != EAGER_ROUNDS]
+SMALL = [
+    scaled(case, 4, context=64, tokens=(4, 36))
+    for case in CASES
+    # a CPU captures nothing, and its layers are never fused by default
+    if case.options not in (EAGER_ROUNDS, EAGER_LAYERS)
+]
 REHEARSED = [
     scaled(case, 2, EAGER_ROUNDS, context=12, tokens=(2, 10), turns=1)
     for case in CASES
-    # "without graphs" would repeat a part of "drafts"
-    if case.name not in ("acceptance", "batch of 64", "nodes", "without graphs")
+    # these would repeat a part of "drafts"
+    if case.name not in ("acceptance", "batch of 64", "nodes") and case.options not in (EAGER_ROUNDS, EAGER_LAYERS)
 ]
-REHEARSED.append(Case("graphs", (PLAIN,), context=12, tokens=(20, 24), turns=1, options=GRAPHS))
+REHEARSED.append(Case("graphs", (PLAIN, DRAFTED), context=12, tokens=(28, 40), turns=1, options=FUSED))
+
+
+def fuses(options: tuple[tuple[str, object], ...], device: torch.device) -> bool:
+    """Whether our methods fuse layers under these options."""
+    return Options(**dict(options)).fuses(device)
+
+
+def shown_options(options: tuple[tuple[str, object], ...], device: torch.device) -> dict[str, object]:
+    """The options for a row's shapes; see the module for "fuse"."""
+    shown = {name: value for name, value in options if name != "fuse"}
+    return shown | ({"fuse": True} if fuses(options, device) else {})
+
+
+def check_fused(target, options: tuple[tuple[str, object], ...]) -> dict[str, object]:
+    """The fused modules of the last call, and the reasons for the others, as fields of a row.
+
+    Raises:
+        RuntimeError: the options fuse layers, but the call did not; the row would be of another way than it says.
+    """
+    if not fuses(options, target.device):
+        return {}
+    stats = sdt.stats(target)
+    if not stats.fused:
+        raise RuntimeError(f"layers must be fused, got none: {stats.not_fused}")
+    return {"fused": stats.fused, "not_fused": stats.not_fused}
 
 
 class Replay(NamedTuple):
@@ -408,7 +445,11 @@ def measure(bench: Bench, case: Case) -> None:
                 if ways[other].name in BASELINES and other != place
             }
         shapes = {"case": case.name, "model": setup.model, "B": case.batch, "context": case.context, "N": way.nodes}
-        shapes |= {"tau": way.wanted, "repeats": case.repeats, **(dict(case.options) if way.ours else {})}
+        shapes |= {
+            "tau": way.wanted,
+            "repeats": case.repeats,
+            **(shown_options(case.options, device) if way.ours else {}),
+        }
         bench.add(way.name, shapes, "bf16" if large else "fp32", row, way.inputs)
 
 
@@ -438,6 +479,8 @@ def verify(bench: Bench, way: Way, row: dict, setup: Setup) -> None:
         return
     if way.wanted is not None:
         way.call = min(tried, key=lambda call: abs(tried[call].acceptance_length / way.wanted - 1))
+    if way.ours:
+        row |= check_fused(setup.target, setup.case.options)
     row |= check(setup.target, tried[way.call].text, setup.plain, setup.case.context)
     row["rounds"] = tried[way.call].rounds
     row["acceptance_length"] = round(tried[way.call].acceptance_length, 3)

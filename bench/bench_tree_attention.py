@@ -165,7 +165,7 @@ def measure(bench: Bench, case: tuple[int, ...]) -> None:
     peers = [bench.made(peer, partial(make, bench.device, sets[0])) for peer, make in PEERS.items() if bench.compiled]
     shapes = {"B": batch, "Hq": query_heads, "Hkv": kv_heads, "D": head_dim, "context": context, "N": nodes}
     for provider in peers or ours_and_eager:
-        bench.measure(provider, shapes, name, sets, verify, **work, count=context <= 1024)
+        bench.measure(provider, shapes, name, sets, verify, **work, count=provider.kernel and context <= 1024)
 
 
 def main() -> int:

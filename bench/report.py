@@ -18,8 +18,8 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from _goals import GOALS, LARGE, LLAMA, Rows
-from _rows import CALIBRATION, REPLAYED, REPORT, RESULTS, ROOT, ROWS, Results
+from _goals import GOALS, LARGE, LLAMA, MODEL, Rows
+from _rows import CALIBRATION, REPLAYED, REPORT, RESULTS, ROOT, ROWS, Results, way_of
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- made by bench/report.py: begin -->", "<!-- made by bench/report.py: end -->"
@@ -32,7 +32,7 @@ NO_PLOTS = "matplotlib is not installed: no plots. Make them elsewhere: python b
 GOAL_HEADS = ("goal", "quantity", "wanted", "measured", "verdict")
 LONGEST_REASON = 160
 MOST_LINES, MOST_FAULTS, LONGEST_LINE, LONGEST_FAULT = 60, 10, 170, 320  # on the screen
-KERNELS = ("tree_attention", "accept", "accept_sample", "compact")
+KERNELS = ("tree_attention", "accept", "accept_sample", "compact", "layers")
 UNSHARED = ("tune_tree_attention",)  # benches whose rows are too many for `bench/results`
 
 
@@ -62,9 +62,10 @@ def goals_lines(rows: list[dict], size: str | None = None) -> list[list[str]]:
     lines = []
     for check in GOALS:
         if size in (None, check.size):
-            value, verdict = check.judge(rows)
+            value, verdict, way = check.judge(rows)
             goal = f"{'≥' if check.sign == '>=' else '≤'} {check.bound:g}"
-            lines.append([check.goal, check.quantity, goal, number(value), MARKS[verdict]])
+            measured = number(value) + (f" ({way})" if way else "")
+            lines.append([check.goal, check.quantity, goal, measured, MARKS[verdict]])
     return lines
 
 
@@ -87,6 +88,11 @@ def origin(rows: list[dict]) -> str:
 def shown(row: dict) -> str:
     """A row's sizes and options, for a table's first column."""
     return ", ".join(f"{name} {value}" for name, value in row["shapes"].items() if value not in (None, False))
+
+
+def way_name(shapes: dict) -> str:
+    """Appended to a method's name if its layers do not run as in transformers."""
+    return ", fused" * bool(shapes.get("fuse")) + ", compiled" * bool(shapes.get("compile"))
 
 
 def share(value: float) -> str:
@@ -155,16 +161,18 @@ def round_table(rows: list[dict]) -> list[str]:
 
 
 def kernels_table(rows: list[dict]) -> list[str]:
-    """Kernels of the batch-1 rounds replayed from CUDA graphs, the slowest first."""
+    """Kernels of the batch-1 rounds replayed from CUDA graphs; those of a round from the slowest to the fastest."""
     lines = []
     for row in rows:
         if row["bench"] == "round" and row["shapes"]["B"] == 1 and row["shapes"].get("cuda_graphs"):
             lines += [
-                [f"`{kernel['name']}`", row["shapes"]["N"], number(kernel["launches"]), number(kernel["us"])]
+                [f"`{kernel['name']}`", way_of(row["shapes"]), row["shapes"]["N"]]
+                + [number(kernel["launches"]), number(kernel["us"])]
                 for kernel in row.get("kernel_us", ())
             ]
     note = "Batch 1, replayed from graphs: number of launches in a round, and µs of all of them together."
-    return ["### kernels of a round", "", note, "", *table(["kernel", "N", "launches", "µs"], lines)] if lines else []
+    heads = ("kernel", "layers", "N", "launches", "µs")
+    return ["### kernels of a round", "", note, "", *table(heads, lines, text=(0, 1))] if lines else []
 
 
 def unmeasured(rows: list[dict]) -> list[str]:
@@ -243,7 +251,7 @@ def highlights(rows: list[dict]) -> list[str]:
             lines.append(f"round, {shown(row)}: {number(row['p50_us'])} us: {stages}{idle}")
         elif row["bench"] == "generate" and "p50_tokens_s" in row:
             ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in row["ratio"].items())
-            provider = row["provider"] + ", replayed" * (row["inputs"] == REPLAYED)
+            provider = row["provider"] + way_name(shapes) + ", replayed" * (row["inputs"] == REPLAYED)
             lines.append(
                 f"generate, {shapes['case']}, {provider}, N {shapes['N']}: {number(row['p50_tokens_s'], 4)} "
                 f"tokens/s, eta {number(row['eta'])}, tau {row['acceptance_length']}; {ratios}"
@@ -256,6 +264,8 @@ def _has_goal_sizes(bench: str, shapes: dict) -> bool:
     if bench == "tree_attention":
         llama = all(shapes[name] == size for name, size in LLAMA.items())
         return llama and shapes["context"] in (1024, 8192, 32768) and shapes["N"] in (1, 32, 64, 128)
+    if bench == "layers":
+        return shapes["model"] == MODEL and shapes["N"] in (1, 64)
     if bench == "compact":
         return shapes["B"] == 1 and shapes.get("path", "spread") == "spread" and shapes.get("model", "8B") == "8B"
     return (
@@ -379,7 +389,7 @@ def line_name(row: dict) -> str:
     """The legend's name of a line of the speedup plot."""
     shapes = row["shapes"]
     name = f"{shapes['case']}: {shapes['model']}, {row['provider'].removeprefix('ours, ')}"
-    name += f", batch {shapes['B']}, N = {shapes['N']}" + ", compiled" * bool(shapes.get("compile"))
+    name += f", batch {shapes['B']}, N = {shapes['N']}" + way_name(shapes)
     name += ", no graphs" if shapes.get("cuda_graphs") is False else ""
     return name + ", replayed" * (row["inputs"] == REPLAYED)
 
@@ -430,7 +440,7 @@ def round_plot(rows: list[dict], axes) -> list[dict]:
     for place, row in enumerate(found):
         shapes, at = row["shapes"], 0.0
         graphs = {True: ", graphs", False: ", no graphs", None: ""}[shapes.get("cuda_graphs")]
-        labels.append(f"batch {shapes['B']}, N = {shapes['N']}{graphs}")
+        labels.append(f"batch {shapes['B']}, N = {shapes['N']}{way_name(shapes)}{graphs}")
         for name, color in STAGES.items():
             width = row["stages"].get(name, {"us": 0.0})["us"] / 1e3
             axes.barh(place, width, left=at, color=color, label=name if place == 0 else None)
@@ -488,7 +498,7 @@ def speed_table(rows: list[dict]) -> list[str]:
 
     def method(row: dict) -> str:
         shapes = row["shapes"]
-        more = ", compiled" * bool(shapes.get("compile")) + f", batch {shapes['B']}" * (shapes["B"] > 1)
+        more = way_name(shapes) + f", batch {shapes['B']}" * (shapes["B"] > 1)
         return f"{shapes['model']}, {row['provider']}{more}"
 
     found = having(Rows(rows, "gpu").rows, "generate", "p50_tokens_s")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import _common
 import bench_accept
+import bench_layers
 import pytest
 import torch
 from _common import Bench, Provider
@@ -46,6 +47,73 @@ def test_a_kernel_in_the_interpreter_is_checked_and_not_timed(tmp_path):
     assert bench(tmp_path).run(bench_accept.measure, [], [], [(1, 3, 70)]) == 0
     for row in rows(tmp_path, provider="triton"):
         assert ("p50_us" in row) == torch.cuda.is_available() and row["device"] and row["commit"]
+
+
+@pytest.mark.parametrize("kind", bench_layers.KINDS)
+def test_fused_ops_are_verified_and_timed_against_transformers_code(tmp_path, kind):
+    run = bench(tmp_path, name="layers")
+    assert run.run(bench_layers.measure, [], [], [(kind, "tiny", 3)]) == 0
+    found = {row["provider"]: row for row in rows(tmp_path, bench="layers")}
+    # 3 rows of 128 or 256 columns; 8 + 4 + 4 heads of 16, cos and sin, and slots of 8 bytes
+    nbytes = {"rms_norm": 13 * 256, "rms_norm, no residual": 7 * 256, "rotary_and_cache": 3288}
+    for provider in ("eager", "triton" if torch.cuda.is_available() else "reference"):
+        assert found[provider]["p50_us"] > 0 and found[provider]["bytes"] == nbytes.get(kind, 9 * 512)
+        assert found[provider]["of_ceiling"] > 0
+    if not torch.cuda.is_available():
+        assert "untimed" in found["triton"] and found["liger"]["absent"]
+    assert "torch.compile of eager" not in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "output"), [(name, place) for name, op in bench_layers.KINDS.items() for place in range(len(op.ulps))]
+)
+def test_a_wrong_fused_op_has_no_time(tmp_path, monkeypatch, kind, output):
+    """One element of one output is one unit in the last place more from the reference's than the op promises. For the
+    rotation, outputs 1 and 2 are the cache: the element belongs to a token that the op does not write."""
+    op, too_far = kind.partition(",")[0], bench_layers.KINDS[kind].ulps[output] + 1
+    right = getattr(ops, op)
+
+    def spoiled(*args, impl, **kwargs):
+        found = right(*args, impl="reference", **kwargs)
+        if impl == "triton":
+            outputs = {"rotary_and_cache": (found, kwargs.get("keys"), kwargs.get("values"))}.get(op, found)
+            bits = (outputs if isinstance(outputs, tuple) else (outputs,))[output].view(torch.int16)
+            bits[(0, *[-1] * (bits.dim() - 1))] += too_far
+        return found
+
+    monkeypatch.setattr(ops, op, spoiled)
+    assert bench(tmp_path, name="layers").run(bench_layers.measure, [], [], [(kind, "tiny", 3)]) == 1
+    (wrong,) = rows(tmp_path, provider="triton")
+    assert wrong["wrong"] == f"output {output} is {too_far} units in the last place from the reference's"
+    assert "p50_us" not in wrong and "untimed" not in wrong
+    (honest,) = rows(tmp_path, provider="eager")
+    assert honest["p50_us"] > 0
+
+
+@pytest.mark.parametrize("kind", bench_layers.KINDS)
+def test_peers_may_round_elsewhere_and_no_more(kind):
+    """fp32 inside, rounded once at the end, as compilers do, passes; another formula or NaN does not."""
+    torch.manual_seed(0)
+    op = bench_layers.KINDS[kind](bench_layers.SHAPES["tiny"], 3, torch.device("cpu"))
+    sets = op.make_sets(2)
+
+    def precise(inputs):
+        found = op.ours(bench_layers.copied(inputs, torch.float32), "reference")
+        return tuple(output.to(bench_layers.DTYPE) for output in found)
+
+    bench_layers.check_error(op, sets, precise)
+    bench_layers.check_error(op, sets, op.eager)
+    for spoil in (lambda output: output * (1 + 2**-5), lambda output: output * float("nan")):
+        with pytest.raises(AssertionError, match="output 0 has an error of"):
+            bench_layers.check_error(op, sets, lambda inputs, spoil=spoil: tuple(map(spoil, precise(inputs))))
+
+
+def test_units_in_the_last_place_are_counted_across_zero():
+    apart, numbers = bench_layers.ulps_apart, torch.tensor([0.0, -0.0, 1.0, -1.0]).bfloat16()
+    larger = (numbers.view(torch.int16) + torch.tensor([1, 1, 3, 3], dtype=torch.int16)).view(torch.bfloat16)
+    assert apart(numbers, larger) == apart(larger, numbers) == 3
+    assert apart(larger[:1], larger[1:2]) == 2 and apart(numbers[:1], numbers[1:2]) == 0
+    assert apart(numbers, torch.full_like(numbers, float("nan"))) > 1000
 
 
 def measure_three(run, case):

@@ -1,19 +1,34 @@
 """bench_generate times captured rounds or fails; a draft that replays a trace errs at the trace's tokens and at no
 others."""
 
+import dataclasses
 import json
 
 import _rows
 import bench_generate
+import bench_round
 import pytest
 import torch
-from _rows import REPLAYED
-from bench_generate import ASSISTED, DRAFTED, GRAPHS, PLAIN, Call, Case, check_graphs
+from _rows import REPLAYED, way_of
+from bench_generate import (
+    ASSISTED,
+    COMPILED,
+    DRAFTED,
+    EAGER_LAYERS,
+    FUSED,
+    GRAPHS,
+    PLAIN,
+    Call,
+    Case,
+    check_graphs,
+    shown_options,
+)
 
 from bench_helpers import bench, rows
 from bench_helpers import quick as quick
 from helpers import capture_here
 from specdec_triton.engine.workspace import Workspaces
+from specdec_triton.forward import fusion
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -44,6 +59,51 @@ def test_calls_must_differ_by_replayed_rounds_alone(short):
     check_graphs(SHORT, [(Call(1.0, 2, 20), Call(2.0, 2, 60))])
     with pytest.raises(RuntimeError, match="must capture the same number of graphs and replay them, got"):
         check_graphs(SHORT, [(Call(1.0, 2, 20), Call(2.0, 2, 60)), (short, Call(2.0, 2, 60))])
+
+
+def test_a_row_says_whether_layers_are_fused(tmp_path, monkeypatch):
+    capture_here(monkeypatch, 1)
+    cases = [dataclasses.replace(SHORT, options=options) for options in (FUSED, EAGER_LAYERS)]
+    assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], cases) == 0
+    fused, eager = rows(tmp_path, bench="generate")
+    assert fused["shapes"] == eager["shapes"] | {"fuse": True}
+    # 4 layers with 2 norms each, and the last norm
+    assert fused["fused"] == {
+        "LlamaRMSNorm": 9, "LlamaMLP": 4, "LlamaAttention": 4, "LlamaDecoderLayer": 4,
+    } and not fused["not_fused"] and "fused" not in eager  # fmt: skip
+
+
+def test_a_row_of_fused_layers_is_none_if_none_were_fused(tmp_path, monkeypatch):
+    capture_here(monkeypatch, 1)
+    monkeypatch.setattr(fusion._Fusion, "unfit_model", lambda self, model: "it is Tuesday")
+    case = dataclasses.replace(SHORT, options=FUSED)
+    assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [case]) == 1
+    (row,) = rows(tmp_path, bench="generate")
+    assert "layers must be fused, got none: {'LlamaForCausalLM': 'it is Tuesday'}" in row["failed"]
+    assert "p50_tokens_s" not in row
+
+
+def test_the_key_of_a_row_names_fused_layers_only():
+    """Rows of before the option had layers as in transformers. They keep their keys and their meaning."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    graphs = {"cuda_graphs": True}
+    assert shown_options(GRAPHS, cuda) == graphs | {"fuse": True} == shown_options(FUSED, cpu)
+    assert shown_options(GRAPHS, cpu) == graphs == shown_options(EAGER_LAYERS, cuda)
+    assert shown_options(COMPILED, cuda) == graphs | {"compile": True}
+    both = shown_options((*COMPILED, ("fuse", True)), cuda)
+    assert both == graphs | {"compile": True, "fuse": True} and way_of(both) == "fused and compiled"
+
+
+def test_the_cases_of_goals_run_in_all_ways():
+    cuda, ways = torch.device("cuda"), {"fused", "compiled", "eager in graph"}
+    wide = [case for case in bench_generate.CASES if (64, 4.5) in case.oracle and PLAIN in case.ways]
+    assert {way_of(shown_options(case.options, cuda)) for case in wide} >= ways
+    drafted = [case for case in bench_generate.CASES if case.name == "drafts"]
+    assert [way_of(shown_options(case.options, cuda)) for case in drafted] == ["fused", "eager in graph"]
+    assert all(DRAFTED in case.ways and case.pair == "llama" for case in drafted)
+    for nodes in (1, 64, 128):
+        found = [case for case in bench_round.CASES if (case.nodes, case.batch) == (nodes, 1)]
+        assert {way_of(shown_options(case.options, cuda)) for case in found} >= ways
 
 
 def test_every_case_that_asks_for_graphs_is_long_enough():

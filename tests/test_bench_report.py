@@ -60,9 +60,12 @@ def gpu_rows():
     rows.append(row("compact", "triton", {"model": "8B", "B": 1, "path": "long"}, p50_us=9.0, of_ceiling=0.2, **TIMES))
     appended = {"op": "append_tokens", "B": 1, "N": 64, "D": 7}
     rows.append(row("compact", "triton", appended, p50_us=3.0, of_ceiling=0.01, **TIMES))
+    layer = {"op": "rms_norm", "model": "llama 8B", "N": 64}
+    rows.append(row("layers", "triton", layer, p50_us=2.5, of_ceiling=0.1, **TIMES))
     rows += [rounds(1, 5000.0), rounds(64, 5400.0), rounds(128, 6000.0), rounds(64, 9000.0, graphs=False)]
     plain, assisted, eager = "ours, plain", "transformers assisted", "transformers eager"
     rows.append(generated(plain, "compiled", {}, eta=0.9, compile=True, N=1))
+    rows.append(generated(plain, "drafts", {}, eta=0.5, N=1))
     rows.append(generated("ours, oracle", "drafts", {plain: 3.6, eager: 14.0}, eta=0.75, length=4.4))
     rows.append(generated("ours, draft model", "drafts", {plain: 2.6, assisted: 4.2, eager: 11.0}, length=4.1, N=6))
     for length, ratio in ((1.5, 1.3), (2.0, 1.7), (3.0, 2.5), (4.5, 3.7)):
@@ -130,6 +133,64 @@ def test_a_number_beyond_its_bound_misses_its_goal(goal, spoil):
     assert "missed" in {verdict for (number, _), verdict in verdicts(rows).items() if number == goal}
 
 
+def fused(rows, speed, ratio=1.0):
+    """Copies of rows of whole forwards in graphs, as if fused layers were `speed` times as fast as eager ones and had
+    `ratio` times the ratios to baselines."""
+    found = [json.loads(json.dumps(found)) for found in rows if _rows.way_of(found["shapes"]) == "eager in graph"]
+    for row in found:
+        row["shapes"]["fuse"] = True
+        for name in ("eta", "p50_tokens_s"):
+            if name in row:
+                row[name] *= speed
+        for stage in row.get("stages", {}).values():
+            stage["us"] /= speed
+        row["p50_us"] = row.get("p50_us", 1.0) / speed
+        row["ratio"] = {name: ratio * value for name, value in row.get("ratio", {}).items()}
+    return found
+
+
+WHOLE = ("9", "10", "11", "12", "13", "14")  # goals of whole forwards
+
+
+@pytest.mark.parametrize("ratio", [0.9, 1.1])
+@pytest.mark.parametrize("speed", [0.8, 1.25])
+def test_the_fastest_way_is_judged_even_if_another_has_a_better_ratio(speed, ratio):
+    eager = gpu_rows()
+    rows = eager + fused(eager, speed, ratio)
+    checks = [check for check in _goals.GOALS if check.goal in WHOLE]
+    assert len(checks) == 12 and {check.judge(eager).way for check in checks} == {"eager in graph", "compiled"}
+    for check in checks:
+        before, now = check.judge(eager), check.judge(rows)
+        if speed < 1 or before.way == "compiled":
+            assert now == before
+        else:
+            assert now.way == "fused"
+            assert check.goal not in ("13", "14") or now.value == pytest.approx(ratio * before.value)
+    assert all(check.judge(rows).way is None for check in _goals.GOALS if check.goal not in WHOLE)
+
+
+def test_a_way_without_a_number_leaves_its_goal_to_the_others():
+    eager = gpu_rows()
+    faster = fused(eager, 2.0)
+    for row in faster:
+        row["ratio"].pop("transformers eager", None)
+        if row["shapes"].get("N") == 128:
+            row["failed"] = "a reason"
+    found = {check.quantity: check.judge(eager + faster).way for check in _goals.GOALS if check.goal in WHOLE}
+    others = {quantity for quantity, way in found.items() if way == "eager in graph"}
+    assert others == {"verify forward, 8B, 2k: N = 128 over N = 1", "with the same draft: × transformers eager"}
+
+
+def test_tables_name_the_way_that_was_judged():
+    eager = gpu_rows()
+    lines = report.goals_lines(eager + fused(eager, 2.0))
+    assert [line[3] for line in lines if line[0] == "9"] == ["1.08 (fused)", "1.2 (fused)"]
+    (line,) = [line for line in lines if line[0] == "11"]
+    assert line[3] == "1 (fused)"
+    names = [line.split("|")[1].strip() for line in report.speed_table(eager + fused(eager, 2.0)) if "batch 16" in line]
+    assert names == ["llama 8B, ours, oracle, batch 16", "llama 8B, ours, oracle, fused, batch 16"]
+
+
 @pytest.mark.parametrize("factor", [0.01, 100.0])
 def test_rows_of_another_model_never_count(factor):
     rows = gpu_rows()
@@ -187,7 +248,8 @@ def reported(folder, rows):
 def test_a_report_has_its_tables_and_plots(tmp_path):
     lines = reported(tmp_path, [*gpu_rows(), *cpu_rows(), row("compact", "eager", {}, wrong="storage")])
     text = (tmp_path / "report.md").read_text()
-    for heading in ("## Goals", "### tree_attention", "### accept_sample", "### generate", "### round"):
+    assert any("layers, op rms_norm, model llama 8B, N 64: 2.5 us" in line for line in lines)
+    for heading in ("## Goals", "### tree_attention", "### accept_sample", "### layers", "### generate", "### round"):
         assert heading in text
     assert "| **wrong** | compact | eager | storage | 1 |" in text
     assert "| absent | generate | flashspec | flashspec is not installed | 1 |" in text
@@ -318,6 +380,7 @@ def test_rows_of_another_commit_are_dropped(tmp_path):
         "accept",
         "accept_sample",
         "compact",
+        "layers",
         "round",
     }
     assert json.loads((tmp_path / "rows.json").read_text())["steps"]["generate"]["commit"] == "abc"

@@ -14,6 +14,7 @@ import pytest
 import report
 import steps
 import torch
+from _rows import way_of
 from transformers import GenerationConfig
 
 import tiny
@@ -22,7 +23,7 @@ from specdec_triton.tools import cli, models
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FIRST = ("correct", "calls", "tree_attention", "accept", "accept_sample", "compact", "round")
+FIRST = ("correct", "calls", "tree_attention", "accept", "accept_sample", "compact", "layers", "round")
 SECOND = ("generate", "tree_attention compiled")
 # the first part loses its GPU twice, the second one fails
 STAND_IN = """#!/bin/bash
@@ -122,13 +123,14 @@ def test_a_rehearsal_runs_every_step_and_lists_what_is_absent(tmp_path, in_this_
     assert len(auto["verify_ms"]) > 4 and auto["captured"] > 0 and auto["trees"]
     absent = {row["provider"]: row["absent"] for row in rows if "absent" in row}
     if not torch.cuda.is_available():
-        assert {"flex_attention", "flashinfer", "transformers static cache, compiled"} <= set(absent)
+        assert {"flex_attention", "flashinfer", "liger", "transformers static cache, compiled"} <= set(absent)
         assert {row["provider"] for row in rows if "untimed" in row} == {"triton"}
     measured = {(row["bench"], row["provider"]) for row in rows if "p50_us" in row or "p50_tokens_s" in row}
     for provider in ("ours, plain", "ours, oracle", "ours, draft model", "ours, prompt lookup", "transformers eager"):
         assert ("generate", provider) in measured
     assert {("generate", "transformers assisted"), ("generate", "transformers prompt lookup")} <= measured
-    assert any(row["bench"] == "generate" and row["shapes"].get("cuda_graphs") and "ratio" in row for row in rows)
+    for name in ("generate", "round"):
+        assert any(row["bench"] == name and way_of(row["shapes"]) == "fused" and "fused" in row for row in rows)
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# A rehearsal") and all(reason in text for reason in absent.values())
     assert "goals not measured" in done.stdout and len(list(tmp_path.iterdir())) <= 8

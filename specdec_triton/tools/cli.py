@@ -34,7 +34,7 @@ MISSING = "not installed"
 INTERRUPTED = 130
 PROOF_ROWS = 500  # samples in a batch
 BENCHES = {
-    "kernels": ("tree_attention", "accept", "accept_sample", "compact"),
+    "kernels": ("tree_attention", "accept", "accept_sample", "compact", "layers"),
     "generate": ("generate",),
     "round": ("round",),
 }

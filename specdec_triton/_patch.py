@@ -77,6 +77,7 @@ def patch(
     seed: Seed = None,
     cuda_graphs: Literal["auto"] | bool = "auto",
     compile: bool = False,
+    fuse: Literal["auto"] | bool = "auto",
     impl: Literal["triton", "reference"] | None = None,
 ) -> None:
     """Make this model's `generate` speculative until `unpatch` is called.
@@ -96,6 +97,7 @@ def patch(
         seed: makes sampled texts repeatable; see `Options`.
         cuda_graphs: whether rounds are captured as CUDA graphs; see `Options`.
         compile: run the tree forwards through `torch.compile`.
+        fuse: run the tree forwards of known decoder layers in fewer kernels; see `Options`.
         impl: implementation of the ops: "triton", "reference", or None for the better one on the model's device.
 
     Raises:
@@ -103,7 +105,7 @@ def patch(
             raised if another thread is inside a `patched` block of this model.
         TypeError: an option is unknown; the message names the most similar one.
     """
-    options = Options(drafter, rule, tree, costs, seed, cuda_graphs, compile, impl, owner="patch")
+    options = Options(drafter, rule, tree, costs, seed, cuda_graphs, compile, fuse, impl, owner="patch")
     target = unwrap(model)
     _replace("patch", target, _checked("patch", target, options))
 
@@ -163,6 +165,7 @@ def patched(
     seed: Seed = None,
     cuda_graphs: Literal["auto"] | bool = "auto",
     compile: bool = False,
+    fuse: Literal["auto"] | bool = "auto",
     impl: Literal["triton", "reference"] | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Patch the model for a `with` block and restore its earlier state on exit, patched or not.
@@ -176,7 +179,7 @@ def patched(
     Raises:
         ValueError, TypeError: as for `patch`.
     """
-    options = Options(drafter, rule, tree, costs, seed, cuda_graphs, compile, impl, owner="patched")
+    options = Options(drafter, rule, tree, costs, seed, cuda_graphs, compile, fuse, impl, owner="patched")
     target = unwrap(model)
     block = _Block(_checked("patched", target, options))
     _check_threads("patched", target)
@@ -344,10 +347,11 @@ class SpeculativeGenerate:
         seed: Seed = None,
         cuda_graphs: Literal["auto"] | bool = "auto",
         compile: bool = False,
+        fuse: Literal["auto"] | bool = "auto",
         impl: Literal["triton", "reference"] | None = None,
     ) -> None:
         self.options = Options(
-            drafter, rule, tree, costs, seed, cuda_graphs, compile, impl, owner="SpeculativeGenerate"
+            drafter, rule, tree, costs, seed, cuda_graphs, compile, fuse, impl, owner="SpeculativeGenerate"
         )
         self._workspaces: WeakKeyDictionary[PreTrainedModel, Workspaces] = WeakKeyDictionary()
 

@@ -30,6 +30,8 @@ class Stats:
         reused: number of CUDA graphs of earlier calls that were replayed.
         replayed: number of CUDA graph launches.
         graph_bytes: bytes of device memory that the graphs held at the end of the call.
+        fused: number of the target's modules that ran in fewer kernels, by class; see `Options.fuse`.
+        not_fused: class of a module that could not -> the reason.
         lag: number of rounds by which the host reads reports late.
         auto: with `tree="auto"`, the choices that were made; see `AdaptiveTree.summary`.
     """
@@ -48,6 +50,8 @@ class Stats:
     reused: int = 0
     replayed: int = 0
     graph_bytes: int = 0
+    fused: dict[str, int] = field(default_factory=dict)
+    not_fused: dict[str, str] = field(default_factory=dict)
     lag: int = 0
     auto: dict[str, Any] | None = None
 

@@ -11,6 +11,7 @@ import torch
 
 from .drafters import Drafter
 from .drafters.base import check_tree
+from .ops import implementation
 from .ops.rules import RULES
 from .tree import DynamicTree, Topology
 from .tree_choice.costs import Costs
@@ -46,6 +47,10 @@ class Options:
             gives the reason if they do not. True raises an error if rounds cannot be captured. False never captures.
         compile: run the tree forwards of the target and the draft model through `torch.compile`, which gives fewer and
             larger kernels.
+        fuse: run decoder layers in fewer kernels: RMSNorm with the residual, rotary embedding with the cache writes,
+            and the gated activation. "auto" does so on a GPU unless `compile` is True. It applies to the target and the
+            draft model, in tree forwards only, and to modules whose source is known; the others run as they are.
+            `Stats.fused` and `Stats.not_fused` name both. False never does.
         impl: implementation of the ops: "triton", "reference", or None for the better one on the model's device.
 
     Raises:
@@ -59,6 +64,7 @@ class Options:
     seed: Seed = None
     cuda_graphs: Literal["auto"] | bool = "auto"
     compile: bool = False
+    fuse: Literal["auto"] | bool = "auto"
     impl: Literal["triton", "reference"] | None = None
     owner: InitVar[str] = "Options"
 
@@ -86,8 +92,16 @@ class Options:
             raise ValueError(f'{owner}: cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
         if not isinstance(self.compile, bool):
             raise ValueError(f"{owner}: compile must be True or False, got {self.compile!r}")
+        if not (isinstance(self.fuse, bool) or self.fuse == "auto"):
+            raise ValueError(f'{owner}: fuse must be "auto", True or False, got {self.fuse!r}')
         if self.impl not in (None, "triton", "reference"):
             raise ValueError(f'{owner}: impl must be None, "triton" or "reference", got {self.impl!r}')
+
+    def fuses(self, device: torch.device) -> bool:
+        """True if decoder layers run in fewer kernels on this device."""
+        if self.fuse != "auto":
+            return bool(self.fuse)
+        return not self.compile and (self.impl or implementation("rms_norm", device)[0]) == "triton"
 
 
 def with_known_options(function: Callable[P, R]) -> Callable[P, R]:

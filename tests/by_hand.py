@@ -88,6 +88,43 @@ def append_by_hand(
     return report, text, length, position, budget
 
 
+def rotary_by_hand(
+    query, key, value, cos, sin, keys, values, slots,
+    interleaved=False, query_norm=None, key_norm=None, eps=0.0, style="cast_first",
+):  # fmt: skip
+    """`ops.rotary_and_cache` in fp32, one head after another.
+
+    Returns:
+        The rotated query, and new keys and values.
+    """
+    keys, values = keys.clone(), values.clone()
+    rotated = torch.empty_like(query, memory_format=torch.contiguous_format)
+    dims = cos.shape[-1]
+    pairs = [(2 * place, 2 * place + 1) if interleaved else (place, place + dims // 2) for place in range(dims // 2)]
+
+    def head(states, b, i, weight):
+        row = [float(each) for each in states]
+        if weight is not None:
+            inverse = float(torch.tensor(sum(each * each for each in row) / len(row) + eps).rsqrt())
+            scale = [float(each) + (style == "one_plus") for each in weight]
+            row = [each * inverse * factor for each, factor in zip(row, scale, strict=True)]
+        turned = list(row)
+        c, s = (each[b % len(each), i].tolist() for each in (cos, sin))
+        for place, (one, other) in enumerate(pairs):
+            first, second = (place, place) if interleaved else (one, other)
+            turned[one] = row[one] * c[first] - row[other] * s[first]
+            turned[other] = row[other] * c[second] + row[one] * s[second]
+        return torch.tensor(turned)
+
+    for b, i in itertools.product(range(query.shape[0]), range(query.shape[1])):
+        for h in range(query.shape[2]):
+            rotated[b, i, h] = head(query[b, i, h], b, i, query_norm)
+        for h in range(key.shape[2]):
+            keys[b, h, slots[b, i]] = head(key[b, i, h], b, i, key_norm)
+            values[b, h, slots[b, i]] = value[b, i, h]
+    return rotated, keys, values
+
+
 # --- filters
 
 

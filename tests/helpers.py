@@ -157,11 +157,11 @@ def speculative(model, drafter, inputs, **options):
     return text, sdt.stats(model)
 
 
-def prefilled(model, inputs, capacity=100):
-    """A runner whose cache holds `inputs`, padded on the left."""
+def prefilled(model, inputs, capacity=100, **options):
+    """A `TreeRunner` with these options, whose cache holds `inputs`, padded on the left."""
     mask = inputs["attention_mask"]
     arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    runner = TreeRunner(model, mask.shape[1] - mask.sum(1), last_position=255)
+    runner = TreeRunner(model, mask.shape[1] - mask.sum(1), last_position=255, **options)
     with torch.no_grad():
         runner.prefill(inputs["input_ids"], model.generation_config, arguments, capacity)
     return runner

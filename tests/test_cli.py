@@ -374,6 +374,14 @@ def test_doctor_names_versions_device_and_the_implementation_of_each_op(capsys):
         assert f"{name} ({reason})" in lines[op]
 
 
+def test_doctor_of_a_model(target, capsys):
+    assert cli.main(["doctor", "--model", target]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "model               LlamaForCausalLM is supported".split() in [line.split() for line in out]
+    assert ["fused", "2", "LlamaAttention"] in [line.split() for line in out]
+    assert ["captured", "yes"] in [line.split() for line in out]
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy's own: it is imported here already
 def test_doctor_runs_as_a_module(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["specdec_triton.tools.cli", "doctor"])

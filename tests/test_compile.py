@@ -16,6 +16,7 @@ QUICK = (
     r"|merge d128 p16)$|accept_greedy/.*bf16 argmax (1024|4096 odd V)$|compact_kv/(16|1)-byte"
     r"|append_tokens/n64$"
     r"|rms_norm/bf16 c(4096 residual|8191 update)$|gated_activation/bf16 silu$"
+    r"|rotary_and_cache/bf16 d128( norms)? n64$"
     r"|ngram_lookup/(search|chain n16)$"
     # spilled under Triton 3.6
     r"|tree_attention/(bf16 d64 m16 n64 split chunk|fp32 d256 m16 n16 split window softcap)$|.*/walk typical n256$"

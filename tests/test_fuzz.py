@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import specdec_triton as sdt
-from by_hand import accept_greedy_by_hand, append_by_hand, attention_by_hand
+from by_hand import accept_greedy_by_hand, append_by_hand, attention_by_hand, rotary_by_hand
 from families import EOS, NEVER, PAD, VOCAB, build, prompt
 from helpers import snapshot
 from sampled_cases import FILTERS, case
@@ -201,12 +201,49 @@ def appended_by_hand(impl=None, **arguments):
     return tuple(map(torch.tensor, append_by_hand(**lists, accepted_length=accepted)))
 
 
+@st.composite
+def rotary_calls(draw):
+    batch, nodes, dim = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(2, 9))
+    heads, kv_heads, value_dim = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    rotated, slots = 2 * draw(st.integers(1, dim // 2)), nodes + draw(st.integers(0, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    order = [draw(st.permutations(range(slots)))[:nodes] for _ in range(batch)]
+    return {
+        "query": normal(batch, nodes, heads, dim),
+        "key": normal(batch, nodes, kv_heads, dim),
+        "value": normal(batch, nodes, kv_heads, value_dim),
+        "cos": normal(draw(st.sampled_from([1, batch])), nodes, rotated),
+        "sin": normal(draw(st.sampled_from([1, batch])), nodes, rotated),
+        "keys": normal(batch, kv_heads, slots, dim),
+        "values": normal(batch, kv_heads, slots, value_dim),
+        "slots": torch.tensor(order),
+        "interleaved": draw(st.booleans()),
+        "query_norm": draw(st.sampled_from([None, normal(dim)])),
+        "key_norm": draw(st.sampled_from([None, normal(dim)])),
+        "eps": draw(st.sampled_from([1e-6, 0.5])),
+        "style": draw(st.sampled_from(["cast_first", "cast_last", "one_plus"])),
+    }
+
+
+def rotate(keys, values, impl=None, **arguments):
+    planes = [
+        each.clone(memory_format=torch.contiguous_format) if torch.is_tensor(each) else each for each in (keys, values)
+    ]
+    arguments |= dict(zip(("keys", "values"), planes, strict=True))
+    return ops.rotary_and_cache(**arguments, impl=impl), *planes
+
+
 CALLS = {
     "tree_attention": (attention_calls(), ops.tree_attention, packed_attention_by_hand),
     "accept_greedy": (acceptance_calls(), ops.accept_greedy, acceptance_by_hand),
     "accept_sample": (sampling_calls(), ops.accept_sample, sampling_by_hand),
     "compact_kv": (compaction_calls(), compact, compaction_by_hand),
     "append_tokens": (append_calls(), append, appended_by_hand),
+    "rotary_and_cache": (rotary_calls(), rotate, rotary_by_hand),
 }
 
 
@@ -243,7 +280,7 @@ def rearranged(arguments, layout):
 
 
 # the caller must ensure their contents, and the op could not detect a change of shape
-PROMISES = ("packed_tree", "parents", "path", "base")
+PROMISES = ("packed_tree", "parents", "path", "base", "slots")
 
 
 def spoil(draw, name, value):
@@ -288,6 +325,9 @@ def check_op(op, data, impl):
     if op == "tree_attention":
         tolerance = 1e-4 if arguments["query"].dtype == torch.float32 else 2e-2
         torch.testing.assert_close(got.float(), wanted, rtol=tolerance, atol=tolerance)
+    elif op == "rotary_and_cache":
+        for mine, hand in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, hand, rtol=1e-4, atol=1e-4, equal_nan=True)
     elif op == "accept_sample" and impl == "triton":
         # with different rounding of sums, a choice may differ: test_kernel_accept_sample compares more closely
         again = function(**rearranged(arguments, "contiguous"), impl=impl)
@@ -325,6 +365,13 @@ def whole_call(op):
         path = torch.tensor([[1, 3, 5], [2, 3, 4]], dtype=torch.int32)
         given |= {"parents": parents, "path": path, "next_ids": torch.tensor([7, 6])}
         return given | more | {"has_nan": flags, "draft_nan": ~flags}
+    if op == "rotary_and_cache":
+        states = [torch.randn(2, 3, heads, dim, generator=random) for heads, dim in ((4, 8), (2, 8), (2, 6))]
+        given = dict(zip(("query", "key", "value"), states, strict=True))
+        given |= {name: torch.randn(2, 3, 4, generator=random) for name in ("cos", "sin")}
+        given |= {name: torch.randn(2, 2, 9, dim, generator=random) for name, dim in (("keys", 8), ("values", 6))}
+        given |= {"slots": torch.tensor([[3, 8, 0], [5, 1, 2]]), "query_norm": torch.randn(8, generator=random)}
+        return given | {"eps": 1e-6}
     if op == "accept_sample":
         return case("multi_round", "without", 2, 6, 9, "all", torch.float16, 3) | more
     logits = torch.randint(-3, 4, (2, 6, 9), generator=random).half()

@@ -66,6 +66,13 @@ def gate_inputs(batch=2):
     return torch.randn(batch, 3, 80, device=DEVICE).chunk(2, -1)
 
 
+def rotary_inputs(batch=2):
+    query, key, value = torch.randn(batch, 3, 8, 16, device=DEVICE).split([4, 2, 2], 2)
+    cos, sin = torch.randn(2, batch, 3, 16, device=DEVICE)
+    keys, values = (torch.randn(batch, 9, 2, 16, device=DEVICE).transpose(1, 2) for _ in range(2))
+    return query, key, value, cos, sin, keys, values, torch.arange(3, device=DEVICE).expand(batch, -1) * 4
+
+
 def attention(query, key, value, packed, impl="triton"):
     return ops.tree_attention(query, key, value, packed, sliding_window=4, impl=impl)
 
@@ -130,6 +137,12 @@ def gated(gate, up, impl="triton"):
     return ops.gated_activation(gate, up, activation="gelu_tanh", impl=impl)
 
 
+def rotary(query, key, value, cos, sin, keys, values, slots, impl="triton"):
+    norms = {"query_norm": cos[0, 0], "key_norm": sin[0, 0], "eps": 1e-6}
+    rotated = ops.rotary_and_cache(query, key, value, cos, sin, keys, values, slots, **norms, impl=impl)
+    return rotated, keys + 1, values * 2
+
+
 CALLS = {
     "tree_attention": (attention, attention_inputs),
     "draft_topk": (drafting, draft_inputs),
@@ -140,6 +153,7 @@ CALLS = {
     "ngram_lookup": (lookup, lookup_inputs),
     "rms_norm": (norm, norm_inputs),
     "gated_activation": (gated, gate_inputs),
+    "rotary_and_cache": (rotary, rotary_inputs),
 }
 
 
@@ -175,6 +189,9 @@ def arguments(op):
         return hidden, weight, 1e-6, "cast_last", residual, 0.5, update_weight
     if op == "gated_activation":
         return *gate_inputs(), "silu"
+    if op == "rotary_and_cache":
+        inputs = rotary_inputs()
+        return *inputs, True, None, inputs[3][0, 0], 1e-6, "cast_last"
     storage, base, path = compaction_inputs()
     return storage, [8, 4], base, path
 
@@ -249,6 +266,17 @@ def test_compiled_compaction_changes_the_storage_in_place():
     compaction(wanted, base, path, impl="reference")
     torch.compile(compaction, fullgraph=True, backend="aot_eager")(storage, base, path)
     assert torch.equal(storage, wanted)
+
+
+def test_a_compiled_rotation_changes_the_cache_in_place():
+    torch._dynamo.reset()
+    given = rotary_inputs()
+    *others, keys, values, slots = given
+    wanted = [plane.clone() for plane in (keys, values)]
+    rotary(*others, *wanted, slots, impl="reference")
+    torch.compile(rotary, fullgraph=True, backend="aot_eager")(*given)
+    for plane, want in zip((keys, values), wanted, strict=True):
+        torch.testing.assert_close(plane, want)
 
 
 def test_a_traced_graph_holds_the_op():

@@ -45,6 +45,7 @@ class DraftContext:
         fixed_shapes: True if rounds may be captured as CUDA graphs and their reports read late. The tensor shapes of a
             session that is `on_device` must then not depend on `host_tokens`, `host_length` or `host_budget`.
         compiled: True if models run through `torch.compile`.
+        fused: True if decoder layers run in fewer kernels, see `forward.fusion`.
         unread_tokens: upper bound on the number of tokens that a row has emitted but the host has not read.
         buffers: holds tensors for later calls, see `DraftSession.reusable`.
         position: [B] int64 on the device. Position of each root: the number of real tokens before it.
@@ -66,6 +67,7 @@ class DraftContext:
     impl: str | None = None
     fixed_shapes: bool = False
     compiled: bool = False
+    fused: bool = False
     unread_tokens: int = 0
     buffers: Buffers = field(default_factory=Buffers)
     position: torch.Tensor = field(init=False)

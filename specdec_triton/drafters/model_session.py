@@ -67,7 +67,9 @@ class ModelSession(DraftSession):
         self._knows_all = known >= max(context.vocab_size, embedded_tokens(context.target.model))
         last = (context.max_length - context.start).clamp(max=limit) - 1
         fixed, buffers = context.fixed_shapes, context.buffers
-        self._runner = TreeRunner(model, context.start, last, context.impl, fixed, context.compiled, buffers, "draft")
+        self._runner = TreeRunner(
+            model, context.start, last, context.impl, fixed, context.compiled, context.fused, buffers, "draft"
+        )
         self._behind = 0  # rounds since the draft model last ran
         self._plans: dict[Topology, Plan] = {}  # never dropped, because captured rounds read their tensors
         if shares_cache:

@@ -226,7 +226,8 @@ class _TimedLookupSession(_LookupSession):
         self._known = _known_times.setdefault(target.model, {})
         # times grow with the text
         capacity = 0 if target.cache is None else target.cache.capacity.bit_length()
-        self._call = batch, capacity, target.cache and target.cache.storage.dtype, context.impl, context.compiled
+        dtype = target.cache and target.cache.storage.dtype
+        self._call = batch, capacity, dtype, context.impl, context.compiled, context.fused
         self.times: Costs | OnlineCosts = OnlineCosts(self._known.get(self._call, CPU_TIMES))
         self._asked = False
         self._timed: tuple[int, float] | None = None  # nodes of the last tree, and the time at which it was drafted

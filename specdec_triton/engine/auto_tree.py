@@ -107,7 +107,8 @@ def cached_costs(context: DraftContext, session: DraftSession, graph_runner: Gra
     known = _measured.setdefault(target.model, {})
     call = (
         len(context.start), target.cache.capacity.bit_length(), target.cache.storage.dtype, context.start.device,
-        context.impl, context.compiled, captured, type(session), session.level_cost_ratio, session.max_nodes,
+        context.impl, context.compiled, context.fused, captured, type(session),
+        session.level_cost_ratio, session.max_nodes,
     )  # fmt: skip
     if call in known:
         return known[call]

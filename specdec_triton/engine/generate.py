@@ -71,10 +71,10 @@ class Generation:
         self.workspace = self.workspaces.take(call, room, NODES_RESERVE, self.reports.lag)
         self.graph_runner, self.buffers = self.workspace.graph_runner, self.workspace.buffers
         self.reusable, fixed = True, self.workspace.fixed
-        impl, compiled = call.options.impl, call.options.compile
+        impl, compiled, fused = call.options.impl, call.options.compile, call.options.fuses(call.device)
         put = self.buffers.put
         start, last = put("start", call.start), call.max_length - 1 - call.start
-        self.runner = TreeRunner(call.model, start, last, impl, fixed, compiled, self.buffers)
+        self.runner = TreeRunner(call.model, start, last, impl, fixed, compiled, fused, self.buffers)
         self.stopped = np.zeros(batch, dtype=bool)  # rows that a criterion has stopped
         self.controller: AdaptiveTree | None = None
         filters = [
@@ -97,6 +97,7 @@ class Generation:
             impl=impl,
             fixed_shapes=fixed,
             compiled=compiled,
+            fused=fused,
             buffers=self.buffers,
         )
         self.finished = FinishedRows(self.context, self.output)
@@ -315,6 +316,9 @@ class Generation:
         stats.why_eager, stats.lag = runner.why_eager, self.reports.lag
         stats.captured, stats.reused, stats.replayed = runner.captured, runner.reused, runner.replayed
         stats.graph_bytes = runner.nbytes
+        if self.runner.fused is not None:  # it is None if all forwards were replayed
+            self.workspace.fused = self.runner.fused.replaced, self.runner.fused.left
+        stats.fused, stats.not_fused = self.workspace.fused
         stats.auto = self.controller and self.controller.summary
         if runner.captured:
             stats.seconds["capture"] = runner.capture_seconds

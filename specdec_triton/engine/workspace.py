@@ -36,6 +36,7 @@ class Workspace:
         fixed: True if shapes and addresses must not change from round to round: rounds are captured or read late.
         copies: trees that were drafted on the host, copied to the addresses that the graphs read, by shape.
         version: the version of `buffers` for which graphs were captured.
+        fused: `Stats.fused` and `Stats.not_fused` of calls with these graphs.
     """
 
     key: Hashable
@@ -46,6 +47,7 @@ class Workspace:
     fixed: bool
     copies: dict[Hashable, DraftTree] = field(default_factory=dict)
     version: int = 0
+    fused: tuple[dict[str, int], dict[str, str]] = field(default_factory=lambda: ({}, {}))
 
     @property
     def nbytes(self) -> int:
@@ -161,7 +163,7 @@ def key_of(call: Call) -> Hashable:
         matmul.allow_fp16_reduced_precision_reduction,
         torch.cuda.current_stream(call.device).cuda_stream if call.device.type == "cuda" else None,
     )
-    asked = options.tree, options.impl, options.compile, call.vocab_size
+    asked = options.tree, options.impl, options.compile, options.fuse, call.vocab_size
     return shape, settings, fingerprint(asked, call.model, type(call.drafter), vars(call.drafter))
 
 

@@ -78,7 +78,7 @@ class TreeCache(Cache):
         self._batch = first.shape[0]
         self._buffers, self._name = buffers or Buffers(), name
         self._rows = self._buffers.put(f"{name}.rows", torch.arange(self._batch, device=first.device))[:, None]
-        self._written: torch.Tensor | None = None
+        self.written: torch.Tensor | None = None
         self._length: int | None = None
         super().__init__(layers=list(layers))
         self._fixed = fixed
@@ -180,7 +180,7 @@ class TreeCache(Cache):
             base: [B] int64. First slot of each sequence.
             num_rows: number of tokens.
         """
-        self._written = base[:, None] + torch.arange(num_rows, device=base.device)
+        self.written = base[:, None] + torch.arange(num_rows, device=base.device)
         self._length = None
 
     def place_after(self, length: int) -> None:
@@ -192,20 +192,30 @@ class TreeCache(Cache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Write keys [B, H, N, D] and values [B, H, N, Dv] to the slots set by `place` or `place_after`. Returns the
         keys and values that the layer is to see."""
-        layer = self.layers[layer_idx]
-        if key_states.dtype != layer.keys.dtype or value_states.dtype != layer.values.dtype:
-            raise ValueError(
-                f"TreeCache: keys and values must be {layer.keys.dtype}, as the prompt's were, got {key_states.dtype} "
-                f"and {value_states.dtype}: load the model in one dtype, without mixed precision"
-            )
+        planes = self.planes(layer_idx, key_states.dtype, value_states.dtype)
         if self._length is not None:
             end = self._length + key_states.shape[2]
-            keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
+            keys, values = (plane[:, :, :end] for plane in planes)
             keys[:, :, self._length :], values[:, :, self._length :] = key_states, value_states
             return keys, values
         # with this indexing, Inductor writes the rows in place; with a transposed view it would copy the whole plane
-        layer.keys[self._rows, :, self._written] = key_states.transpose(1, 2)
-        layer.values[self._rows, :, self._written] = value_states.transpose(1, 2)
+        keys, values = planes
+        keys[self._rows, :, self.written] = key_states.transpose(1, 2)
+        values[self._rows, :, self.written] = value_states.transpose(1, 2)
+        return planes
+
+    def planes(self, layer_idx: int, *dtypes: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys [B, H, S, D] and values [B, H, S, Dv] that a layer sees.
+
+        Raises:
+            ValueError: the planes do not have the `dtypes` of new keys and values.
+        """
+        layer = self.layers[layer_idx]
+        if any(plane.dtype != dtype for plane, dtype in zip((layer.keys, layer.values), dtypes, strict=False)):
+            raise ValueError(
+                f"TreeCache: keys and values must be {layer.keys.dtype}, as the prompt's were, got "
+                f"{' and '.join(map(str, dtypes))}: load the model in one dtype, without mixed precision"
+            )
         return layer.keys, layer.values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

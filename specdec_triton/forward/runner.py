@@ -3,8 +3,9 @@ target and draft models."""
 
 import copy
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch._dynamo
@@ -14,6 +15,7 @@ from ..tree import chain_tensors, pack_tree
 from .attention import call_with_tree_attention, config_ids, window_of_cache
 from .buffers import Buffers
 from .cache import TreeCache
+from .fusion import Fused, fuse
 from .preparation import NextStep, next_step
 from .versions import CACHE
 
@@ -32,9 +34,13 @@ class TreeRunner:
         impl: implementation of the ops, see `ops`.
         fixed: True to keep shapes and addresses, see `TreeCache.from_prefill`.
         compiled: True to run tree forwards through `torch.compile`.
+        fused: True to run tree forwards with fused decoder layers, see `fusion`.
         buffers: holds the tensors that captured forwards read; None allocates them for this runner alone. `start` must
             be in it already.
         name: prefix of the names in `buffers`.
+
+    Attributes:
+        fused: the modules that were replaced; None before the first tree forward.
     """
 
     def __init__(
@@ -45,15 +51,17 @@ class TreeRunner:
         impl: str | None = None,
         fixed: bool = False,
         compiled: bool = False,
+        fused: bool = False,
         buffers: Buffers | None = None,
         name: str = "target",
     ):
         self.model, self.start, self.impl, self._fixed = model, start, impl, fixed
         self._buffers, self._name = buffers or Buffers(), name
-        self._call, self._recompiles = model, nullcontext
+        self._compiled, self._recompiles = compiled, nullcontext
         if compiled:
-            self._call = torch.compile(model, fullgraph=True)
             self._recompiles = partial(torch._dynamo.config.patch, recompile_limit=RECOMPILES)
+        self._fuses = fused
+        self.fused: Fused | None = None
         last_position = torch.as_tensor(last_position, device=start.device).expand(len(start))
         self.last_position = self._buffers.put(f"{name}.last_position", last_position)
         self.cache: TreeCache | None = None
@@ -141,12 +149,19 @@ class TreeRunner:
             outputs = call_with_tree_attention(
                 self.impl,
                 self._configs,
-                self._call,
+                self._forward,
                 self._all_keys,
                 attention_mask=pack_tree(depth, ancestors, self.start, base)[:, None],
                 **self._arguments_of(tokens, torch.minimum(base[:, None] + depth[:, first:], last_column)),
             )
         return outputs.logits
+
+    @cached_property
+    def _forward(self) -> Callable:
+        """The model that runs tree forwards. It is made after the prompt's forward, which may set attributes of
+        modules."""
+        self.fused = fuse(self.model, self.impl) if self._fuses else Fused(self.model)
+        return torch.compile(self.fused.model, fullgraph=True) if self._compiled else self.fused.model
 
     @property
     def can_decode(self) -> bool:

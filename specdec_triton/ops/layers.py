@@ -118,8 +118,9 @@ def rotary_and_cache(
     Products and sums are rounded as in transformers: to the dtype of the query if cos and sin have that dtype, and to
     fp32 if they are fp32, with one cast at the end.
 
-    The kernel is one launch. It is bit-equal to the reference, except after a norm, which is within one unit in the
-    last place of bf16 or fp16, and within four in fp32, before the rotation.
+    The kernel is one launch. Without norms it is bit-equal to the reference. With them, the normed numbers are within
+    one unit in the last place of bf16 or fp16 (two with "cast_first", which rounds twice), and within eight in fp32;
+    their rotation rounds like the reference's.
 
     Strides: any. Query, key and value are read in place if their last dimension is contiguous. `keys` and `values` are
     written in place; their last dimension must be contiguous.

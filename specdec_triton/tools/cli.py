@@ -19,6 +19,8 @@ import specdec_triton as sdt
 from .. import ops
 from ..drafters.early_exit import with_layers
 from ..engine.graph_runner import LAG, MAX_SHAPES, cannot_capture
+from ..forward.checks import check_supported, graph_hazard
+from ..forward.fusion import fuse
 from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
 from . import command_options, inspection, models, plan, profiling, prompts
 from .calibration import calibrate
@@ -367,10 +369,26 @@ def _doctor(args: argparse.Namespace) -> int:
     lag = LAG.get(device.type, 0)
     graphs = f"captured, at most {MAX_SHAPES} shapes at a time; the host looks {lag} round back"
     rows.append(("CUDA graphs", cannot_capture(device) or graphs))
+    if args.model:
+        rows += _model_rows(args.model)
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:{width}}  {text}")
     return 0
+
+
+def _model_rows(name: str) -> list[tuple[str, str]]:
+    """What speculative decoding would do with a model."""
+    model, _ = _load("model", name, "float32", torch.device("cpu"))
+    try:
+        check_supported(model)
+        rows = [("model", f"{type(model).__name__} is supported")]
+    except ValueError as refusal:
+        return [("model", str(refusal))]
+    rows.append(("captured", graph_hazard(model) or "yes"))
+    found = fuse(model)
+    rows += [("fused", f"{number} {kind}") for kind, number in found.replaced.items()]
+    return rows + [("not fused", f"{kind}: {reason}") for kind, reason in found.left.items()]
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -524,7 +542,13 @@ COMMANDS = {
         command_options.drafting(),
         *command_options.decoding(seed="0, so that the call can be repeated"),
     ),
-    "doctor": (_doctor, "list what is installed, and the implementation that each op will use"),
+    "doctor": (
+        _doctor, "list what is installed, and the implementation that each op will use",
+        Group([
+            option("--model", "also say whether this model is supported, and which of its layers are fused: "
+                   f"{command_options.MODEL}"),
+        ]),
+    ),
     "inspect": (
         _inspect, "compile the kernels and show registers, occupancy and instructions; needs no GPU",
         Group([

@@ -38,6 +38,7 @@ OPS = (
     "append_tokens",
     "rms_norm",
     "gated_activation",
+    "rotary_and_cache",
 )
 PROCESSES = os.cpu_count() or 1
 CASES_PER_PROCESS = 8  # at least: a process takes seconds to start

@@ -2,7 +2,8 @@
 
 Each class is tried in its own process, so that a crash or an endless loop does not end the walk. Plain `generate` gives
 the text, and three drafters must reproduce it: prompt lookup, an oracle that is right half of the time (a tree with
-branches), and a draft model, which is the class itself with noise on its weights. Greedy, in fp32, on a CPU.
+branches), and a draft model, which is the class itself with noise on its weights. The oracle is tried with and without
+fused layers, the draft model with them. Greedy, in fp32, on a CPU.
 """
 
 import copy
@@ -186,23 +187,28 @@ def _speculate(model: PreTrainedModel, calls: list[Call]) -> Outcome:
         if found:
             return found
     batch = calls[0]
+    found = _with(model, batch, sdt.OracleDrafter(batch.text, 0.5, tree=TREE), fuse=True)
+    if found:
+        return found
     found = _with(model, batch, sdt.PromptLookupDrafter(max_ngram=1), must_draft=False)
     if found:
         return found
     noise = NOISE
     for _ in range(TRIES):
         drafter = sdt.ModelDrafter(noisy(model, noise), tree=TREE)
-        found = _with(model, batch, drafter)
+        found = _with(model, batch, drafter, fuse=True)
         if found is None or found.word != NOT_BUILT:
             break
         noise *= 3 if sdt.stats(model).accepted else 1 / 3
     return found or Outcome(EXACT)
 
 
-def _with(model: PreTrainedModel, call: Call, drafter: sdt.Drafter, must_draft: bool = True) -> Outcome | None:
+def _with(
+    model: PreTrainedModel, call: Call, drafter: sdt.Drafter, must_draft: bool = True, fuse: bool = False
+) -> Outcome | None:
     """The fault of a call with this drafter. None: the text is plain's; some drafts were accepted and some rejected."""
-    name = type(drafter).__name__
-    with sdt.patched(model, drafter=drafter):
+    name = f"{type(drafter).__name__}{', fused layers' if fuse else ''}"
+    with sdt.patched(model, drafter=drafter, fuse=fuse):
         text = model.generate(**call.inputs, **GREEDY)
     if not torch.equal(text, call.text):
         if not torch.equal(_plain(model, call.inputs).text, call.text):

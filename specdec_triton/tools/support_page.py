@@ -20,9 +20,9 @@ INTRODUCTION = """# Supported models
 Every model type of transformers' `{causal}` and of its `{image}`, built tiny with random
 weights and tried in fp32 on a CPU, greedily, with a left-padded batch of two and with one sequence. *Exact* means that
 every token is plain `generate`'s with three drafters (prompt lookup; a tree that is right half of the time; a draft
-model), of which drafts were accepted and rejected. Texts are longer than every window and chunk. Vision-language models
-get text alone; a call with images is refused by name. `patch` refuses a model if it finds a reason why its text would
-not be exact.
+model), of which drafts were accepted and rejected. The tree and the draft model also run with
+[fused layers](fused_layers.md). Texts are longer than every window and chunk. Vision-language models get text alone; a
+call with images is refused by name. `patch` refuses a model if it finds a reason why its text would not be exact.
 
 This page is made of measured rows:
 

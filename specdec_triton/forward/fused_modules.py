@@ -1,0 +1,201 @@
+"""Forwards of decoder layers in few kernels. `fusion` gives them to copies of a model's modules.
+
+Each function replaces the forward of a module whose source is known, see `known_forwards`. It computes the same with
+the same roundings; `ops.layers` says where a kernel may differ in the last place. Linear layers are called as modules,
+so quantized layers and adapters stay as they are.
+
+Letters: B sequences, N tree nodes, C hidden size, D head dim.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .. import ops
+from .cache import TreeCache
+from .known_forwards import Attention, GatedMLP, Rotary
+from .versions import CACHE
+
+
+@dataclass(frozen=True)
+class FusedNorm:
+    """An RMSNorm: its weight, read from the module at each call, and its constants."""
+
+    module: nn.Module
+    style: str
+    eps: float
+
+
+@dataclass
+class Handover:
+    """The norm of a layer's output. The last kernel of a layer adds the update to the residual stream and also computes
+    the norm that the next layer begins with. The layer returns the stream, as the model expects it, and leaves the
+    norm here. The next layer takes it if its input is that very tensor and its norm is that very module."""
+
+    stream: torch.Tensor | None = None
+    norm: FusedNorm | None = None
+    normed: torch.Tensor | None = None
+
+    def take(self, stream: torch.Tensor, norm: FusedNorm) -> torch.Tensor | None:
+        """The norm of `stream`, or None if it was not left here."""
+        fits = self.stream is stream and self.norm is norm
+        normed = self.normed if fits else None
+        self.stream = self.norm = self.normed = None
+        return normed
+
+
+@dataclass
+class Part:
+    """What a fused forward needs besides its module.
+
+    Attributes:
+        impl: implementation of the ops.
+        spec: the description of the module.
+        norms: of a norm, itself; of an attention, those of queries and keys; of a layer, its four.
+        rotary: the rotary embedding of an attention.
+        options: arguments of the attention function.
+        activation: the activation of an MLP.
+        multiplier: the factor of a layer's updates.
+        handover: shared by all layers and the final norm.
+        following: the norm after a layer, which its last kernel computes.
+    """
+
+    impl: str | None
+    spec: Any = None
+    norms: tuple[FusedNorm | None, ...] = ()
+    rotary: Rotary | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    activation: str = ""
+    multiplier: float = 1.0
+    handover: Handover | None = None
+    following: FusedNorm | None = None
+
+
+def norm_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    part: Part = module.fused
+    (norm,) = part.norms
+    if part.handover is not None:
+        normed = part.handover.take(hidden_states, norm)
+        if normed is not None:
+            return normed
+    return _normed(hidden_states, norm, part.impl)
+
+
+def _normed(hidden: torch.Tensor, norm: FusedNorm, impl: str | None) -> torch.Tensor:
+    normed, _ = ops.rms_norm(_rows(hidden), norm.module.weight, eps=norm.eps, style=norm.style, impl=impl)
+    return normed.view(hidden.shape)
+
+
+def _rows(states: torch.Tensor) -> torch.Tensor:
+    """[B, N, C] for states [B, N, C], or [1, rows, C] for states with other leading dimensions."""
+    return states if states.dim() == 3 else states.reshape(1, -1, states.shape[-1])
+
+
+def mlp_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    spec: GatedMLP = module.fused.spec
+    if spec.joint:
+        gate, up = getattr(module, spec.joint)(hidden_states).chunk(2, dim=-1)
+    else:
+        gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
+    part = module.fused
+    gated = ops.gated_activation(_rows(gate), _rows(up), activation=part.activation, impl=part.impl)
+    return module.down_proj(gated.view(gate.shape))
+
+
+def attention_forward(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    part: Part = module.fused
+    spec: Attention = part.spec
+    cache = kwargs.pop(CACHE, None)
+    if not isinstance(cache, TreeCache):
+        of_class = super(type(module), module).forward
+        return of_class(hidden_states, position_embeddings, attention_mask, **{CACHE: cache}, **kwargs)
+    if spec.joint:
+        query, key, value = _split(module, getattr(module, spec.joint)(hidden_states))
+    else:
+        query, key, value = (getattr(module, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj"))
+    if spec.norms == "projection":
+        query, key = module.q_norm(query), module.k_norm(key)
+    heads = (*hidden_states.shape[:-1], -1, module.head_dim)
+    query, key, value = query.view(heads), key.view(heads), value.view(heads)
+    keys, values = cache.planes(module.layer_idx, key.dtype)
+    cos, sin = position_embeddings
+    if part.rotary.in_fp32:
+        cos, sin = cos.float(), sin.float()
+    norms = {}
+    if spec.norms == "head":
+        of_query, of_key = part.norms
+        weights = {"query_norm": of_query.module.weight, "key_norm": of_key.module.weight}
+        norms = {**weights, "eps": of_query.eps, "style": of_query.style}
+    query = ops.rotary_and_cache(
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        keys,
+        values,
+        cache.written,
+        interleaved=part.rotary.interleaved,
+        **norms,
+        impl=part.impl,
+    )
+    attention = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    scaling = {"scaling": module.scaling}
+    output, _ = attention(
+        module, query.transpose(1, 2), keys, values, attention_mask, **scaling, **part.options, **kwargs
+    )
+    return module.o_proj(output.flatten(2)), None
+
+
+def _split(module: nn.Module, joint: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of a joint product."""
+    of_queries = module.config.num_attention_heads * module.head_dim
+    of_keys = (joint.shape[-1] - of_queries) // 2
+    return joint.split([of_queries, of_keys, of_keys], dim=-1)
+
+
+def layer_forward(module: nn.Module, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    part: Part = module.fused
+    before_attention, after_attention, before_mlp, after_mlp = part.norms
+    stream, normed = hidden_states, hidden_states
+    if before_attention is not None:
+        normed = part.handover.take(stream, before_attention)
+        if normed is None:
+            normed = _normed(stream, before_attention, part.impl)
+    update, _ = module.self_attn(hidden_states=normed, **kwargs)
+    normed, stream = _add(part, update, stream, after_attention, before_mlp)
+    update = getattr(module, part.spec.mlp)(stream if normed is None else normed)
+    normed, stream = _add(part, update, stream, after_mlp, part.following)
+    if normed is not None:
+        part.handover.stream, part.handover.norm, part.handover.normed = stream, part.following, normed
+    return stream
+
+
+def _add(
+    part: Part, update: torch.Tensor, stream: torch.Tensor, inner: FusedNorm | None, outer: FusedNorm | None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Add an update, normed by `inner`, to the residual stream. Returns the sum normed by `outer`, or None, and the
+    sum."""
+    constants = inner or outer
+    if constants is None and part.multiplier == 1.0:
+        return None, stream + update
+    weight = {"update_weight": inner.module.weight} if inner else {}
+    return ops.rms_norm(
+        update,
+        outer.module.weight if outer else None,
+        eps=constants.eps if constants else 0.0,
+        style=constants.style if constants else "cast_first",
+        residual=stream,
+        multiplier=part.multiplier,
+        **weight,
+        impl=part.impl,
+    )

@@ -35,8 +35,21 @@ CASES = {
 }
 
 
-def rounds_of(drafter, inputs, layers=1, **options):
-    model = build("llama", num_hidden_layers=layers)
+# launches of a layer, and of the rest of a forward, with the modules of transformers and with fused ones
+LAYERS = {
+    "llama": ((36, 24), (12, 19)),
+    "qwen3": ((48, 24), (12, 19)),
+    "gemma2": ((52, 29), (12, 23)),
+    "gemma3": ((66, 33), (12, 27)),
+    "phi3": ((35, 24), (9, 19)),
+    "granite": ((38, 26), (12, 21)),
+    "olmo2": ((48, 24), (14, 18)),
+    "glm4": ((51, 24), (11, 19)),
+}
+
+
+def rounds_of(drafter, inputs, layers=1, family="llama", **options):
+    model = build(family, num_hidden_layers=layers)
     inputs = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": 15, **inputs}
     custom = sdt.SpeculativeGenerate(drafter=drafter, impl="triton", **options)
     return launches_by_step(lambda: model.generate(**inputs, custom_generate=custom))
@@ -54,19 +67,35 @@ def test_steps_after_the_target(name, batch, monkeypatch):
     assert found == {"accept": accept, "compact": compact, "emit": APPEND}
 
 
-def test_the_target_and_a_lookup(monkeypatch):
-    """36 launches for each layer of a Llama, 7 of them matrix products, and 24 for the rest of the forward. A lookup
-    takes 2, plain decoding none but that of the root."""
+@pytest.mark.parametrize(
+    "family", [name if name == "llama" else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS]
+)
+def test_layers_of_the_target(family, monkeypatch):
     capture_here(monkeypatch, 1)
-    sizes = {}
-    for layers in (1, 2):
-        steps = [
-            rounds_of(drafter, prompt(), layers=layers)[1] for drafter in (sdt.PromptLookupDrafter(), sdt.NoDrafter())
+    for fused, wanted in zip((False, True), LAYERS[family], strict=True):
+        sizes = [
+            len(rounds_of(sdt.NoDrafter(), prompt(), layers, family, fuse=fused)[1]["verify"]) for layers in (2, 3)
         ]
-        assert [len(found["draft"]) for found in steps] == [2, 1]
-        assert steps[0]["verify"] == steps[1]["verify"]
-        sizes[layers] = [len(steps[0]["verify"]), steps[0]["verify"].count("mm")]
-    assert sizes == {1: [60, 8], 2: [96, 15]}
+        each = sizes[1] - sizes[0]
+        assert (each, sizes[0] - 2 * each) == wanted
+
+
+def test_the_target_and_a_lookup(monkeypatch):
+    """Of the 12 launches of a fused layer of a Llama, 7 are matrix products. A lookup takes 2 launches, plain decoding
+    none but that of the root."""
+    capture_here(monkeypatch, 1)
+    steps = [rounds_of(drafter, prompt())[1] for drafter in (sdt.PromptLookupDrafter(), sdt.NoDrafter())]
+    assert [len(found["draft"]) for found in steps] == [2, 1]
+    assert steps[0]["verify"] == steps[1]["verify"]
+    layer = steps[0]["verify"][-14:-2]
+    assert layer.count("mm") == 7
+    assert [name for name in layer if name != "mm"] == [
+        "_rms_norm_kernel",
+        "_rotary_and_cache_kernel",
+        "_tree_attention_kernel",
+        "_rms_norm_kernel",
+        "_gated_activation_kernel",
+    ]
 
 
 def test_steps_after_a_draft_of_the_host():

@@ -7,7 +7,7 @@ so quantized layers and adapters stay as they are.
 Letters: B sequences, N tree nodes, C hidden size, D head dim.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
 from .cache import TreeCache
-from .known_forwards import Attention, GatedMLP, Rotary
+from .known_forwards import Attention, GatedMLP, Layer, Rotary
 from .versions import CACHE
 
 
@@ -48,40 +48,72 @@ class Handover:
 
 
 @dataclass
-class Part:
-    """What a fused forward needs besides its module.
+class NormPart:
+    """Data of a fused norm.
 
     Attributes:
-        impl: implementation of the ops.
-        spec: the description of the module.
-        norms: of a norm, itself; of an attention, those of queries and keys; of a layer, its four.
-        rotary: the rotary embedding of an attention.
-        options: arguments of the attention function.
-        activation: the activation of an MLP.
-        multiplier: the factor of a layer's updates.
-        handover: shared by all layers and the final norm.
-        following: the norm after a layer, which its last kernel computes.
+        impl: implementation of the ops, here and in the other parts.
+        norm: the norm.
+        handover: given to the final norm of a model, which may find its result there.
     """
 
     impl: str | None
-    spec: Any = None
-    norms: tuple[FusedNorm | None, ...] = ()
-    rotary: Rotary | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    activation: str = ""
-    multiplier: float = 1.0
+    norm: FusedNorm
     handover: Handover | None = None
+
+
+@dataclass
+class MLPPart:
+    """Data of a fused MLP.
+
+    Attributes:
+        activation: see `ops.gated_activation`.
+    """
+
+    impl: str | None
+    spec: GatedMLP
+    activation: str
+
+
+@dataclass
+class AttentionPart:
+    """Data of a fused attention.
+
+    Attributes:
+        norms: those of queries and keys over the head dim; None if there are none.
+        options: arguments of the attention function.
+    """
+
+    impl: str | None
+    spec: Attention
+    rotary: Rotary
+    norms: tuple[FusedNorm, FusedNorm] | None
+    options: dict[str, Any]
+
+
+@dataclass
+class LayerPart:
+    """Data of a fused layer.
+
+    Attributes:
+        norms: in the order of `known_forwards.Layer.norms`.
+        multiplier: the factor of both updates.
+        handover: shared by all layers and the final norm.
+        following: the norm after the layer, which its last kernel computes; None if it computes the sum alone.
+    """
+
+    impl: str | None
+    spec: Layer
+    norms: tuple[FusedNorm | None, ...]
+    multiplier: float
+    handover: Handover
     following: FusedNorm | None = None
 
 
 def norm_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    part: Part = module.fused
-    (norm,) = part.norms
-    if part.handover is not None:
-        normed = part.handover.take(hidden_states, norm)
-        if normed is not None:
-            return normed
-    return _normed(hidden_states, norm, part.impl)
+    part: NormPart = module.fused
+    normed = part.handover and part.handover.take(hidden_states, part.norm)
+    return _normed(hidden_states, part.norm, part.impl) if normed is None else normed
 
 
 def _normed(hidden: torch.Tensor, norm: FusedNorm, impl: str | None) -> torch.Tensor:
@@ -95,12 +127,11 @@ def _rows(states: torch.Tensor) -> torch.Tensor:
 
 
 def mlp_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    spec: GatedMLP = module.fused.spec
-    if spec.joint:
-        gate, up = getattr(module, spec.joint)(hidden_states).chunk(2, dim=-1)
+    part: MLPPart = module.fused
+    if part.spec.joint:
+        gate, up = getattr(module, part.spec.joint)(hidden_states).chunk(2, dim=-1)
     else:
         gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
-    part = module.fused
     gated = ops.gated_activation(_rows(gate), _rows(up), activation=part.activation, impl=part.impl)
     return module.down_proj(gated.view(gate.shape))
 
@@ -112,9 +143,8 @@ def attention_forward(
     attention_mask: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    part: Part = module.fused
-    spec: Attention = part.spec
-    cache = kwargs.pop(CACHE, None)
+    part: AttentionPart = module.fused
+    spec, cache = part.spec, kwargs.pop(CACHE, None)
     if not isinstance(cache, TreeCache):
         of_class = super(type(module), module).forward
         return of_class(hidden_states, position_embeddings, attention_mask, **{CACHE: cache}, **kwargs)
@@ -131,7 +161,7 @@ def attention_forward(
     if part.rotary.in_fp32:
         cos, sin = cos.float(), sin.float()
     norms = {}
-    if spec.norms == "head":
+    if part.norms:
         of_query, of_key = part.norms
         weights = {"query_norm": of_query.module.weight, "key_norm": of_key.module.weight}
         norms = {**weights, "eps": of_query.eps, "style": of_query.style}
@@ -164,7 +194,7 @@ def _split(module: nn.Module, joint: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def layer_forward(module: nn.Module, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-    part: Part = module.fused
+    part: LayerPart = module.fused
     before_attention, after_attention, before_mlp, after_mlp = part.norms
     stream, normed = hidden_states, hidden_states
     if before_attention is not None:
@@ -181,7 +211,7 @@ def layer_forward(module: nn.Module, hidden_states: torch.Tensor, **kwargs) -> t
 
 
 def _add(
-    part: Part, update: torch.Tensor, stream: torch.Tensor, inner: FusedNorm | None, outer: FusedNorm | None
+    part: LayerPart, update: torch.Tensor, stream: torch.Tensor, inner: FusedNorm | None, outer: FusedNorm | None
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Add an update, normed by `inner`, to the residual stream. Returns the sum normed by `outer`, or None, and the
     sum."""
@@ -199,3 +229,11 @@ def _add(
         **weight,
         impl=part.impl,
     )
+
+
+FORWARDS = {
+    NormPart: norm_forward,
+    MLPPart: mlp_forward,
+    AttentionPart: attention_forward,
+    LayerPart: layer_forward,
+}

@@ -15,17 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..ops import FLOAT_DTYPES
-from . import fused_modules, known_forwards
-from .fused_modules import FusedNorm, Handover, Part
+from . import known_forwards
+from .fused_modules import FORWARDS, AttentionPart, FusedNorm, Handover, LayerPart, MLPPart, NormPart
 from .known_forwards import activation_of, source_id
 
-FORWARDS = {
-    known_forwards.Norm: fused_modules.norm_forward,
-    known_forwards.GatedMLP: fused_modules.mlp_forward,
-    known_forwards.Attention: fused_modules.attention_forward,
-    known_forwards.Layer: fused_modules.layer_forward,
-}
 ROTARY_FUNCTIONS = "apply_rotary_pos_emb", "rotate_half"  # names that the forward of an attention refers to
+Part = NormPart | MLPPart | AttentionPart | LayerPart
 
 
 class _Unfit(Exception):
@@ -82,7 +77,7 @@ class _Fusion:
         """The module with all replaceable parts replaced. It is the module itself if there are none."""
         if id(module) in self.copies:
             return self.copies[id(module)]
-        parts = {name: child and self.copy_of(child) for name, child in module._modules.items()}
+        parts = {name: None if child is None else self.copy_of(child) for name, child in module._modules.items()}
         part = self.part_of(module)
         changed = any(parts[name] is not child for name, child in module._modules.items())
         if changed and "forward" in vars(module):
@@ -94,7 +89,7 @@ class _Fusion:
             copied = copy.copy(module)
             copied._modules = parts
         if part is not None:
-            copied.__class__ = _fused_class(type(module), FORWARDS[type(part.spec)])
+            copied.__class__ = _fused_class(type(module), FORWARDS[type(part)])
             copied.fused = part
             name = type(module).__name__
             self.result.replaced[name] = self.result.replaced.get(name, 0) + 1
@@ -118,8 +113,8 @@ class _Fusion:
             self.leave(module, str(reason))
             return None
 
-    def norm(self, module: nn.Module) -> Part:
-        return Part(self.impl, _spec(module), (self.norm_of(module),))
+    def norm(self, module: nn.Module) -> NormPart:
+        return NormPart(self.impl, self.norm_of(module))
 
     def norm_of(self, module: nn.Module) -> FusedNorm:
         """The constants of a norm. One norm has one object."""
@@ -134,16 +129,16 @@ class _Fusion:
             self.norms[id(module)] = FusedNorm(module, spec.style, getattr(module, spec.eps))
         return self.norms[id(module)]
 
-    def mlp(self, module: nn.Module) -> Part:
+    def mlp(self, module: nn.Module) -> MLPPart:
         spec = _spec(module)
         act = getattr(module, spec.activation)
         activation = activation_of(act)
         if activation is None:
             raise _Unfit(f"its activation is {type(act).__name__}")
         _check_untouched(act)
-        return Part(self.impl, spec, activation=activation)
+        return MLPPart(self.impl, spec, activation)
 
-    def attention(self, module: nn.Module) -> Part:
+    def attention(self, module: nn.Module) -> AttentionPart:
         spec = _spec(module)
         forward = _own_forward(type(module))
         rotary = known_forwards.ROTARIES.get(source_id(*(forward.__globals__.get(each) for each in ROTARY_FUNCTIONS)))
@@ -151,20 +146,20 @@ class _Fusion:
             raise _Unfit("the source of its rotary embedding is not known")
         if not spec.applies(module):
             raise _Unfit("it has no rotary embedding, or an option that fused modules lack")
-        norms = ()
+        norms = None
         if spec.norms == "head":
             norms = self.norm_of(module.q_norm), self.norm_of(module.k_norm)
             _check_alike(norms)
-        return Part(self.impl, spec, norms, rotary, spec.options(module))
+        return AttentionPart(self.impl, spec, rotary, norms, spec.options(module))
 
-    def layer(self, module: nn.Module) -> Part:
+    def layer(self, module: nn.Module) -> LayerPart:
         spec = _spec(module)
         norms = tuple(name and self.norm_of(getattr(module, name)) for name in spec.norms)
         _check_alike(norms)
         for name in spec.dropouts:
             _check_untouched(getattr(module, name))
         multiplier = getattr(module, spec.multiplier) if spec.multiplier else 1.0
-        return Part(self.impl, spec, norms, multiplier=multiplier, handover=self.handover)
+        return LayerPart(self.impl, spec, norms, multiplier, self.handover)
 
     def link(self, module: nn.Module, copied: nn.Module) -> None:
         """Let the layers of a list compute the norm that follows them."""
@@ -173,7 +168,7 @@ class _Fusion:
             following = self.norms.get(id(final))
             for layer in reversed(layers):
                 part = vars(layer).get("fused")
-                if part is None or not isinstance(part.spec, known_forwards.Layer):
+                if not isinstance(part, LayerPart):
                     following = None
                     continue
                 alike = following and all(_alike(norm, following) for norm in part.norms if norm)

@@ -8,7 +8,8 @@ import torch
 
 import specdec_triton as sdt
 from families import FAMILIES, FEW, NEVER, VOCAB, build, perturbed, prompt
-from helpers import TREES, oracle, prefilled
+from helpers import TREES, oracle, prefilled, speculative
+from specdec_triton.engine import graph_runner
 from specdec_triton.forward import attention, runner
 from specdec_triton.ops import reference
 from specdec_triton.tools.host_sync import count_host_reads
@@ -115,6 +116,52 @@ def test_the_verify_forward_is_one_graph_and_is_not_compiled_again(family):
         finally:
             del model.forward
     assert len(graphs) == 1
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that models are compiled to under `compile=True`. Shapes are as on a GPU: the model sees all slots."""
+    compiled, compile_it = [], torch.compile
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_it(call, backend=backend, **options))
+    monkeypatch.setitem(graph_runner.LAG, "cpu", 1)
+    torch._dynamo.reset()
+    yield compiled
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("llama4", marks=pytest.mark.slow)])
+def test_one_compilation_serves_all_numbers_of_nodes_and_slots(graphs, family):
+    """Forwards over one node have up to two compilations of their own: over a root, and over a node below others."""
+    model = build(family, num_hidden_layers=1, max_position_embeddings=1024)
+    draft = perturbed(family, 0.1, num_hidden_layers=1, max_position_embeddings=1024)
+    capacities = set()
+
+    def decode(length, make, **options):
+        inputs = {**prompt(length=length), "do_sample": False, "max_new_tokens": 20, "eos_token_id": NEVER}
+        plain = model.generate(**inputs)
+        text, stats = speculative(model, make(plain), inputs, compile=True, **options)
+        assert torch.equal(text, plain) and stats.rounds > 5
+        capacities.add(-(-(length + 20) // 128))
+
+    for length, tree in ((9, 5), (9, 12), (9, 80), (150, 6), (300, TREES["wide"])):
+        decode(length, lambda plain, tree=tree: oracle(plain, tree=tree))
+    assert len(graphs) == 1 and len(capacities) == 3
+    if family != "llama":
+        return
+    for nodes in (6, 9):
+        decode(9, lambda plain, nodes=nodes: sdt.ModelDrafter(draft, tree=sdt.DynamicTree(nodes, 3, 3)))
+    decode(150, lambda plain: sdt.ModelDrafter(draft, num_tokens=3))
+    decode(9, lambda plain: sdt.ModelDrafter(draft), tree="auto")
+    assert len(graphs) <= 3
+    before = len(graphs)
+    decode(300, oracle)
+    decode(300, lambda plain: sdt.NoDrafter())
+    assert len(graphs) == before
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt_neox"])

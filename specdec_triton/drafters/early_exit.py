@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Sequence
+from types import MethodType
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..forward.checks import layer_forward
 from ..tree import DynamicTree, Topology
 from .base import Drafter
 from .model import check_shape, draft_shape, start_session
@@ -130,19 +132,22 @@ def with_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
     Raises:
         ValueError: `forward` was replaced on a module that contains the layers, for example by a hook of accelerate's.
-            The copy would run the original modules.
+            The copy would run the original modules. The forward of a fused layer is a method, which the copy gets.
     """
     name, layers = decoder_layers(model)
     *path, last = name.split(".")
     total, configs = len(layers), {}
 
     def part(module: nn.Module) -> nn.Module:
-        if "forward" in vars(module):
+        forward = layer_forward(module)
+        if forward is None:
             raise ValueError(
                 f"EarlyExitDrafter: forward must be the class's own, got a {type(module).__name__} whose forward was "
                 "replaced: remove its hooks, or use another drafter"
             )
         copied = copy.copy(module)
+        if "forward" in vars(module):
+            copied.forward = MethodType(forward, copied)
         copied._modules = dict(module._modules)
         copied._compiled_call_impl = None  # it was compiled for the original module
         config = getattr(module, "config", None)

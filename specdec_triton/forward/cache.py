@@ -219,10 +219,12 @@ class TreeCache(Cache):
         return layer.keys, layer.values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.slots if self._length is None else self._length
+        if self._length is None:
+            return self.layers[self._own[0]].get_seq_length()  # `slots`, but torch.compile knows that it may vary
+        return self._length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.slots if self._length is None else self._length + query_length, 0
+        return self.get_seq_length() if self._length is None else self._length + query_length, 0
 
     def compact(self, base: torch.Tensor, path: torch.Tensor, impl: str | None = None) -> None:
         """Move accepted nodes next to each other, see `ops.compact_kv`."""

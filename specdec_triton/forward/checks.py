@@ -2,8 +2,9 @@
 not changed."""
 
 import inspect
-from collections.abc import Iterator
-from functools import cache, partial
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, partial, reduce
 from types import CellType, CodeType, FunctionType, MethodType
 
 import torch
@@ -25,6 +26,8 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # code that contains this name calls the 
 WINDOW_MASKS = {"create_sliding_window_causal_mask", "sliding_window"}  # names in code that masks keys by a window
 
 HOST_READS = {"bincount", "item", "nonzero", "tolist", "unique"}  # methods that wait for the device
+# packages whose functions may replace the forward of a module, and packages whose decorators those functions may have
+FUSING_PACKAGES, DECORATING_PACKAGES = {"liger_kernel"}, {"liger_kernel", "torch", "transformers"}
 
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
@@ -241,21 +244,23 @@ def graph_hazard(model: PreTrainedModel) -> str | None:
 
     There are three reasons. A rotary embedding that changes with the length compares positions on the host. Experts
     that run one by one list the tokens of each expert on the host; torch's grouped matrix product in fp32 does so, too,
-    on devices other than the CPU (torch 2.11). Hooks are Python code, which a replay does not run.
+    on devices other than the CPU (torch 2.11). Hooks and replaced forwards are Python code, which a replay does not
+    run; the forwards of fused layers (`layer_forward`) only launch kernels.
     """
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return "forward hooks of all modules"
     for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        forward = layer_forward(module)
+        if module._forward_hooks or module._forward_pre_hooks or forward is None:
             return f"{type(module).__name__}: has hooks or a replaced forward"
         kinds = getattr(module, "rope_type", None)
         changing = {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds])
         if changing:
             return f"{type(module).__name__}: {changing.pop()} rope compares positions on the host"
-        reads = sorted(HOST_READS & _words_of_forward(type(module)))
+        reads = sorted(_host_reads(forward))
         if not reads:
             continue
-        experts = module.config._experts_implementation if hasattr(type(module).forward, "__wrapped__") else "eager"
+        experts = module.config._experts_implementation if hasattr(forward, "__wrapped__") else "eager"
         if experts == "eager":
             return f"{type(module).__name__}: its forward reads values on the host ({', '.join(reads)})"
         if experts == "grouped_mm" and model.dtype == torch.float32 and model.device.type != "cpu":
@@ -264,6 +269,68 @@ def graph_hazard(model: PreTrainedModel) -> str | None:
                 '(model.set_experts_implementation("batched_mm") does not)'
             )
     return None
+
+
+def layer_forward(module: nn.Module) -> Callable | None:
+    """The function that computes a module: the forward of its class, or that of a fused layer. None if any other
+    forward was set on the module.
+
+    Two libraries set the forward of a fused layer as a method of the module. Liger-Kernel does so for a model that
+    exists (`apply_liger_kernel_to_llama(model=model)`). The `kernels` package does so for classes with a
+    `kernel_layer_name` (`use_kernels=True` in transformers); if it finds no layer, it sets the class's own forward.
+    """
+    of_class, own = type(module).forward, vars(module).get("forward")
+    if own is None:
+        return of_class
+    if not isinstance(own, MethodType) or own.__self__ is not module:
+        return None
+    function = own.__func__
+    of_a_layer = hasattr(type(module), "kernel_layer_name") and _is_forward_of_a_class(function)
+    return function if function is of_class or of_a_layer or _is_of_a_fusing_package(function) else None
+
+
+def _is_of_a_fusing_package(function: Callable) -> bool:
+    """True if a function is from one of `FUSING_PACKAGES`, with decorators of known packages only."""
+    packages = []
+    while isinstance(function, FunctionType):  # the attribute __module__ may be that of a function it wraps
+        packages.append(_package_of(function))
+        function = getattr(function, "__wrapped__", None)
+    return bool(packages) and packages[-1] in FUSING_PACKAGES and DECORATING_PACKAGES.issuperset(packages)
+
+
+def _is_forward_of_a_class(function: Callable) -> bool:
+    """True if a function is the forward of a class of modules that an imported Python module defines."""
+    name = getattr(function, "__qualname__", "").removesuffix(".forward")
+    place = sys.modules.get(getattr(function, "__module__", None))
+    found = reduce(lambda each, part: getattr(each, part, None), name.split("."), place)
+    return isinstance(found, type) and issubclass(found, nn.Module) and vars(found).get("forward") is function
+
+
+@cache
+def _host_reads(forward: Callable) -> set[str]:
+    """Those of `HOST_READS` that a forward calls, either itself or in autograd functions that it names."""
+    forward = inspect.unwrap(forward)
+    found, seen, pending = HOST_READS & _words_of(forward), set(), []
+    for kind in _named_by(forward):
+        if isinstance(kind, type) and issubclass(kind, torch.autograd.Function):
+            pending.append(inspect.unwrap(kind.forward))
+    while pending:
+        function = pending.pop()
+        seen.add(function)
+        found |= HOST_READS & _words_of(function)
+        named = [each for each in _named_by(function) if isinstance(each, FunctionType) and each not in seen]
+        pending += [each for each in named if _package_of(each) == _package_of(function)]
+    return found
+
+
+def _named_by(function: Callable) -> list:
+    """The global variables of its Python module that a function names."""
+    variables = getattr(function, "__globals__", {})
+    return [variables[word] for word in _words_of(function) if word in variables]
+
+
+def _package_of(function: FunctionType) -> str:
+    return str(function.__globals__.get("__name__")).split(".")[0]
 
 
 @cache
@@ -289,9 +356,14 @@ def _updates_cache(module_class: type[nn.Module]) -> bool:
     return code is not None and not is_model and "update" in code.co_names and bool(names & {*code.co_varnames})
 
 
-@cache
 def _words_of_forward(module_class: type[nn.Module]) -> frozenset:
-    code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
+    return _words_of(module_class.forward)
+
+
+@cache
+def _words_of(function: Callable) -> frozenset:
+    """The names and constants in the bytecode of a function."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
     return frozenset() if code is None else frozenset(_words(code))
 
 

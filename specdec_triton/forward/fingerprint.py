@@ -4,19 +4,20 @@ at the first may be replayed at the second.
 A CUDA graph reads weights at fixed addresses, so weights that are changed in place are seen by a replay. Everything
 else is fixed at the capture: the addresses, shapes and dtypes of tensors, and all Python values that the forward read.
 The fingerprint therefore includes all attributes of all modules: plain values by value, tensors by address, and other
-objects by identity.
+objects by identity. It also includes the functions and classes that the forwards of the modules' classes name, because
+some libraries replace a function of transformers by a fused one.
 """
 
 import weakref
-from collections.abc import Callable, Hashable
-from types import FunctionType, MethodType
+from collections.abc import Callable, Hashable, Iterator
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
-BY_IDENTITY = (type, FunctionType, MethodType)
+BY_IDENTITY = (type, FunctionType)
 MAX_DEPTH = 6  # objects that are nested deeper are compared by identity
 # Attributes that a captured forward does not depend on, or that are included otherwise. A model with forward hooks is
 # not captured.
@@ -57,6 +58,8 @@ def _mark(value: Any, seen: dict[int, int], depth: int) -> Hashable:
     if isinstance(value, nn.Module):
         seen[id(value)] = len(seen)
         return _module(value, seen)
+    if isinstance(value, MethodType):  # its hash would keep the module alive
+        return MethodType, _mark(value.__func__, seen, depth + 1), _mark(value.__self__, seen, depth + 1)
     contains = isinstance(value, (dict, list, tuple, set, frozenset))
     kind = type(value)
     if not contains and kind.__eq__ is not object.__eq__ and kind.__hash__ not in (None, object.__hash__):
@@ -83,7 +86,34 @@ def _module(module: nn.Module, seen: dict[int, int]) -> Hashable:
     )
     parts = tuple((name, _mark(part, seen, 0)) for name, part in module._modules.items())
     kind = type(module)
-    return _Identity(kind), _Identity(kind.forward), attributes, tensors, parts
+    return _Identity(kind), _Identity(kind.forward), _named_by(kind.forward, seen), attributes, tensors, parts
+
+
+def _named_by(forward: Callable, seen: dict[int, int]) -> Hashable:
+    """The functions, classes and modules that a forward names, and those that the named functions of the same Python
+    module name. Empty if the forward was seen before."""
+    pending: list[Any] = [forward]
+    found: list[Hashable] = []
+    while pending:
+        function = pending.pop()
+        if not isinstance(function, FunctionType) or id(function) in seen:
+            continue
+        seen[id(function)] = len(seen)
+        pending.append(getattr(function, "__wrapped__", None))
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            if isinstance(value, FunctionType) and value.__globals__ is function.__globals__:
+                pending.append(value)
+            if isinstance(value, (*BY_IDENTITY, nn.Module)):
+                found.append(_mark(value, seen, 1))
+    return tuple(found)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _tensor(tensor: torch.Tensor, seen: dict[int, int], depth: int) -> Hashable:

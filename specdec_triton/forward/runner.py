@@ -5,7 +5,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 import torch._dynamo
@@ -61,6 +61,7 @@ class TreeRunner:
         if compiled:
             self._recompiles = partial(torch._dynamo.config.patch, recompile_limit=RECOMPILES)
         self._fuses = fused
+        self._forward: Callable | None = None
         self.fused: Fused | None = None
         last_position = torch.as_tensor(last_position, device=start.device).expand(len(start))
         self.last_position = self._buffers.put(f"{name}.last_position", last_position)
@@ -115,6 +116,7 @@ class TreeRunner:
         types = {kind: buffers.put(f"{name}.{kind}", last) for kind, last in step.token_types.items()}
         self.step = NextStep(buffers.put(f"{name}.origin", step.origin), types, step.constants)
         buffers.agree(f"{name}.arguments", (self._all_keys, *types, *sorted(step.constants.items())))
+        self._make_forward()
         return outputs.logits[:, -1:]
 
     def _arguments_of(self, tokens: torch.Tensor, columns: torch.Tensor) -> dict:
@@ -145,23 +147,35 @@ class TreeRunner:
         num_rows, first = tokens.shape[1], depth.shape[1] - tokens.shape[1]
         last_column = (self.start + self.last_position)[:, None]
         self.cache.place(base + first, num_rows)
+        arguments = self._arguments_of(tokens, torch.minimum(base[:, None] + depth[:, first:], last_column))
+        arguments["attention_mask"] = pack_tree(depth, ancestors, self.start, base)[:, None]
+        if self._forward is None:  # the cache is that of another runner
+            self._make_forward()
+        if self._compiled:
+            self._let_shapes_vary(arguments)
         with self._recompiles():
-            outputs = call_with_tree_attention(
-                self.impl,
-                self._configs,
-                self._forward,
-                self._all_keys,
-                attention_mask=pack_tree(depth, ancestors, self.start, base)[:, None],
-                **self._arguments_of(tokens, torch.minimum(base[:, None] + depth[:, first:], last_column)),
-            )
+            outputs = call_with_tree_attention(self.impl, self._configs, self._forward, self._all_keys, **arguments)
         return outputs.logits
 
-    @cached_property
-    def _forward(self) -> Callable:
-        """The model that runs tree forwards. It is made after the prompt's forward, which may set attributes of
+    def _let_shapes_vary(self, arguments: dict) -> None:
+        """Let one compilation serve all numbers of nodes and of cache slots. Otherwise torch compiles the first shape,
+        and once more for each dimension that changes. It always compiles forwards over one node separately."""
+        tokens = arguments["input_ids"]
+        arguments["input_ids"] = tokens.clone() if tokens._is_view() else tokens  # a view is compiled separately
+        of_nodes = [self.cache.written, *(each for each in arguments.values() if torch.is_tensor(each))]
+        planes = [plane for layer in self.cache.layers if layer.is_initialized for plane in (layer.keys, layer.values)]
+        for tensor, *dims in (
+            *((each, 1) for each in of_nodes if each.dim() == 2),
+            *((plane, 2) for plane in planes),
+            (arguments["attention_mask"], 2, 3),
+        ):
+            torch._dynamo.maybe_mark_dynamic(tensor, dims)
+
+    def _make_forward(self) -> None:
+        """Make the model that runs tree forwards. It is made after the prompt's forward, which may set attributes of
         modules."""
         self.fused = fuse(self.model, self.impl) if self._fuses else Fused(self.model)
-        return torch.compile(self.fused.model, fullgraph=True) if self._compiled else self.fused.model
+        self._forward = torch.compile(self.fused.model, fullgraph=True) if self._compiled else self.fused.model
 
     @property
     def can_decode(self) -> bool:

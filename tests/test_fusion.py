@@ -7,6 +7,7 @@ the text is the same in fp32.
 import ast
 import threading
 from pathlib import Path
+from types import MethodType
 from unittest import mock
 
 import pytest
@@ -18,6 +19,7 @@ import specdec_triton as sdt
 from families import FAMILIES, NEVER, build, perturbed, prompt
 from helpers import TREES, capture_here, oracle, prefilled, snapshot, speculative
 from specdec_triton.forward import known_forwards
+from specdec_triton.forward.checks import graph_hazard
 from specdec_triton.forward.fusion import fuse
 from specdec_triton.tree import DraftTree
 
@@ -223,6 +225,31 @@ def test_a_wrapped_forward_is_not_bypassed():
     with_a_replaced_model_forward(model)
     found = fuse(model)
     assert found.model is model and found.left["LlamaModel"] == "its forward was replaced"
+
+
+def test_hooks_that_transformers_left_behind():
+    """They stay on all layers after one call with `output_hidden_states=True`."""
+    model, inputs = build("llama"), prompt()
+    model(**inputs, output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks and graph_hazard(model) is None
+    assert_equal_bits(model)
+    assert fuse(model).replaced == fuse(build("llama")).replaced
+
+
+def test_layers_of_other_libraries():
+    """A forward of Liger-Kernel's is kept on the copy, and the class's own forward as an attribute counts as such."""
+    liger = pytest.importorskip("liger_kernel.transformers.model.llama")
+    model = build("llama")
+    norm, layer = model.model.norm, model.model.layers[0]
+    norm.forward, layer.mlp.forward = (
+        MethodType(type(norm).forward, norm),
+        MethodType(type(layer.mlp).forward, layer.mlp),
+    )
+    model.forward = MethodType(liger.lce_forward, model)
+    found = fuse(model)
+    assert found.replaced == fuse(build("llama")).replaced and not found.left
+    assert found.model.forward.__self__ is found.model and "forward" not in vars(found.model.model.norm)
+    assert_equal_bits(model)
 
 
 @pytest.mark.parametrize(("change", "reason"), [("train", "training mode"), ("compile", r"module\.compile\(\) was")])

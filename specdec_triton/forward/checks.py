@@ -26,6 +26,7 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # code that contains this name calls the 
 WINDOW_MASKS = {"create_sliding_window_causal_mask", "sliding_window"}  # names in code that masks keys by a window
 
 HOST_READS = {"bincount", "item", "nonzero", "tolist", "unique"}  # methods that wait for the device
+CAPTURING_HOOKS = "transformers.utils.output_capturing"  # the Python module of hooks that capture hidden states
 # packages whose functions may replace the forward of a module, and packages whose decorators those functions may have
 FUSING_PACKAGES, DECORATING_PACKAGES = {"liger_kernel"}, {"liger_kernel", "torch", "transformers"}
 
@@ -251,7 +252,7 @@ def graph_hazard(model: PreTrainedModel) -> str | None:
         return "forward hooks of all modules"
     for module in model.modules():
         forward = layer_forward(module)
-        if module._forward_hooks or module._forward_pre_hooks or forward is None:
+        if has_hooks(module) or forward is None:
             return f"{type(module).__name__}: has hooks or a replaced forward"
         kinds = getattr(module, "rope_type", None)
         changing = {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds])
@@ -269,6 +270,13 @@ def graph_hazard(model: PreTrainedModel) -> str | None:
                 '(model.set_experts_implementation("batched_mm") does not)'
             )
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if a module has forward hooks. Those that transformers leaves on a model after a call with
+    `output_hidden_states=True` do not count, because they do nothing in other calls."""
+    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+    return any(getattr(hook, "__module__", None) != CAPTURING_HOOKS for hook in hooks)
 
 
 def layer_forward(module: nn.Module) -> Callable | None:

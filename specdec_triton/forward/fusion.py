@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..ops import FLOAT_DTYPES
 from . import known_forwards
+from .checks import has_hooks, layer_forward
 from .fused_modules import FORWARDS, AttentionPart, FusedNorm, Handover, LayerPart, MLPPart, NormPart
 from .known_forwards import activation_of, source_id
 
@@ -80,14 +82,17 @@ class _Fusion:
         parts = {name: None if child is None else self.copy_of(child) for name, child in module._modules.items()}
         part = self.part_of(module)
         changed = any(parts[name] is not child for name, child in module._modules.items())
-        if changed and "forward" in vars(module):
-            # the replaced forward refers to the original modules
+        forward = layer_forward(module)
+        if changed and forward is None:
+            # the replaced forward may refer to the original modules
             self.leave(module, "its forward was replaced")
             changed, part = False, None
         copied = module
         if part is not None or changed:
             copied = copy.copy(module)
             copied._modules = parts
+            if vars(copied).pop("forward", None) is not None and part is None:
+                copied.forward = MethodType(forward, copied)  # that of a layer of another library
         if part is not None:
             copied.__class__ = _fused_class(type(module), FORWARDS[type(part)])
             copied.fused = part
@@ -191,9 +196,9 @@ def _check_alike(norms: tuple[FusedNorm | None, ...]) -> None:
 
 def _check_untouched(module: nn.Module) -> None:
     """Raise `_Unfit` if the module computes more than its class's forward."""
-    if "forward" in vars(module):
+    if layer_forward(module) is not type(module).forward:
         raise _Unfit("its forward was replaced")
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_hooks(module):
         raise _Unfit("it has forward hooks")
     if module.training:
         raise _Unfit("it is in training mode")

@@ -105,6 +105,7 @@ class TreeRunner:
             generation_config.prefill_chunk_size = PREFILL_CHUNK
         outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
         buffers, name = self._buffers, self._name
+        is_first_call = not buffers.size(f"{name}.cache")
         self.cache = TreeCache.from_prefill(outputs.get(CACHE), capacity, self._fixed, columns, buffers, name)
         try:
             step = next_step(self.model, input_ids, outputs, model_kwargs)
@@ -116,7 +117,8 @@ class TreeRunner:
         types = {kind: buffers.put(f"{name}.{kind}", last) for kind, last in step.token_types.items()}
         self.step = NextStep(buffers.put(f"{name}.origin", step.origin), types, step.constants)
         buffers.agree(f"{name}.arguments", (self._all_keys, *types, *sorted(step.constants.items())))
-        self._make_forward()
+        if is_first_call:  # later calls may replay graphs alone
+            self._make_forward()
         return outputs.logits[:, -1:]
 
     def _arguments_of(self, tokens: torch.Tensor, columns: torch.Tensor) -> dict:
@@ -149,7 +151,7 @@ class TreeRunner:
         self.cache.place(base + first, num_rows)
         arguments = self._arguments_of(tokens, torch.minimum(base[:, None] + depth[:, first:], last_column))
         arguments["attention_mask"] = pack_tree(depth, ancestors, self.start, base)[:, None]
-        if self._forward is None:  # the cache is that of another runner
+        if self._forward is None:
             self._make_forward()
         if self._compiled:
             self._let_shapes_vary(arguments)

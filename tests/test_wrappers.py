@@ -36,8 +36,10 @@ def assert_same_text(model, inner=None):
         ):
             assert torch.equal(model.generate(**inputs, **OPTIONS, **assistance), plain)
     assert sdt.stats(model).accepted > sdt.stats(model).rounds  # drafted for itself
-    with sdt.patched(model, drafter=sdt.EarlyExitDrafter(inner.config.num_hidden_layers - 1, tree=6)):
-        assert torch.equal(model.generate(**inputs, **OPTIONS), plain)
+    for fuse in (False, True):
+        drafter = sdt.EarlyExitDrafter(inner.config.num_hidden_layers - 1, tree=6)
+        with sdt.patched(model, drafter=drafter, fuse=fuse):
+            assert torch.equal(model.generate(**inputs, **OPTIONS), plain)
     assert snapshot(inner) == before
     return plain
 

@@ -19,6 +19,9 @@ from .cache import TreeCache
 from .known_forwards import Attention, GatedMLP, Layer, Rotary
 from .versions import CACHE
 
+OLD_CACHE = "past_key_values"  # since transformers 5.24, a deprecated name of the argument `CACHE`
+CACHES = {CACHE, OLD_CACHE}
+
 
 @dataclass(frozen=True)
 class FusedNorm:
@@ -29,22 +32,31 @@ class FusedNorm:
     eps: float
 
 
-@dataclass
 class Handover:
     """The norm of a layer's output. The last kernel of a layer adds the update to the residual stream and also computes
     the norm that the next layer begins with. The layer returns the stream, as the model expects it, and leaves the
-    norm here. The next layer takes it if its input is that very tensor and its norm is that very module."""
+    norm here. The next layer takes it if its input is that very tensor, unchanged, and its norm is that very module."""
 
-    stream: torch.Tensor | None = None
-    norm: FusedNorm | None = None
-    normed: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self._stream: torch.Tensor | None = None
+        self._norm: FusedNorm | None = None
+        self._normed: torch.Tensor | None = None
+        self._version = 0
+
+    def leave(self, stream: torch.Tensor, norm: FusedNorm, normed: torch.Tensor) -> None:
+        self._stream, self._norm, self._normed, self._version = stream, norm, normed, _version(stream)
 
     def take(self, stream: torch.Tensor, norm: FusedNorm) -> torch.Tensor | None:
         """The norm of `stream`, or None if it was not left here."""
-        fits = self.stream is stream and self.norm is norm
-        normed = self.normed if fits else None
-        self.stream = self.norm = self.normed = None
+        fits = self._stream is stream and self._norm is norm and self._version == _version(stream)
+        normed = self._normed if fits else None
+        self._stream = self._norm = self._normed = None
         return normed
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """The number of changes in place. In inference mode and in compiled code, tensors do not count them."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 @dataclass
@@ -110,10 +122,20 @@ class LayerPart:
     following: FusedNorm | None = None
 
 
-def norm_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    part: NormPart = module.fused
+def norm_forward(module: nn.Module, *inputs: Any, **named: Any) -> torch.Tensor:
+    part: NormPart = module.fused_part
+    if not _fits(inputs, named, part.norm):
+        return super(type(module), module).forward(*inputs, **named)
+    (hidden_states,) = inputs
     normed = part.handover and part.handover.take(hidden_states, part.norm)
     return _normed(hidden_states, part.norm, part.impl) if normed is None else normed
+
+
+def _fits(inputs: tuple, named: dict, norm: FusedNorm | None = None) -> bool:
+    """True if the arguments are one tensor that the ops take. Otherwise the forward of the class runs."""
+    if named or len(inputs) != 1 or not inputs[0].numel():
+        return False
+    return inputs[0].dtype == norm.module.weight.dtype if norm else inputs[0].dtype in ops.FLOAT_DTYPES
 
 
 def _normed(hidden: torch.Tensor, norm: FusedNorm, impl: str | None) -> torch.Tensor:
@@ -126,8 +148,11 @@ def _rows(states: torch.Tensor) -> torch.Tensor:
     return states if states.dim() == 3 else states.reshape(1, -1, states.shape[-1])
 
 
-def mlp_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    part: MLPPart = module.fused
+def mlp_forward(module: nn.Module, *inputs: Any, **named: Any) -> torch.Tensor:
+    part: MLPPart = module.fused_part
+    if not _fits(inputs, named):
+        return super(type(module), module).forward(*inputs, **named)
+    (hidden_states,) = inputs
     if part.spec.joint:
         gate, up = getattr(module, part.spec.joint)(hidden_states).chunk(2, dim=-1)
     else:
@@ -136,18 +161,24 @@ def mlp_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     return module.down_proj(gated.view(gate.shape))
 
 
-def attention_forward(
+def attention_forward(module: nn.Module, *inputs: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    part: AttentionPart = module.fused_part
+    cache = named.get(CACHE, named.get(OLD_CACHE))
+    if inputs or not isinstance(cache, TreeCache):
+        return super(type(module), module).forward(*inputs, **named)
+    return _attention(module, part, cache, **{key: value for key, value in named.items() if key not in CACHES})
+
+
+def _attention(
     module: nn.Module,
+    part: AttentionPart,
+    cache: TreeCache,
     hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    part: AttentionPart = module.fused
-    spec, cache = part.spec, kwargs.pop(CACHE, None)
-    if not isinstance(cache, TreeCache):
-        of_class = super(type(module), module).forward
-        return of_class(hidden_states, position_embeddings, attention_mask, **{CACHE: cache}, **kwargs)
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    spec = part.spec
     if spec.joint:
         query, key, value = _split(module, getattr(module, spec.joint)(hidden_states))
     else:
@@ -193,8 +224,15 @@ def _split(module: nn.Module, joint: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return joint.split([of_queries, of_keys, of_keys], dim=-1)
 
 
-def layer_forward(module: nn.Module, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-    part: LayerPart = module.fused
+def layer_forward(module: nn.Module, *inputs: Any, **named: Any) -> torch.Tensor:
+    part: LayerPart = module.fused_part
+    norm = next(norm for norm in part.norms if norm)
+    if not _fits(inputs, {}, norm):
+        return super(type(module), module).forward(*inputs, **named)
+    return _layer(module, part, *inputs, **named)
+
+
+def _layer(module: nn.Module, part: LayerPart, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     before_attention, after_attention, before_mlp, after_mlp = part.norms
     stream, normed = hidden_states, hidden_states
     if before_attention is not None:
@@ -206,7 +244,7 @@ def layer_forward(module: nn.Module, hidden_states: torch.Tensor, **kwargs) -> t
     update = getattr(module, part.spec.mlp)(stream if normed is None else normed)
     normed, stream = _add(part, update, stream, after_mlp, part.following)
     if normed is not None:
-        part.handover.stream, part.handover.norm, part.handover.normed = stream, part.following, normed
+        part.handover.leave(stream, part.following, normed)
     return stream
 
 

@@ -8,20 +8,33 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as global_hooks
 from transformers import PreTrainedModel
 
 from ..ops import FLOAT_DTYPES
 from . import known_forwards
-from .checks import has_hooks, layer_forward
+from .checks import has_hooks, layer_forward, text_decoder
 from .fused_modules import FORWARDS, AttentionPart, FusedNorm, Handover, LayerPart, MLPPart, NormPart
-from .known_forwards import activation_of, source_id
+from .known_forwards import Attention, GatedMLP, Layer, Norm, source_id, unwrapped
 
-ROTARY_FUNCTIONS = "apply_rotary_pos_emb", "rotate_half"  # names that the forward of an attention refers to
+# kind of modules -> their table
+TABLES = {
+    "norm": known_forwards.NORMS,
+    "mlp": known_forwards.MLPS,
+    "attention": known_forwards.ATTENTIONS,
+    "layer": known_forwards.LAYERS,
+}
+SIMILAR = ("Attention", "MLP", "RMSNorm", "DecoderLayer")  # ends of class names of which the reader is told
+REPLACED, UNKNOWN = "its forward was replaced", "the source of its forward is not known"
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 Part = NormPart | MLPPart | AttentionPart | LayerPart
 
 
@@ -58,6 +71,7 @@ class _Fusion:
     def __init__(self, model: PreTrainedModel, impl: str | None):
         self.impl, self.handover, self.dtype = impl, Handover(), model.dtype
         self.result = Fused(model)
+        self.decoder = {id(module) for module in text_decoder(model).modules()}
         self.norms: dict[int, FusedNorm] = {}  # by id of the module
         self.copies: dict[int, nn.Module] = {}
         reason = self.unfit_model(model)
@@ -65,10 +79,16 @@ class _Fusion:
             self.result.left[type(model).__name__] = reason
             return
         self.result.model = self.copy_of(model)
+        for module in self.result.model.modules():
+            if "fused_part" in vars(module):
+                name = type(module).__bases__[0].__name__
+                self.result.replaced[name] = self.result.replaced.get(name, 0) + 1
 
     def unfit_model(self, model: PreTrainedModel) -> str | None:
         if model.training:
             return "it is in training mode"
+        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+            return "all modules have forward hooks"
         if model.dtype not in FLOAT_DTYPES:
             return f"it is in {model.dtype}"
         if any(module._compiled_call_impl is not None for module in model.modules()):
@@ -80,24 +100,22 @@ class _Fusion:
         if id(module) in self.copies:
             return self.copies[id(module)]
         parts = {name: None if child is None else self.copy_of(child) for name, child in module._modules.items()}
-        part = self.part_of(module)
+        part, forward = self.part_of(module), layer_forward(module)
         changed = any(parts[name] is not child for name, child in module._modules.items())
-        forward = layer_forward(module)
-        if changed and forward is None:
-            # the replaced forward may refer to the original modules
-            self.leave(module, "its forward was replaced")
+        if changed and forward is None:  # it may refer to the original modules
+            self.leave(module, REPLACED)
             changed, part = False, None
         copied = module
         if part is not None or changed:
-            copied = copy.copy(module)
-            copied._modules = parts
-            if vars(copied).pop("forward", None) is not None and part is None:
+            kind = type(module) if part is None else _fused_class(type(module), FORWARDS[type(part)])
+            copied = object.__new__(kind)
+            copied.__dict__ = {**vars(module), "_modules": parts}
+            for name in HOOKS:  # hooks that are added to the copy must not be added to the model
+                copied.__dict__[name] = copy.copy(vars(module)[name])
+            if copied.__dict__.pop("forward", None) is not None and part is None:
                 copied.forward = MethodType(forward, copied)  # that of a layer of another library
         if part is not None:
-            copied.__class__ = _fused_class(type(module), FORWARDS[type(part)])
-            copied.fused = part
-            name = type(module).__name__
-            self.result.replaced[name] = self.result.replaced.get(name, 0) + 1
+            copied.fused_part = part
         if changed:
             self.link(module, copied)
         self.copies[id(module)] = copied
@@ -108,80 +126,85 @@ class _Fusion:
 
     def part_of(self, module: nn.Module) -> Part | None:
         """The fused forward's data, or None if the module is not replaced."""
-        describe = _kind_of(type(module))
-        if describe is None:
+        method, spec = _described(type(module))
+        if method is None:
+            if type(module).__name__.endswith(SIMILAR) and id(module) in self.decoder:
+                self.leave(module, UNKNOWN)
             return None
         try:
             _check_untouched(module)
-            return getattr(self, describe)(module)
+            return getattr(self, method)(module, spec)
         except _Unfit as reason:
             self.leave(module, str(reason))
             return None
 
-    def norm(self, module: nn.Module) -> NormPart:
-        return NormPart(self.impl, self.norm_of(module))
+    def norm(self, module: nn.Module, spec: Norm) -> NormPart:
+        return NormPart(self.impl, self.norm_of(module, "it"))
 
-    def norm_of(self, module: nn.Module) -> FusedNorm:
+    def norm_of(self, module: nn.Module, name: str = "its norm") -> FusedNorm:
         """The constants of a norm. One norm has one object."""
         if id(module) not in self.norms:
-            spec = known_forwards.NORMS.get(_source_of(type(module)))
-            if spec is None:
+            _, spec = _described(type(module))
+            if not isinstance(spec, Norm):
                 raise _Unfit(f"the source of {type(module).__name__} is not known")
-            _check_untouched(module)
+            _check_untouched(module, name)
+            _check_called_as_is(module, name)
             weight = module.weight
-            if type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype != self.dtype:
-                raise _Unfit(f"the weight of its norm is a {type(weight).__name__} of {weight.dtype}")
+            if type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype != self.dtype or weight.dim() != 1:
+                found = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, torch.Tensor) else weight
+                raise _Unfit(f"{name} has another weight than [C] in {self.dtype}: a {type(weight).__name__}, {found}")
             self.norms[id(module)] = FusedNorm(module, spec.style, getattr(module, spec.eps))
         return self.norms[id(module)]
 
-    def mlp(self, module: nn.Module) -> MLPPart:
-        spec = _spec(module)
+    def mlp(self, module: nn.Module, spec: GatedMLP) -> MLPPart:
         act = getattr(module, spec.activation)
-        activation = activation_of(act)
+        activation = known_forwards.activation_of(act)
         if activation is None:
             raise _Unfit(f"its activation is {type(act).__name__}")
-        _check_untouched(act)
+        _check_untouched(act, "its activation", training=True)
+        _check_called_as_is(act, "its activation")
         return MLPPart(self.impl, spec, activation)
 
-    def attention(self, module: nn.Module) -> AttentionPart:
-        spec = _spec(module)
-        forward = _own_forward(type(module))
-        rotary = known_forwards.ROTARIES.get(source_id(*(forward.__globals__.get(each) for each in ROTARY_FUNCTIONS)))
+    def attention(self, module: nn.Module, spec: Attention) -> AttentionPart:
+        rotary = known_forwards.ROTARIES.get(_rotary_source(unwrapped(type(module).forward)))
         if rotary is None:
             raise _Unfit("the source of its rotary embedding is not known")
-        if not spec.applies(module):
-            raise _Unfit("it has no rotary embedding, or an option that fused modules lack")
+        lacking = spec.lacks(module)
+        if lacking:
+            raise _Unfit(lacking)
         norms = None
         if spec.norms == "head":
             norms = self.norm_of(module.q_norm), self.norm_of(module.k_norm)
             _check_alike(norms)
         return AttentionPart(self.impl, spec, rotary, norms, spec.options(module))
 
-    def layer(self, module: nn.Module) -> LayerPart:
-        spec = _spec(module)
+    def layer(self, module: nn.Module, spec: Layer) -> LayerPart:
         norms = tuple(name and self.norm_of(getattr(module, name)) for name in spec.norms)
         _check_alike(norms)
         for name in spec.dropouts:
-            _check_untouched(getattr(module, name))
+            dropout = getattr(module, name)
+            if type(dropout) not in (nn.Dropout, nn.Identity):
+                raise _Unfit(f"its {name} is a {type(dropout).__name__}")
+            _check_untouched(dropout, "its dropout")
         multiplier = getattr(module, spec.multiplier) if spec.multiplier else 1.0
         return LayerPart(self.impl, spec, norms, multiplier, self.handover)
 
     def link(self, module: nn.Module, copied: nn.Module) -> None:
         """Let the layers of a list compute the norm that follows them."""
-        final = getattr(module, "norm", None)
+        final = module._modules.get("norm")
         for layers in (child for child in copied._modules.values() if isinstance(child, nn.ModuleList)):
             following = self.norms.get(id(final))
             for layer in reversed(layers):
-                part = vars(layer).get("fused")
+                part = vars(layer).get("fused_part")
                 if not isinstance(part, LayerPart):
                     following = None
                     continue
                 alike = following and all(_alike(norm, following) for norm in part.norms if norm)
                 part.following = following if alike else None
                 following = part.norms[0]
-        copied_final = copied._modules.get("norm")
-        if copied_final is not None and "fused" in vars(copied_final):
-            copied_final.fused.handover = self.handover
+        part = vars(copied._modules[name]).get("fused_part") if (name := "norm") in copied._modules else None
+        if isinstance(part, NormPart):
+            part.handover = self.handover
 
 
 def _alike(one: FusedNorm, other: FusedNorm) -> bool:
@@ -194,48 +217,40 @@ def _check_alike(norms: tuple[FusedNorm | None, ...]) -> None:
         raise _Unfit("its norms differ in style or eps")
 
 
-def _check_untouched(module: nn.Module) -> None:
-    """Raise `_Unfit` if the module computes more than its class's forward."""
-    if layer_forward(module) is not type(module).forward:
-        raise _Unfit("its forward was replaced")
+def _check_untouched(module: nn.Module, name: str = "it", training: bool = False) -> None:
+    """Raise `_Unfit` if the module computes more than its class's forward. `training`: training mode makes no
+    difference."""
+    if layer_forward(module) is not type(module).forward or "_norm" in vars(module):
+        raise _Unfit(REPLACED if name == "it" else f"the forward of {name} was replaced")
     if has_hooks(module):
-        raise _Unfit("it has forward hooks")
-    if module.training:
-        raise _Unfit("it is in training mode")
+        raise _Unfit(f"{name} has forward hooks")
+    if module.training and not training:
+        raise _Unfit(f"{name} is in training mode")
 
 
-@cache
-def _kind_of(kind: type) -> str | None:
-    """The method of `_Fusion` that describes modules of this class, or None."""
-    for method, table in (
-        ("norm", known_forwards.NORMS),
-        ("mlp", known_forwards.MLPS),
-        ("attention", known_forwards.ATTENTIONS),
-        ("layer", known_forwards.LAYERS),
-    ):
-        if _source_of(kind) in table:
-            return method
-    return None
+def _check_called_as_is(module: nn.Module, name: str) -> None:
+    """Raise `_Unfit` if calling the module does more than its forward. A fused layer does not call it."""
+    if type(module).__call__ is not nn.Module.__call__:
+        raise _Unfit(f"{name} has a __call__ of its own")
 
 
-def _spec(module: nn.Module) -> Any:
-    source = _source_of(type(module))
-    tables = known_forwards.NORMS, known_forwards.MLPS, known_forwards.ATTENTIONS, known_forwards.LAYERS
-    return next(table[source] for table in tables if source in table)
-
-
-def _own_forward(kind: type) -> Callable:
-    forward = kind.forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    return forward
-
-
-@cache
-def _source_of(kind: type) -> str | None:
-    """`source_id` of the class's forward, and of its `_norm` if it has one."""
+def _described(kind: type) -> tuple[str, Any] | tuple[None, None]:
+    """The method of `_Fusion` for modules of this class, and their description; None for classes that are not known.
+    The forward of a class may be replaced at any time."""
     helper = getattr(kind, "_norm", None)
-    return source_id(kind.forward, *([helper] if helper else []))
+    source = source_id(kind.forward, *([helper] if helper else []))
+    return next(((method, table[source]) for method, table in TABLES.items() if source in table), (None, None))
+
+
+def _rotary_source(forward: Callable) -> str | None:
+    """`source_id` of the functions that apply the rotary embedding in the forward of an attention."""
+    apply = getattr(forward, "__globals__", {}).get("apply_rotary_pos_emb")
+    if isinstance(apply, nn.Module) and layer_forward(apply) is type(apply).forward and not has_hooks(apply):
+        # the package `kernels` makes a module of the function; `kernelize` may give the module another forward
+        inside = [cell.cell_contents for cell in getattr(type(apply).forward, "__closure__", None) or ()]
+        apply = next((each for each in inside if isinstance(each, FunctionType)), None)
+    apply = unwrapped(apply)
+    return source_id(apply, getattr(apply, "__globals__", {}).get("rotate_half"))
 
 
 @cache

@@ -57,13 +57,13 @@ class Attention:
         options: returns the arguments that the module passes to the attention function, besides its scaling.
         norms: None; "head" for norms of queries and keys over the head dim; "projection" for norms over all heads.
         joint: name of the linear layer that computes queries, keys and values at once, or None.
-        applies: returns True if this module works as described.
+        lacks: returns what this module has not, or has besides; None if it works as described.
     """
 
     options: Callable[[Any], dict[str, Any]] = lambda module: {}
     norms: str | None = None
     joint: str | None = None
-    applies: Callable[[Any], bool] = lambda module: True
+    lacks: Callable[[Any], str | None] = lambda module: None
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def _window_of_config(module: nn.Module) -> dict[str, Any]:
     return {"sliding_window": getattr(module.config, "sliding_window", None)}
 
 
+NO_ROTARY = "it has no rotary embedding"
 BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
 
 # `source_id` -> description. A comment names the first class with this source.
@@ -116,6 +117,7 @@ NORMS = {
 MLPS = {
     "ec1a335bf2e2": GatedMLP(),  # Llama
     "d3a25014ed23": GatedMLP(),  # Exaone4_5_
+    "939598faa7e5": GatedMLP(),  # SeedOss; its dropout does nothing outside of training
     "591e4b515918": GatedMLP("activation_fn", "gate_up_proj"),  # Phi3
 }
 ATTENTIONS = {
@@ -140,20 +142,22 @@ ATTENTIONS = {
     # HYV3
     "c023b953f9e4": Attention(norms="head"),
     # Glm4Moe
-    "10a6ed776275": Attention(norms="head", applies=lambda module: module.use_qk_norm),
+    "10a6ed776275": Attention(
+        norms="head", lacks=lambda module: None if module.use_qk_norm else "use_qk_norm is False"
+    ),
     # Olmo2
     "b2df94ca6f1f": Attention(norms="projection"),
     # Olmo3
     "efa8639c7bd2": Attention(_own_window, norms="projection"),
     # Olmo
-    "a3a28dc81169": Attention(applies=lambda module: module.config.clip_qkv is None),
+    "a3a28dc81169": Attention(lacks=lambda module: None if module.config.clip_qkv is None else "clip_qkv is set"),
     # SmolLM3
-    "cadd9ba12dcd": Attention(_own_window, applies=lambda module: bool(module.use_rope)),
+    "cadd9ba12dcd": Attention(_own_window, lacks=lambda module: None if module.use_rope else NO_ROTARY),
     # Exaone4
     "bbc257bd3b51": Attention(
         lambda module: {"sliding_window": module.sliding_window if module.is_sliding else None},
         norms="head",
-        applies=lambda module: module.sliding_window is None or module.is_sliding,
+        lacks=lambda module: None if module.sliding_window is None or module.is_sliding else NO_ROTARY,
     ),
     # SeedOss
     "c002333b3351": Attention(),
@@ -199,7 +203,9 @@ SILU = (nn.SiLU, SiLUActivation)
 
 def activation_of(module: Any) -> str | None:
     """The name of an activation in `ops.gated_activation`, or None."""
-    kind, act = type(module), vars(module).get("act")
+    kind, act = type(module), getattr(module, "__dict__", {}).get("act")
+    if not is_of_library(getattr(kind, "forward", None)):
+        return None
     if kind in SILU:
         return "silu"
     if kind is nn.GELU:
@@ -211,11 +217,29 @@ def activation_of(module: Any) -> str | None:
     return None
 
 
+def unwrapped(function: Any) -> Any:
+    """The function inside of wrappers that torch and transformers put around it. A wrapper of anybody else may change
+    the result, so it is returned as it is."""
+    while hasattr(function, "__wrapped__") and is_of_library(function):
+        function = function.__wrapped__
+    return function
+
+
+def is_of_library(function: Any) -> bool:
+    """True if the code of a function is in torch or transformers, whatever name it took from a function it wraps."""
+    package = getattr(function, "__globals__", {}).get("__name__", "")
+    return package.split(".")[0] in ("torch", "transformers")
+
+
 @cache
 def source_id(*functions: Callable | None) -> str | None:
-    """A hash of the functions' source, as far as it decides what they compute. None if there is no source."""
+    """A hash of the functions' source, as far as it decides what they compute. None if there is no source, or if a
+    function is inside of a wrapper that is not torch's or transformers'."""
+    functions = tuple(map(unwrapped, functions))
+    if any(hasattr(function, "__wrapped__") for function in functions):
+        return None
     try:
-        sources = [textwrap.dedent(inspect.getsource(inspect.unwrap(function))) for function in functions]
+        sources = [textwrap.dedent(inspect.getsource(function)) for function in functions]
         return id_of([ast.parse(source).body[0] for source in sources])
     except (OSError, TypeError, SyntaxError):
         return None

@@ -6,7 +6,7 @@ the text is the same in fp32.
 
 import ast
 import threading
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import MethodType
 from unittest import mock
@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama
 
@@ -476,6 +477,20 @@ def test_captured_rounds_and_later_calls(monkeypatch):
             model.model.layers[0].mlp.gate_proj.weight.mul_(2)
         other = model.generate(**inputs)
     assert torch.equal(other, model.generate(**inputs)) and not torch.equal(other, plain)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_compiled(monkeypatch):
+    """`fuse=True` with `compile=True` does both, and later calls compile nothing."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, inputs = build("llama"), prompt()
+    plain = model.generate(**inputs, **GREEDY)
+    with sdt.patched(model, drafter=oracle(plain), fuse=True, compile=True):
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **GREEDY), plain)
+            assert sdt.stats(model).fused and counters["stats"]["unique_graphs"] == 1
 
 
 def test_an_early_exit():

@@ -385,9 +385,9 @@ def _model_rows(name: str) -> list[tuple[str, str]]:
         rows = [("model", f"{type(model).__name__} is supported")]
     except ValueError as refusal:
         return [("model", str(refusal))]
-    rows.append(("captured", graph_hazard(model) or "yes"))
+    rows.append(("its CUDA graphs", graph_hazard(model) or "can be captured on a GPU"))
     found = fuse(model)
-    rows += [("fused", f"{number} {kind}") for kind, number in found.replaced.items()]
+    rows += [("fused", f"{number} {kind}") for kind, number in found.replaced.items()] or [("fused", "nothing")]
     return rows + [("not fused", f"{kind}: {reason}") for kind, reason in found.left.items()]
 
 

@@ -164,7 +164,8 @@ def mlp_forward(module: nn.Module, *inputs: Any, **named: Any) -> torch.Tensor:
 def attention_forward(module: nn.Module, *inputs: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     part: AttentionPart = module.fused_part
     cache = named.get(CACHE, named.get(OLD_CACHE))
-    if inputs or not isinstance(cache, TreeCache):
+    # torch.compile would copy the whole cache around a kernel that writes to it
+    if inputs or not isinstance(cache, TreeCache) or torch.compiler.is_compiling():
         return super(type(module), module).forward(*inputs, **named)
     return _attention(module, part, cache, **{key: value for key, value in named.items() if key not in CACHES})
 

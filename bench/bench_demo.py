@@ -69,7 +69,7 @@ def main() -> int:
                     ratios = [a.seconds / b.seconds for a, b in zip(runs[other], done, strict=True)]
                     found[f"ratio_{against}"] = round(statistics.median(ratios), 3)
                     found[f"ratio_{against}_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
-            shapes = {"model": description.partition(" ")[0], "prompt": prompt, "new_tokens": len(new_tokens)}
+            shapes = {"model": description.partition(" ")[0].partition(".")[0], "prompt": prompt, "new_tokens": len(new_tokens)}
             bench.add(way, shapes, "fp32", found, "the demo's prompts")
 
     cases = [*PROMPTS, HOPELESS]

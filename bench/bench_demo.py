@@ -43,6 +43,7 @@ def main() -> int:
     bench = Bench("demo", __doc__, arguments)
     name = models.find_default_model(bench.options.model, "float32")
     model, tokenizer, description = models.load(name, "float32", print)
+    label = description.partition(" ")[0].partition(".")[0]  # without the format of the file
     model.to(bench.device)
 
     def measure(bench: Bench, prompt: str) -> None:
@@ -69,7 +70,7 @@ def main() -> int:
                     ratios = [a.seconds / b.seconds for a, b in zip(runs[other], done, strict=True)]
                     found[f"ratio_{against}"] = round(statistics.median(ratios), 3)
                     found[f"ratio_{against}_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
-            shapes = {"model": description.partition(" ")[0].partition(".")[0], "prompt": prompt, "new_tokens": len(new_tokens)}
+            shapes = {"model": label, "prompt": prompt, "new_tokens": len(new_tokens)}
             bench.add(way, shapes, "fp32", found, "the demo's prompts")
 
     cases = [*PROMPTS, HOPELESS]

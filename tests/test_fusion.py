@@ -366,6 +366,21 @@ def test_a_wrapped_forward_is_not_bypassed():
     assert found.model is model and found.left["LlamaModel"] == "its forward was replaced" and not found.replaced
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_multiplier_of_the_updates(dtype):
+    model = build("granite", residual_multiplier=0.22).to(dtype)
+    assert_equal_bits(model)
+    assert fuse(model).replaced["GraniteDecoderLayer"] == 3
+
+
+def test_a_final_norm_unlike_those_of_the_layers():
+    """It cannot be computed in one kernel with the norm of the last update."""
+    model = build("gemma3")
+    model.model.norm.eps = 0.5
+    assert_equal_bits(model)
+    assert fuse(model).replaced["Gemma3DecoderLayer"] == 3
+
+
 def test_hooks_that_transformers_left_behind():
     """They stay on all layers after one call with `output_hidden_states=True`."""
     model, inputs = build("llama"), prompt()

@@ -226,6 +226,26 @@ def with_a_norm_that_is_called_otherwise(model):
     model.model.layers[1].input_layernorm.__class__ = Doubled
 
 
+def with_a_builtin_activation(model):
+    mlp = model.model.layers[1].mlp
+    del mlp.act_fn
+    mlp.act_fn = torch.tanh
+
+
+def with_a_parametrized_weight(model):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    for module in (model.model.layers[1].input_layernorm, model.model.layers[2].self_attn.q_proj):
+        nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+
+
+def with_a_layer_that_has_an_attribute_of_our_name(model):
+    with_a_layer_that_is_not_known(model)
+    model.model.layers[1].fused_part = True
+
+
 CHANGES = [each for name, each in list(globals().items()) if name.startswith("with_")]
 
 
@@ -379,6 +399,22 @@ def test_a_final_norm_unlike_those_of_the_layers():
     model.model.norm.eps = 0.5
     assert_equal_bits(model)
     assert fuse(model).replaced["Gemma3DecoderLayer"] == 3
+
+
+def test_a_norm_whose_helper_was_replaced():
+    model = build("gemma")
+    for norm in (model.model.norm, model.model.layers[1].input_layernorm):
+        norm._norm = lambda hidden: hidden * 2
+    assert_equal_bits(model)
+    assert fuse(model).replaced["GemmaDecoderLayer"] == 2
+
+
+def test_norms_with_a_weight_for_each_head():
+    model = build("qwen3")
+    attention = model.model.layers[0].self_attn
+    attention.q_norm.weight = nn.Parameter(torch.rand(4, attention.head_dim))
+    assert_equal_bits(model)
+    assert fuse(model).replaced["Qwen3Attention"] == 2
 
 
 def test_hooks_that_transformers_left_behind():

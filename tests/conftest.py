@@ -76,6 +76,18 @@ def pytest_addoption(parser):
     parser.addoption("--captured", action="store_true", help="run every test with rounds captured and read late")
 
 
+@pytest.fixture
+def poisoned_outputs():
+    """Fill new tensors with NaN, the largest integer or True."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    # warn_only, because some operations of the references would raise on CUDA; memory is filled in any case
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(autouse=True)
 def _captured(request, monkeypatch):
     if request.config.getoption("--captured"):

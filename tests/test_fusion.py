@@ -40,7 +40,7 @@ FOLDERS = (
     "qwen2", "qwen3", "qwen3_vl", "seed_oss", "smollm3",
 )  # fmt: skip
 TABLES = known_forwards.NORMS, known_forwards.MLPS, known_forwards.ATTENTIONS, known_forwards.LAYERS
-# what is replaced in the families of the tests: number of modules in layers and at the end, by kind
+# family of the tests -> the kinds of modules that are replaced in it
 WHOLE = "RMSNorm", "MLP", "Attention", "DecoderLayer"
 REPLACED = {
     **dict.fromkeys(("llama", "qwen2", "qwen2_window", "qwen3", "mistral", "mistral_window", "gemma", "gemma2"), WHOLE),

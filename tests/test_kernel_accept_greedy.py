@@ -15,17 +15,10 @@ NAN, INF = float("nan"), float("inf")
 FIELDS = reference.Acceptance._fields
 
 # `poisoned_outputs` makes PyTorch warn about nondeterministic operations, such as cumsum on CUDA
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fill new tensors with NaN, the largest integer or True."""
-    before = torch.are_deterministic_algorithms_enabled()
-    # warn_only, because some operations of the reference would raise on CUDA; memory is filled in any case
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
+]
 
 
 def case(batch, nodes, vocab, dtype=torch.float32, seed=0, accepted=0.5, twins=0.2, padding=0.1, ties=False):

@@ -28,18 +28,11 @@ from specdec_triton.ops.rules import RULES, SAMPLING, WEIGHING_RULES
 NAN, INF = float("nan"), float("inf")
 FIELDS = reference.Acceptance._fields
 ROUNDING = 4e-6
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
+]
 CELLS = [(rule, sampling) for rule in RULES for sampling in SAMPLING if rule in WEIGHING_RULES or sampling == "none"]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fill new tensors with NaN, the largest integer or True."""
-    before = torch.are_deterministic_algorithms_enabled()
-    # warn_only, because cumsum in the reference would raise on CUDA; memory is filled in any case
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def run(arguments):

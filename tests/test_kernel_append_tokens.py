@@ -14,14 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_PLACE = ("text", "length", "position", "budget")
 UNUSED = 2**62 + 1  # in columns after the text
 
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fill new tensors with the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 def numbers(*values, dtype=torch.int64):

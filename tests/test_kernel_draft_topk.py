@@ -21,17 +21,10 @@ NAN, INF = float("nan"), float("inf")
 TILE = kernel.TILE_V
 ROUNDING = 1e-5
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fill new tensors with NaN, the largest integer or True."""
-    before = torch.are_deterministic_algorithms_enabled()
-    # warn_only, because some operations of the reference would raise on CUDA; memory is filled in any case
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
+]
 
 
 def case(batch, parents, vocab, noise="none", kind="none", dtype=torch.float32, seed=0, rows=None):

@@ -9,7 +9,7 @@ from first_gpu import marked, turns
 from specdec_triton import ops
 from specdec_triton.kernels import gated_activation as kernel
 from specdec_triton.ops import layers_reference as reference
-from ulps import ulps_apart
+from tensors import inside, ulps_apart
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -20,22 +20,10 @@ NAN, INF = float("nan"), float("inf")
 ULPS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 8}
 CANCELLATION = {"silu": 0.0, "gelu": 2.0**-21, "gelu_tanh": 2.0**-21}  # times |gate * up|
 
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # by the interpreter
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fill new tensors with NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def inside(tensor):
-    """A copy in the middle of a tensor of NaN, so that a read outside of a row changes the result."""
-    wide = torch.full([size + 2 for size in tensor.shape[:-1]] + [tensor.shape[-1] + 9], NAN, dtype=tensor.dtype)
-    return wide.to(DEVICE)[1:-1, 1:-1, 3:-6].copy_(tensor)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered"),
+]  # by the interpreter
 
 
 def plain(tensor):
@@ -97,7 +85,7 @@ def test_every_gate_of_16_bits(activation, dtype):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_many_gates_of_32_bits(activation):
-    """Where the exponential is large, where it overflows (at -88.72), and where it is the smallest."""
+    """Gates for which the exponential is large, overflows (at -88.72), or is the smallest."""
     lines = [(-6, 6), (-30, 30), (-89.5, -87), (-88.7230, -88.7226), (87, 89.5), (-1e-3, 1e-3)]
     gate = torch.stack([torch.linspace(first, last, 4001) for first, last in lines])[None]
     check(plain(gate), torch.ones_like(plain(gate)), activation)

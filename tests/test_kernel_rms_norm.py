@@ -13,7 +13,7 @@ from specdec_triton import ops
 from specdec_triton.kernels import rms_norm as kernel
 from specdec_triton.ops import layers_reference as reference
 from specdec_triton.tools import inspection
-from ulps import ulps_apart
+from tensors import inside, ulps_apart
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -32,26 +32,12 @@ NAN, INF = float("nan"), float("inf")
 # rows that are read in a loop: one that ends one column after a step, and one that ends with a step
 LONG_ROWS = [kernel.MAX_BLOCK_C + 1, 2 * kernel.MAX_BLOCK_C]
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 
 def most_ulps(dtype, style):
     """The bound of the contract. "cast_first" rounds before the product with the weight."""
     return 8 if dtype == torch.float32 else 2 if style == "cast_first" else 1
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fill new tensors with NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def inside(tensor):
-    """A copy in the middle of a tensor of NaN, so that a read outside of a row changes the result."""
-    wide = torch.full([size + 2 for size in tensor.shape[:-1]] + [tensor.shape[-1] + 9], NAN, dtype=tensor.dtype)
-    place = (*(slice(1, 1 + size) for size in tensor.shape[:-1]), slice(3, 3 + tensor.shape[-1]))
-    return wide.to(DEVICE)[place].copy_(tensor)
 
 
 def plain(tensor):

@@ -15,29 +15,18 @@ from first_gpu import marked, turns
 from specdec_triton import ops
 from specdec_triton.kernels import rotary_and_cache as kernel
 from specdec_triton.tools import inspection
+from tensors import INTEGERS, bits, ulps_apart
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STYLES = {"cast_first": Qwen3RMSNorm, "cast_last": Olmo2RMSNorm, "one_plus": Gemma3RMSNorm}
-INTEGERS = {2: torch.int16, 4: torch.int32}
 NAN = float("nan")
 # Most units in the last place by which the kernel's norm differs from the reference's. "cast_first" rounds before the
 # product with the weight, which may turn one unit into two: in bf16, 1.9375 and 1.9375 * (1 + 2 ** -7) are two apart.
 NORM_ULPS = {"cast_first": 2, "cast_last": 1, "one_plus": 1}
 FP32_NORM_ULPS = 8  # up to 6 in 120,000 random rows of 64 to 256 dims, 8 if rsqrt has the largest error of a GPU's
 
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fill new tensors with NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def bits(tensor):
-    return tensor.view(INTEGERS[tensor.element_size()])
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 def buffer(dtype, batch, slots, kv_heads, dim, seed=0):
@@ -241,13 +230,6 @@ def without_rotation(arguments):
     """The same arguments, with the rotation by 0 degrees."""
     zero = torch.zeros_like(arguments["sin"])
     return arguments | {"cos": zero + 1, "sin": zero}
-
-
-def ulps_apart(got, want):
-    """The distance of finite numbers in units in the last place."""
-    ordered = [torch.where(bits(each) < 0, -(bits(each) & torch.iinfo(bits(each).dtype).max).long(), bits(each).long())
-               for each in (got, want)]  # fmt: skip
-    return (ordered[0] - ordered[1]).abs()
 
 
 def check_norms(arguments):

@@ -2,12 +2,12 @@
 
 import copy
 from collections.abc import Sequence
-from types import MethodType
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..forward.checks import layer_forward
+from ..forward.fusion import shared_copy
 from ..tree import DynamicTree, Topology
 from .base import Drafter
 from .model import check_shape, draft_shape, start_session
@@ -139,17 +139,12 @@ def with_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     total, configs = len(layers), {}
 
     def part(module: nn.Module) -> nn.Module:
-        forward = layer_forward(module)
-        if forward is None:
+        if layer_forward(module) is None:
             raise ValueError(
                 f"EarlyExitDrafter: forward must be the class's own, got a {type(module).__name__} whose forward was "
                 "replaced: remove its hooks, or use another drafter"
             )
-        copied = copy.copy(module)
-        if "forward" in vars(module):
-            copied.forward = MethodType(forward, copied)
-        copied._modules = dict(module._modules)
-        copied._compiled_call_impl = None  # it was compiled for the original module
+        copied = shared_copy(module, dict(module._modules))
         config = getattr(module, "config", None)
         if getattr(config, "num_hidden_layers", None) == total:
             copied.config = configs.setdefault(id(config), _config_of(config, kept))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial, reduce
 from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -301,7 +302,7 @@ def _is_of_a_fusing_package(function: Callable) -> bool:
     """True if a function is from one of `FUSING_PACKAGES`, with decorators of known packages only."""
     packages = []
     while isinstance(function, FunctionType):  # the attribute __module__ may be that of a function it wraps
-        packages.append(_package_of(function))
+        packages.append(package_of(function))
         function = getattr(function, "__wrapped__", None)
     return bool(packages) and packages[-1] in FUSING_PACKAGES and DECORATING_PACKAGES.issuperset(packages)
 
@@ -327,7 +328,7 @@ def _host_reads(forward: Callable) -> set[str]:
         seen.add(function)
         found |= HOST_READS & _words_of(function)
         named = [each for each in _named_by(function) if isinstance(each, FunctionType) and each not in seen]
-        pending += [each for each in named if _package_of(each) == _package_of(function)]
+        pending += [each for each in named if package_of(each) == package_of(function)]
     return found
 
 
@@ -337,8 +338,10 @@ def _named_by(function: Callable) -> list:
     return [variables[word] for word in _words_of(function) if word in variables]
 
 
-def _package_of(function: FunctionType) -> str:
-    return str(function.__globals__.get("__name__")).split(".")[0]
+def package_of(function: Any) -> str:
+    """The package that has the code of a function, whatever name it took from a function it wraps. Empty for other
+    objects."""
+    return str(getattr(function, "__globals__", {}).get("__name__", "")).split(".")[0]
 
 
 @cache

@@ -67,6 +67,23 @@ def fuse(model: PreTrainedModel, impl: str | None = None) -> Fused:
     return _Fusion(model, impl).result
 
 
+def shared_copy(module: nn.Module, parts: dict[str, nn.Module | None]) -> nn.Module:
+    """A copy of a module with other parts. It shares the module's parameters, buffers and attributes.
+
+    Args:
+        module: the module, whose `layer_forward` must not be None.
+        parts: the modules inside of the copy by name.
+    """
+    copied = object.__new__(type(module))
+    # a compiled forward is that of the original module
+    copied.__dict__ = {**vars(module), "_modules": parts, "_compiled_call_impl": None}
+    for name in HOOKS:  # hooks that are added to the copy must not be added to the model
+        copied.__dict__[name] = copy.copy(vars(module)[name])
+    if "forward" in vars(module):
+        copied.forward = MethodType(layer_forward(module), copied)
+    return copied
+
+
 class _Fusion:
     def __init__(self, model: PreTrainedModel, impl: str | None):
         self.impl, self.handover, self.dtype = impl, Handover(), model.dtype
@@ -107,14 +124,10 @@ class _Fusion:
             changed, part = False, None
         copied = module
         if part is not None or changed:
-            kind = type(module) if part is None else _fused_class(type(module), FORWARDS[type(part)])
-            copied = object.__new__(kind)
-            copied.__dict__ = {**vars(module), "_modules": parts}
-            for name in HOOKS:  # hooks that are added to the copy must not be added to the model
-                copied.__dict__[name] = copy.copy(vars(module)[name])
-            if copied.__dict__.pop("forward", None) is not None and part is None:
-                copied.forward = MethodType(forward, copied)  # that of a layer of another library
+            copied = shared_copy(module, parts)
         if part is not None:
+            vars(copied).pop("forward", None)  # the class's own, as an attribute
+            copied.__class__ = _fused_class(type(module), FORWARDS[type(part)])
             copied.fused_part = part
         if changed:
             self.link(module, copied)
@@ -202,7 +215,7 @@ class _Fusion:
                 alike = following and all(_alike(norm, following) for norm in part.norms if norm)
                 part.following = following if alike else None
                 following = part.norms[0]
-        part = vars(copied._modules[name]).get("fused_part") if (name := "norm") in copied._modules else None
+        part = getattr(copied._modules.get("norm"), "fused_part", None)
         if isinstance(part, NormPart):
             part.handover = self.handover
 

@@ -18,6 +18,8 @@ from typing import Any
 from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
+from .checks import package_of
+
 NOT_COMPARED = {"annotation", "ctx", "decorator_list", "kind", "returns", "type_comment", "type_params"}
 RENAMED = ("past_key_values", "cache")  # an argument that transformers 5.24 renamed
 NEW_ARGUMENT = "kwargs"  # an argument of `Cache.update` since 5.24, which caches may ignore
@@ -57,7 +59,7 @@ class Attention:
         options: returns the arguments that the module passes to the attention function, besides its scaling.
         norms: None; "head" for norms of queries and keys over the head dim; "projection" for norms over all heads.
         joint: name of the linear layer that computes queries, keys and values at once, or None.
-        lacks: returns what this module has not, or has besides; None if it works as described.
+        lacks: returns the reason why this module does not work as described, or None.
     """
 
     options: Callable[[Any], dict[str, Any]] = lambda module: {}
@@ -227,14 +229,16 @@ def unwrapped(function: Any) -> Any:
 
 def is_of_library(function: Any) -> bool:
     """True if the code of a function is in torch or transformers, whatever name it took from a function it wraps."""
-    package = getattr(function, "__globals__", {}).get("__name__", "")
-    return package.split(".")[0] in ("torch", "transformers")
+    return package_of(function) in ("torch", "transformers")
 
 
 @cache
 def source_id(*functions: Callable | None) -> str | None:
-    """A hash of the functions' source, as far as it decides what they compute. None if there is no source, or if a
-    function is inside of a wrapper that is not torch's or transformers'."""
+    """A hash of the functions' source, without the parts that do not change the result.
+
+    Returns:
+        None if a function has no source, or if it is inside of a wrapper that is not torch's or transformers'.
+    """
     functions = tuple(map(unwrapped, functions))
     if any(hasattr(function, "__wrapped__") for function in functions):
         return None

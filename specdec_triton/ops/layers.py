@@ -151,10 +151,9 @@ def rotary_and_cache(
     batch, nodes, _, head_dim = check("query", query, "B, N, Hq, D", *FLOAT_DTYPES)
     check("key", key, "B, N, Hkv, D", query.dtype)
     check("value", value, "B, N, Hkv, Dv", query.dtype)
-    if cos.dim() == 3 and cos.shape[0] == 1 and batch > 1:
-        cos = cos.expand(batch, -1, -1)
-    if sin.dim() == 3 and sin.shape[0] == 1 and batch > 1:
-        sin = sin.expand(batch, -1, -1)
+    cos, sin = (
+        part.expand(batch, -1, -1) if part.dim() == 3 and part.shape[0] == 1 < batch else part for part in (cos, sin)
+    )
     *_, rotated = check("cos", cos, "B, N, R", *{query.dtype: None, torch.float32: None})
     check("sin", sin, "B, N, R", cos.dtype)
     if rotated % 2 or rotated > head_dim:

@@ -62,7 +62,8 @@ class Plan:
 def plan_of(topology: Topology, num_first: int, sampling: str, device: torch.device) -> Plan:
     """The plan for `topology` if each level's tree begins with a chain of `num_first` nodes that ends in the root.
 
-    Plans are cached. `sampling` tells how children are chosen: "none" by rank, "with" or "without" by draws with or without replacement.
+    Plans are cached. `sampling` tells how children are chosen: "none" by rank, "with" or "without" by draws with or
+    without replacement.
     """
     depths, parents = topology.depths, topology.parents
     by_depth = [[node for node, depth in enumerate(depths) if depth == at] for at in range(topology.max_depth + 1)]

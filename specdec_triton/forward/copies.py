@@ -2,6 +2,8 @@
 there is nothing to restore, and other threads may run it at the same time."""
 
 import copy
+from collections.abc import Callable
+from functools import cache
 from types import MethodType
 
 from torch import nn
@@ -65,6 +67,13 @@ def _own_forward_copy(module: nn.Module, owner: str) -> nn.Module:
             "remove its hooks, or use another drafter"
         )
     return shared_copy(module, dict(module._modules))
+
+
+@cache
+def subclass(kind: type[nn.Module], prefix: str, forward: Callable) -> type[nn.Module]:
+    """A subclass with another forward, for copies. isinstance works, and so do the class's other methods. It is made
+    once, so that compiled code serves all copies."""
+    return type(f"{prefix}{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 
 
 def decoder_layers(model: PreTrainedModel, owner: str) -> tuple[str, nn.ModuleList]:

@@ -9,7 +9,6 @@ Letters: B sequences, n columns or nodes of a forward, Ht hidden size, L decoder
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .checks import layer_forward
-from .copies import HOOKS, copy_with, decoder_layers
+from .copies import HOOKS, copy_with, decoder_layers, subclass
 
 # int i, 0 <= i < L: the input of decoder layer i, which is transformers' hidden_states[i]
 # "last": the output of the last decoder layer, before the final norm
@@ -48,7 +47,7 @@ class TappedModel:
 
     def __init__(self, model: PreTrainedModel, taps: Sequence[Tap], owner: str = OWNER):
         name, layers = decoder_layers(model, owner)
-        self.taps, self._found = tuple(taps), _Found()
+        self.taps, self._owner, self._found = tuple(taps), owner, _Found()
         total = len(layers)
         strange = [tap for tap in self.taps if tap not in ("last", "final") and not _is_index(tap, total)]
         if strange:
@@ -66,7 +65,8 @@ class TappedModel:
         if "final" in self.taps:
             decoder = copies[-1]
             decoder.recorder = _DecoderRecorder(layer_forward(decoder), self._found)
-            decoder.forward = MethodType(_decoder_forward, decoder)
+            vars(decoder).pop("forward", None)
+            decoder.__class__ = subclass(type(decoder), "Recording", _decoder_forward)
 
     def __call__(self, **arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
         """The model's outputs, and the states [B, n, Ht] of each tap."""
@@ -80,8 +80,8 @@ class TappedModel:
         lacking = [tap for tap in self.taps if tap not in found]
         if lacking:
             raise ValueError(
-                f"{OWNER}: the forward of {type(self.model).__name__} must call every decoder layer, got no state for "
-                f"the taps {lacking}: use another drafter"
+                f"{self._owner}: the forward of {type(self.model).__name__} must call every decoder layer, got no "
+                f"state for the taps {lacking}: use another drafter"
             )
         return tuple(found[tap] for tap in self.taps)
 
@@ -137,16 +137,16 @@ def _recording(layer: nn.Module, found: _Found, tap: int | None, is_last: bool) 
     """A module with the attributes of a layer that records states and calls the layer; the layer itself if there is
     nothing to record. Hooks, compilation and a replaced forward of the layer are used by that call.
 
-    A forward of the instance is used, not hooks: compiled code does not check whether a module's hooks changed.
+    The class has another forward. Hooks would not do: compiled code does not check whether a module's hooks changed.
     """
     if tap is None and not is_last:
         return layer
-    recorder = object.__new__(type(layer))
+    recorder = object.__new__(subclass(type(layer), "Recording", _layer_forward))
     recorder.__dict__ = {**vars(layer), "_compiled_call_impl": None}
+    vars(recorder).pop("forward", None)
     for name in HOOKS:
         recorder.__dict__[name] = type(vars(layer)[name])()
     recorder.recorder = _LayerRecorder(layer, found, tap, is_last)
-    recorder.forward = MethodType(_layer_forward, recorder)
     return recorder
 
 

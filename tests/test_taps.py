@@ -17,6 +17,7 @@ import specdec_triton as sdt
 from families import FAMILIES, NEVER, VOCAB, build, enlarge_weights, prompt
 from helpers import TREES, Launches, snapshot
 from simulated_graph import SimulatedGraphs
+from specdec_triton.drafters.early_exit import with_layers
 from specdec_triton.forward import runner as runners
 from specdec_triton.forward.copies import decoder_layers
 from specdec_triton.forward.runner import TreeRunner
@@ -307,7 +308,8 @@ def test_further_arguments_and_a_cache_from_elsewhere(compiled, graphs):
         with torch.no_grad():
             model(inputs["input_ids"], features=features[:, :LENGTH], **{CACHE: cache})
             runner.take_cache(cache, CAPACITY, LENGTH)
-            outputs = forward(runner, tree, features=features[:, LENGTH : LENGTH + nodes])
+            fed = features[:, LENGTH : LENGTH + nodes]
+            outputs = forward(runner, tree, features=fed if nodes == 7 else fed.clone())  # views are compiled alike
             text = torch.cat([inputs["input_ids"], tree.tokens], 1)
             wanted = model(text, features=features[:, : text.shape[1]], output_hidden_states=True)
         torch.testing.assert_close(outputs.logits, wanted.logits[:, LENGTH:], rtol=1e-3, atol=1e-3)
@@ -470,6 +472,40 @@ def test_models_that_have_no_taps():
         pytest.raises(ValueError, match=r"must call every decoder layer, got no state for the taps \[1\]"),
     ):
         tapped(**prompt())
+
+
+def test_a_reader_needs_taps():
+    with pytest.raises(ValueError, match="TreeRunner: read needs taps, got none"):
+        started(build("llama"), prompt(), lambda *each: None, taps=())
+
+
+class Stacking(nn.Module):
+    """A layer that returns several streams, like those of Gemma 3n."""
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states[None]
+
+
+def test_states_of_several_streams_are_refused():
+    model = build("llama")
+    model.model.layers[1] = Stacking()
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"must be \[B, n, Ht\], got \[\[1, 2, 9, 32\]\] for "),
+    ):
+        TappedModel(model, ("last",))(**prompt())
+
+
+@pytest.mark.parametrize("taps", [(0,), (0, "final")])
+def test_a_config_that_asks_for_hidden_states(taps):
+    """Transformers would add its hooks to the layers, which the model shares with its copies, once for each copy."""
+    model = build("llama")
+    model.config.output_hidden_states = True
+    before = snapshot(model)
+    forward(started(model, prompt(), taps=taps), draft_tree())
+    with torch.no_grad():
+        with_layers(model, [0])(**prompt())
+    assert snapshot(model) == before
 
 
 def test_a_tapped_model_keeps_no_layer_alive():

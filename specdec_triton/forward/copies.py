@@ -15,6 +15,8 @@ HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
+# attribute of a model: unless it is True, transformers may add hooks to the layers, which are those of the copies, too
+CAPTURES = "_output_capturing_hooks_installed"
 
 
 def shared_copy(module: nn.Module, parts: dict[str, nn.Module | None]) -> nn.Module:
@@ -29,6 +31,8 @@ def shared_copy(module: nn.Module, parts: dict[str, nn.Module | None]) -> nn.Mod
     copied.__dict__ = {**vars(module), "_modules": parts, "_compiled_call_impl": None}
     for name in HOOKS:  # hooks that are added to the copy must not be added to the model
         copied.__dict__[name] = copy.copy(vars(module)[name])
+    if isinstance(module, PreTrainedModel):
+        copied.__dict__[CAPTURES] = True
     if "forward" in vars(module):
         copied.forward = MethodType(layer_forward(module), copied)
     return copied

@@ -42,7 +42,7 @@ class TappedModel:
 
     Raises:
         ValueError: a tap is not one of the model's, the model has no single list of decoder layers, or the forward of a
-            module that contains it was replaced.
+            module that contains it was replaced. In a forward: a layer was not called, or a state is not [B, n, Ht].
     """
 
     def __init__(self, model: PreTrainedModel, taps: Sequence[Tap], owner: str = OWNER):
@@ -55,9 +55,9 @@ class TappedModel:
                 f"{owner}: taps must be the {total} layers of {type(model).__name__}.{name}, 0 to {total - 1}, or "
                 f"'last' or 'final', got {strange}"
             )
-        recorded = {tap: tap for tap in self.taps if isinstance(tap, int)}
+        last = total - 1 if "last" in self.taps else None
         listed = [
-            _recording(layer, self._found, recorded.get(index), "last" in self.taps and index == total - 1)
+            _recording(layer, self._found, index if index in self.taps else None, index == last)
             for index, layer in enumerate(layers)
         ]
         copies = copy_with(model, name, nn.ModuleList(listed), owner)
@@ -83,7 +83,13 @@ class TappedModel:
                 f"{self._owner}: the forward of {type(self.model).__name__} must call every decoder layer, got no "
                 f"state for the taps {lacking}: use another drafter"
             )
-        return tuple(found[tap] for tap in self.taps)
+        states = tuple(found[tap] for tap in self.taps)
+        if any(state.dim() != 3 for state in states):
+            raise ValueError(
+                f"{self._owner}: hidden states must be [B, n, Ht], got {[list(state.shape) for state in states]} for "
+                f"the taps {list(self.taps)} of {type(self.model).__name__}: use another drafter"
+            )
+        return states
 
     @contextmanager
     def reading(self, read: Read | None, cache: Cache) -> Iterator[None]:
@@ -125,6 +131,8 @@ class _LayerRecorder:
 
 
 class _DecoderRecorder:
+    """Data of a decoder that records its output. `function`: its forward before it recorded."""
+
     def __init__(self, function: Callable, found: _Found):
         self.function, self.found = function, found
 

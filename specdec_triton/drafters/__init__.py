@@ -2,6 +2,7 @@
 
 from .base import DraftContext, Drafter, DraftSession, NoDrafter
 from .early_exit import EarlyExitDrafter
+from .medusa import MedusaDrafter
 from .model import ModelDrafter
 from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
@@ -11,6 +12,7 @@ __all__ = [
     "DraftSession",
     "Drafter",
     "EarlyExitDrafter",
+    "MedusaDrafter",
     "ModelDrafter",
     "NoDrafter",
     "OracleDrafter",

@@ -25,6 +25,7 @@ ARROWS = {
     "tree_choice": {"tree"},
     "forward": {"ops", "tree"},
     "processors": {"ops", "tree"},
+    "heads": {"forward", "ops"},
     "drafters": {"forward", "ops", "tree", "tree_choice"},
     "options": {"drafters", "ops", "tree", "tree_choice"},
     "_stats": set(),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..forward.copies import copy_with, decoder_layers
 from ..tree import DynamicTree, Topology
 from .base import Drafter
-from .model import check_shape, draft_shape, start_session
+from .model import check_confidence, check_shape, draft_shape, start_session
 
 OWNER = "EarlyExitDrafter"  # the beginning of error messages
 PER_LAYER_OPTIONS = ("hidden_size_per_layer_input", "num_kv_shared_layers")
@@ -62,6 +62,7 @@ class EarlyExitDrafter(Drafter):
         self.num_tokens, self.tree, self.replacement = num_tokens, tree, replacement
         self.confidence_threshold = confidence_threshold
         check_shape(self)
+        check_confidence(self)
 
     @property
     def resizable(self):

@@ -312,6 +312,30 @@ def test_heads_are_loaded_from_a_folder_for_a_target(target, heads, tensors, tmp
         MedusaDrafter.from_pretrained(str(tmp_path), build("llama", hidden_size=64))
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"hydra_head.0.linear.weight": 1}, "the draft head must be EAGLE-1, EAGLE-2, EAGLE-3 or Medusa, got Hydra"),
+        (
+            {"fc.weight": 1, "layers.0.self_attn.q_proj.weight": 1},
+            "MedusaDrafter: .* must hold Medusa's heads, got a head of kind eagle: use EagleDrafter",
+        ),
+        ({"embed_tokens.weight": 1, "norm.weight": 1}, "Medusa's heads, got tensors of no known draft head"),
+    ],
+)
+def test_other_checkpoints_are_refused_by_name(names, message, tmp_path):
+    save_file({name: torch.ones(size) for name, size in names.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        MedusaDrafter.from_pretrained(tmp_path)
+
+
+def test_heads_within_a_checkpoint_of_the_target(tensors, heads, tmp_path):
+    names = in_medusas_names(tensors, "medusa_head.") | {"model.embed_tokens.weight": torch.ones(2, 2)}
+    save_file({**names, "model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    drafter = MedusaDrafter.from_pretrained(tmp_path)
+    assert torch.equal(drafter.heads(torch.ones(1, HIDDEN)), heads(torch.ones(1, HIDDEN)))
+
+
 def test_a_trace_of_heads(target, heads, tmp_path):
     with sdt.patched(target, drafter=MedusaDrafter(heads)):
         text = target.generate(**prompt(), **GREEDY)

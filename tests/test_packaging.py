@@ -26,7 +26,7 @@ ARROWS = {
     "forward": {"ops", "tree"},
     "processors": {"ops", "tree"},
     "heads": {"forward", "ops"},
-    "drafters": {"forward", "ops", "tree", "tree_choice"},
+    "drafters": {"forward", "heads", "ops", "tree", "tree_choice"},
     "options": {"drafters", "ops", "tree", "tree_choice"},
     "_stats": set(),
     "engine": {"_stats", "drafters", "forward", "ops", "options", "processors", "tree", "tree_choice"},

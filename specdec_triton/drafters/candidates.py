@@ -14,7 +14,8 @@ def ranked(
     """The most likely choices of the target, after the call's filters. None is sampled.
 
     Under "coupled", the noise that the target will use is added to the log-probabilities first, and the result is the
-    log-softmax of the sum. If draft and target agree, siblings are then in the target's order.
+    log-softmax of the sum. This is a heuristic. If draft and target agree, the choices are in the target's order, but
+    the results are not calibrated probabilities, so a choice of paths by them may not be optimal.
 
     Args:
         context: the call's sequences.

@@ -65,8 +65,7 @@ class MedusaDrafter(Drafter):
             device: of the heads; the target's by default, or the CPU without a target.
 
         Raises:
-            ValueError: the checkpoint holds no such heads, or they do not fit the target.
-            OSError: there is no such folder or repository, or it has no weights.
+            ValueError: there is no such checkpoint, it holds no such heads, or they do not fit the target.
         """
         if target is not None:
             target = unwrap(target, "MedusaDrafter")

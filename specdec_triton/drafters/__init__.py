@@ -1,6 +1,7 @@
 """Drafters: they propose draft trees."""
 
 from .base import DraftContext, Drafter, DraftSession, NoDrafter
+from .eagle import EagleDrafter
 from .early_exit import EarlyExitDrafter
 from .medusa import MedusaDrafter
 from .model import ModelDrafter
@@ -11,6 +12,7 @@ __all__ = [
     "DraftContext",
     "DraftSession",
     "Drafter",
+    "EagleDrafter",
     "EarlyExitDrafter",
     "MedusaDrafter",
     "ModelDrafter",

@@ -10,22 +10,16 @@ from dataclasses import replace
 
 import torch
 
-from .. import ops
-from ..ops.filters import filtered_log_probs
-from ..ops.noise import COUPLED, gumbel
 from ..ops.reference import Acceptance
 from ..tree import DraftTree, DynamicTree, Topology, topology_tensors, with_children
 from .base import DraftContext
+from .candidates import ranked
 from .forwards import DraftForwards
 from .level_session import LevelSession
 
 
 class DynamicSession(LevelSession):
-    """Drafts a `DynamicTree`. Tokens are ranked by their probability after filters; none is sampled.
-
-    Under "coupled", the noise that the target will use is added to the log-probabilities first, and the score of a node
-    is the log-softmax of the sum. This is a heuristic. If the two models agree, siblings are in the target's order, but
-    the scores are not calibrated probabilities, so the choice of paths may not be optimal.
+    """Drafts a `DynamicTree`. Tokens are ranked by their probability after filters, see `candidates`; none is sampled.
 
     Args:
         forwards: the forwards of the draft.
@@ -72,7 +66,7 @@ class DynamicSession(LevelSession):
         for level in range(1, self._levels + 1):
             if level > 1:
                 logits = self._forwards.expand(fed, above, depth, ancestors)
-            best, children, has_nan = self._candidates(logits[..., : context.vocab_size], level)
+            best, children, has_nan = ranked(context, logits[..., : context.vocab_size], width, level)
             flags.append(has_nan)
             mass, children = (mass[:, :, None] + best).flatten(1), children.flatten(1)
             tokens.append(children)
@@ -98,20 +92,6 @@ class DynamicSession(LevelSession):
         )
         self._slots[:, : self._kept].copy_(torch.cat(slots, 1).gather(1, nodes))
         return replace(tree, has_nan=torch.cat(flags, 1).any(1) if flags else None)
-
-    def _candidates(self, logits: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The most likely choices of the target at `depth`, from the draft's logits [B, n, V] of n parents.
-
-        Returns:
-            Log-probabilities [B, n, K], tokens [B, n, K] int64, and [B, n] bool, True if logits are NaN.
-        """
-        context, width = self.context, self.topology.width
-        if context.rule != "coupled":
-            found = ops.draft_topk(logits, width, filters=context.filters, with_log_probs=True, impl=context.impl)
-            return found.log_probs, found.tokens, found.has_nan
-        noise = gumbel(context.seeds, context.position + depth, 0, COUPLED, logits.shape[-1])[:, None]
-        best, tokens = (filtered_log_probs(logits, context.filters) + noise).log_softmax(-1).topk(width)
-        return best, tokens, best[..., 0].isnan()
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
         self._forwards.observe(accepted, self._slots if tree.max_depth else None)

@@ -158,7 +158,7 @@ class LiteralDraft:
         return self.outputs[path]
 
     def _fed_back(self, output: torch.Tensor) -> torch.Tensor:
-        normed = self.head.layout.writer == "speculators" and self.head.layout.flags.get("norm_output", False)
+        normed = self.head.layout.flags.get("norm_output", False)
         if normed != (self.mistake == "other feedback"):
             return rms_norm(output, self.weights.get("norm.weight", torch.ones(())), self.head.eps)
         return output

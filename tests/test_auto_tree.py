@@ -204,6 +204,15 @@ def test_costs_hold_for_about_as_long_texts(monkeypatch):
     assert len(capacities) == 2 and len(measured) == 1
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sessions_reserve_memory_for_the_largest_tree(device):
+    device = torch.device(device)
+    for rule in ("greedy", "block"):
+        tree = auto_tree.largest_tree(device, rule)
+        assert tree.max_depth == min(auto_tree.most_nodes(device) - 1, auto_tree.MOST_DEPTH)
+        assert tree.is_chain if rule == "block" else tree.num_nodes == auto_tree.most_nodes(device)
+
+
 def test_refusals():
     model = build("llama")
     with pytest.raises(ValueError, match='drafter must be resizable with tree="auto", got Host'):

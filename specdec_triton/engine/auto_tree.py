@@ -40,6 +40,17 @@ def most_nodes(device: torch.device) -> int:
     return MOST_NODES.get(device.type, MOST_NODES_ELSEWHERE)
 
 
+def largest_tree(device: torch.device, rule: str) -> Topology:
+    """A topology with as many nodes and levels as those that the controller may choose, for the session to reserve
+    memory."""
+    most = most_nodes(device)
+    depth = min(most - 1, MOST_DEPTH)
+    if rule in CHAIN_RULES:
+        return Topology.chain(depth)
+    children = [(*(0,) * above, rank) for rank in range(most) for above in range(depth)]
+    return Topology.from_paths(children[: most - 1])
+
+
 def controller(
     context: DraftContext, session: DraftSession, graph_runner: GraphRunner, costs: Costs | None = None
 ) -> AdaptiveTree:

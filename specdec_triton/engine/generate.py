@@ -24,7 +24,7 @@ from ..ops.rules import LOSSY_RULES
 from ..processors.host import is_stateless
 from ..tree import DraftTree, Topology
 from ..tree_choice.controller import AdaptiveTree
-from .auto_tree import controller, most_nodes
+from .auto_tree import controller, largest_tree
 from .call import Call
 from .finished_rows import FinishedRows
 from .graph_runner import LAG, Reports
@@ -177,7 +177,7 @@ class Generation:
     @records_time("draft")
     def start_drafter(self) -> None:
         adapts = self.call.options.tree == "auto"
-        largest = Topology.chain(most_nodes(self.call.device) - 1) if adapts else None
+        largest = largest_tree(self.call.device, self.call.rule) if adapts else None
         self.round.session = self.call.drafter.start(self.context, largest or self.call.options.tree)
         # trees of sessions that are not trusted are checked on the host
         self.drafts_on_device = self.session.on_device and self.session.trusted

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..drafters import Drafter
 from ..forward.preparation import is_neutral
+from ..forward.taps import TappedModel
 from ..forward.versions import CACHE
 from ..ops.noise import row_seeds
 from ..options import Options, Tree
@@ -115,7 +116,7 @@ def check_continuous_batching(owner: str, config: GenerationConfig, arguments: d
 
 
 def check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: str | None, tree: Tree) -> None:
-    """Refuse a drafter that cannot draft for this model, rule and tree.
+    """Refuse a drafter that cannot draft for this model, rule and tree, or needs hidden states that the model lacks.
 
     Raises:
         ValueError: the message begins with `owner` or the name of the drafter.
@@ -126,6 +127,9 @@ def check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: st
             "prompt lookup branches=1"
         )
     drafter.check(model, rule, None if tree == "auto" else tree)
+    taps = drafter.taps(model)
+    if taps:
+        TappedModel(model, taps, type(drafter).__name__)
 
 
 def check_model_arguments(input_ids: torch.Tensor, model_kwargs: dict) -> None:

@@ -7,11 +7,15 @@ import torch
 import transformers
 
 import specdec_triton as sdt
+from checkpoints import write_head
 from families import NEVER, PAD, build, perturbed, prompt
 from helpers import prepared_processors, record_drafts
+from specdec_triton.heads.checkpoint import read_checkpoint
+from specdec_triton.heads.eagle import EagleModel
 from specdec_triton.ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
 from specdec_triton.tools.check_distribution import exact_distribution, prove
 from specdec_triton.tools.goodness_of_fit import benjamini_hochberg
+from specdec_triton.tree import DraftTree
 
 OPTIONS = {
     "do_sample": True,
@@ -167,6 +171,52 @@ LOSSLESS = [rule for rule in RULES if rule not in LOSSY_RULES]
 )
 def test_generate_keeps_the_distribution(rule, way):
     assert_lossless([way], [rule], 1500, 3, lambda made: made[::3])
+
+
+@pytest.fixture(scope="module")
+def with_head(tmp_path_factory):
+    """A target of 5 tokens, and an EAGLE-3 head that can name 3 of them."""
+    target = build("llama", **{**SMALL, "num_hidden_layers": 8})
+    head = read_checkpoint(write_head(tmp_path_factory.mktemp("head"), target, "specforge_model").folder)
+    rows = head.tensors["lm_head.weight"][[1, 3, 4]]
+    tensors = {**head.tensors, "lm_head.weight": rows, "d2t": torch.tensor([1, 2, 2])}
+    return target, EagleModel.from_checkpoint(replace(head, tensors=tensors))
+
+
+HEAD_SHAPES = {
+    "coupled": [{"num_tokens": 2}, {"tree": sdt.DynamicTree(6, 3, 2)}],
+    "rejection": [{"num_tokens": 2}],
+    "block": [{"num_tokens": 2}],
+    "multi_round": [{"tree": sdt.Topology.from_widths([2, 2])}, {"tree": sdt.DynamicTree(6, 3, 2)}],
+    "traversal": [{"tree": sdt.Topology.from_widths([3, 1]), "replacement": True}],
+}
+
+
+@pytest.mark.parametrize("rule", LOSSLESS)
+def test_a_reduced_vocabulary_keeps_the_distribution(rule, with_head):
+    """The head never drafts two of the target's five tokens. They come from the residual alone."""
+    target, head = with_head
+    input_ids, options = torch.tensor([[3, 4, 1, 2, 3, 4]]), {"top_k": 0, "temperature": 1.3}
+    exact = exact_distribution(target, input_ids, 3, **options)
+    for shape in HEAD_SHAPES[rule]:
+        drafter = sdt.EagleDrafter(head, **shape)
+        found = prove(target, drafter, rule, input_ids, samples=2000, rows=2000, exact=exact, **options)
+        assert found.agrees and found.is_conclusive, found
+
+
+def test_draft_probabilities_of_other_tokens_are_caught(with_head, monkeypatch):
+    """The distribution differs if the probabilities of draft tokens are those of other tokens."""
+    honest = DraftTree.drawn
+
+    def wrong(tree, sampling, draft_logits, *rest):
+        return honest(tree, sampling, draft_logits.roll(1, -1), *rest)
+
+    monkeypatch.setattr(DraftTree, "drawn", wrong)
+    target, head = with_head
+    input_ids, options = torch.tensor([[3, 4, 1, 2, 3, 4]]), {"top_k": 0, "temperature": 1.3}
+    drafter = sdt.EagleDrafter(head, num_tokens=2)
+    found = prove(target, drafter, "rejection", input_ids, samples=2000, rows=2000, **options)
+    assert not found.agrees and found.cell.p_value < 1e-6
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer
+from transformers import GenerationMixin, TextStreamer
 
 import specdec_triton as sdt
 
 from .. import ops
 from ..drafters.early_exit import with_layers
+from ..drafters.heads import drafter_of, is_head, read_head
 from ..engine.graph_runner import LAG, MAX_SHAPES, cannot_capture
 from ..forward.checks import check_supported, graph_hazard
 from ..forward.fusion import fuse
@@ -89,6 +90,20 @@ def _load(role: str, name: str, dtype: str, device: torch.device, more: str = ""
     return model.to(device), tokenizer
 
 
+def _draft(name: str, target, dtype: str, device: torch.device):
+    """The model or trained head that drafts for `target`. A line on standard error names it."""
+    if not is_head(name):
+        return _load("draft", name, dtype, device)[0]
+    head = read_head(name, target)
+    _say(f"draft: {name} (a trained head, {type(head).__name__})")
+    return head
+
+
+def _drafter(draft, tree=None) -> sdt.Drafter:
+    """The drafter that runs a model or head, in its own shape by default."""
+    return sdt.ModelDrafter(draft, tree=tree) if isinstance(draft, GenerationMixin) else drafter_of(draft, tree)
+
+
 def _prompt(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
 
@@ -128,7 +143,7 @@ def _generate(args: argparse.Namespace) -> int:
     dtype, prompt = _dtype(args, device), _prompt(args.prompt)
     model, tokenizer = _load("model", args.model, dtype, device, f", {dtype}, {device}")
     if args.draft:
-        patch_options["drafter"] = sdt.ModelDrafter(_load("draft", args.draft, dtype, device)[0])
+        patch_options["drafter"] = _drafter(_draft(args.draft, model, dtype, device))
     if args.plain:
         speculation = nullcontext()
         if args.seed is not None:
@@ -175,7 +190,7 @@ def _prove(args: argparse.Namespace) -> int:
         _say("target: a tiny random Llama (no --model)")
     layers = max(model.config.get_text_config().num_hidden_layers // 2, 1)
     if args.draft:
-        draft, _ = _load("draft", args.draft, args.dtype, device)
+        draft = _draft(args.draft, model, args.dtype, device)
     else:
         _say(f"draft: the first {layers} layers of the target (no --draft)")
     options = {name: getattr(args, name) for name in command_options.FILTERS}
@@ -187,7 +202,7 @@ def _prove(args: argparse.Namespace) -> int:
             tree = args.tree
             if isinstance(tree, int):
                 tree = sdt.Topology.chain(tree - 1) if rule in CHAIN_RULES else _bushy(tree)
-            drafter = sdt.ModelDrafter(draft, tree=tree) if args.draft else sdt.EarlyExitDrafter(layers, tree=tree)
+            drafter = _drafter(draft, tree) if args.draft else sdt.EarlyExitDrafter(layers, tree=tree)
             found.append(
                 prove(
                     model, drafter, rule, input_ids, tokens=args.tokens, samples=args.samples, rows=PROOF_ROWS,
@@ -267,8 +282,8 @@ def _profile(args: argparse.Namespace) -> int:
     model, tokenizer = _load("model", name, dtype, device, f", {dtype}, {device}")
     draft = None
     if args.draft:
-        draft, _ = _load("draft", args.draft, dtype, device)
-        patch_options["drafter"] = sdt.ModelDrafter(draft)
+        draft = _draft(args.draft, model, dtype, device)
+        patch_options["drafter"] = _drafter(draft)
     elif args.assistant_early_exit:
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         if args.assistant_early_exit >= layers:
@@ -297,7 +312,8 @@ def _profile(args: argparse.Namespace) -> int:
 def _profile_report(model, draft, found: profiling.Profile, stats: sdt.Stats, batch: int, prompt_length: int) -> dict:
     ceilings = calibrate(found.device)
     context = prompt_length + stats.emitted / batch / 2
-    drafting = (shape_of(draft), found.depth) if draft else ()
+    # a trained head has no shape of its own
+    drafting = (shape_of(draft), found.depth) if isinstance(draft, GenerationMixin) else ()
     # a chain's accepted keys are in place
     moved = found.branching * (stats.acceptance_length - 1)
     return {
@@ -503,7 +519,8 @@ COMMANDS = {
             option("--rule", "acceptance rule, or all of them; typical is lossy and must fail", choices=[*RULES, "all"],
                    default="coupled"),
             option("--model", f"the target (default: a tiny random one): {command_options.MODEL}"),
-            option("--draft", f"the draft model (default: the target's first half): {command_options.MODEL}"),
+            option("--draft", f"the draft model ({command_options.MODEL}), or {command_options.HEAD} (default: the "
+                   "target's first half)"),
             option("--prompt", "the text that is continued", default="The quick brown"),
             option("--tree", "a number of nodes, root included, two children each (a chain for rules that take no "
                    "other); or chain:N for N draft tokens in a row", type=command_options.drafting_tree, default=5),

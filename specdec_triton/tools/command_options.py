@@ -13,6 +13,7 @@ from ..ops.rules import RULES
 from . import models, plan
 
 MODEL = "hub name, local folder or .gguf file"
+HEAD = "a trained head for the model, EAGLE or Medusa (hub name or local folder)"
 PROMPT_LOOKUP = 10
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
@@ -161,7 +162,7 @@ def drafting(*more: Option) -> Group:
     """Sources of draft tokens, of which a call may have one."""
     return Group(
         [
-            option("--draft", f"a smaller model that drafts: {MODEL}", metavar="MODEL"),
+            option("--draft", f"a smaller model that drafts ({MODEL}), or {HEAD}", metavar="MODEL"),
             option(
                 "--prompt-lookup",
                 "draft up to N tokens that followed the same words earlier in the text (the default drafter; "

@@ -1,4 +1,5 @@
-"""The command `specdec-triton`: demo, generate, prove, bench, profile, inspect, plan, models, doctor."""
+"""The command `specdec-triton`: demo, generate, prove, bench, profile, fit-head, inspect, plan, models,
+doctor."""
 
 import argparse
 import importlib.util
@@ -23,7 +24,7 @@ from ..engine.graph_runner import LAG, MAX_SHAPES, cannot_capture
 from ..forward.checks import check_supported, graph_hazard
 from ..forward.fusion import fuse
 from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
-from . import command_options, inspection, models, plan, profiling, prompts
+from . import command_options, fit_head, inspection, models, plan, profiling, prompts
 from .calibration import calibrate
 from .check_distribution import Finding, exact_distribution, prove
 from .command_options import Group, count, option
@@ -407,6 +408,16 @@ def _model_rows(name: str) -> list[tuple[str, str]]:
     return rows + [("not fused", f"{kind}: {reason}") for kind, reason in found.left.items()]
 
 
+def _fit_head(args: argparse.Namespace) -> int:
+    text = args.text.read_text(encoding="utf-8")
+    device = models.default_device()
+    dtype = _dtype(args, device)
+    model, tokenizer = _load("target", args.model, dtype, device, f", {dtype}, {device}")
+    found = fit_head.fit(model, tokenizer, args.head, text, args.places, args.context, _say)
+    print(json.dumps(found.report()) if args.json else "\n".join(found.lines(args.head)))
+    return int(not found.is_decided)
+
+
 def _inspect(args: argparse.Namespace) -> int:
     if args.plans:
         print(*inspection.plan_lines(), sep="\n")
@@ -558,6 +569,19 @@ COMMANDS = {
         ]),
         command_options.drafting(),
         *command_options.decoding(seed="0, so that the call can be repeated"),
+    ),
+    "fit-head": (
+        _fit_head, "find the layers and the rope base that an EAGLE head was trained with, by its acceptance",
+        Group([
+            option("model", f"the model that the head was trained for: {command_options.MODEL}", metavar="MODEL"),
+            option("head", "hub name or local folder of the head", metavar="HEAD"),
+            option("--text", "a text of the kind that the head was trained for", type=command_options.input_file,
+                   required=True, metavar="FILE"),
+            count("--places", fit_head.PLACES, "number of places in the text at which drafts are measured", least=2),
+            count("--context", fit_head.CONTEXT, "tokens before each place, at most", least=2),
+            command_options.dtype("auto", "of the weights; auto: bfloat16 on a GPU, float32 without one"),
+            _json(),
+        ]),
     ),
     "doctor": (
         _doctor, "list what is installed, and the implementation that each op will use",

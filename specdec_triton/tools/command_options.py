@@ -111,6 +111,14 @@ def acceptance(text: str) -> list[float]:
     return found
 
 
+def input_file(text: str) -> Path:
+    """The type of a file to read."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"must be a file, got {text!r}")
+    return path
+
+
 def output_file(text: str) -> Path:
     """The type of a file to write: refused before the work if it could not be written after it."""
     path = Path(text)

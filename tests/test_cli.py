@@ -13,11 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors.torch import save_file
 
+import checkpoints
 import specdec_triton as sdt
 import tiny
 from helpers import capture_here
 from specdec_triton import ops
+from specdec_triton.drafters import heads
+from specdec_triton.drafters.heads import is_head, load_head
 from specdec_triton.ops import rules
 from specdec_triton.ops.rules import RULES
 from specdec_triton.tools import cli, demo, host_sync, inspection, models, prompts
@@ -85,7 +90,7 @@ def engine(monkeypatch):
     stats.seconds = {"draft": 0.5, "verify": 1.0}
     monkeypatch.setattr(sdt, "patched", patched)
     monkeypatch.setattr(sdt, "stats", lambda model: stats)
-    monkeypatch.setattr(sdt, "ModelDrafter", lambda model: ("drafter", model.config.num_hidden_layers))
+    monkeypatch.setattr(sdt, "ModelDrafter", lambda model, tree: ("drafter", model.config.num_hidden_layers))
     return record
 
 
@@ -506,6 +511,149 @@ def test_prove_counts_rejected_drafts_in_captured_rounds_too(monkeypatch):
         captured = prove(model, drafter, input_ids=input_ids, **long)
         assert sdt.stats(model).replayed
         assert (captured.accepted, captured.rejected) == (eager.accepted, eager.rejected)
+
+
+@pytest.fixture
+def medusa(tmp_path):
+    """Writes random Medusa heads for a model to a folder."""
+
+    def write(model, file="medusa_lm_head.pt", prefix=""):
+        hidden, vocab = model.config.hidden_size, model.config.vocab_size
+        torch.manual_seed(0)
+        tensors = {}
+        for head in range(3):
+            tensors[f"{prefix}{head}.0.linear.weight"] = torch.randn(hidden, hidden) / hidden**0.5
+            tensors[f"{prefix}{head}.0.linear.bias"] = torch.randn(hidden)
+            tensors[f"{prefix}{head}.1.weight"] = torch.randn(vocab, hidden)
+        folder = tmp_path / "medusa"
+        folder.mkdir()
+        (torch.save if file.endswith(".pt") else save_file)(tensors, folder / file)
+        (folder / "config.json").write_text(json.dumps({"medusa_num_heads": 2}))
+        return str(folder)
+
+    return write
+
+
+def test_generate_drafts_with_a_trained_head(target, medusa, tmp_path, capsys):
+    eagle = str(checkpoints.write_head(tmp_path / "eagle", tiny.model(), "eagle1").folder)
+    for head, kind, tree in ((medusa(tiny.model()), "MedusaHeads", "40"), (eagle, "EagleModel", "chain:2")):
+        assert generate("--model", target, "--prompt", "hello", "--draft", head, "--tree", tree) == 0
+        out, err = capsys.readouterr()
+        assert out == plain_text(target, "hello") + "\n"
+        assert f"draft: {head} (a trained head, {kind})" in err and "draft tokens accepted" in err
+
+
+def test_prove_and_profile_draft_with_a_trained_head(target, medusa, tmp_path, capsys):
+    head = medusa(models.tiny(), "model.safetensors", "medusa_head.")
+    assert cli.main(["prove", "--draft", head, "--rule", "multi_round", "--samples", "400"]) == 0
+    assert re.search(r"^multi_round .* agrees$", capsys.readouterr().out, re.MULTILINE)
+    eagle = str(checkpoints.write_head(tmp_path / "eagle", tiny.model(), "eagle1").folder)
+    profile = ["profile", "--model", target, "--draft", eagle, "--prompt", "hello", "--max-new-tokens", "6", "--json"]
+    assert cli.main(profile) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert stages["draft"]["us"] > 0 and stages["verify"]["bytes"] > 0
+
+
+LLAMA = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
+EAGLE3 = ("fc.weight", "midlayer.hidden_norm.weight", "midlayer.self_attn.q_proj.weight")
+# name -> tensors, config, whether it is a head, and words of the error if it is a head that is not supported
+NAMED = {
+    "a model": (LLAMA, {}, False, None),
+    "a model with layers for MTP": ((*LLAMA, "model.layers.9.eh_proj.weight", "mtp.fc.weight"), {}, False, None),
+    "the same with images": (
+        ("model.language_model.embed_tokens.weight", "model.language_model.norm.weight", "mtp.fc.weight"), {}, False,
+        None,
+    ),
+    "no weights": ((), {}, False, None),
+    "EAGLE-3": (EAGLE3, {}, True, None),
+    "Medusa": (("0.0.linear.weight", "0.1.weight"), {}, True, None),
+    "Medusa in its target": ((*LLAMA, "medusa_head.0.0.linear.weight"), {}, True, None),
+    "Medusa of vLLM": (("medusa_heads.blocks.0.layers.0.weight", "lm_heads.0.weight"), {}, True, None),
+    "DFlash": (("fc.weight", "hidden_norm.weight", "norm.weight"), {"dflash_config": {}}, True, "DFlash"),
+    "MTP": (("mtp.fc.weight", "mtp.norm.weight"), {}, True, "MTP"),
+    "Hydra": (("hydra_lm_head.weight",), {}, True, "Hydra"),
+    "Gemma 4": ((*LLAMA, "pre_projection.weight"), {"model_type": "gemma4_assistant"}, True, "a Gemma 4 assistant"),
+    "Muse": (("encoder.fc.weight",), {"model_type": "muse_glimmer_assistant"}, True, r"DFlash \(Muse Glimmer\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_heads_are_told_from_models_by_the_names_of_their_tensors(name, target, tmp_path, capsys, monkeypatch):
+    names, config, is_one, refused = NAMED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if names:
+        save_file({each: torch.ones(1) for each in names}, tmp_path / "model.safetensors")
+    assert is_head(tmp_path) is is_one
+    if refused:
+        assert generate("--model", target, "--prompt", "p", "--draft", str(tmp_path)) == 2
+        message = f"the draft head must be EAGLE-1, EAGLE-2, EAGLE-3 or Medusa, got {refused}"
+        assert re.search(message, capsys.readouterr().err)
+    elif not is_one:
+        with pytest.raises(ValueError, match="must hold a draft head, got tensors of another model|must have a file"):
+            load_head(tmp_path, tiny.model())
+    # the same on the hub, where nothing but config.json and the names of the tensors is downloaded
+    hub = Hub(["config.json", *(["model.safetensors"] if names else [])], names, tmp_path / "config.json")
+    hub.replace(monkeypatch)
+    assert is_head("owner/name") is is_one
+
+
+class Hub:
+    """A stand-in for huggingface_hub and a repository of these files and tensors."""
+
+    def __init__(self, files, names=(), config=None, cached=None):
+        self.files, self.names, self.config, self.cached = files, names, config, cached
+
+    def replace(self, monkeypatch):
+        for name in ("snapshot_download", "list_repo_files", "get_safetensors_metadata", "hf_hub_download"):
+            monkeypatch.setattr(heads.huggingface_hub, name, getattr(self, name))
+
+    def snapshot_download(self, name, local_files_only):
+        assert local_files_only
+        if self.cached is None:
+            raise LocalEntryNotFoundError("not there")
+        return str(self.cached)
+
+    def list_repo_files(self, name):
+        if self.files is None:
+            raise OfflineModeIsEnabled("no network")
+        return self.files
+
+    def get_safetensors_metadata(self, name):
+        return SimpleNamespace(weight_map=dict.fromkeys(self.names, "model.safetensors"))
+
+    def hf_hub_download(self, name, file):
+        assert file == "config.json"
+        return str(self.config)
+
+
+@pytest.mark.parametrize(
+    ("files", "is_one"),
+    [
+        (["config.json", "pytorch_model.bin"], True),
+        (["medusa_lm_head.pt", "README.md"], True),
+        (["pytorch_model.bin", "model.gguf"], False),
+        (["README.md"], False),
+        (None, False),
+    ],
+)
+def test_pickled_weights_alone_are_those_of_a_head(files, is_one, monkeypatch):
+    Hub(files).replace(monkeypatch)
+    assert is_head("owner/name") is is_one
+
+
+def test_a_repository_in_the_cache_is_read_without_a_network(target, medusa, monkeypatch):
+    for folder, is_one in ((target, False), (medusa(tiny.model()), True)):
+        Hub(None, cached=folder).replace(monkeypatch)
+        assert is_head("owner/name") is is_one
+
+
+def test_paths_and_broken_folders_are_no_heads(target, tmp_path, monkeypatch):
+    Hub(["pytorch_model.bin"]).replace(monkeypatch)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"x")
+    for name in (tmp_path / "model.gguf", "./nowhere", tmp_path / "broken", tmp_path / "nowhere"):
+        assert not is_head(name) and not is_head(str(name))
 
 
 def test_prove_shows_a_progress_bar_on_a_terminal(capsys, monkeypatch):

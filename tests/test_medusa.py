@@ -422,29 +422,28 @@ def test_the_text_is_the_targets(target, heads):
 
 
 @pytest.mark.parametrize(
-    ("tree", "lag"),
+    ("tree", "options", "lag"),
     [
-        pytest.param(None, 1, id="likeliest-late"),
-        pytest.param(sdt.Topology.from_widths([3, 2, 1]), 0, id="topology-at once"),
-        pytest.param(None, 0, marks=pytest.mark.slow, id="likeliest-at once"),
-        pytest.param(sdt.Topology.from_widths([3, 2, 1]), 1, marks=pytest.mark.slow, id="topology-late"),
+        pytest.param(*cell, marks=[] if cell in quick else pytest.mark.slow, id="-".join(map(str, cell)))
+        for quick in [(("likeliest", "greedy", 1), ("topology", "coupled", 0))]
+        for cell in product(("likeliest", "topology"), ("greedy", "coupled"), (0, 1))
     ],
 )
-def test_captured_rounds_draft_the_same(target, heads, tree, lag, monkeypatch):
+def test_captured_rounds_draft_the_same(target, heads, tree, options, lag, monkeypatch):
     """In captured rounds the drafts still follow the text: as many are accepted. A later call replays the graphs."""
-    inputs = prompt(batch=3)
-    for options in (GREEDY, SAMPLED):
-        with sdt.patched(target, drafter=MedusaDrafter(heads, tree), seed=1, cuda_graphs=False):
-            text = target.generate(**inputs, **options)
-        accepted = sdt.stats(target).accepted
-        with monkeypatch.context() as patches, sdt.patched(target, drafter=MedusaDrafter(heads, tree), seed=1):
-            capture_here(patches, lag)
-            for call in range(2):
-                assert torch.equal(target.generate(**inputs, **options), text)
-                stats = sdt.stats(target)
-                # rounds of fixed shape are not cut at the end of the text
-                assert accepted <= stats.accepted <= accepted + 3 * HEADS and stats.accepted > 9
-                assert (stats.captured, stats.reused) == ((2, 0), (0, 2))[call] and stats.replayed > 5
+    inputs, tree = prompt(batch=3), {"likeliest": None, "topology": sdt.Topology.from_widths([3, 2, 1])}[tree]
+    options = GREEDY if options == "greedy" else SAMPLED
+    with sdt.patched(target, drafter=MedusaDrafter(heads, tree), seed=1, cuda_graphs=False):
+        text = target.generate(**inputs, **options)
+    accepted = sdt.stats(target).accepted
+    with sdt.patched(target, drafter=MedusaDrafter(heads, tree), seed=1):
+        capture_here(monkeypatch, lag)
+        for call in range(2):
+            assert torch.equal(target.generate(**inputs, **options), text)
+            stats = sdt.stats(target)
+            # rounds of fixed shape are not cut at the end of the text
+            assert accepted <= stats.accepted <= accepted + 3 * HEADS and stats.accepted > 9
+            assert (stats.captured, stats.reused) == ((2, 0), (0, 2))[call] and stats.replayed > 5
 
 
 def test_a_tree_is_chosen_each_round(target, heads, monkeypatch):

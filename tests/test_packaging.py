@@ -35,7 +35,7 @@ ARROWS = {
     "_api": {"_patch", "_stats", "_warmup", "drafters", "forward", "ops", "options", "tree", "tree_choice"},
     "specdec_triton": {"_api"},
     # these use the library like any user: `import specdec_triton`
-    "tools": {"drafters", "engine", "forward", "kernels", "ops", "specdec_triton", "tree", "tree_choice"},
+    "tools": {"drafters", "engine", "forward", "heads", "kernels", "ops", "specdec_triton", "tree", "tree_choice"},
 }
 # module or folder -> the third-party packages that it may import, if they are limited
 PACKAGES = {

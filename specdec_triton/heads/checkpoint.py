@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 PATTERNS = ("*.safetensors", "*.bin", "*.pt")  # of the files of tensors; the first pattern that matches is read
 NOT_TENSORS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*)\.(bin|pt)")  # files that trainers leave
-PREFIX = re.compile(r"^(?:draft_model\.|model\.)+")  # of the names in some exports
+PREFIX = re.compile(r"^(?:draft_model\.|model\.|language_model\.)+")  # of the names in some exports
 LATENT_ATTENTION = re.compile(r"\.self_attn\.(kv_a_|kv_b_|q_a_|q_b_)")
 MEDUSA = re.compile(r"^(medusa_heads?\.)?(\d+\.\d+\.(linear\.)?weight$|blocks\.\d+\.layers\.\d+\.|lm_heads\.\d+\.)")
 # kinds of heads that are not supported -> names of tensors that only they have
@@ -32,6 +32,12 @@ UNSUPPORTED = {
 }
 # `speculators_model_type` in a config -> the kind
 UNSUPPORTED_TYPES = {"dflash": "DFlash", "dspark": "DSpark", "peagle": "P-EAGLE", "mtp": "MTP"}
+# `model_type` of transformers' assistants that read the target's states -> the kind
+ASSISTANTS = {
+    "gemma4_assistant": "a Gemma 4 assistant",
+    "gemma4_unified_assistant": "a Gemma 4 assistant",
+    "muse_glimmer_assistant": "DFlash (Muse Glimmer)",
+}
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,7 @@ def read_checkpoint(name_or_path: str | PathLike) -> Checkpoint:
                 f"read_checkpoint: the head must be a local folder or the name of a repository on the hub, got "
                 f"{source!r}: {error}"
             ) from error
-    matches = (
-        sorted(each for each in folder.glob(pattern) if not NOT_TENSORS.fullmatch(each.name)) for pattern in PATTERNS
-    )
-    files = next(filter(None, matches), [])
+    files = tensor_files(folder)
     if not files:
         raise ValueError(f"read_checkpoint: the head must have a file {' or '.join(PATTERNS)}, got none in {source}")
     tensors: dict[str, torch.Tensor] = {}
@@ -83,6 +86,26 @@ def read_checkpoint(name_or_path: str | PathLike) -> Checkpoint:
         tensors.update(read)
     config = folder / "config.json"
     return Checkpoint(source, json.loads(config.read_text("utf-8")) if config.exists() else {}, tensors)
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The files of tensors in a folder, all of one format."""
+    matches = (
+        sorted(each for each in folder.glob(pattern) if not NOT_TENSORS.fullmatch(each.name)) for pattern in PATTERNS
+    )
+    return next(filter(None, matches), [])
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The names of the tensors in a folder. Tensors are not read."""
+    names: list[str] = []
+    for file in tensor_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                names += opened.keys()
+        else:
+            names += _tensors(file)
+    return names
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -134,9 +157,11 @@ def kind_of(tensor_names: Iterable[str], config: dict) -> str | None:
     is_eagle3 = any(re.match(r"(midlayer|layers\.0)\.hidden_norm\.weight$", name) for name in names)
     has_fc = bool({"fc.weight", "fusion_fc.weight"} & names)
     is_medusa = any(map(MEDUSA.match, names))
-    if not is_eagle3 and not has_fc and not is_medusa and {"embed_tokens.weight", "norm.weight"} <= names:
+    unsupported = ASSISTANTS.get(config.get("model_type", ""))
+    is_model = {"embed_tokens.weight", "norm.weight"} <= names
+    if is_model and not (unsupported or is_eagle3 or has_fc or is_medusa):
         return None  # a language model
-    unsupported = UNSUPPORTED_TYPES.get(config.get("speculators_model_type", ""))
+    unsupported = unsupported or UNSUPPORTED_TYPES.get(config.get("speculators_model_type", ""))
     unsupported = unsupported or next(
         (kind for kind, pattern in UNSUPPORTED.items() if any(map(pattern.search, names))), None
     )

@@ -1,4 +1,5 @@
-"""The command `specdec-triton`: demo, generate, prove, bench, profile, inspect, plan, models, doctor."""
+"""The command `specdec-triton`: demo, generate, prove, bench, profile, fit-head, inspect, plan, models,
+doctor."""
 
 import argparse
 import importlib.util
@@ -12,17 +13,18 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer
+from transformers import GenerationMixin, TextStreamer
 
 import specdec_triton as sdt
 
 from .. import ops
 from ..drafters.early_exit import with_layers
+from ..drafters.heads import drafter_of, is_head, read_head
 from ..engine.graph_runner import LAG, MAX_SHAPES, cannot_capture
 from ..forward.checks import check_supported, graph_hazard
 from ..forward.fusion import fuse
 from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
-from . import command_options, inspection, models, plan, profiling, prompts
+from . import command_options, fit_head, inspection, models, plan, profiling, prompts
 from .calibration import calibrate
 from .check_distribution import Finding, exact_distribution, prove
 from .command_options import Group, count, option
@@ -89,6 +91,20 @@ def _load(role: str, name: str, dtype: str, device: torch.device, more: str = ""
     return model.to(device), tokenizer
 
 
+def _draft(name: str, target, dtype: str, device: torch.device):
+    """The model or trained head that drafts for `target`. A line on standard error names it."""
+    if not is_head(name):
+        return _load("draft", name, dtype, device)[0]
+    head = read_head(name, target)
+    _say(f"draft: {name} (a trained head, {type(head).__name__})")
+    return head
+
+
+def _drafter(draft, tree=None) -> sdt.Drafter:
+    """The drafter that runs a model or head, in its own shape by default."""
+    return sdt.ModelDrafter(draft, tree=tree) if isinstance(draft, GenerationMixin) else drafter_of(draft, tree)
+
+
 def _prompt(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
 
@@ -128,7 +144,7 @@ def _generate(args: argparse.Namespace) -> int:
     dtype, prompt = _dtype(args, device), _prompt(args.prompt)
     model, tokenizer = _load("model", args.model, dtype, device, f", {dtype}, {device}")
     if args.draft:
-        patch_options["drafter"] = sdt.ModelDrafter(_load("draft", args.draft, dtype, device)[0])
+        patch_options["drafter"] = _drafter(_draft(args.draft, model, dtype, device))
     if args.plain:
         speculation = nullcontext()
         if args.seed is not None:
@@ -175,7 +191,7 @@ def _prove(args: argparse.Namespace) -> int:
         _say("target: a tiny random Llama (no --model)")
     layers = max(model.config.get_text_config().num_hidden_layers // 2, 1)
     if args.draft:
-        draft, _ = _load("draft", args.draft, args.dtype, device)
+        draft = _draft(args.draft, model, args.dtype, device)
     else:
         _say(f"draft: the first {layers} layers of the target (no --draft)")
     options = {name: getattr(args, name) for name in command_options.FILTERS}
@@ -187,7 +203,7 @@ def _prove(args: argparse.Namespace) -> int:
             tree = args.tree
             if isinstance(tree, int):
                 tree = sdt.Topology.chain(tree - 1) if rule in CHAIN_RULES else _bushy(tree)
-            drafter = sdt.ModelDrafter(draft, tree=tree) if args.draft else sdt.EarlyExitDrafter(layers, tree=tree)
+            drafter = _drafter(draft, tree) if args.draft else sdt.EarlyExitDrafter(layers, tree=tree)
             found.append(
                 prove(
                     model, drafter, rule, input_ids, tokens=args.tokens, samples=args.samples, rows=PROOF_ROWS,
@@ -267,8 +283,8 @@ def _profile(args: argparse.Namespace) -> int:
     model, tokenizer = _load("model", name, dtype, device, f", {dtype}, {device}")
     draft = None
     if args.draft:
-        draft, _ = _load("draft", args.draft, dtype, device)
-        patch_options["drafter"] = sdt.ModelDrafter(draft)
+        draft = _draft(args.draft, model, dtype, device)
+        patch_options["drafter"] = _drafter(draft)
     elif args.assistant_early_exit:
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         if args.assistant_early_exit >= layers:
@@ -297,7 +313,8 @@ def _profile(args: argparse.Namespace) -> int:
 def _profile_report(model, draft, found: profiling.Profile, stats: sdt.Stats, batch: int, prompt_length: int) -> dict:
     ceilings = calibrate(found.device)
     context = prompt_length + stats.emitted / batch / 2
-    drafting = (shape_of(draft), found.depth) if draft else ()
+    # a trained head has no shape of its own
+    drafting = (shape_of(draft), found.depth) if isinstance(draft, GenerationMixin) else ()
     # a chain's accepted keys are in place
     moved = found.branching * (stats.acceptance_length - 1)
     return {
@@ -389,6 +406,16 @@ def _model_rows(name: str) -> list[tuple[str, str]]:
     found = fuse(model)
     rows += [("fused", f"{number} {kind}") for kind, number in found.replaced.items()] or [("fused", "nothing")]
     return rows + [("not fused", f"{kind}: {reason}") for kind, reason in found.left.items()]
+
+
+def _fit_head(args: argparse.Namespace) -> int:
+    text = args.text.read_text(encoding="utf-8")
+    device = models.default_device()
+    dtype = _dtype(args, device)
+    model, tokenizer = _load("target", args.model, dtype, device, f", {dtype}, {device}")
+    found = fit_head.fit(model, tokenizer, args.head, text, args.places, args.context, _say)
+    print(json.dumps(found.report()) if args.json else "\n".join(found.lines(args.head)))
+    return int(not found.is_decided)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -503,7 +530,8 @@ COMMANDS = {
             option("--rule", "acceptance rule, or all of them; typical is lossy and must fail", choices=[*RULES, "all"],
                    default="coupled"),
             option("--model", f"the target (default: a tiny random one): {command_options.MODEL}"),
-            option("--draft", f"the draft model (default: the target's first half): {command_options.MODEL}"),
+            option("--draft", f"the draft model ({command_options.MODEL}), or {command_options.HEAD} (default: the "
+                   "target's first half)"),
             option("--prompt", "the text that is continued", default="The quick brown"),
             option("--tree", "a number of nodes, root included, two children each (a chain for rules that take no "
                    "other); or chain:N for N draft tokens in a row", type=command_options.drafting_tree, default=5),
@@ -541,6 +569,19 @@ COMMANDS = {
         ]),
         command_options.drafting(),
         *command_options.decoding(seed="0, so that the call can be repeated"),
+    ),
+    "fit-head": (
+        _fit_head, "find the layers and the rope base that an EAGLE head was trained with, by its acceptance",
+        Group([
+            option("model", f"the model that the head was trained for: {command_options.MODEL}", metavar="MODEL"),
+            option("head", "hub name or local folder of the head", metavar="HEAD"),
+            option("--text", "a text of the kind that the head was trained for", type=command_options.input_file,
+                   required=True, metavar="FILE"),
+            count("--places", fit_head.PLACES, "number of places in the text at which drafts are measured", least=2),
+            count("--context", fit_head.CONTEXT, "tokens before each place, at most", least=2),
+            command_options.dtype("auto", "of the weights; auto: bfloat16 on a GPU, float32 without one"),
+            _json(),
+        ]),
     ),
     "doctor": (
         _doctor, "list what is installed, and the implementation that each op will use",

@@ -13,6 +13,7 @@ from ..ops.rules import RULES
 from . import models, plan
 
 MODEL = "hub name, local folder or .gguf file"
+HEAD = "a trained head for the model, EAGLE or Medusa (hub name or local folder)"
 PROMPT_LOOKUP = 10
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
@@ -110,6 +111,14 @@ def acceptance(text: str) -> list[float]:
     return found
 
 
+def input_file(text: str) -> Path:
+    """The type of a file to read."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"must be a file, got {text!r}")
+    return path
+
+
 def output_file(text: str) -> Path:
     """The type of a file to write: refused before the work if it could not be written after it."""
     path = Path(text)
@@ -161,7 +170,7 @@ def drafting(*more: Option) -> Group:
     """Sources of draft tokens, of which a call may have one."""
     return Group(
         [
-            option("--draft", f"a smaller model that drafts: {MODEL}", metavar="MODEL"),
+            option("--draft", f"a smaller model that drafts ({MODEL}), or {HEAD}", metavar="MODEL"),
             option(
                 "--prompt-lookup",
                 "draft up to N tokens that followed the same words earlier in the text (the default drafter; "

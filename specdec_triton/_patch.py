@@ -27,8 +27,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from ._stats import Stats
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
-
-load_head = None
+from .drafters.heads import load_head
 from .engine.call import Call
 from .engine.generate import Generation
 from .engine.graph_runner import cannot_capture
@@ -297,14 +296,14 @@ def _check_threads(owner: str, model: PreTrainedModel) -> None:
 
 
 def release(model: PreTrainedModel) -> int:
-    """Free the device memory that earlier calls of a patched model left for later ones: CUDA graphs, key-value caches
-    and token buffers. The next call allocates and captures them again.
+    """Free the device memory that earlier calls of a patched model left for later ones: CUDA graphs, key-value caches,
+    token buffers, and heads that calls named by `assistant_model`. The next call makes or loads them again.
 
     `unpatch`, a new `patch` and the end of a `patched` block do so, too. A `SpeculativeGenerate` frees its memory when
     it is deleted.
 
     Returns:
-        The number of bytes that were freed; 0 if nothing was kept.
+        The number of bytes that were freed, without heads; 0 if nothing was kept.
     """
     return _free(unwrap(model))
 

@@ -14,7 +14,9 @@ import transformers
 
 import specdec_triton as sdt
 import tiny
+from checkpoints import write_head
 from specdec_triton._patch import SpeculativeModel
+from specdec_triton.heads import checkpoint
 from specdec_triton.tools import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +65,11 @@ def test_the_readme_is_short():
 
 
 @pytest.fixture
-def tiny_checkpoints(monkeypatch):
-    """`from_pretrained` of the auto classes gives tiny models; the larger name's target is of another seed."""
+def tiny_checkpoints(monkeypatch, tmp_path):
+    """`from_pretrained` of the auto classes gives tiny models; the larger name's target is of another seed. The hub has
+    a tiny head."""
+    write_head(tmp_path / "head", tiny.model(), "eagle1")
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **options: tmp_path / "head")
 
     def model(name, **options):
         made = tiny.model(seed=int("0.5B" in name))
@@ -104,12 +109,14 @@ def test_snippets_run(page, tiny_checkpoints, capsys):
 
 
 @named(GUIDES)
-def test_commands_parse(page, monkeypatch):
+def test_commands_parse(page, tmp_path):
     """Each `specdec-triton` line is one that the command line takes."""
+    text = tmp_path / "text.txt"  # in place of a file of the reader's
+    text.touch()
     for kind, text in CODE.findall(page.read_text()):
         for line in text.splitlines() if kind != "python" else ():
             if line.startswith("specdec-triton "):
-                arguments = shlex.split(line, comments=True)[1:]
+                arguments = shlex.split(line.replace("conversation.txt", str(text)), comments=True)[1:]
                 parsed = cli._parser().parse_args(arguments)
                 assert callable(parsed.run), line
 

@@ -20,8 +20,10 @@ import torch
 import transformers
 
 import specdec_triton as sdt
+from checkpoints import write_head
 from families import NEVER, VOCAB, build, prompt
 from helpers import snapshot
+from specdec_triton.heads.eagle import EagleModel
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": NEVER}
 
@@ -173,6 +175,37 @@ def test_vocabularies_may_differ_by_padding_only():
             ValueError, match="the draft model must have the target's vocabulary of 400 tokens.*got 390"
         ):
             target.generate(**prompt(), **OPTIONS, assistant_model=build("llama", vocab_size=390))
+
+
+def test_assistant_model_may_be_a_head_or_a_drafter(model, tmp_path, monkeypatch):
+    """A head is loaded once for a name, until the model is released."""
+    write_head(tmp_path, model, "eagle1")
+    plain, loaded, load = model.generate(**prompt(), **OPTIONS), [], EagleModel.from_checkpoint
+    monkeypatch.setattr(EagleModel, "from_checkpoint", lambda *args, **named: loaded.append(1) or load(*args, **named))
+    with sdt.patched(model):
+        for assistant in (tmp_path, str(tmp_path), tmp_path):
+            assert torch.equal(model.generate(**prompt(), **OPTIONS, assistant_model=assistant), plain)
+            assert sdt.stats(model).drafted > 0
+        assert len(loaded) == 1
+        drafter = sdt.EagleDrafter.from_pretrained(tmp_path, model, num_tokens=2)
+        assert torch.equal(model.generate(**prompt(), **OPTIONS, assistant_model=drafter), plain)
+        sdt.release(model)
+        model.generate(**prompt(), **OPTIONS, assistant_model=tmp_path)
+        assert len(loaded) == 3
+        with pytest.raises(ValueError, match="must be a local folder or the name of a repository on the hub"):
+            model.generate(**prompt(), **OPTIONS, assistant_model=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("name", ["Gemma4AssistantForCausalLM", "MuseGlimmerAssistantModel"])
+def test_assistants_of_other_kinds_are_refused_by_name(name, model):
+    """They read keys or hidden states of their target."""
+    kind = getattr(transformers, name)
+    assistant = kind.__new__(kind)
+    vars(assistant)["config"] = kind.config_class()
+    with pytest.raises(ValueError, match=f"ModelDrafter: model must draft from tokens alone, got {name}"):
+        sdt.ModelDrafter(assistant)
+    with sdt.patched(model), pytest.raises(ValueError, match=f"got {name}"):
+        model.generate(**prompt(), **OPTIONS, assistant_model=assistant)
 
 
 @pytest.mark.parametrize(

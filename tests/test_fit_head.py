@@ -227,14 +227,19 @@ def test_the_command_says_what_to_pass(folder, tmp_path, capsys):
     assert err.count("measuring ") == 6
 
 
-def test_the_command_measures_medusas_heads(folder, tmp_path, capsys):
+def test_the_command_measures_medusas_heads(target, folder, tmp_path, capsys):
+    """The heads draft a token that the target never emits."""
     head, hidden, vocab = tmp_path / "head", TARGET_HIDDEN, len(tiny.TOKENS)
     head.mkdir()
-    tensors = {f"{each}.0.linear.weight": torch.zeros(hidden, hidden) for each in range(2)}
-    tensors |= {f"{each}.0.linear.bias": torch.zeros(hidden) for each in range(2)}
-    save_file(
-        tensors | {f"{each}.1.weight": torch.ones(vocab, hidden) for each in range(2)}, head / "model.safetensors"
-    )
+    prompts = fit_head.windows(tiny.tokenizer(), TEXT, PLACES, CONTEXT)
+    text = target.generate(prompts, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=10_000)
+    never = next(token for token in range(vocab) if token not in text)
+    tensors = {}
+    for each in range(2):
+        tensors[f"{each}.0.linear.weight"] = torch.zeros(hidden, hidden)
+        tensors[f"{each}.0.linear.bias"] = torch.full((hidden,), 100.0)  # the states are then positive
+        tensors[f"{each}.1.weight"] = torch.zeros(vocab, hidden).index_fill(0, torch.tensor([never]), 1.0)
+    save_file(tensors, head / "model.safetensors")
     assert run(folder, head, tmp_path=tmp_path) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].endswith("at 1    at 2") and out[-1] == "Medusa's heads have no conventions to choose."

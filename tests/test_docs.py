@@ -111,12 +111,12 @@ def test_snippets_run(page, tiny_checkpoints, capsys):
 @named(GUIDES)
 def test_commands_parse(page, tmp_path):
     """Each `specdec-triton` line is one that the command line takes."""
-    text = tmp_path / "text.txt"  # in place of a file of the reader's
-    text.touch()
+    given = tmp_path / "text.txt"  # in place of a file of the reader's
+    given.touch()
     for kind, text in CODE.findall(page.read_text()):
         for line in text.splitlines() if kind != "python" else ():
             if line.startswith("specdec-triton "):
-                arguments = shlex.split(line.replace("conversation.txt", str(text)), comments=True)[1:]
+                arguments = shlex.split(line.replace("conversation.txt", str(given)), comments=True)[1:]
                 parsed = cli._parser().parse_args(arguments)
                 assert callable(parsed.run), line
 

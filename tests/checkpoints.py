@@ -24,7 +24,7 @@ LLAMA3 = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 12,
 }
 
 
@@ -113,8 +113,6 @@ LAYOUTS = {
         ids=(1, 4, 6),
         states=(2, 5, 7),
         rope_scaling=LLAMA3,
-        # SpecForge's own meaning of the flag is a norm before the head, which there always is
-        flags={"norm_output": True},
     ),
     "specforge_draft_model": Layout(
         writer="specforge",

@@ -170,6 +170,11 @@ class DynamicTree:
         return 1 + self.width * (1 + self.width * (levels - 1)) if levels else 1
 
     @property
+    def num_expanded(self) -> int:
+        """Number of nodes that the draft forwards after the root."""
+        return self.width * (self.depth - 1)
+
+    @property
     def max_depth(self) -> int:
         return min(self.depth, self.num_nodes - 1)
 

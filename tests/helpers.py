@@ -13,7 +13,7 @@ import specdec_triton as sdt
 from families import EOS, NEVER, PAD, VOCAB, perturbed, prompt
 from simulated_graph import SimulatedGraphs
 from specdec_triton.drafters import DraftContext, Drafter, DraftSession
-from specdec_triton.drafters.model_session import ModelSession
+from specdec_triton.drafters.level_session import LevelSession
 from specdec_triton.engine import graph_runner
 from specdec_triton.engine.round import RoundSteps
 from specdec_triton.forward.runner import TreeRunner
@@ -105,7 +105,7 @@ def context(rows, start=0, budget=20, vocab=100, max_length=64):
 def record_drafts(monkeypatch):
     """A list to which each later draft of a model appends the tokens, lengths and budgets on the host, and the drafted
     tree."""
-    seen, draft = [], ModelSession.draft
+    seen, draft = [], LevelSession.draft
 
     def spy(session):
         proposed = draft(session)
@@ -113,7 +113,7 @@ def record_drafts(monkeypatch):
         seen.append((now.host_tokens.copy(), now.host_length.copy(), now.host_budget.copy(), proposed))
         return proposed
 
-    monkeypatch.setattr(ModelSession, "draft", spy)
+    monkeypatch.setattr(LevelSession, "draft", spy)
     return seen
 
 

@@ -11,7 +11,8 @@ import torch
 import specdec_triton as sdt
 from families import NEVER, build, prompt
 from helpers import TREES, Launches, assert_ranked_by, context
-from specdec_triton.drafters.model_session import ModelSession
+from specdec_triton.drafters.forwards import ModelForwards
+from specdec_triton.drafters.level_session import LevelSession
 from specdec_triton.forward.wrappers import embedded_tokens
 from specdec_triton.ops import noise
 from specdec_triton.ops.filters import Filters, filtered_log_probs
@@ -104,7 +105,7 @@ def drafting(rule, filters, tree, replacement=False, vocab=DRAFTED, impl="refere
         target=types.SimpleNamespace(model=build("llama", vocab_size=vocab)),
     )
     with torch.no_grad():
-        session = ModelSession(model, told, tree, replacement=replacement)
+        session = LevelSession(ModelForwards(model, told, tree.num_nodes), told, tree, replacement)
     random = torch.Generator().manual_seed(1)
     logits, given = 4 * torch.randn(2, 2 * tree.num_nodes, DRAFTED, generator=random), [0]
 
@@ -112,7 +113,7 @@ def drafting(rule, filters, tree, replacement=False, vocab=DRAFTED, impl="refere
         given.append(given[-1] + tokens.shape[1])
         return logits[:, given[-2] : given[-1]]
 
-    session._runner.forward = forward
+    session._forwards._runner.forward = forward
     session.prepare()
     topology_tensors(tree, logits.device)  # made once for each shape
     return session, logits

@@ -15,7 +15,7 @@ import specdec_triton as sdt
 from families import NEVER, VOCAB, build, prompt
 from helpers import snapshot
 from specdec_triton.drafters import Drafter, DraftSession
-from specdec_triton.drafters.model_session import ModelSession
+from specdec_triton.drafters.level_session import LevelSession
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": NEVER}
 
@@ -104,8 +104,8 @@ PLACES = {
     "streamer's end": as_argument(lambda wire: {"streamer": Streamer(end=wire)}),
     "target forward": during_forward("target"),
     "draft forward": during_forward("draft"),
-    "drafter": in_function(ModelSession, "draft"),
-    "drafter told": in_function(ModelSession, "observe"),
+    "drafter": in_function(LevelSession, "draft"),
+    "drafter told": in_function(LevelSession, "observe"),
     "packing": in_function(sdt.forward.runner, "pack_tree"),
     "acceptance": in_function(sdt.ops, "accept_greedy"),
     "compaction": in_function(sdt.ops, "compact_kv"),

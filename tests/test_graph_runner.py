@@ -22,7 +22,7 @@ from helpers import (
 )
 from operation_trace import trace
 from simulated_graph import CUDA, HostRead, SimulatedGraphs
-from specdec_triton.drafters.model_session import ModelSession
+from specdec_triton.drafters.level_session import LevelSession
 from specdec_triton.engine import generate, graph_runner
 from specdec_triton.engine.round import RoundSteps
 from specdec_triton.forward import cache, checks, runner
@@ -271,7 +271,8 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
             if method not in compiled:
                 compiled[method] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
             # compilers do not trace a context manager
-            runner = self.context.target if isinstance(self, RoundSteps) else getattr(self, "_runner", self)
+            runner = self._forwards._runner if isinstance(self, LevelSession) else self
+            runner = self.context.target if isinstance(self, RoundSteps) else runner
             return call_with_tree_attention(None, config_ids(runner.model), partial(compiled[method], self, *arguments))
 
         return run
@@ -289,7 +290,7 @@ def test_a_stage_compiles_to_one_graph(monkeypatch, stage):
     elif stage == "verify":
         monkeypatch.setattr(TreeRunner, "forward", through_compiler(TreeRunner.forward))
     else:
-        monkeypatch.setattr(ModelSession, "draft", through_compiler(ModelSession.draft))
+        monkeypatch.setattr(LevelSession, "draft", through_compiler(LevelSession.draft))
     layers = 2 if stage == "draft" else 1  # the draft model has one layer
     model, inputs = build("llama", num_hidden_layers=layers), {**prompt(batch=3), **OPTIONS, "max_new_tokens": 120}
     plain = model.generate(**inputs)

@@ -10,7 +10,7 @@ from families import NEVER, VOCAB, build, perturbed, prompt
 from helpers import capture_here, context, record_drafts
 from specdec_triton import ops
 from specdec_triton.drafters.length import ChainLength, LengthRule, in_steps
-from specdec_triton.drafters.model_session import ModelSession
+from specdec_triton.drafters.level_session import LevelSession
 from specdec_triton.ops.filters import Filters, filtered_log_probs
 from specdec_triton.tools.check_distribution import prove
 from specdec_triton.tree import DraftTree
@@ -75,13 +75,13 @@ def test_a_draft_runs_about_as_often_as_in_transformers(asked, captured):
 def test_each_row_stops_after_its_first_unlikely_token(rule, fixed, monkeypatch):
     target, stop = build("llama"), 0.25
     draft, rounds = perturbed("llama", 0.05), record_drafts(monkeypatch)
-    prepare = ModelSession.prepare
+    prepare = LevelSession.prepare
 
     def preparing(session, tree=None):
         assert session.on_device == fixed
         return prepare(session, tree)
 
-    monkeypatch.setattr(ModelSession, "prepare", preparing)
+    monkeypatch.setattr(LevelSession, "prepare", preparing)
     if fixed:
         monkeypatch.setattr(Fixed, "on", True)
     drafter = Fixed(draft, num_tokens=6, confidence_threshold=stop)

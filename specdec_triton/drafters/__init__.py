@@ -1,6 +1,7 @@
 """Drafters: they propose draft trees."""
 
 from .base import DraftContext, Drafter, DraftSession, NoDrafter
+from .eagle import EagleDrafter
 from .early_exit import EarlyExitDrafter
 from .model import ModelDrafter
 from .oracle import OracleDrafter
@@ -10,6 +11,7 @@ __all__ = [
     "DraftContext",
     "DraftSession",
     "Drafter",
+    "EagleDrafter",
     "EarlyExitDrafter",
     "ModelDrafter",
     "NoDrafter",

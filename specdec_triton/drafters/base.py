@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..forward.buffers import Buffers
 from ..forward.runner import TreeRunner
+from ..forward.taps import Read, Tap
 from ..ops.filters import Filters
 from ..ops.reference import Acceptance
 from ..ops.rules import CHAIN_RULES, check_legal
@@ -48,6 +49,9 @@ class DraftContext:
         fused: True if decoder layers run in fewer kernels, see `forward.fusion`.
         unread_tokens: upper bound on the number of tokens that a row has emitted but the host has not read.
         buffers: holds tensors for later calls, see `DraftSession.reusable`.
+        prompt_reader: the return value of `Drafter.prompt_reader` after the prompt's forward.
+        states: [B, N, Ht] for each of the drafter's taps. The target's hidden states at the nodes of the verified tree;
+            they are set before `observe`.
         position: [B] int64 on the device. Position of each root: the number of real tokens before it.
     """
 
@@ -70,6 +74,8 @@ class DraftContext:
     fused: bool = False
     unread_tokens: int = 0
     buffers: Buffers = field(default_factory=Buffers)
+    prompt_reader: Read | None = None
+    states: tuple[torch.Tensor, ...] = ()
     position: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +91,12 @@ class DraftContext:
     def longest(self) -> int:
         """Upper bound on `length` in all rows, computed on the host."""
         return min(int(self.host_length.max()) + self.unread_tokens, self.max_length - 1)
+
+    def cache_capacity(self, room: int) -> int:
+        """Number of slots for a draft's cache with the columns before the root and `room` more. If shapes are fixed, it
+        has room for as many columns as the target's."""
+        cache = self.target.cache if self.fixed_shapes else None
+        return room + (int(self.host_length[0]) if cache is None else cache.capacity)
 
     @property
     def useful_depth(self) -> int:
@@ -185,6 +197,15 @@ class Drafter(ABC):
             ValueError: an argument is not supported; the message names the drafter, the values that it takes and the
                 value that it got.
         """
+
+    def taps(self, model: PreTrainedModel) -> tuple[Tap, ...]:
+        """The hidden states of the target `model` that sessions of this drafter need. The prompt reader and
+        `DraftContext.states` get them in this order."""
+        return ()
+
+    def prompt_reader(self, context: DraftContext) -> Read | None:
+        """A function that gets the taps of the prompt, see `TreeRunner.prefill`. `context.target` has no cache yet."""
+        return None
 
     def graph_hazard(self) -> str | None:
         """The reason why rounds with this drafter cannot be captured as CUDA graphs, or None."""

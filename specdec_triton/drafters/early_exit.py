@@ -2,16 +2,17 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..forward.checks import layer_forward
-from ..forward.fusion import shared_copy
+from ..forward.copies import copy_with, decoder_layers
 from ..tree import DynamicTree, Topology
 from .base import Drafter
-from .model import check_shape, draft_shape, start_session
+from .model import check_confidence, check_shape, draft_shape, start_session
 
+OWNER = "EarlyExitDrafter"  # the beginning of error messages
 PER_LAYER_OPTIONS = ("hidden_size_per_layer_input", "num_kv_shared_layers")
 
 
@@ -61,6 +62,7 @@ class EarlyExitDrafter(Drafter):
         self.num_tokens, self.tree, self.replacement = num_tokens, tree, replacement
         self.confidence_threshold = confidence_threshold
         check_shape(self)
+        check_confidence(self)
 
     @property
     def resizable(self):
@@ -80,7 +82,7 @@ class EarlyExitDrafter(Drafter):
 
     def _kept(self, model: PreTrainedModel) -> list[int]:
         """Indices of the layers that are kept."""
-        name, layers = decoder_layers(model)
+        name, layers = decoder_layers(model, OWNER)
         total = len(layers)
         if self.skip is None:
             if not 1 <= self.num_layers <= total:
@@ -104,59 +106,22 @@ class EarlyExitDrafter(Drafter):
         return start_session(self, draft, context, tree, shares_cache)
 
 
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The dotted name of the decoder's list of layers, and the list.
-
-    Raises:
-        ValueError: the model has no such list, or more than one candidate.
-    """
-    total = model.config.get_text_config().num_hidden_layers
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == total
-    ]
-    outermost = min((name.count(".") for name, _ in lists), default=0)
-    lists = [(name, module) for name, module in lists if name.count(".") == outermost]
-    if len(lists) != 1:
-        raise ValueError(
-            f"EarlyExitDrafter: the model must have one list of its {total} layers, got {type(model).__name__} with "
-            f"{[name for name, _ in lists]}: use another drafter"
-        )
-    return lists[0]
-
-
 def with_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """A copy of the model that shares all modules but whose list of layers holds only those `kept`. `model` itself is
     not changed.
 
     Raises:
-        ValueError: `forward` was replaced on a module that contains the layers, for example by a hook of accelerate's.
-            The copy would run the original modules. The forward of a fused layer is a method, which the copy gets.
+        ValueError: the model has no single list of layers, or `forward` was replaced on a module that contains it, see
+            `copy_with`.
     """
-    name, layers = decoder_layers(model)
-    *path, last = name.split(".")
-    total, configs = len(layers), {}
-
-    def part(module: nn.Module) -> nn.Module:
-        if layer_forward(module) is None:
-            raise ValueError(
-                f"EarlyExitDrafter: forward must be the class's own, got a {type(module).__name__} whose forward was "
-                "replaced: remove its hooks, or use another drafter"
-            )
-        copied = shared_copy(module, dict(module._modules))
-        config = getattr(module, "config", None)
-        if getattr(config, "num_hidden_layers", None) == total:
+    name, layers = decoder_layers(model, OWNER)
+    copies = copy_with(model, name, nn.ModuleList(layers[layer] for layer in kept), OWNER)
+    configs: dict[int, Any] = {}
+    for copied in copies:
+        config = getattr(copied, "config", None)
+        if getattr(config, "num_hidden_layers", None) == len(layers):
             copied.config = configs.setdefault(id(config), _config_of(config, kept))
-        return copied
-
-    draft = owner = part(model)
-    for child in path:
-        inner = part(owner._modules[child])
-        owner._modules[child] = inner
-        owner = inner
-    owner._modules[last] = nn.ModuleList(layers[layer] for layer in kept)
-    return draft
+    return copies[0]
 
 
 def _config_of(config, kept: Sequence[int]):

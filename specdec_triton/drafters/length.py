@@ -87,11 +87,13 @@ class ChainLength:
     Attributes:
         longest: upper limit on the draft tokens of any round.
         limit: [B] int64 on the device. Bound of each row in this round; 0 if the row needs no draft.
+        confidence: the rule's.
         looks: True if the host reads one number per level to end the draft early.
     """
 
     def __init__(self, context: DraftContext, rule: LengthRule):
         batch, self._context, self._rule = len(context.start), context, rule
+        self.confidence = rule.confidence
         self.longest = rule.tokens if rule.config is None else max(rule.tokens, min(LONGEST, context.useful_depth))
         self.limit = context.buffers.put("draft.limit", torch.zeros_like(context.length))
         self.looks = rule.confidence > 0 and not context.fixed_shapes

@@ -23,8 +23,9 @@ class Level:
             replacement.
         expanded: [parents of the next level] int64. The nodes that the next level expands, as indices into the
             candidates of all groups; None if they are all candidates, in order.
-        depth, ancestors: [1, T], [1, T, W] int64. The tree in the draft's cache so far: catch-up tokens and expanded
-            nodes.
+        parents: [num_parents] int64. Parent of each expanded node, as its number among those of the level before.
+        depth, ancestors: [1, T], [1, T, W] int64. The tree in the draft's cache so far: the chain that ends in the
+            root, and the expanded nodes.
         depth_below: depth of the children.
     """
 
@@ -33,6 +34,7 @@ class Level:
     rows: torch.Tensor | None
     nodes: torch.Tensor
     expanded: torch.Tensor | None
+    parents: torch.Tensor
     depth: torch.Tensor
     ancestors: torch.Tensor
     depth_below: int
@@ -57,24 +59,25 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def plan_of(topology: Topology, catch_up: int, sampling: str, device: torch.device) -> Plan:
-    """The plan for `topology` if the draft's cache lacks the last `catch_up` tokens of the text. Plans are cached.
+def plan_of(topology: Topology, num_first: int, sampling: str, device: torch.device) -> Plan:
+    """The plan for `topology` if each level's tree begins with a chain of `num_first` nodes that ends in the root.
 
-    `sampling` tells how children are chosen: "none" by rank, "with" or "without" by draws with or without replacement.
+    Plans are cached. `sampling` tells how children are chosen: "none" by rank, "with" or "without" by draws with or
+    without replacement.
     """
     depths, parents = topology.depths, topology.parents
     by_depth = [[node for node, depth in enumerate(depths) if depth == at] for at in range(topology.max_depth + 1)]
     inner = set(parents)
     slots, levels = {0: 0}, []
     place = {0: 0}  # index of each node's token in the concatenation of the root and the candidates
-    total = 1
-    cache_parents, cache_ranks = list(range(-1, catch_up - 1)), [0] * catch_up
+    total, above = 1, [-1]
+    cache_parents, cache_ranks = list(range(-1, num_first - 1)), [0] * num_first
     for below, (level, children) in enumerate(zip(by_depth, by_depth[1:], strict=False), 1):
         expanded = [node for node in level if node in inner]
         for node in expanded:
             if node:
                 slots[node] = len(slots)
-                cache_parents.append(slots[parents[node]] + catch_up - 1)
+                cache_parents.append(slots[parents[node]] + num_first - 1)
                 cache_ranks.append(topology.ranks[node])
         rows = [expanded.index(parents[child]) for child in children]
         if sampling == "with":
@@ -96,11 +99,13 @@ def plan_of(topology: Topology, catch_up: int, sampling: str, device: torch.devi
                 rows=_indices(rows, len(expanded), device) if sampling == "with" else None,
                 nodes=torch.tensor(children if sampling == "with" else expanded, device=device),
                 expanded=_indices([candidate[child] for child in children if child in inner], num_groups * k, device),
+                parents=torch.tensor([above.index(parents[node]) for node in expanded], device=device),
                 depth=depth,
                 ancestors=ancestors,
                 depth_below=below,
             )
         )
+        above = expanded
     rows = {node: row for row, node in enumerate(node for level in by_depth for node in level if node in inner)}
     return Plan(
         levels=tuple(levels),

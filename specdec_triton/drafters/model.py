@@ -7,8 +7,9 @@ from ..forward.wrappers import unwrap
 from ..tree import DynamicTree, Topology
 from .base import DraftContext, Drafter, check_rule, check_tree, topology_of
 from .dynamic import DynamicSession
-from .length import LengthRule, assistant_rule, assistant_tokens
-from .model_session import ModelSession
+from .forwards import ModelForwards
+from .length import ChainLength, LengthRule, assistant_rule, assistant_tokens
+from .level_session import LevelSession
 
 # Vocabularies whose sizes differ by at most this share are assumed to belong to one tokenizer with different padding.
 VOCABULARY_PADDING = 0.01
@@ -56,11 +57,13 @@ class ModelDrafter(Drafter):
         replacement: bool = False,
         confidence_threshold: float | None = None,
     ):
+        check_alone(model)
         model = unwrap(model, "ModelDrafter")
         check_supported(model, "the draft model")
         self.model, self.num_tokens, self.tree, self.replacement = model, num_tokens, tree, replacement
         self.confidence_threshold = confidence_threshold
         check_shape(self)
+        check_confidence(self)
 
     def check(self, model, rule=None, tree=None):
         if self.model.device != model.device:
@@ -84,8 +87,24 @@ class ModelDrafter(Drafter):
         return start_session(self, self.model, context, tree)
 
 
+def check_alone(model: PreTrainedModel) -> None:
+    """Refuse a model that cannot draft from tokens alone, because it reads hidden states or keys of its target.
+
+    Raises:
+        ValueError: the message names the class.
+    """
+    config, name = getattr(model, "config", None), type(model).__name__
+    kind = str(getattr(config, "model_type", ""))
+    if kind.endswith("_assistant") or "DFlash" in name or hasattr(config, "dflash_config"):
+        raise ValueError(
+            f"ModelDrafter: model must draft from tokens alone, got {name}, which reads hidden states or keys of its "
+            "target: heads that are supported are loaded by EagleDrafter.from_pretrained and "
+            "MedusaDrafter.from_pretrained; use transformers' own assisted decoding for this one"
+        )
+
+
 def check_shape(drafter: Drafter) -> None:
-    """Refuse invalid options of a drafter that runs a model: its shape, `replacement` and `confidence_threshold`."""
+    """Refuse invalid values of a drafter's `num_tokens`, `tree` and `replacement`."""
     name, length = type(drafter).__name__, drafter.num_tokens
     if length is not None and drafter.tree is not None:
         raise ValueError(f"{name}: give either num_tokens (a chain) or tree, got both")
@@ -94,10 +113,30 @@ def check_shape(drafter: Drafter) -> None:
     check_tree(name, drafter.tree)
     if not isinstance(drafter.replacement, bool):
         raise ValueError(f"{name}: replacement must be True or False, got {drafter.replacement!r}")
+
+
+def check_confidence(drafter: Drafter) -> None:
+    """Refuse an invalid value of a drafter's `confidence_threshold`."""
     confidence = drafter.confidence_threshold
     is_number = isinstance(confidence, (int, float)) and not isinstance(confidence, bool)
     if confidence is not None and not (is_number and 0 <= confidence <= 1):
-        raise ValueError(f"{name}: confidence_threshold must be None or a probability, 0 to 1, got {confidence!r}")
+        raise ValueError(
+            f"{type(drafter).__name__}: confidence_threshold must be None or a probability, 0 to 1, got {confidence!r}"
+        )
+
+
+def check_drafted(
+    drafter: Drafter, shape: Topology | DynamicTree, rule: str | None, vocab_size: int, of: str = "the vocabulary"
+) -> None:
+    """Refuse a shape that the rule does not accept, or with a node of more children than there are tokens."""
+    dynamic = isinstance(shape, DynamicTree)
+    check_rule(drafter, rule, shape.is_chain, "none" if dynamic else "without")
+    children = shape.width if dynamic else 1 + max(shape.ranks)
+    if children > vocab_size:
+        raise ValueError(
+            f"{type(drafter).__name__}: a node of the tree must have at most {vocab_size} children, the size of {of}, "
+            f"got {children}"
+        )
 
 
 def draft_shape(
@@ -117,19 +156,12 @@ def draft_shape(
     name = type(drafter).__name__
     length = drafter.num_tokens or assistant_tokens(name, model.generation_config)
     shape = topology_of(drafter.tree if tree is None else tree, Topology.chain(length), rule)
-    dynamic = isinstance(shape, DynamicTree)
-    check_rule(drafter, rule, shape.is_chain, "none" if dynamic else "without")
     if drafter.confidence_threshold and not shape.is_chain:
         raise ValueError(
             f"{name}: confidence_threshold must be None or 0 with a tree that is not a chain, got "
             f"{drafter.confidence_threshold}: give num_tokens, or no threshold"
         )
-    children = shape.width if dynamic else 1 + max(shape.ranks)
-    if children > vocab_size:
-        raise ValueError(
-            f"{name}: a node of the tree must have at most {vocab_size} children, the size of the vocabulary, got "
-            f"{children}"
-        )
+    check_drafted(drafter, shape, rule, vocab_size)
     return shape
 
 
@@ -149,11 +181,15 @@ def start_session(
     context: DraftContext,
     tree: Topology | DynamicTree | int | None,
     shares_cache: bool = False,
-) -> ModelSession:
+) -> LevelSession:
     """Start the session in which `model` drafts the shape that the call or `drafter` asks for. For `shares_cache` see
-    `ModelSession`."""
+    `ModelForwards`."""
     shape = draft_shape(drafter, tree, model, context.rule, context.vocab_size)
     if isinstance(shape, DynamicTree):
-        return DynamicSession(model, context, shape, shares_cache)
-    length = length_rule(drafter, tree, model, shape)
-    return ModelSession(model, context, shape, shares_cache, drafter.replacement, length)
+        return DynamicSession(ModelForwards(model, context, shape.num_expanded, shares_cache), context, shape)
+    rule = length_rule(drafter, tree, model, shape)
+    length = None if rule is None else ChainLength(context, rule)
+    if length is not None:
+        shape = Topology.chain(length.longest)
+    forwards = ModelForwards(model, context, shape.num_nodes, shares_cache)
+    return LevelSession(forwards, context, shape, drafter.replacement, length)

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..drafters import DraftContext, DraftSession
-from ..drafters.early_exit import decoder_layers
+from ..forward.copies import decoder_layers
 from ..ops.rules import CHAIN_RULES
 from ..tree import RANK_ACCEPTANCE, Topology
 from ..tree_choice.controller import AdaptiveTree
@@ -79,7 +79,7 @@ def row_growth(model: PreTrainedModel, batch: int, most: int) -> tuple[tuple[int
     known = _growth.setdefault(model, {})
     if (batch, most) not in known:
         try:
-            _, layers = decoder_layers(model)
+            _, layers = decoder_layers(model, "row_growth")
         except ValueError:  # no unique list of decoder layers
             return CPU_PRIOR.verify
         layers = [[part for part in layer.modules() if type(part) is torch.nn.Linear] for layer in layers]

@@ -74,7 +74,8 @@ class Generation:
         impl, compiled, fused = call.options.impl, call.options.compile, call.options.fuses(call.device)
         put = self.buffers.put
         start, last = put("start", call.start), call.max_length - 1 - call.start
-        self.runner = TreeRunner(call.model, start, last, impl, fixed, compiled, fused, self.buffers)
+        taps = call.drafter.taps(call.model)
+        self.runner = TreeRunner(call.model, start, last, impl, fixed, compiled, fused, self.buffers, taps=taps)
         self.stopped = np.zeros(batch, dtype=bool)  # rows that a criterion has stopped
         self.controller: AdaptiveTree | None = None
         filters = [
@@ -160,14 +161,18 @@ class Generation:
         call = self.call
         prompt = call.input_ids, call.config, call.model_kwargs, self.workspace.capacity
         try:
-            logits = self.runner.prefill(*prompt)
+            logits = self._prefill(*prompt)
         except torch.OutOfMemoryError:
             # a cache of the caller has a part of the prompt by now
             if call.callers_cache is not None or not self.workspaces.release():
                 raise
-            logits = self.runner.prefill(*prompt)
+            logits = self._prefill(*prompt)
         self.round.plain_steps = self.round.plain_steps and self.runner.can_decode
         return logits
+
+    def _prefill(self, *prompt) -> torch.Tensor:
+        self.context.prompt_reader = self.call.drafter.prompt_reader(self.context)
+        return self.runner.prefill(*prompt, read=self.context.prompt_reader)
 
     @records_time("draft")
     def start_drafter(self) -> None:
@@ -201,7 +206,8 @@ class Generation:
             report, kept = run("verify", shape, lambda: self.round.after_draft(tree))
         else:  # the session's Python code must run in every round, so it is not part of a graph
             shape, tree = self.at_fixed_addresses(self.round.draft())
-            accepted, kept = run("verify", shape, lambda: self.round.verify_accept_compact(tree))
+            accepted, kept, states = run("verify", shape, lambda: self.round.verify_accept_compact(tree))
+            self.context.states = states
             self.session.observe(tree, accepted)
             report = run("emit", shape, lambda: self.round.emit(tree, accepted))
         self.stats.rounds += 1

@@ -42,15 +42,17 @@ class RoundSteps:
 
     def after_draft(self, tree: DraftTree) -> tuple[torch.Tensor, Kept]:
         """Run all steps after the draft. Returns the report for the host, and the scores to keep."""
-        accepted, kept = self.verify_accept_compact(tree)
+        accepted, kept, self.context.states = self.verify_accept_compact(tree)
         self.session.observe(tree, accepted)
         return self.emit(tree, accepted), kept
 
-    def verify_accept_compact(self, tree: DraftTree) -> tuple[Acceptance, Kept]:
+    def verify_accept_compact(self, tree: DraftTree) -> tuple[Acceptance, Kept, tuple[torch.Tensor, ...]]:
+        """Returns the accepted path, the scores to keep, and the hidden states that the drafter taps."""
         logits = self.verify(tree)
+        states = self.context.target.states
         accepted, kept = self.accept(tree, logits)
         self.compact(tree, accepted)
-        return accepted, kept
+        return accepted, kept, states
 
     @records_time("draft")
     def draft(self) -> DraftTree:

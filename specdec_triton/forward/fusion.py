@@ -4,11 +4,10 @@ The copy shares all parameters, buffers and all modules that are not replaced. T
 there is nothing to restore, and other threads may run it at the same time.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from ..ops import FLOAT_DTYPES
 from . import known_forwards
 from .checks import has_hooks, layer_forward, text_decoder
+from .copies import shared_copy
 from .fused_modules import FORWARDS, AttentionPart, FusedNorm, Handover, LayerPart, MLPPart, NormPart
 from .known_forwards import Attention, GatedMLP, Layer, Norm, source_id, unwrapped
 
@@ -31,10 +31,6 @@ TABLES = {
 }
 SIMILAR = ("Attention", "MLP", "RMSNorm", "DecoderLayer")  # ends of class names of which the reader is told
 REPLACED, UNKNOWN = "its forward was replaced", "the source of its forward is not known"
-HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)  # fmt: skip
 Part = NormPart | MLPPart | AttentionPart | LayerPart
 
 
@@ -65,23 +61,6 @@ def fuse(model: PreTrainedModel, impl: str | None = None) -> Fused:
         impl: implementation of the ops.
     """
     return _Fusion(model, impl).result
-
-
-def shared_copy(module: nn.Module, parts: dict[str, nn.Module | None]) -> nn.Module:
-    """A copy of a module with other parts. It shares the module's parameters, buffers and attributes.
-
-    Args:
-        module: the module, whose `layer_forward` must not be None.
-        parts: the modules inside of the copy by name.
-    """
-    copied = object.__new__(type(module))
-    # a compiled forward is that of the original module
-    copied.__dict__ = {**vars(module), "_modules": parts, "_compiled_call_impl": None}
-    for name in HOOKS:  # hooks that are added to the copy must not be added to the model
-        copied.__dict__[name] = copy.copy(vars(module)[name])
-    if "forward" in vars(module):
-        copied.forward = MethodType(layer_forward(module), copied)
-    return copied
 
 
 class _Fusion:

@@ -1,0 +1,316 @@
+"""Drafts with a trained EAGLE head: one or a few decoder layers over the target's hidden states.
+
+Sources: EAGLE (Li et al. 2024, arXiv 2401.15077), EAGLE-2 (Li et al. 2024, arXiv 2406.16858), EAGLE-3 (Li et al. 2025,
+arXiv 2503.01840).
+
+A row of the head consists of a token and a feature: token t_{i+1}, and the feature of position i, which the head makes
+from the target's hidden states there. At draft tokens, the target's hidden states are not known yet. The feature of a
+node's row is then the head's own output at the row of the node's parent. After verification, the rows of draft tokens
+are dropped, and the rows of the accepted tokens are computed from the target's hidden states.
+
+Letters: B sequences, N tree nodes, R rows, D edges on the longest path, V vocabulary, H hidden size of the head.
+"""
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from ..forward.checks import graph_hazard
+from ..forward.runner import TreeRunner
+from ..forward.versions import CACHE
+from ..forward.wrappers import unwrap
+from ..heads.checkpoint import read_checkpoint
+from ..heads.eagle import EagleModel
+from ..ops.reference import Acceptance
+from ..ops.rules import CHAIN_RULES
+from ..tree import DynamicTree, Topology, topology_tensors
+from .base import DraftContext, Drafter, topology_of
+from .dynamic import DynamicSession
+from .forwards import DraftForwards
+from .level_session import LevelSession
+from .model import check_drafted, check_shape
+
+# the tree of EAGLE-2's code: 60 nodes of width 10; the first level takes no forward of its own
+DEFAULT_TREE = DynamicTree(60, width=10, depth=8)
+DEFAULT_TOKENS = 5  # of a chain
+
+
+class EagleDrafter(Drafter):
+    """Drafts with a trained EAGLE head (EAGLE-1, EAGLE-2 or EAGLE-3). `from_pretrained` loads one.
+
+    A dynamic tree is drafted by default, as in EAGLE-2. Rules that accept only chains get a chain of 5 tokens. Tokens
+    of a fixed shape are chosen by the acceptance rule as by `ModelDrafter`. If the head has a reduced vocabulary, other
+    tokens have draft probability 0.
+
+    The head reads hidden states of the target at the prompt and at every verified node. They are taken in the forwards
+    that run in any case, on a copy of the target's modules that shares its weights. The head has a key-value cache of
+    its own during the call. Each level of a draft takes one forward of the head; the first also computes the rows of
+    the tokens that were accepted last.
+
+    If a call continues a cache of the caller, the head sees only the columns that the call runs, so fewer drafts may be
+    accepted.
+
+    Args:
+        model: the head. Embeddings and language head that it lacks are the target's.
+        num_tokens: length of a chain, instead of a tree.
+        tree: a topology, a number of nodes (root included) or a `DynamicTree`.
+        replacement: see `ModelDrafter`.
+
+    Raises:
+        ValueError: `num_tokens` and `tree` are both given, or a value is not valid.
+    """
+
+    resizable = True
+
+    def __init__(
+        self,
+        model: EagleModel,
+        num_tokens: int | None = None,
+        tree: Topology | DynamicTree | int | None = None,
+        replacement: bool = False,
+    ):
+        if not isinstance(model, EagleModel):
+            raise ValueError(
+                f"EagleDrafter: model must be an EagleModel, got {type(model).__name__}: load a checkpoint with "
+                "EagleDrafter.from_pretrained"
+            )
+        self.model, self.num_tokens, self.tree, self.replacement = model, num_tokens, tree, replacement
+        check_shape(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        target: PreTrainedModel | None = None,
+        *,
+        num_tokens: int | None = None,
+        tree: Topology | DynamicTree | int | None = None,
+        replacement: bool = False,
+        rope_theta: float | None = None,
+        layers: tuple[int, ...] | None = None,
+        layer_meaning: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "EagleDrafter":
+        """Load a head from a folder or from the hub.
+
+        The layouts of SafeAILab, SpecForge and speculators are read; the tensors' names decide which one it is. Pickled
+        weights are loaded with `weights_only=True`.
+
+        Args:
+            name_or_path: a local folder, or a name on the hub.
+            target: the model that the head drafts for. The head gets its device and dtype, and is checked against it.
+            num_tokens, tree, replacement: see the class.
+            rope_theta: base of the rotary embedding, instead of the checkpoint's.
+            layers: numbers of the target's layers whose hidden states the head reads, instead of the checkpoint's.
+            layer_meaning: "input" if number i means the input of layer i, "output" if it means its output. By default,
+                the checkpoint's layout decides. `specdec-triton fit-head` tries both.
+            dtype, device: of the head, if there is no `target`; the file's dtype and the CPU by default.
+
+        Raises:
+            ValueError: the checkpoint is malformed, of a kind that is not supported, or does not fit the target.
+            OSError: there is no such checkpoint.
+        """
+        if target is not None:
+            target = unwrap(target, "EagleDrafter.from_pretrained")
+            dtype, device = dtype or target.dtype, device or target.device
+        model = EagleModel.from_checkpoint(
+            read_checkpoint(name_or_path),
+            rope_theta=rope_theta,
+            layers=layers,
+            layer_meaning=layer_meaning,
+            dtype=dtype,
+            device=device,
+        )
+        drafter = cls(model, num_tokens, tree, replacement)
+        if target is not None:
+            drafter.check(target)
+        return drafter
+
+    def check(self, model, rule=None, tree=None):
+        self.model.check_target(model)
+        known = self.model.target_ids
+        vocab_size = model.config.get_text_config().vocab_size if known is None else len(known)
+        check_drafted(self, self._shape(tree, rule), rule, vocab_size, "the head's vocabulary")
+
+    def _shape(self, tree: Topology | DynamicTree | int | None, rule: str | None) -> Topology | DynamicTree:
+        default = DEFAULT_TREE
+        if self.num_tokens is not None or rule in CHAIN_RULES:
+            default = Topology.chain(self.num_tokens or DEFAULT_TOKENS)
+        return topology_of(self.tree if tree is None else tree, default, rule)
+
+    def taps(self, model):
+        return self.model.taps(model)
+
+    def prompt_reader(self, context):
+        return PromptRows(self.model, context)
+
+    def graph_hazard(self):
+        return graph_hazard(self.model)
+
+    def start(self, context, tree=None):
+        shape = self._shape(tree, context.rule)
+        dynamic = isinstance(shape, DynamicTree)
+        nodes = shape.num_expanded if dynamic else shape.num_nodes
+        forwards = HeadForwards(self.model, context, context.prompt_reader, nodes, shape.max_depth)
+        if dynamic:
+            return DynamicSession(forwards, context, shape)
+        return LevelSession(forwards, context, shape, self.replacement)
+
+
+class PromptRows:
+    """The rows of the prompt, computed chunk by chunk. A chunk's hidden states are not kept.
+
+    Attributes:
+        first: number of the first column that was run; None before the first chunk.
+        start: [B] int64. First column that holds a row, relative to `first`.
+        cache: keys and values of the rows of all columns since `first`. The row of the last column belongs to the root,
+            which is not known yet, so its keys and values are undefined.
+        last: [B, 1, H]. Feature of the last column.
+    """
+
+    def __init__(self, model: EagleModel, context: DraftContext):
+        self._model, self._context = model, context
+        self.first: int | None = None
+        self.cache = DynamicCache()
+
+    def __call__(self, states: tuple[torch.Tensor, ...], first: int) -> None:
+        context, model = self._context, self._model
+        if self.first is None:
+            self.first = first
+            self.start = (context.start - first).clamp(min=0)
+        features = model.features(states)
+        begin, count = first - self.first, features.shape[1]
+        columns = torch.arange(begin + count, device=features.device)
+        tokens = context.tokens[:, first + 1 : first + count + 1]
+        model(
+            inputs_embeds=embedded(model, context.target.model, tokens),
+            features=features,
+            position_ids=(columns[begin:] - self.start[:, None]).clamp(min=0),
+            attention_mask=(columns >= self.start[:, None]).long(),
+            use_cache=True,
+            **{CACHE: self.cache},
+        )
+        self.last = features[:, -1:]
+
+
+class HeadForwards(DraftForwards):
+    """Forwards of an EAGLE head. In its cache, the row of token t_{i+1} and feature i has the slot of column i, counted
+    from the first column that the prompt's forward ran.
+
+    Args:
+        model: the head.
+        context: the call's sequences.
+        prompt: the rows of the prompt.
+        most_nodes: largest number of nodes that a round forwards after the root.
+        max_depth: largest depth of a node that is verified.
+    """
+
+    num_first = 1
+
+    def __init__(self, model: EagleModel, context: DraftContext, prompt: PromptRows, most_nodes: int, max_depth: int):
+        self._model, self.context, self._column = model, context, prompt.first
+        buffers, batch, device = context.buffers, len(context.start), context.start.device
+        buffers.agree("draft.column", prompt.first)
+        rows = max_depth + 1  # the root and the accepted tokens
+        self._room = rows + most_nodes
+        last = context.max_length - 1
+        start = buffers.put("draft.start", prompt.start)
+        self._runner = TreeRunner(
+            model, start, last, context.impl, context.fixed_shapes, context.compiled, context.fused, buffers, "draft"
+        )
+        columns = int(context.host_length[0]) - prompt.first
+        self._runner.take_cache(prompt.cache, context.cache_capacity(self._room), columns)
+        self._chain = topology_tensors(Topology.chain(rows - 1), device)
+        buffers.keep(self._chain)  # captured rounds read it
+        self._rows = buffers.put("draft.rows", torch.arange(rows, device=device))
+        features = prompt.last.new_zeros(batch, rows, prompt.last.shape[-1])
+        features[:, :1] = prompt.last
+        self._features = buffers.put("draft.features", features)  # of the columns verified last
+        self._count = buffers.put("draft.count", torch.ones(batch, dtype=torch.int64, device=device))
+
+    @property
+    def cache(self):
+        return self._runner.cache
+
+    @property
+    def weights(self):
+        own = sum(weight.numel() for weight in self._model.parameters())
+        if self._model.embed_tokens is not None:
+            own -= sum(weight.numel() for weight in self._model.embed_tokens.parameters())
+        if self._model.lm_head is None:
+            own += sum(weight.numel() for weight in self.context.target.model.get_output_embeddings().parameters())
+        return own
+
+    def follow(self, drafts):
+        self.cache.reserve(self.context.longest + self._room)
+
+    def advance(self):
+        """Compute the rows of the root and of the tokens accepted last. Later rows of `_features` are padding: their
+        keys and values are overwritten."""
+        context = self.context
+        first = (context.length - self._column - self._count).clamp(min=0)
+        columns = (first[:, None] + self._rows + self._column + 1).clamp(max=context.tokens.shape[1] - 1)
+        tokens = context.tokens.gather(1, columns)
+        _, depth, ancestors = (part.expand(len(tokens), *part.shape[1:]) for part in self._chain)
+        states = self._run(tokens, self._features, depth, ancestors, first)
+        last = (self._count - 1)[:, None, None].expand(-1, 1, states.shape[-1])
+        self._states = states.gather(1, last)
+        self._first = first + self._count - 1  # the root's slot
+        return context.root[:, None]
+
+    def begin(self):
+        root = self.advance()
+        return root, self._logits(self._states)
+
+    def expand(self, tokens, parents, depth, ancestors):
+        parents = parents.expand(len(tokens), -1)[..., None].expand(-1, -1, self._states.shape[-1])
+        features = self._states.gather(1, parents)
+        self._states = self._run(tokens, features, depth, ancestors, self._first)
+        return self._logits(self._states)
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor,
+        depth: torch.Tensor,
+        ancestors: torch.Tensor,
+        base: torch.Tensor,
+    ) -> torch.Tensor:
+        embeds = embedded(self._model, self.context.target.model, tokens)
+        more = {"inputs_embeds": embeds, "features": features}
+        return self._runner.run(tokens, depth, ancestors, base, **more).last_hidden_state
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [B, n, V] over the target's vocabulary after states [B, n, H]."""
+        head = self._runner.fused.model if self._runner.fused else self._model
+        return head_logits(head, self.context.target.model, states, self.context.vocab_size)
+
+    def observe(self, accepted: Acceptance, slots):
+        """Keep the features of the verified root and of the accepted nodes."""
+        path = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
+        states = tuple(each.gather(1, path[..., None].expand(-1, -1, each.shape[-1])) for each in self.context.states)
+        self._features[:, : path.shape[1]] = self._model.features(states)
+        self._count.copy_(accepted.length + 1)
+
+
+def embedded(model: EagleModel, target: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Embeddings [B, N, E] of tokens [B, N], by the head's own table or the target's."""
+    table = model.embed_tokens
+    if table is None:
+        return target.get_input_embeddings()(tokens)
+    return table(tokens.clamp(max=table.num_embeddings - 1))
+
+
+def head_logits(model: EagleModel, target: PreTrainedModel, states: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Logits [B, n, V] after states [B, n, H], by the head's own language head or the target's. Tokens that a reduced
+    vocabulary lacks have logit -inf."""
+    states = model.logits_input(states)
+    if model.lm_head is None:
+        logits = target.get_output_embeddings()(states)
+        cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+    logits = model.lm_head(states)
+    if model.target_ids is None:
+        return logits
+    everywhere = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
+    return everywhere.index_copy_(-1, model.target_ids, logits)

@@ -1,0 +1,187 @@
+"""The forwards by which a session drafts, level by level: the interface, and the forwards of a draft model. Those of a
+trained head are in `eagle`.
+
+Letters: B sequences, N tree nodes, V vocabulary of the draft, W words of ancestor bits.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..forward.cache import TreeCache
+from ..forward.runner import TreeRunner
+from ..forward.wrappers import embedded_tokens
+from ..ops.reference import Acceptance
+from ..tree import Topology, topology_tensors
+from .base import DraftContext
+
+# Each round begins with two tokens: the root is never in the draft's cache, and the last accepted token may be missing.
+CATCH_UP = 2
+CHUNK = 128  # largest number of tokens per forward while the draft catches up
+
+
+class DraftForwards(ABC):
+    """The forwards of one drafter during one call.
+
+    A round runs `advance` or `begin` once, then `expand` once for each further level. The tree of a level in the
+    draft's cache consists of a chain of `num_first` nodes that ends in the root, followed by the expanded nodes.
+
+    Attributes:
+        num_first: number of nodes in a level's tree up to the root, included.
+    """
+
+    num_first: int
+
+    @property
+    @abstractmethod
+    def cache(self) -> TreeCache:
+        """The cache of the draft."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> int:
+        """Number of weights that a forward reads."""
+
+    @abstractmethod
+    def follow(self, drafts: bool) -> None:
+        """Prepare a round on the host. `drafts`: it runs `begin`, not `advance`."""
+
+    @abstractmethod
+    def advance(self) -> torch.Tensor:
+        """Begin a round that drafts nothing. Returns the root's tokens [B, 1]."""
+
+    @abstractmethod
+    def begin(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Process the text of the last round. Returns the root's tokens [B, 1], and the draft's logits [B, 1, V] at the
+        root."""
+
+    @abstractmethod
+    def expand(
+        self, tokens: torch.Tensor, parents: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor
+    ) -> torch.Tensor:
+        """The draft's logits [B, n, V] at n nodes, which become the last nodes of the tree in the draft's cache.
+
+        Args:
+            tokens: [B, n] int64. Tokens of the nodes.
+            parents: [n] or [B, n] int64. The parents, as numbers among the nodes of the call before (0 after `begin`).
+            depth: [B, T] int64. Depth of all nodes of the tree; the first has depth 0.
+            ancestors: [B, T, W] int64. Ancestor words of all nodes of the tree, see `DraftTree`.
+        """
+
+    @abstractmethod
+    def observe(self, accepted: Acceptance, slots: torch.Tensor | None) -> None:
+        """Called after verification, before `context.length` advances.
+
+        Args:
+            accepted: the accepted path.
+            slots: [N] or [B, N] int64. Slot of each node of the verified tree in the draft's cache, relative to the
+                root's; -1 if it was not forwarded. None if the accepted nodes are in their final slots.
+        """
+
+
+class ModelForwards(DraftForwards):
+    """Forwards of a draft model over tokens.
+
+    Args:
+        model: the draft model.
+        context: the call's sequences.
+        most_nodes: largest number of nodes that a round forwards after the root.
+        shares_cache: True if the model consists of the target's first layers and uses the target's cache. It then has
+            no prompt to run and no tokens to catch up with.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: DraftContext, most_nodes: int, shares_cache: bool = False):
+        self.context, self._shares_cache = context, shares_cache
+        self.num_first = 1 if shares_cache else CATCH_UP
+        self._room = self.num_first + most_nodes  # cache slots that a round needs after the root's column
+        columns = torch.arange(self.num_first, device=context.start.device)
+        self._columns = context.buffers.put("draft.columns", columns)
+        self._path = topology_tensors(Topology.chain(self.num_first - 1), context.start.device)
+        context.buffers.keep(self._path)  # captured rounds read it
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
+        known = embedded_tokens(model)
+        self._last_token = known - 1
+        self._knows_all = known >= max(context.vocab_size, embedded_tokens(context.target.model))
+        last = (context.max_length - context.start).clamp(max=limit) - 1
+        fixed, buffers = context.fixed_shapes, context.buffers
+        self._runner = TreeRunner(
+            model, context.start, last, context.impl, fixed, context.compiled, context.fused, buffers, "draft"
+        )
+        self._behind = 0  # rounds since the draft model last ran
+        if shares_cache:
+            self._runner.cache = context.target.cache
+        else:
+            self._prefill()
+
+    def _prefill(self) -> None:
+        """Run the prompt through the draft model, left padding included, so that its cache has the target's columns."""
+        context, model = self.context, self._runner.model
+        prompt = context.tokens[:, : int(context.host_length[0])]
+        columns = torch.arange(prompt.shape[1], device=prompt.device)
+        real = columns >= context.start[:, None]
+        kwargs = {
+            "attention_mask": real.long(),
+            "position_ids": (columns - context.start[:, None])
+            .clamp(min=0)
+            .minimum(self._runner.last_position[:, None]),
+        }
+        if model._supports_logits_to_keep():
+            kwargs["logits_to_keep"] = 1
+        capacity = context.cache_capacity(self._room)
+        self._runner.prefill(prompt.clamp(max=self._last_token), GenerationConfig(), kwargs, capacity)
+
+    @property
+    def cache(self):
+        return self._runner.cache
+
+    @property
+    def weights(self):
+        return sum(weight.numel() for weight in self._runner.model.parameters())
+
+    def follow(self, drafts):
+        """Reserve cache slots for the round. If it drafts, first run the tokens of earlier rounds that did not."""
+        self.cache.reserve(self.context.longest + self._room)
+        if not drafts:
+            self._behind += 1
+        elif self._behind:
+            self._catch_up(self._behind)
+            self._behind = 0
+
+    def _catch_up(self, rounds: int) -> None:
+        """Run the tokens of the last `rounds` rounds, which drafted nothing: each emitted one token per unfinished
+        row."""
+        context = self.context
+        if self._shares_cache:
+            return
+        # a finished row emitted fewer tokens, so this goes back too far; its first token is the limit
+        first = torch.maximum(context.length - (self.num_first - 1) - rounds, context.start)
+        for done in range(0, rounds, CHUNK):
+            base = first + done
+            columns = base[:, None] + torch.arange(min(CHUNK, rounds - done), device=first.device)
+            self._runner.forward_chain(self._embedded(context.tokens.gather(1, columns)), base)
+
+    def advance(self):
+        return self.context.root[:, None]  # later rounds catch up, see `follow`
+
+    def begin(self):
+        # the slot at which the round begins
+        self._first = self.context.length - (self.num_first - 1)
+        tokens = self.context.tokens.gather(1, self._first[:, None] + self._columns)
+        _, depth, ancestors = (part.expand(len(tokens), *part.shape[1:]) for part in self._path)
+        logits = self._runner.forward(self._embedded(tokens), depth, ancestors, self._first)
+        return tokens[:, -1:], logits[:, -1:]
+
+    def expand(self, tokens, parents, depth, ancestors):
+        return self._runner.forward(self._embedded(tokens), depth, ancestors, self._first)
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens, or the draft's last token for those that it has no embedding of."""
+        return tokens if self._knows_all else tokens.clamp(max=self._last_token)
+
+    def observe(self, accepted, slots):
+        if self._shares_cache or slots is None:
+            return
+        path = slots.expand(len(accepted.path), -1).gather(1, accepted.path.clamp(min=0).long())
+        path = torch.where(accepted.path >= 0, path, -1).int()
+        self.cache.compact(self.context.length, path, self.context.impl)

@@ -1,0 +1,160 @@
+"""Reads the checkpoint of a draft head and says which kind of head it is."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+PATTERNS = ("*.safetensors", "*.bin", "*.pt")  # of the files of tensors; the first pattern that matches is read
+NOT_TENSORS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*)\.(bin|pt)")  # files that trainers leave
+PREFIX = re.compile(r"^(?:draft_model\.|model\.)+")  # of the names in some exports
+LATENT_ATTENTION = re.compile(r"\.self_attn\.(kv_a_|kv_b_|q_a_|q_b_)")
+MEDUSA = re.compile(r"^(medusa_head\.)?\d+\.\d+\.(linear\.)?weight$|^blocks\.\d+\.layers\.\d+\.|^lm_heads\.\d+\.")
+# kinds of heads that are not supported -> names of tensors that only they have
+UNSUPPORTED = {
+    "P-EAGLE": re.compile(r"^mask_hidden$"),
+    "EAGLE with parallel Medusa heads": re.compile(r"^parallel_draft_heads\."),
+    "EAGLE with a mixture of experts": re.compile(r"^(midlayer|layers\.\d+)\.mlp\.experts\."),
+    "Hydra": re.compile(r"(^|\.)hydra"),
+    "MTP (layers for multi-token prediction)": re.compile(
+        r"(^|\.)mtp(_layers|_block)?\.|\.(eh_proj|enorm|hnorm)\.weight$"
+    ),
+    "MLPSpeculator": re.compile(r"^(speculator\.)?(emb|proj|head|ln)\.\d+\.weight$"),
+}
+# `speculators_model_type` in a config -> the kind
+UNSUPPORTED_TYPES = {"dflash": "DFlash", "dspark": "DSpark", "peagle": "P-EAGLE", "mtp": "MTP"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of a draft head.
+
+    Attributes:
+        source: the folder or the name on the hub, as the user gave it. For error messages.
+        config: config.json; empty if there is none.
+        tensors: name in the file -> tensor, on the CPU. They may be mapped from the file.
+    """
+
+    source: str
+    config: dict
+    tensors: dict[str, torch.Tensor]
+
+
+def read_checkpoint(name_or_path: str | PathLike) -> Checkpoint:
+    """Read a head from a local folder, or from the hub. Pickled files are read as tensors only: no code in them runs.
+
+    Raises:
+        ValueError: there is neither such a folder nor such a repository, it has no tensors, two files have a tensor of
+            the same name, or a file cannot be read.
+    """
+    source = str(name_or_path)
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=["config.json", *PATTERNS]))
+        except Exception as error:  # the hub raises errors of many classes, also of its HTTP client
+            raise ValueError(
+                f"read_checkpoint: the head must be a local folder or the name of a repository on the hub, got "
+                f"{source!r}: {error}"
+            ) from error
+    matches = (
+        sorted(each for each in folder.glob(pattern) if not NOT_TENSORS.fullmatch(each.name)) for pattern in PATTERNS
+    )
+    files = next(filter(None, matches), [])
+    if not files:
+        raise ValueError(f"read_checkpoint: the head must have a file {' or '.join(PATTERNS)}, got none in {source}")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        read = _tensors(file)
+        twice = sorted(tensors.keys() & read.keys())
+        if twice:
+            raise ValueError(
+                f"read_checkpoint: {source} must have each tensor once, got {twice[0]} again in {file.name}"
+            )
+        tensors.update(read)
+    config = folder / "config.json"
+    return Checkpoint(source, json.loads(config.read_text("utf-8")) if config.exists() else {}, tensors)
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # the format of torch before 1.6, which is not a zip file, cannot be mapped
+        read = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"read_checkpoint: {file} must hold tensors only, and could not be read: {error}") from error
+    other = (
+        [name for name, value in read.items() if not torch.is_tensor(value)] if isinstance(read, dict) else [file.name]
+    )
+    if other:
+        raise ValueError(f"read_checkpoint: {file} must be a dict of tensors, got another value for {other[0]}")
+    return read
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor without the prefixes that some exports add."""
+    return PREFIX.sub("", name)
+
+
+def rope_options(config: dict) -> dict:
+    """The options of a config's rotary embedding, of whichever version of transformers."""
+    options = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return options.get("sliding_attention") or options.get("full_attention") or options
+
+
+def layer_config(config: dict) -> dict:
+    """The part of a head's config that describes its layers. speculators nests it."""
+    return config.get("transformer_layer_config") or config
+
+
+def kind_of(tensor_names: Iterable[str], config: dict) -> str | None:
+    """The kind of a draft head, by the names of its tensors.
+
+    Args:
+        tensor_names: all names in the checkpoint.
+        config: config.json.
+
+    Returns:
+        "eagle3" for EAGLE-3, "eagle" for EAGLE-1 and EAGLE-2, "medusa"; None if it is not a draft head.
+
+    Raises:
+        ValueError: it is a head of a kind that is not supported; the message names the kind.
+    """
+    names = {plain_name(name) for name in tensor_names}
+    is_eagle3 = any(re.match(r"(midlayer|layers\.0)\.hidden_norm\.weight$", name) for name in names)
+    has_fc = bool({"fc.weight", "fusion_fc.weight"} & names)
+    if not is_eagle3 and not has_fc and {"embed_tokens.weight", "norm.weight"} <= names:
+        return None  # a language model
+    unsupported = UNSUPPORTED_TYPES.get(config.get("speculators_model_type", ""))
+    unsupported = unsupported or next(
+        (kind for kind, pattern in UNSUPPORTED.items() if any(map(pattern.search, names))), None
+    )
+    if "dflash_config" in config or (has_fc and "hidden_norm.weight" in names):
+        unsupported = "DFlash"
+    if any(key.startswith("hydra_") for key in config):
+        unsupported = "Hydra"
+    if unsupported is None and (is_eagle3 or has_fc):
+        rope = rope_options(layer_config(config))
+        if any(map(LATENT_ATTENTION.search, names)):
+            unsupported = "EAGLE with latent attention (MLA)"
+        elif "mrope_section" in rope or "mrope" in (rope.get("rope_type"), rope.get("type")):
+            unsupported = "EAGLE with multimodal rotary positions (mrope)"
+    if unsupported:
+        raise ValueError(
+            f"kind_of: the draft head must be EAGLE-1, EAGLE-2, EAGLE-3 or Medusa, got {unsupported}: use another one"
+        )
+    if is_eagle3:
+        return "eagle3"
+    if has_fc and {"layers.0.self_attn.q_proj.weight", "transformer.self_attn.q_proj.weight"} & names:
+        return "eagle"
+    return "medusa" if any(map(MEDUSA.match, names)) else None

@@ -1,0 +1,347 @@
+"""The model of EAGLE draft heads: EAGLE-1, EAGLE-2, EAGLE-3 and EAGLE-3.1, and their variants.
+
+It runs transformers' own attention, MLP, norm and rotary modules, so it runs with an ordinary cache over a prompt, with
+a tree cache over tree nodes, and with fused layers.
+
+Letters: B sequences, N tokens, H hidden size of the draft, Ht of the target, E width of the embeddings, T taps, DV
+tokens that the draft can name, V tokens of the target, L layers of the target.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Qwen3Config
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
+
+from ..forward.versions import CACHE
+from .checkpoint import Checkpoint
+from .layouts import Layout, Meaning, layout_of
+
+PADDING = 0.01  # two vocabularies are the same if their sizes differ by at most this share, which is padding
+
+
+class UnnormedLayer(nn.Module):
+    """A decoder layer without a norm before attention: the first layer of EAGLE-1.
+
+    Args:
+        config: of the layers.
+        input_size: width of the attention's input.
+    """
+
+    def __init__(self, config: PreTrainedConfig, input_size: int):
+        super().__init__()
+        attention, mlp = (Qwen3Attention, Qwen3MLP) if isinstance(config, Qwen3Config) else (LlamaAttention, LlamaMLP)
+        self.self_attn = attention(config, 0)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self.self_attn, name, nn.Linear(input_size, getattr(self.self_attn, name).out_features))
+        self.mlp = mlp(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, stream: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """The residual stream [B, N, H] after the layer. `arguments` are those of the attention."""
+        return self.add_updates(stream, stream, arguments)
+
+    def add_updates(self, stream: torch.Tensor, attended: torch.Tensor, arguments: dict) -> torch.Tensor:
+        """Add the updates of attention and MLP to the stream [B, N, H]. `attended` [B, N, `input_size`] is the input of
+        the attention."""
+        stream = stream + self.self_attn(hidden_states=attended, **arguments)[0]
+        return stream + self.mlp(self.post_attention_layernorm(stream))
+
+
+class Eagle3Layer(UnnormedLayer):
+    """The first layer of EAGLE-3. Its attention reads the normed embedding and the normed feature, one after the other.
+
+    Args:
+        config: of the layers.
+        embedding_size: E.
+        norm_before_residual: see `Layout`.
+    """
+
+    def __init__(self, config: PreTrainedConfig, embedding_size: int, norm_before_residual: bool):
+        super().__init__(config, embedding_size + config.hidden_size)
+        self.norm_before_residual = norm_before_residual
+        self.input_layernorm = LlamaRMSNorm(embedding_size, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, features: torch.Tensor, inputs_embeds: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """The residual stream [B, N, H], for features [B, N, H] and embeddings [B, N, E]."""
+        normed = self.hidden_norm(features)
+        attended = torch.cat((self.input_layernorm(inputs_embeds), normed), dim=-1)
+        return self.add_updates(normed if self.norm_before_residual else features, attended, arguments)
+
+
+class EagleModel(PreTrainedModel):
+    """The layers of an EAGLE head (Li et al. 2024, 2025). It is not tied to a target.
+
+    A row pairs the embedding of token t_{i+1} with the feature of position i. The feature is that of the target for
+    verified tokens, and the head's own output for drafted ones.
+
+    Args:
+        layout: the head. Its tensors are not read, only their names and shapes; `from_checkpoint` loads them.
+
+    Attributes:
+        config: of the layers; `hidden_size` is H.
+        source: see `Checkpoint`.
+        kind: "eagle3", or "eagle" for EAGLE-1 and EAGLE-2.
+        layer_ids, layer_meaning, target_hidden_size, norm_output: see `Layout`.
+        target_ids: [DV] int64. The target's id of each token that the head can name; None if they are the target's.
+        embed_tokens: the head's own embedding; None if that of the target is to be used.
+        lm_head: the head's own output layer; None if that of the target is to be used.
+    """
+
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    target_ids: torch.Tensor | None
+
+    def __init__(self, layout: Layout):
+        config, tensors = layout.config, layout.tensors
+        super().__init__(config)
+        self.source, self.kind = layout.source, layout.kind
+        self.layer_ids, self.layer_meaning = layout.layer_ids, layout.layer_meaning
+        self.target_hidden_size, self.num_taps = layout.target_hidden_size, layout.num_taps
+        self.embedding_size = layout.embedding_size
+        self.norm_output, self._final_tap = layout.norm_output, layout.final_tap
+        hidden, given = config.hidden_size, {name.removesuffix(".weight") for name in tensors}
+        is_eagle3, of_taps = self.kind == "eagle3", self.num_taps * self.target_hidden_size
+
+        def norm(name: str, size: int) -> LlamaRMSNorm | None:
+            return LlamaRMSNorm(size, eps=config.rms_norm_eps) if name in given else None
+
+        self.input_norm = norm("input_norm", of_taps)
+        self.fc_norm = self.fc = None
+        if "fc_norm.0" in given:
+            each = self.target_hidden_size
+            self.fc_norm = nn.ModuleList(LlamaRMSNorm(each, eps=config.rms_norm_eps) for _ in range(self.num_taps))
+        if "fc" in given:
+            self.fc = nn.Linear(of_taps if is_eagle3 else self.embedding_size + hidden, hidden)
+        self.embedding_layernorm = norm("embedding_layernorm", self.embedding_size)
+        self.hidden_states_layernorm = norm("hidden_states_layernorm", hidden)
+        layer = Qwen3DecoderLayer if isinstance(config, Qwen3Config) else LlamaDecoderLayer
+        self.layers = nn.ModuleList(layer(config, index) for index in range(config.num_hidden_layers))
+        if is_eagle3:
+            self.layers[0] = Eagle3Layer(config, self.embedding_size, layout.norm_before_residual)
+        elif "layers.0.input_layernorm" not in given:
+            self.layers[0] = UnnormedLayer(config, hidden)
+        self.final_norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps) if is_eagle3 else norm("final_norm", hidden)
+        self.embed_tokens = self.lm_head = None
+        if "embed_tokens" in given:
+            self.embed_tokens = nn.Embedding(len(tensors["embed_tokens.weight"]), self.embedding_size)
+        if "lm_head" in given:
+            self.lm_head = nn.Linear(hidden, len(tensors["lm_head.weight"]))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):  # a bias is there if the file has one
+                bias = nn.Parameter(module.weight.new_empty(module.out_features))
+                module.bias = bias if f"{name}.bias" in tensors else None
+        with torch.device("cpu"):
+            self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.register_buffer("target_ids", layout.target_ids, persistent=False)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        rope_theta: float | None = None,
+        layers: Sequence[int] | None = None,
+        layer_meaning: Meaning | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "EagleModel":
+        """Load a head.
+
+        Args:
+            checkpoint: the files, see `read_checkpoint`.
+            rope_theta: base of the rotary embedding; None for that of the checkpoint, and 10000 if it names none.
+            layers: ids of the layers whose hidden states are the taps; None for those of the checkpoint, and the inputs
+                of layers 2, L // 2 and L - 3 if it names none.
+            layer_meaning: "input" or "output" of these layers; None decides by the layout, see `Layout`.
+            dtype: of the weights; None for that of the file.
+            device: None for the CPU.
+
+        Raises:
+            ValueError: the head is of another kind, is quantized, or has missing, unknown or misshapen tensors. The
+                message names the tensor and the source.
+        """
+        if layer_meaning not in (None, "input", "output"):
+            raise ValueError(f"EagleModel: layer_meaning must be 'input', 'output' or None, got {layer_meaning!r}")
+        layout = layout_of(checkpoint, rope_theta, None if layers is None else tuple(layers), layer_meaning)
+        with torch.device("meta"):
+            model = cls(layout)
+        _check_tensors(layout, model)
+        dtype = dtype or layout.tensors["layers.0.self_attn.q_proj.weight"].dtype
+        model.load_state_dict({name: each.to(device, dtype) for name, each in layout.tensors.items()}, assign=True)
+        return model.to(device or "cpu").requires_grad_(False).eval()
+
+    def extra_repr(self) -> str:
+        ids = "final" if self._final_tap else f"{self.layer_ids or 'default'} ({self.layer_meaning})"
+        rope = self.config.rope_parameters
+        return f"{self.kind}, source={self.source!r}, layers={ids}, rope_theta={rope['rope_theta']}"
+
+    def taps(self, target: PreTrainedModel) -> tuple:
+        """The hidden states of the target that `features` takes.
+
+        Raises:
+            ValueError: a layer id does not fit the target's number of layers, or the checkpoint names no layers and has
+                no default.
+        """
+        if self._final_tap:
+            return ("final",)
+        count = target.config.get_text_config(decoder=True).num_hidden_layers
+        ids, shift = self.layer_ids, int(self.layer_meaning == "output")
+        if ids is None:
+            ids, shift = (2, count // 2, count - 3), 0
+            if self.num_taps != len(ids) or count < 3:
+                raise ValueError(
+                    f"EagleModel: {self.source} names no layers and takes {self.num_taps} hidden states; the default is"
+                    f" 3 of at least 3 layers, and {type(target).__name__} has {count} layers: give layers="
+                )
+        unfit = [each for each in ids if each + shift > count]
+        if unfit:
+            raise ValueError(
+                f"EagleModel: layer ids must be at most {count - shift} ({self.layer_meaning}s of the {count} layers of"
+                f" {type(target).__name__}), got {unfit[0]} in {self.source}: give layers= and layer_meaning="
+            )
+        return tuple("last" if each + shift == count else each + shift for each in ids)
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Refuse a target that the head was not made for.
+
+        Raises:
+            ValueError: hidden size, vocabulary, layer ids, width of shared embeddings or of a shared output layer,
+                device or dtype do not fit. The message names both sides.
+        """
+        name, config = type(target).__name__, target.config.get_text_config(decoder=True)
+
+        def differs(what: str, ours: Any, theirs: Any) -> ValueError:
+            return ValueError(f"EagleModel: {self.source} does not fit {name}: {what} must be {ours}, got {theirs}")
+
+        if config.hidden_size != self.target_hidden_size:
+            raise differs("the target's hidden size", self.target_hidden_size, config.hidden_size)
+        self.taps(target)
+        vocabulary = config.vocab_size
+        if self.target_ids is not None:
+            largest = int(self.target_ids.max())
+            if largest >= vocabulary:
+                raise differs("the target's vocabulary", f"larger than {largest}, an id in d2t", vocabulary)
+        elif self.lm_head is not None and not _same_size(self.lm_head.out_features, vocabulary):
+            raise differs("the target's vocabulary", f"{self.lm_head.out_features}, the rows of lm_head", vocabulary)
+        if self.embed_tokens is not None:
+            rows = self.embed_tokens.num_embeddings
+            if rows < vocabulary and not _same_size(rows, vocabulary):
+                raise differs("the target's vocabulary", f"at most {rows}, the rows of embed_tokens", vocabulary)
+        else:
+            embedding = target.get_input_embeddings()
+            width = getattr(embedding, "embedding_dim", config.hidden_size)
+            if width != self.embedding_size:
+                raise differs("the width of the target's embeddings, which are shared,", self.embedding_size, width)
+        if self.lm_head is None and config.hidden_size != self.config.hidden_size:
+            raise differs(
+                "the input of the target's output layer, which is shared,", self.config.hidden_size, config.hidden_size
+            )
+        if target.device != self.device:
+            raise differs("the device", self.device, target.device)
+        if target.dtype != self.dtype:
+            raise differs("the dtype", self.dtype, target.dtype)
+
+    def features(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The features [B, n, H] of verified positions.
+
+        Args:
+            states: T tensors [B, n, Ht], the hidden states named by `taps`.
+        """
+        if self.kind == "eagle":
+            return states[0]
+        if self.fc_norm is not None:
+            states = [norm(each) for norm, each in zip(self.fc_norm, states, strict=True)]
+        joint = torch.cat(tuple(states), dim=-1)
+        if self.input_norm is not None:
+            joint = self.input_norm(joint)
+        return joint if self.fc is None else self.fc(joint)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the layers.
+
+        Args:
+            inputs_embeds: [B, N, E]. Embeddings of the tokens t_{i+1}.
+            features: [B, N, H]. Those of the positions i.
+            position_ids: [B, N] int64. i, counted from 0 at each sequence's first token.
+            attention_mask: 0 for padding, [B, cached + N]; or a packed tree; or None.
+            use_cache: passed to the layers.
+            kwargs: the cache, named `forward.versions.CACHE`. Arguments of other models are not read.
+
+        Returns:
+            `last_hidden_state` [B, N, H]: the features of the drafted tokens, and the argument of `logits_input`.
+        """
+        cache = kwargs.get(CACHE)
+        if self.embedding_layernorm is not None:
+            inputs_embeds = self.embedding_layernorm(inputs_embeds)
+        if self.hidden_states_layernorm is not None:
+            features = self.hidden_states_layernorm(features)
+        arguments = {
+            "attention_mask": create_causal_mask(
+                self.config, features, attention_mask, position_ids=position_ids, **{CACHE: cache}
+            ),
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(features, position_ids),
+            "use_cache": use_cache,
+            CACHE: cache,
+        }
+        stream = features
+        if self.kind == "eagle":
+            stream = self.fc(torch.cat((inputs_embeds, features), dim=-1))
+        for layer in self.layers:
+            of_head = {"inputs_embeds": inputs_embeds} if isinstance(layer, Eagle3Layer) else {}
+            stream = layer(stream, **of_head, **arguments)
+        if self.norm_output:
+            stream = self.final_norm(stream)
+        return BaseModelOutputWithPast(last_hidden_state=stream, **{CACHE: cache})
+
+    def logits_input(self, states: torch.Tensor) -> torch.Tensor:
+        """The input [B, n, H] of the output layer.
+
+        Args:
+            states: [B, n, H]. `last_hidden_state` of `forward`.
+        """
+        return states if self.final_norm is None or self.norm_output else self.final_norm(states)
+
+
+def _same_size(one: int, other: int) -> bool:
+    return abs(one - other) <= PADDING * max(one, other)
+
+
+def _check_tensors(layout: Layout, model: EagleModel) -> None:
+    """Compare the tensors of the file with those of the model.
+
+    Raises:
+        ValueError: a tensor is missing, not known, or of another shape.
+    """
+    wanted, problem = model.state_dict(), None
+    for name in [*wanted, *layout.tensors]:
+        shown = layout.names.get(name, name)
+        if name not in layout.tensors:
+            problem = f"{shown} must be {list(wanted[name].shape)}, got none"
+        elif name not in wanted:
+            problem = f"{shown} must not be there, got {list(layout.tensors[name].shape)}: this tensor is not known"
+        elif wanted[name].shape != layout.tensors[name].shape:
+            problem = f"{shown} must be {list(wanted[name].shape)}, got {list(layout.tensors[name].shape)}"
+        if problem:
+            raise ValueError(f"EagleModel: {layout.source}: {problem}")

@@ -11,6 +11,7 @@ undoes the change or completes it.
 """
 
 import copyreg
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from ._stats import Stats
 from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
+
+load_head = None
 from .engine.call import Call
 from .engine.generate import Generation
 from .engine.graph_runner import cannot_capture
@@ -42,6 +45,8 @@ STATE = "_specdec_triton"  # name of the attribute of a patched model that holds
 _stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
 # graphs and buffers of patched models; they refer neither to the model nor to its drafter
 _workspaces: WeakKeyDictionary[PreTrainedModel, Workspaces] = WeakKeyDictionary()
+# drafters that calls named by `assistant_model`, by folder or hub name
+_heads: WeakKeyDictionary[PreTrainedModel, dict[str, Drafter]] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -215,7 +220,9 @@ def _close(model: PreTrainedModel, block: _Block) -> None:
 
 
 def _free(model: PreTrainedModel) -> int:
-    """Free what earlier calls of a patched model left for later ones. Returns the number of bytes."""
+    """Free what earlier calls of a patched model left for later ones. Returns the number of bytes, without those of
+    heads."""
+    _heads.pop(model, None)
     kept = _workspaces.pop(model, None)
     return kept.release() if kept else 0
 
@@ -419,7 +426,7 @@ class SpeculativeModel(GenerationMixin):
         for name in ("inputs_tensor", "assistant_tokenizer"):
             model_kwargs.pop(name, None)
         if assistant_model is not None:
-            drafter = ModelDrafter(assistant_model)
+            drafter = _drafter_of(self, assistant_model)
         elif generation_config.assistant_early_exit is not None:
             drafter = EarlyExitDrafter(generation_config.assistant_early_exit)
         else:
@@ -500,6 +507,19 @@ def _speculative_class(base: type) -> type:
 
 def _is_ours(cls: type) -> bool:
     return cls.__bases__[0] is SpeculativeModel
+
+
+def _drafter_of(model: PreTrainedModel, assistant: PreTrainedModel | Drafter | str | os.PathLike) -> Drafter:
+    """The drafter that `assistant_model` asks for. A trained head is loaded once for each patched model and name."""
+    if isinstance(assistant, Drafter):
+        return assistant
+    if not isinstance(assistant, (str, os.PathLike)):
+        return ModelDrafter(assistant)
+    heads = _heads.setdefault(model, {})
+    name = os.fspath(assistant)
+    if name not in heads:
+        heads[name] = load_head(name, model)
+    return heads[name]
 
 
 def _speculate(

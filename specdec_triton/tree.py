@@ -508,21 +508,27 @@ def _pack_bits(member: torch.Tensor) -> torch.Tensor:
     return (padded.unflatten(-1, (words, WORD_BITS)) << bits).sum(-1)
 
 
-def with_children(ancestors: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+def bits_of_nodes(num_nodes: int) -> torch.Tensor:
+    """[N, W] int64 on the CPU. In row i, only the bit of node i is set, see `DraftTree.ancestors`."""
+    return _pack_bits(torch.eye(num_nodes, dtype=torch.bool))
+
+
+def with_children(ancestors: torch.Tensor, parents: torch.Tensor, own_bits: torch.Tensor) -> torch.Tensor:
     """Add n nodes to the ancestor words of a tree of T nodes.
 
     Args:
         ancestors: [B, T, W] int64, see `DraftTree`.
         parents: [B, n] int64. Parents of the new nodes T, T + 1, ..., T + n - 1; each is below T.
+        own_bits: [B, n, at least ceil((T + n) / 64)] int64. Rows T, T + 1, ..., T + n - 1 of `bits_of_nodes`.
 
     Returns:
         [B, T + n, ceil((T + n) / 64)] int64.
     """
-    first, total = ancestors.shape[1], ancestors.shape[1] + parents.shape[1]
-    own = _pack_bits(torch.eye(total, dtype=torch.bool, device=parents.device)[first:])
-    ancestors = torch.nn.functional.pad(ancestors, (0, own.shape[-1] - ancestors.shape[-1]))
-    inherited = ancestors.gather(1, parents[:, :, None].expand(-1, -1, own.shape[-1]))
-    return torch.cat([ancestors, inherited | own], 1)
+    words = -(-(ancestors.shape[1] + parents.shape[1]) // WORD_BITS)
+    if words > ancestors.shape[2]:
+        ancestors = torch.nn.functional.pad(ancestors, (0, words - ancestors.shape[2]))
+    inherited = ancestors.gather(1, parents[:, :, None].expand(-1, -1, words))
+    return torch.cat([ancestors, inherited | own_bits[..., :words]], 1)
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from specdec_triton import DraftTree, DynamicTree, Topology
 from specdec_triton.ops.filters import Filters
-from specdec_triton.tree import with_children
+from specdec_triton.tree import bits_of_nodes, with_children
 
 
 @st.composite
@@ -146,10 +146,12 @@ def test_a_drawn_tree_refuses_wrong_shapes(changes, message):
 def test_ancestors_of_a_tree_that_grows():
     """Added level by level, to more than one word and more than two words."""
     random, parents = torch.Generator().manual_seed(0), torch.full((2, 1), -1, dtype=torch.int64)
-    grown = DraftTree.root_only(parents).ancestors
+    grown, own_bits = DraftTree.root_only(parents).ancestors, bits_of_nodes(142).expand(2, -1, -1)
     for level in (1, 40, 30, 70):
-        above = torch.randint(parents.shape[1], (2, level), generator=random)
-        parents, grown = torch.cat([parents, above], 1), with_children(grown, above)
+        first = parents.shape[1]
+        above = torch.randint(first, (2, level), generator=random)
+        grown = with_children(grown, above, own_bits[:, first : first + level])
+        parents = torch.cat([parents, above], 1)
         assert torch.equal(grown, DraftTree.from_parents(parents, parents.int()).ancestors)
 
 

@@ -3,6 +3,7 @@
 from .base import DraftContext, Drafter, DraftSession, NoDrafter
 from .eagle import EagleDrafter
 from .early_exit import EarlyExitDrafter
+from .medusa import MedusaDrafter
 from .model import ModelDrafter
 from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
@@ -13,6 +14,7 @@ __all__ = [
     "Drafter",
     "EagleDrafter",
     "EarlyExitDrafter",
+    "MedusaDrafter",
     "ModelDrafter",
     "NoDrafter",
     "OracleDrafter",

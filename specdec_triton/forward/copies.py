@@ -2,6 +2,8 @@
 there is nothing to restore, and other threads may run it at the same time."""
 
 import copy
+from collections.abc import Callable
+from functools import cache
 from types import MethodType
 
 from torch import nn
@@ -13,6 +15,8 @@ HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
+# attribute of a model: unless it is True, transformers may add hooks to the layers, which are those of the copies, too
+CAPTURES = "_output_capturing_hooks_installed"
 
 
 def shared_copy(module: nn.Module, parts: dict[str, nn.Module | None]) -> nn.Module:
@@ -27,6 +31,8 @@ def shared_copy(module: nn.Module, parts: dict[str, nn.Module | None]) -> nn.Mod
     copied.__dict__ = {**vars(module), "_modules": parts, "_compiled_call_impl": None}
     for name in HOOKS:  # hooks that are added to the copy must not be added to the model
         copied.__dict__[name] = copy.copy(vars(module)[name])
+    if isinstance(module, PreTrainedModel):
+        copied.__dict__[CAPTURES] = True
     if "forward" in vars(module):
         copied.forward = MethodType(layer_forward(module), copied)
     return copied
@@ -65,6 +71,13 @@ def _own_forward_copy(module: nn.Module, owner: str) -> nn.Module:
             "remove its hooks, or use another drafter"
         )
     return shared_copy(module, dict(module._modules))
+
+
+@cache
+def subclass(kind: type[nn.Module], prefix: str, forward: Callable) -> type[nn.Module]:
+    """A subclass with another forward, for copies. isinstance works, and so do the class's other methods. It is made
+    once, so that compiled code serves all copies."""
+    return type(f"{prefix}{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 
 
 def decoder_layers(model: PreTrainedModel, owner: str) -> tuple[str, nn.ModuleList]:

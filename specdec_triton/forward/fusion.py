@@ -6,7 +6,6 @@ there is nothing to restore, and other threads may run it at the same time.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from ..ops import FLOAT_DTYPES
 from . import known_forwards
 from .checks import has_hooks, layer_forward, text_decoder
-from .copies import shared_copy
+from .copies import shared_copy, subclass
 from .fused_modules import FORWARDS, AttentionPart, FusedNorm, Handover, LayerPart, MLPPart, NormPart
 from .known_forwards import Attention, GatedMLP, Layer, Norm, source_id, unwrapped
 
@@ -106,7 +105,7 @@ class _Fusion:
             copied = shared_copy(module, parts)
         if part is not None:
             vars(copied).pop("forward", None)  # the class's own, as an attribute
-            copied.__class__ = _fused_class(type(module), FORWARDS[type(part)])
+            copied.__class__ = subclass(type(module), "Fused", FORWARDS[type(part)])
             copied.fused_part = part
         if changed:
             self.link(module, copied)
@@ -243,9 +242,3 @@ def _rotary_source(forward: Callable) -> str | None:
         apply = next((each for each in inside if isinstance(each, FunctionType)), None)
     apply = unwrapped(apply)
     return source_id(apply, getattr(apply, "__globals__", {}).get("rotate_half"))
-
-
-@cache
-def _fused_class(kind: type, forward: Callable) -> type:
-    """A subclass with another forward. isinstance works, and so do the class's other methods."""
-    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})

@@ -106,15 +106,19 @@ class TreeRunner:
                 include a cache of the caller, tokens that it holds are not run again.
             capacity: number of cache slots to allocate.
             read: called after each forward over a chunk of the prompt, with the states [B, n, Ht] of each tap and the
-                first column of the chunk. Columns that the caller's cache holds are in no chunk.
+                first column of the chunk. Columns that the caller's cache holds are in no chunk. It needs taps.
 
         Returns:
             Logits [B, 1, V] after the last column.
 
         Raises:
-            ValueError: the cache does not hold the keys and values of all T columns after the forward, or the model
-                does not continue the text token by token.
+            ValueError: `read` is given without taps, the cache does not hold the keys and values of all T columns after
+                the forward, or the model does not continue the text token by token.
         """
+        if read is not None and not self.taps:
+            raise ValueError(
+                "TreeRunner: read needs taps, got none: the taps of a drafter must name the states that it reads"
+            )
         cache = model_kwargs.get(CACHE)
         self._all_keys = cache is not None and not any(layer.is_sliding for layer in cache.layers)
         if cache is None:

@@ -9,7 +9,6 @@ Letters: B sequences, n columns or nodes of a forward, Ht hidden size, L decoder
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .checks import layer_forward
-from .copies import HOOKS, copy_with, decoder_layers
+from .copies import HOOKS, copy_with, decoder_layers, subclass
 
 # int i, 0 <= i < L: the input of decoder layer i, which is transformers' hidden_states[i]
 # "last": the output of the last decoder layer, before the final norm
@@ -43,12 +42,12 @@ class TappedModel:
 
     Raises:
         ValueError: a tap is not one of the model's, the model has no single list of decoder layers, or the forward of a
-            module that contains it was replaced.
+            module that contains it was replaced. In a forward: a layer was not called, or a state is not [B, n, Ht].
     """
 
     def __init__(self, model: PreTrainedModel, taps: Sequence[Tap], owner: str = OWNER):
         name, layers = decoder_layers(model, owner)
-        self.taps, self._found = tuple(taps), _Found()
+        self.taps, self._owner, self._found = tuple(taps), owner, _Found()
         total = len(layers)
         strange = [tap for tap in self.taps if tap not in ("last", "final") and not _is_index(tap, total)]
         if strange:
@@ -56,9 +55,9 @@ class TappedModel:
                 f"{owner}: taps must be the {total} layers of {type(model).__name__}.{name}, 0 to {total - 1}, or "
                 f"'last' or 'final', got {strange}"
             )
-        recorded = {tap: tap for tap in self.taps if isinstance(tap, int)}
+        last = total - 1 if "last" in self.taps else None
         listed = [
-            _recording(layer, self._found, recorded.get(index), "last" in self.taps and index == total - 1)
+            _recording(layer, self._found, index if index in self.taps else None, index == last)
             for index, layer in enumerate(layers)
         ]
         copies = copy_with(model, name, nn.ModuleList(listed), owner)
@@ -66,7 +65,8 @@ class TappedModel:
         if "final" in self.taps:
             decoder = copies[-1]
             decoder.recorder = _DecoderRecorder(layer_forward(decoder), self._found)
-            decoder.forward = MethodType(_decoder_forward, decoder)
+            vars(decoder).pop("forward", None)
+            decoder.__class__ = subclass(type(decoder), "Recording", _decoder_forward)
 
     def __call__(self, **arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
         """The model's outputs, and the states [B, n, Ht] of each tap."""
@@ -80,10 +80,16 @@ class TappedModel:
         lacking = [tap for tap in self.taps if tap not in found]
         if lacking:
             raise ValueError(
-                f"{OWNER}: the forward of {type(self.model).__name__} must call every decoder layer, got no state for "
-                f"the taps {lacking}: use another drafter"
+                f"{self._owner}: the forward of {type(self.model).__name__} must call every decoder layer, got no "
+                f"state for the taps {lacking}: use another drafter"
             )
-        return tuple(found[tap] for tap in self.taps)
+        states = tuple(found[tap] for tap in self.taps)
+        if any(state.dim() != 3 for state in states):
+            raise ValueError(
+                f"{self._owner}: hidden states must be [B, n, Ht], got {[list(state.shape) for state in states]} for "
+                f"the taps {list(self.taps)} of {type(self.model).__name__}: use another drafter"
+            )
+        return states
 
     @contextmanager
     def reading(self, read: Read | None, cache: Cache) -> Iterator[None]:
@@ -125,6 +131,8 @@ class _LayerRecorder:
 
 
 class _DecoderRecorder:
+    """Data of a decoder that records its output. `function`: its forward before it recorded."""
+
     def __init__(self, function: Callable, found: _Found):
         self.function, self.found = function, found
 
@@ -137,16 +145,16 @@ def _recording(layer: nn.Module, found: _Found, tap: int | None, is_last: bool) 
     """A module with the attributes of a layer that records states and calls the layer; the layer itself if there is
     nothing to record. Hooks, compilation and a replaced forward of the layer are used by that call.
 
-    A forward of the instance is used, not hooks: compiled code does not check whether a module's hooks changed.
+    The class has another forward. Hooks would not do: compiled code does not check whether a module's hooks changed.
     """
     if tap is None and not is_last:
         return layer
-    recorder = object.__new__(type(layer))
+    recorder = object.__new__(subclass(type(layer), "Recording", _layer_forward))
     recorder.__dict__ = {**vars(layer), "_compiled_call_impl": None}
+    vars(recorder).pop("forward", None)
     for name in HOOKS:
         recorder.__dict__[name] = type(vars(layer)[name])()
     recorder.recorder = _LayerRecorder(layer, found, tap, is_last)
-    recorder.forward = MethodType(_layer_forward, recorder)
     return recorder
 
 

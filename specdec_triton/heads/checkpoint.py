@@ -18,7 +18,7 @@ PATTERNS = ("*.safetensors", "*.bin", "*.pt")  # of the files of tensors; the fi
 NOT_TENSORS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*)\.(bin|pt)")  # files that trainers leave
 PREFIX = re.compile(r"^(?:draft_model\.|model\.)+")  # of the names in some exports
 LATENT_ATTENTION = re.compile(r"\.self_attn\.(kv_a_|kv_b_|q_a_|q_b_)")
-MEDUSA = re.compile(r"^(medusa_head\.)?\d+\.\d+\.(linear\.)?weight$|^blocks\.\d+\.layers\.\d+\.|^lm_heads\.\d+\.")
+MEDUSA = re.compile(r"^(medusa_heads?\.)?(\d+\.\d+\.(linear\.)?weight$|blocks\.\d+\.layers\.\d+\.|lm_heads\.\d+\.)")
 # kinds of heads that are not supported -> names of tensors that only they have
 UNSUPPORTED = {
     "P-EAGLE": re.compile(r"^mask_hidden$"),
@@ -133,7 +133,8 @@ def kind_of(tensor_names: Iterable[str], config: dict) -> str | None:
     names = {plain_name(name) for name in tensor_names}
     is_eagle3 = any(re.match(r"(midlayer|layers\.0)\.hidden_norm\.weight$", name) for name in names)
     has_fc = bool({"fc.weight", "fusion_fc.weight"} & names)
-    if not is_eagle3 and not has_fc and {"embed_tokens.weight", "norm.weight"} <= names:
+    is_medusa = any(map(MEDUSA.match, names))
+    if not is_eagle3 and not has_fc and not is_medusa and {"embed_tokens.weight", "norm.weight"} <= names:
         return None  # a language model
     unsupported = UNSUPPORTED_TYPES.get(config.get("speculators_model_type", ""))
     unsupported = unsupported or next(
@@ -157,4 +158,4 @@ def kind_of(tensor_names: Iterable[str], config: dict) -> str | None:
         return "eagle3"
     if has_fc and {"layers.0.self_attn.q_proj.weight", "transformer.self_attn.q_proj.weight"} & names:
         return "eagle"
-    return "medusa" if any(map(MEDUSA.match, names)) else None
+    return "medusa" if is_medusa else None

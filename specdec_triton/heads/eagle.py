@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Qwen3Config
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -112,6 +112,8 @@ class EagleModel(PreTrainedModel):
         self.target_hidden_size, self.num_taps = layout.target_hidden_size, layout.num_taps
         self.embedding_size = layout.embedding_size
         self.norm_output, self._final_tap = layout.norm_output, layout.final_tap
+        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        self._windows = tuple(config.sliding_window if each == "sliding_attention" else None for each in types)
         hidden, given = config.hidden_size, {name.removesuffix(".weight") for name in tensors}
         is_eagle3, of_taps = self.kind == "eagle3", self.num_taps * self.target_hidden_size
 
@@ -296,10 +298,11 @@ class EagleModel(PreTrainedModel):
             inputs_embeds = self.embedding_layernorm(inputs_embeds)
         if self.hidden_states_layernorm is not None:
             features = self.hidden_states_layernorm(features)
+        masks = {}
+        for window in set(self._windows):
+            mask_of = create_sliding_window_causal_mask if window else create_causal_mask
+            masks[window] = mask_of(self.config, features, attention_mask, position_ids=position_ids, **{CACHE: cache})
         arguments = {
-            "attention_mask": create_causal_mask(
-                self.config, features, attention_mask, position_ids=position_ids, **{CACHE: cache}
-            ),
             "position_ids": position_ids,
             "position_embeddings": self.rotary_emb(features, position_ids),
             "use_cache": use_cache,
@@ -308,9 +311,13 @@ class EagleModel(PreTrainedModel):
         stream = features
         if self.kind == "eagle":
             stream = self.fc(torch.cat((inputs_embeds, features), dim=-1))
-        for layer in self.layers:
-            of_head = {"inputs_embeds": inputs_embeds} if isinstance(layer, Eagle3Layer) else {}
-            stream = layer(stream, **of_head, **arguments)
+        for layer, window in zip(self.layers, self._windows, strict=True):
+            more = {"attention_mask": masks[window]}
+            if window and not isinstance(self.config, Qwen3Config):  # Qwen3's attention passes its window itself
+                more["sliding_window"] = window
+            if isinstance(layer, Eagle3Layer):
+                more["inputs_embeds"] = inputs_embeds
+            stream = layer(stream, **more, **arguments)
         if self.norm_output:
             stream = self.final_norm(stream)
         return BaseModelOutputWithPast(last_hidden_state=stream, **{CACHE: cache})

@@ -59,7 +59,8 @@ class Layout:
         layer_meaning: "input" if the id i means the input of layer i, "output" if it means the output.
         final_tap: True if the only tap is the target's last hidden state.
         norm_before_residual: True if the first layer adds its update to the normed feature.
-        norm_output: True if the state that is fed back is that after the final norm.
+        norm_output: True if the state that is fed back is that after the final norm (EAGLE-3.1). SpecForge wrote the
+            flag with another meaning for some months; without it in a config, all writers mean False.
     """
 
     source: str
@@ -216,6 +217,7 @@ class _Reader:
         heads = self.number("num_attention_heads")
         rows = self.shape("layers.0.self_attn.q_proj.weight", 2)[0]
         found = {int(match[1]) for name in self.tensors if (match := re.match(r"layers\.(\d+)\.", name))}
+        windows = self.windows(max(found) + 1)
         kind = Qwen3Config if "layers.0.self_attn.q_norm.weight" in self.tensors else LlamaConfig
         return kind(
             vocab_size=self.section.get("vocab_size") or 1,
@@ -231,7 +233,24 @@ class _Reader:
             rope_parameters=self.rope_parameters(rope_theta),
             bos_token_id=None,
             eos_token_id=None,
+            **windows,
         )
+
+    def windows(self, num_layers: int) -> dict[str, Any]:
+        """The options of a config for layers with a sliding window; none if there are no such layers."""
+        types, window = self.section.get("layer_types") or [], self.section.get("sliding_window")
+        unknown = sorted({*types} - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise self.error(f"layer_types must be full_attention or sliding_attention, got {unknown[0]}")
+        if (
+            not window
+            or self.section.get("use_sliding_window") is False
+            or "sliding_attention" not in types[:num_layers]
+        ):
+            return {}
+        if len(types) < num_layers:
+            raise self.error(f"layer_types must name the {num_layers} layers of the file, got {len(types)}")
+        return {"layer_types": types[:num_layers], "sliding_window": window, "use_sliding_window": True}
 
     def rope_parameters(self, rope_theta: float | None) -> dict:
         options = dict(rope_options(self.section))

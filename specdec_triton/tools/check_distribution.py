@@ -135,6 +135,12 @@ class _JudgedDrafter(Drafter):
     def check(self, model, rule=None, tree=None):
         self.drafter.check(model, rule, tree)
 
+    def taps(self, model):
+        return self.drafter.taps(model)
+
+    def prompt_reader(self, context):
+        return self.drafter.prompt_reader(context)
+
     def graph_hazard(self):
         return self.drafter.graph_hazard()
 

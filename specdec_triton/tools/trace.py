@@ -54,6 +54,12 @@ class TracingDrafter(Drafter):
     def check(self, model, rule=None, tree=None):
         self.drafter.check(model, rule, tree)
 
+    def taps(self, model):
+        return self.drafter.taps(model)
+
+    def prompt_reader(self, context):
+        return self.drafter.prompt_reader(context)
+
     def start(self, context, tree=None):
         header = {"call": type(self.drafter).__name__, "rule": context.rule, "batch": len(context.host_length)}
         _append(self.file, header)

@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 
 # The text of `favouring` consists mostly of these tokens, so that a random draft is sometimes right. The last of them
 # is in no reduced vocabulary.
-FAVOURED = (5, 11, 17, 23, 29, 41, 47, 58)
+FAVOURED = (5, 17, 29, 41, 47, 58)
 INNER = 40  # intermediate size of every head
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 12,
 }
 
 
@@ -113,8 +113,6 @@ LAYOUTS = {
         ids=(1, 4, 6),
         states=(2, 5, 7),
         rope_scaling=LLAMA3,
-        # SpecForge's own meaning of the flag is a norm before the head, which there always is
-        flags={"norm_output": True},
     ),
     "specforge_draft_model": Layout(
         writer="specforge",
@@ -197,11 +195,14 @@ def favouring(target, factor: float = 4.0):
     return target
 
 
-def write_head(folder: Path, target, name: str, seed: int = 0) -> Head:
-    """Write a random head for `target` in the layout `LAYOUTS[name]`."""
-    layout = LAYOUTS[name]
-    random = torch.Generator().manual_seed(seed)
-    tensors, head_dim = _random_tensors(layout, target.config, random)
+def write_head(folder: Path, target, layout: str | Layout, seed: int = 0) -> Head:
+    """Write a random head for `target` in a layout, or in the layout `LAYOUTS[layout]`."""
+    layout = LAYOUTS[layout] if isinstance(layout, str) else layout
+    return write_tensors(folder, target, layout, _random_tensors(layout, target.config, seed))
+
+
+def write_tensors(folder: Path, target, layout: Layout, tensors: dict[str, torch.Tensor]) -> Head:
+    """Write a head that consists of `tensors`, which are named as in `Head`."""
     config = _config(layout, target.config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -210,12 +211,13 @@ def write_head(folder: Path, target, name: str, seed: int = 0) -> Head:
         torch.save(named, folder / "pytorch_model.bin")
     else:
         save_file(named, folder / "model.safetensors")
-    eps = config.get("transformer_layer_config", config)["rms_norm_eps"]
-    return Head(layout, folder, tensors, layout.rope_theta or 10000.0, eps, head_dim)
+    layer = config.get("transformer_layer_config", config)
+    head_dim = layer.get("head_dim") or layer["hidden_size"] // layer["num_attention_heads"]
+    return Head(layout, folder, tensors, layout.rope_theta or 10000.0, layer["rms_norm_eps"], head_dim)
 
 
-def _random_tensors(layout: Layout, target, random: torch.Generator) -> tuple[dict[str, torch.Tensor], int]:
-    """The tensors of a head, and its head size."""
+def _random_tensors(layout: Layout, target, seed: int) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
     hidden, vocab = layout.hidden or target.hidden_size, target.vocab_size
     heads, kv_heads, head_dim = layout.heads
     head_dim = head_dim or hidden // heads
@@ -272,8 +274,8 @@ def _random_tensors(layout: Layout, target, random: torch.Generator) -> tuple[di
         tensors["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill(0, drafted, True)
     if "lm_head" in layout.own:
         linear("lm_head", len(drafted), hidden)
-        tensors["lm_head.weight"][torch.isin(drafted, torch.tensor(FAVOURED))] *= 2
-    return tensors, head_dim
+        tensors["lm_head.weight"][torch.isin(drafted, torch.tensor(FAVOURED))] *= 3
+    return tensors
 
 
 def _renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:

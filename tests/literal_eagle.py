@@ -76,15 +76,16 @@ class LiteralDraft:
         target: the target. It is called with `output_hidden_states=True`, so it must be a copy that nothing else uses.
         text: t_0, ..., t_n.
         mistake: one of `MISTAKES`, or "" for none.
+        first: the number of the first row that exists; earlier positions are unknown to the head.
 
     Attributes:
         margin: the smallest difference of two values whose order decided a tree so far. Below the error of the
             arithmetic, another tree is as good.
     """
 
-    def __init__(self, head: Head, target, text: list[int], mistake: str = ""):
+    def __init__(self, head: Head, target, text: list[int], mistake: str = "", first: int = 0):
         assert mistake in ("", *MISTAKES), mistake
-        self.head, self.mistake, self.text = head, mistake, text
+        self.head, self.mistake, self.text, self.first = head, mistake, text, first
         self.weights = {name: tensor.double() for name, tensor in head.tensors.items() if tensor.is_floating_point()}
         self.is_eagle3 = head.layout.kind == "eagle3"
         self.margin = math.inf
@@ -100,7 +101,7 @@ class LiteralDraft:
         if mistake == "rope base of the target":
             base = target.config.rope_parameters["rope_theta"]
         self.radians = frequencies(base, None if mistake == "no rope scaling" else scaling, head.head_dim)
-        self.features = self._features(self._states(target))
+        self.features = self._features(self._states(target))[first:]
         self.outputs: dict[tuple[int, ...], torch.Tensor] = {}
 
     # --- the head
@@ -146,11 +147,10 @@ class LiteralDraft:
     def output(self, path: tuple[int, ...]) -> torch.Tensor:
         """The output [H] of the last row, if the drafted tokens `path` follow the text."""
         if path not in self.outputs:
-            tokens = [*self.text[1:], *path]
-            if self.mistake == "no shift":
-                tokens = [*self.text, *path][:-1]
+            shift = 0 if self.mistake == "no shift" else 1
+            tokens = [*self.text, *path][self.first + shift :][: len(self.features) + len(path)]
             fed_back = [self._fed_back(self.output(path[:end])) for end in range(len(path))]
-            positions = list(range(len(tokens)))
+            positions = list(range(self.first, self.first + len(tokens)))
             if self.mistake == "one position for all levels":
                 positions = [min(position, len(self.text) - 1) for position in positions]
             features = torch.cat([self.features, torch.stack(fed_back)]) if path else self.features

@@ -1,0 +1,447 @@
+"""EAGLE draft heads: what they draft, for random checkpoints in every published layout, and the text and cost of calls
+with them.
+
+A wrong draft never changes the text, and only lowers acceptance. Tokens, parents and scores of drafts are therefore
+compared with a literal statement, `literal_eagle`.
+"""
+
+import copy
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import specdec_triton as sdt
+from checkpoints import FAVOURED, LAYOUTS, favouring, write_head
+from families import NEVER, VOCAB, build, prompt
+from helpers import capture_here
+from literal_eagle import MISTAKES, LiteralDraft
+from specdec_triton.forward import runner
+from specdec_triton.ops.filters import Filters, filtered_log_probs
+from specdec_triton.ops.noise import COUPLED, gumbel, row_seeds
+from specdec_triton.tools.host_sync import count_forwards, count_host_reads
+from specdec_triton.tree import DraftTree
+
+TREE = sdt.DynamicTree(16, width=4, depth=4)
+DEEP = sdt.DynamicTree(30, width=4, depth=7)
+FIXED = sdt.Topology.from_widths([3, 2, 1, 1])
+GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": NEVER}
+SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
+TOLERANCE = 2e-4  # of log-probabilities: the drafter computes in fp32, the literal statement in fp64
+TARGETS = {
+    "llama": {"rope_theta": 90000.0},
+    "qwen3": {"rope_theta": 90000.0},
+    "gemma3": {},
+}
+
+
+def target_of(family="llama", seed=1):
+    """A target of 8 layers, whose text consists mostly of few tokens, so that random drafts are accepted at times."""
+    return favouring(build(family, seed, num_hidden_layers=8, **TARGETS[family]))
+
+
+class Drafted(NamedTuple):
+    """The draft for one row in one round.
+
+    Attributes:
+        row: the row.
+        text: its tokens without padding, the root included.
+        budget: the number of tokens that it may still emit.
+        tree: the trees of the round.
+        scores: [B, N] scores of the nodes of a dynamic tree, else None.
+    """
+
+    row: int
+    text: list[int]
+    budget: int
+    tree: DraftTree
+    scores: torch.Tensor | None
+
+
+def record(monkeypatch, drafter):
+    """A list to which each later draft of the drafter appends a `Drafted` for each unfinished row."""
+    drafts, scores = [], []
+    start, likeliest = type(drafter).start, DraftTree.likeliest
+
+    def choosing(tokens, parents, given, *rest):
+        tree, kept = likeliest(tokens, parents, given, *rest)
+        scores.append(given.gather(1, kept))
+        return tree, kept
+
+    def starting(self, context, *args):
+        session = start(self, context, *args)
+        draft = session.draft
+
+        def drafting():
+            scores.clear()
+            tree = draft()
+            for row, budget in enumerate(context.host_budget.tolist()):
+                text = context.tokens[row, context.start[row] : context.length[row] + 1].tolist()
+                if budget:
+                    drafts.append(Drafted(row, text, budget, tree.clone(), scores[0].clone() if scores else None))
+            return tree
+
+        session.draft = drafting
+        return session
+
+    monkeypatch.setattr(DraftTree, "likeliest", staticmethod(choosing))
+    monkeypatch.setattr(type(drafter), "start", starting)
+    return drafts
+
+
+def agreements(drafts, head, target, mistake="", width=TREE.width, rank=None, first=0, limit=24):
+    """For each draft, whether it is the one of the literal statement. Left out are drafts deeper than the rest of the
+    text, and those that a rounding error could have changed.
+
+    Args:
+        drafts: see `record`.
+        head, target, mistake, first: see `LiteralDraft`.
+        width: of the dynamic tree.
+        rank: a function that makes `rank` of `LiteralDraft.dynamic` from a draft; None for log-probabilities.
+        limit: at most so many drafts are compared.
+    """
+    found, close = [], 0
+    for drafted in drafts:
+        row, levels = drafted.row, drafted.tree.max_depth
+        if drafted.budget <= levels or len(found) == limit:
+            continue
+        literal = LiteralDraft(head, target, drafted.text, mistake, first)
+        ranked = None if rank is None else rank(drafted)
+        tokens, parents, scores = literal.dynamic(drafted.tree.num_nodes, width, levels, ranked)
+        if literal.margin < 2 * TOLERANCE:
+            close += 1
+            continue
+        found.append(
+            drafted.tree.tokens[row].tolist() == tokens
+            and drafted.tree.parents[row].tolist() == parents
+            and torch.allclose(drafted.scores[row].double(), torch.tensor(scores).double(), rtol=0, atol=TOLERANCE)
+        )
+    assert close <= len(found), f"{close} of {close + len(found)} drafts had nodes of equal scores"
+    return found
+
+
+def accepted_in_part(drafts):
+    """The number of rounds in which a row accepted some drafts, but not as many as the tree is deep."""
+    rows = {}
+    for drafted in drafts:
+        rows.setdefault(drafted.row, []).append(drafted)
+    pairs = [pair for row in rows.values() for pair in zip(row, row[1:], strict=False)]
+    return sum(0 < len(after.text) - len(before.text) - 1 < before.tree.max_depth for before, after in pairs)
+
+
+def drafts_of(folder, target, layout, head_seed=0, inputs=None, tree=TREE, options=GREEDY, **settings):
+    """A head, its recorded drafts in one call, and the text of the call."""
+    head = write_head(folder, target, layout, head_seed)
+    drafter = sdt.EagleDrafter.from_pretrained(folder, target, tree=tree)
+    with pytest.MonkeyPatch.context() as patches, sdt.patched(target, drafter=drafter, **settings):
+        drafts = record(patches, drafter)
+        text = target.generate(**(inputs or prompt()), **options)
+    return head, drafts, text
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A function of a layout: a head, its drafts of one call, and a copy of the target. Each layout runs once."""
+
+    @cache
+    def run(layout):
+        target = target_of()
+        head, drafts, _ = drafts_of(tmp_path_factory.mktemp("head"), target, layout)
+        return head, drafts, copy.deepcopy(target)
+
+    return run
+
+
+# --- drafts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_drafts_equal_the_literal_statement(layout, recorded):
+    """A row is padded on the left. Drafts are accepted in part, so the head's cache holds rows of tree nodes that were
+    replaced by rows of verified tokens."""
+    head, drafts, judge = recorded(layout)
+    found = agreements(drafts, head, judge, limit=10)
+    assert len(found) == 10 and all(found)
+    assert accepted_in_part(drafts) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_seeds_and_deeper_trees(layout, seed, tmp_path):
+    target = target_of(seed=seed)
+    options = {**GREEDY, "max_new_tokens": 48}
+    head, drafts, _ = drafts_of(tmp_path, target, layout, seed, tree=DEEP, options=options)
+    found = agreements(drafts, head, copy.deepcopy(target), width=DEEP.width, limit=100)
+    assert len(found) >= 20 and all(found)
+    assert accepted_in_part(drafts) >= 3
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3", "safeailab"),
+        ("gemma3", "eagle1"),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (("qwen3", "eagle1"), ("gemma3", "safeailab"))),
+    ],
+)
+def test_targets_of_other_families(family, layout, tmp_path):
+    """Gemma 3 scales its embeddings, which the head shares."""
+    target = target_of(family)
+    head, drafts, _ = drafts_of(tmp_path, target, layout)
+    found = agreements(drafts, head, copy.deepcopy(target), limit=12)
+    assert len(found) >= 10 and all(found)
+
+
+OTHER_CALLS = {
+    "batch": {"inputs": prompt(batch=4, length=14, padding=6)},
+    "one row": {"inputs": prompt(batch=1, length=12)},
+    "chunks": {"options": {**GREEDY, "prefill_chunk_size": 4}},
+    "fused": {"fuse": True},
+    "compiled": {"compile": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        pytest.param(case, layout, marks=[] if quick and case != "compiled" else pytest.mark.slow)
+        for case in OTHER_CALLS
+        for layout, quick in (("speculators_3.1", True), ("specforge", False), ("hass", False))
+    ],
+)
+def test_other_calls(case, layout, tmp_path):
+    target = target_of()
+    head, drafts, _ = drafts_of(tmp_path, target, layout, **OTHER_CALLS[case])
+    found = agreements(drafts, head, copy.deepcopy(target), limit=12)
+    assert len(found) >= 10 and all(found)
+
+
+def test_long_prompts_run_in_chunks(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", 4)
+    target = target_of()
+    head, drafts, _ = drafts_of(tmp_path, target, "safeailab", inputs=prompt(length=15, padding=5))
+    found = agreements(drafts, head, copy.deepcopy(target), limit=8)
+    assert len(found) == 8 and all(found)
+
+
+@pytest.mark.parametrize("layout", ["safeailab", pytest.param("eagle1_two_layers", marks=pytest.mark.slow)])
+def test_a_cache_of_an_earlier_call(layout, tmp_path):
+    """The head knows the columns that this call runs, and no earlier ones."""
+    target, judge = target_of(), target_of()
+    options = {**GREEDY, "max_new_tokens": 6, "return_dict_in_generate": True}
+    first = target.generate(**prompt(padding=0), **options)
+    turn = torch.cat([first.sequences, prompt(length=5, padding=0, seed=1)["input_ids"]], 1)
+    known = first.past_key_values.get_seq_length()
+    inputs = {"input_ids": turn, "past_key_values": first.past_key_values}
+    head, drafts, text = drafts_of(tmp_path, target, layout, inputs=inputs)
+    assert torch.equal(text, judge.generate(turn, **GREEDY))
+    found = agreements(drafts, head, judge, first=known, limit=12)
+    assert len(found) >= 10 and all(found)
+
+
+@pytest.mark.slow  # because kernels run in Triton's interpreter
+@pytest.mark.parametrize("layout", ["safeailab", "eagle1"])
+def test_kernels(layout, tmp_path):
+    target, tree = target_of(), sdt.DynamicTree(6, width=2, depth=3)
+    options = {**GREEDY, "max_new_tokens": 8}
+    head, drafts, _ = drafts_of(tmp_path, target, layout, tree=tree, options=options, impl="triton")
+    found = agreements(drafts, head, copy.deepcopy(target), width=2)
+    assert len(found) >= 2 and all(found)
+
+
+@pytest.mark.parametrize("layout", ["safeailab", pytest.param("eagle1", marks=pytest.mark.slow)])
+def test_coupled_drafts_rank_by_the_targets_noise(layout, tmp_path):
+    target, seeds = target_of(), row_seeds(5, 2)
+    head, drafts, _ = drafts_of(tmp_path, target, layout, options=SAMPLED, seed=5)
+    filters = Filters(torch.tensor([0.8], dtype=torch.float64), torch.tensor([20]))
+
+    def rank(drafted):
+        def ranked(logits, depth):
+            log_probs = filtered_log_probs(logits[None, None], filters)[0, 0]
+            noise = gumbel(seeds[drafted.row], torch.tensor(len(drafted.text) - 1 + depth), 0, COUPLED, VOCAB)
+            return (log_probs + noise).log_softmax(-1)
+
+        return ranked
+
+    found = agreements(drafts, head, copy.deepcopy(target), rank=rank, limit=12)
+    assert len(found) >= 10 and all(found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        pytest.param(shape, layout, id=f"{name}-{layout}", marks=[] if quick else pytest.mark.slow)
+        for name, shape in (("widths", FIXED), ("chain", sdt.Topology.chain(4)), ("budget", 12))
+        for layout, quick in (("safeailab", True), ("speculators_qwen3", False), ("eagle1_two_layers", False))
+    ],
+)
+def test_fixed_trees_equal_the_literal_statement(shape, layout, tmp_path):
+    target = target_of()
+    head, drafts, _ = drafts_of(tmp_path, target, layout, tree=shape)
+    topology = sdt.Topology.from_budget(shape) if isinstance(shape, int) else shape
+    judge, compared = copy.deepcopy(target), 0
+    for drafted in drafts[:12]:
+        if drafted.budget > drafted.tree.max_depth == topology.max_depth:
+            literal = LiteralDraft(head, judge, drafted.text)
+            tokens = literal.ranked(topology)
+            if literal.margin > TOLERANCE:
+                assert drafted.tree.tokens[drafted.row].tolist() == tokens
+                assert drafted.tree.parents[drafted.row].tolist() == list(topology.parents)
+                compared += 1
+    assert compared >= 6
+
+
+@pytest.mark.parametrize("layout", ["safeailab", pytest.param("eagle1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rule", ["multi_round", "block"])
+def test_drawn_trees_state_the_literal_probabilities(rule, layout, tmp_path):
+    """Rules that weigh tokens need the probabilities from which they were drawn, zero outside a reduced vocabulary."""
+    target = target_of()
+    shape = FIXED if rule == "multi_round" else sdt.Topology.chain(4)
+    head, drafts, _ = drafts_of(tmp_path, target, layout, tree=shape, options=SAMPLED, rule=rule)
+    judge, compared = copy.deepcopy(target), 0
+    for row, text, budget, tree, _ in drafts[:10]:
+        if budget <= tree.max_depth:
+            continue
+        literal, paths = LiteralDraft(head, judge, text), [()]
+        for node, parent in enumerate(tree.parents[row].tolist()):
+            if node:
+                paths.append((*paths[parent], int(tree.tokens[row, node])))
+            place = int(tree.draft_row[0 if len(tree.draft_row) == 1 else row, node])
+            if place >= 0:
+                given = tree.draft_logits[row, place].double().log_softmax(-1)
+                wanted = literal.logits(paths[node]).log_softmax(-1)
+                torch.testing.assert_close(given, wanted, rtol=0, atol=5 * TOLERANCE)
+                compared += 1
+    assert compared >= 20
+
+
+# mistake -> a layout that it concerns
+CONCERNED = {
+    "offsets as ids": "safeailab",
+    "states in reverse order": "safeailab",
+    "neighbouring states": "speculators_qwen3",
+    "hidden before embedding": "specforge_model",
+    "other residual": "speculators_norm_before_fc",
+    "other feedback": "safeailab",
+    "no shift": "safeailab",
+    "rope base of the target": "safeailab",
+    "no rope scaling": "specforge",
+    "one position for all levels": "safeailab",
+    "own score": "safeailab",
+    "embedding of the target": "safeailab_whole_vocabulary",
+    "no bias of fc": "eagle1",
+    "no biases of attention": "eagle1_qwen2",
+    "no norms of queries and keys": "speculators_qwen3",
+    "an input norm too many": "eagle1",
+    "no norms of inputs": "hass",
+    "other norm before the head": "eagle1",
+    "one layer": "eagle1_two_layers",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_would_be_noticed(mistake, recorded):
+    head, drafts, judge = recorded(CONCERNED[mistake])
+    assert not all(agreements(drafts, head, judge, mistake, limit=5))
+
+
+# --- texts
+
+
+SHAPES = {
+    "default": None,
+    "dynamic": TREE,
+    "root only": sdt.DynamicTree(1, 2, 2),
+    "widths": FIXED,
+    "chain": sdt.Topology.chain(3),
+    "auto": "auto",
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        pytest.param(layout, shape, marks=[] if quick and shape in ("default", "auto") else pytest.mark.slow)
+        for layout, quick in (("safeailab", True), ("safeailab_wider_target", False), ("hass", False))
+        for shape in SHAPES
+    ],
+)
+def test_the_text_is_the_targets(layout, shape, tmp_path):
+    target, inputs = target_of(), prompt(batch=3)
+    write_head(tmp_path, target, layout)
+    drafter = sdt.EagleDrafter.from_pretrained(tmp_path, target)
+    for options in (GREEDY, SAMPLED):
+        text = target.generate(**inputs, **options, custom_generate=sdt.SpeculativeGenerate(seed=1))
+        with sdt.patched(target, drafter=drafter, seed=1, tree=SHAPES[shape]):
+            assert torch.equal(target.generate(**inputs, **options), text)
+
+
+def test_a_text_longer_than_the_heads_positions(tmp_path):
+    """Its config states 16 positions; the texts have 9 + 60 tokens."""
+    target = target_of()
+    options = {**GREEDY, "max_new_tokens": 60}
+    head, drafts, text = drafts_of(tmp_path, target, "specforge", options=options)
+    assert torch.equal(text, target.generate(**prompt(), **options))
+    late = [drafted for drafted in drafts if len(drafted.text) > 40]
+    found = agreements(late, head, copy.deepcopy(target), limit=6)
+    assert len(found) >= 4 and all(found)
+
+
+def test_a_row_that_ends_early(tmp_path):
+    target = target_of()
+    options = {**GREEDY, "eos_token_id": [FAVOURED[3]]}
+    plain = target.generate(**prompt(batch=4), **options)
+    _, _, text = drafts_of(tmp_path, target, "safeailab", inputs=prompt(batch=4), options=options)
+    assert torch.equal(text, plain)
+
+
+# --- cost
+
+
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [GREEDY, pytest.param(SAMPLED, marks=pytest.mark.slow)], ids=["greedy", "coupled"])
+@pytest.mark.parametrize("layout", ["safeailab", pytest.param("eagle1", marks=pytest.mark.slow)])
+def test_captured_rounds_draft_the_same(layout, options, lag, monkeypatch, tmp_path):
+    """Random drafts are accepted equally often only if they are equal."""
+    target = target_of()
+    write_head(tmp_path, target, layout)
+    drafter = sdt.EagleDrafter.from_pretrained(tmp_path, target, tree=sdt.DynamicTree(8, width=3, depth=3))
+    with sdt.patched(target, drafter=drafter, seed=1, cuda_graphs=False):
+        text = target.generate(**prompt(), **options)
+    eager = sdt.stats(target)
+    with sdt.patched(target, drafter=drafter, seed=1):
+        capture_here(monkeypatch, lag)
+        for _ in range(2):  # a later call replays the graphs of the first
+            assert torch.equal(target.generate(**prompt(), **options), text)
+            stats = sdt.stats(target)
+            assert stats.replayed > 5
+            # the last drafts differ, because captured rounds also draft what can no longer be emitted
+            assert stats.accepted_by_position[:2] == pytest.approx(eager.accepted_by_position[:2], abs=1)
+
+
+@pytest.mark.parametrize("tree", [TREE, FIXED], ids=["dynamic", "fixed"])
+def test_forwards_and_host_reads_of_a_round(tree, monkeypatch, tmp_path):
+    """A round takes one forward of the target, at most one of the head for each level, and at most one read by the
+    host."""
+    target = target_of()
+    write_head(tmp_path, target, "safeailab")
+    drafter = sdt.EagleDrafter.from_pretrained(tmp_path, target, tree=tree)
+    forward, forwards, reads = type(drafter.model).forward, [], []
+
+    def counting(self, *args, **named):
+        forwards.append("head")
+        return forward(self, *args, **named)
+
+    monkeypatch.setattr(type(drafter.model), "forward", counting)
+    for length in (8, 28):
+        forwards.clear()
+        with sdt.patched(target, drafter=drafter), count_host_reads() as counted, count_forwards(target) as verified:
+            target.generate(**prompt(), **{**GREEDY, "max_new_tokens": length})
+        rounds = sdt.stats(target).rounds
+        assert len(verified) == rounds + 1  # and one for the prompt
+        assert 0.5 * rounds * tree.max_depth < len(forwards) - 1 <= rounds * tree.max_depth
+        reads.append((counted.total, rounds))
+    (few_reads, few), (many_reads, many) = reads  # their difference is free of the prompt
+    assert many - few > 5 and many_reads - few_reads <= many - few

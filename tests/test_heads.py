@@ -485,14 +485,17 @@ def test_rope_scaling_is_that_of_transformers(options, place):
     rope = options.get("rope_parameters") or options["rope_scaling"]
     rope = {"rope_theta": BASE, **rope.get("sliding_attention", rope)}
     rope["rope_type"] = rope.pop("type", None) or rope["rope_type"]
-    wanted = LlamaRotaryEmbedding(
-        LlamaConfig(
-            hidden_size=H, num_attention_heads=HEADS, head_dim=DIM, max_position_embeddings=16, rope_parameters=rope
+    wanted, unscaled = (
+        LlamaRotaryEmbedding(
+            LlamaConfig(
+                hidden_size=H, num_attention_heads=HEADS, head_dim=DIM, max_position_embeddings=16, rope_parameters=each
+            )
         )
+        for each in (rope, {"rope_type": "default", "rope_theta": BASE})
     )
     torch.testing.assert_close(model.rotary_emb.inv_freq, wanted.inv_freq, rtol=0, atol=0)
     assert model.rotary_emb.attention_scaling == wanted.attention_scaling
-    assert (wanted.inv_freq[0] != BASE**0) == (rope["rope_type"] == "linear")
+    assert torch.equal(wanted.inv_freq, unscaled.inv_freq) == (rope["rope_type"] == "default")
 
 
 def test_the_base_is_10000_if_none_is_given_and_an_override_wins():

@@ -372,10 +372,10 @@ def test_a_prompt_that_lacks_memory_gets_that_of_idle_buffers():
     decode(model, inputs)
     prefill, failures = TreeRunner.prefill, [torch.OutOfMemoryError("4 GiB")] * 3
 
-    def fail(self, *args):
+    def fail(self, *args, **named):
         if failures:
             raise failures.pop()
-        return prefill(self, *args)
+        return prefill(self, *args, **named)
 
     with mock.patch.object(TreeRunner, "prefill", fail):
         with pytest.raises(torch.OutOfMemoryError):

@@ -5,7 +5,8 @@ and the layers' outputs are scaled as in a deep residual net. A token's successo
 that order, by a wide margin. Every weight is dense and is read as in a trained model.
 
 A draft follows the target's order except after a set share of the tokens, so that its acceptance is controlled. Or it
-is wrong after chosen tokens (see `wrong_after`), and replays the recorded agreement of a real pair.
+is wrong after chosen tokens (see `wrong_after`), and replays the recorded agreement of a real pair. An EAGLE head has a
+set error rate, too: see `eagle_head`.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from specdec_triton.heads.checkpoint import Checkpoint
+from specdec_triton.heads.eagle import EagleModel
 from specdec_triton.tools import plan
 from specdec_triton.tree import Topology
 
@@ -40,7 +43,21 @@ SHAPES = {
         "num_key_value_heads": 2, "vocab_size": 512,
     },
 }  # fmt: skip
+# the EAGLE-3 head of each target; that of Llama 3.1 8B has the shape of yuhuili/EAGLE3-LLaMA3.1-Instruct-8B
+HEADS = {
+    "llama 8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "draft_vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 64, "draft_vocab_size": 128,
+    },
+}  # fmt: skip
+NUM_TAPS = 3
 LAYER_STD = 0.02
+OWN_WEIGHT = 2.0  # of the keys of a head: each element has this variance
+FEATURE_SCALE = 0.1  # of a head's feature, relative to the embedding
 
 
 def successors(vocab_size: int) -> torch.Tensor:
@@ -64,6 +81,11 @@ def wrong_after(flags: Sequence[int], last: int, vocab_size: int) -> torch.Tenso
         wrong[token] = not flag
         token = int(follows[token])
     return wrong
+
+
+def wrong_share(share: float, vocab_size: int) -> torch.Tensor:
+    """[V] bool. True for this share of the tokens, 0 to 1, at random; the same tokens in every call."""
+    return torch.rand(vocab_size, generator=torch.Generator().manual_seed(2)) < share
 
 
 @torch.no_grad()
@@ -99,12 +121,69 @@ def synthetic(
     follows = successors(config.vocab_size)
     head = model.get_output_embeddings().weight
     if not isinstance(errors, torch.Tensor):
-        errors = torch.rand(config.vocab_size, generator=torch.Generator().manual_seed(2)) < errors
+        errors = wrong_share(errors, config.vocab_size)
     head[follows.to(device)] = embedding / config.hidden_size**0.5
     head[follows[errors].to(device)] *= -1  # the right successor gets the least logit
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+@torch.no_grad()
+def eagle_head(shape: str, target: PreTrainedModel, errors: float) -> EagleModel:
+    """An EAGLE-3 head that follows the target's order except after some tokens, with dense random weights.
+
+    A token's successor must follow from the token's embedding, which reaches the head's output through attention only.
+    A key head and its query heads therefore have the same weights, so that a row attends to itself and hardly to any
+    other. The output layer holds, for each token, the state that results from the token before it. The residual stream
+    begins with the normed feature (`norm_before_residual`), which is small: otherwise the tokens of a path would add
+    up. The launches and the weights that are read are those of a trained head.
+
+    The reduced vocabulary consists of the first tokens of `prompts` with a batch of 1 and of the text that follows.
+
+    Args:
+        shape: a name in `HEADS`.
+        target: a model made by `synthetic`. The head has its device and dtype, and its embedding.
+        errors: the share of tokens, 0 to 1, after which the head continues with a wrong one. They are the tokens of
+            `synthetic` with this share.
+    """
+    sizes, embedding = HEADS[shape], target.get_input_embeddings().weight
+    hidden, head_dim, named = sizes["hidden_size"], sizes["head_dim"], sizes["draft_vocab_size"]
+    key_heads, groups = sizes["num_key_value_heads"], sizes["num_attention_heads"] // sizes["num_key_value_heads"]
+    target_size, inner, width = target.config.hidden_size, sizes["intermediate_size"], groups * key_heads * head_dim
+    generator = torch.Generator(embedding.device).manual_seed(3)
+
+    def normal(rows: int, columns: int, std: float) -> torch.Tensor:
+        return embedding.new_empty(rows, columns).normal_(0.0, std, generator=generator)
+
+    keys = normal(key_heads * head_dim, target_size + hidden, (OWN_WEIGHT / target_size) ** 0.5)
+    values, output = normal(len(keys), target_size + hidden, target_size**-0.5), normal(hidden, width, width**-0.5)
+    ids = prompts(1, named, len(embedding), torch.device("cpu"))[0].sort().values
+    before = successors(len(embedding)).argsort()[ids]  # the token whose successor each of them is
+    attended = embedding[before.to(embedding.device)] @ values[:, :target_size].T
+    states = attended.unflatten(-1, (key_heads, head_dim)).repeat_interleave(groups, 1).flatten(1) @ output.T
+    states[wrong_share(errors, len(embedding))[before].to(embedding.device)] *= -1  # as in `synthetic`
+    ones = embedding.new_ones(hidden)
+    tensors = {
+        "fc.weight": normal(hidden, NUM_TAPS * target_size, LAYER_STD),
+        "midlayer.hidden_norm.weight": FEATURE_SCALE * ones,
+        "midlayer.input_layernorm.weight": embedding.new_ones(target_size),
+        "midlayer.self_attn.q_proj.weight": keys.unflatten(0, (key_heads, head_dim)).repeat_interleave(groups, 0)
+        .flatten(0, 1),
+        "midlayer.self_attn.k_proj.weight": keys,
+        "midlayer.self_attn.v_proj.weight": values,
+        "midlayer.self_attn.o_proj.weight": output,
+        "midlayer.post_attention_layernorm.weight": ones,
+        "midlayer.mlp.gate_proj.weight": normal(inner, hidden, LAYER_STD),
+        "midlayer.mlp.up_proj.weight": normal(inner, hidden, LAYER_STD),
+        "midlayer.mlp.down_proj.weight": normal(hidden, inner, FEATURE_SCALE * LAYER_STD),
+        "norm.weight": ones,
+        "lm_head.weight": states / hidden**0.5,
+        "d2t": ids - torch.arange(named),
+    }  # fmt: skip
+    config = {"vocab_size": len(embedding), "target_hidden_size": target_size, "norm_before_residual": True}
+    checkpoint = Checkpoint(f"a synthetic head of {shape}", sizes | config, tensors)
+    return EagleModel.from_checkpoint(checkpoint, device=embedding.device)
 
 
 def prompts(batch: int, length: int, vocab_size: int, device: torch.device, repeats: bool = False) -> torch.Tensor:

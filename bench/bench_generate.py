@@ -6,7 +6,8 @@ The target has the shape of Llama 3.1 8B (a tiny one on a CPU) and random weight
 replays the target's text with errors at a set rate: its rows say "controlled acceptance", and its draft costs nothing.
 Acceptance in a short text varies with the errors, so a few seeds are tried, and the one whose acceptance length
 between the two texts below is nearest to the wanted one is kept. The draft model has a set error rate too; its cost is
-real.
+real. So has the EAGLE head, which has the shape of a published one; both err at the same tokens. Its chain has the
+acceptance length of the draft model's. In its dynamic tree, no other branch is right if the likeliest path errs.
 
 One case replays a real pair: random weights of the pair's sizes, and a draft that is wrong at the tokens at which the
 real one was. In a chain, acceptance depends on nothing else. The text takes the same number of flags from each of
@@ -24,7 +25,8 @@ the graph. Rows of fused layers have "fuse" among their shapes. Other rows have 
 they were measured with `fuse=False` or before there was this option.
 
 "eta", the round efficiency, is a floor over the time of a round. The floor is the time to read the target's weights,
-its keys and values, and the draft's weights once for each of its forwards, at the bandwidth measured here.
+its keys and values, and the draft's weights once for each of its forwards, at the bandwidth measured here. The part of
+a head that reads the target's hidden states runs once a round.
 """
 
 import contextlib
@@ -39,15 +41,17 @@ from typing import NamedTuple
 
 import torch
 from _common import Bench, first_line, named_cases, simulate_graphs
-from _models import SHAPES, error_rate, prompts, spider, synthetic, wrong_after
+from _models import SHAPES, eagle_head, error_rate, prompts, spider, synthetic, wrong_after
 from _rows import CONTROLLED, REPLAYED, RESULTS
 
 import specdec_triton as sdt
 from specdec_triton.engine.generate import WORTH_CAPTURING
+from specdec_triton.heads.eagle import EagleModel
 from specdec_triton.options import Options
 from specdec_triton.tools import calibration, profiling
 from specdec_triton.tools.host_sync import count_forwards
 from specdec_triton.tools.roofline import efficiency_bytes, floor_seconds, shape_of
+from specdec_triton.tree import DynamicTree, Topology
 
 GAP = 1.0  # logits
 SEEDS, NEAR = (
@@ -56,6 +60,7 @@ SEEDS, NEAR = (
 )  # of the oracle's errors; tolerance of an acceptance length, as a share of the wanted or replayed one
 DRAFT_TOKENS = 5
 DRAFT_ERRORS = 0.1
+HEAD_TREE = DynamicTree(60, width=10, depth=6)
 LOOKUP = 10
 PROFILED_TOKENS = 24  # under torch's profiler, which takes long to read
 PROFILED_BATCH = 16  # prompts of larger batches take long
@@ -115,10 +120,13 @@ EAGER_ROUNDS = (("cuda_graphs", False),)
 COMPILED = (*GRAPHS, ("compile", True))
 FUSED, EAGER_LAYERS = (*GRAPHS, ("fuse", True)), (*GRAPHS, ("fuse", False))
 DRAFTED, LOOKED_UP, THEIR_LOOKUP = "ours, draft model", "ours, prompt lookup", "transformers prompt lookup"
+HEADED, HEADED_TREE = "ours, EAGLE head", "ours, EAGLE head, dynamic tree"
 STATIC = "transformers static cache, compiled"
 COUNTED = (ASSISTED, THEIR_LOOKUP)  # they emit several tokens a forward of the target
 CASES = [
-    Case("drafts", (PLAIN, DRAFTED, EAGER, ASSISTED), oracle=((64, 4.5),), options=GRAPHS, turns=2),
+    Case(
+        "drafts", (PLAIN, DRAFTED, HEADED, HEADED_TREE, EAGER, ASSISTED), oracle=((64, 4.5),), options=GRAPHS, turns=2
+    ),
     Case("drafts", (PLAIN, DRAFTED), oracle=((64, 4.5),), options=EAGER_LAYERS, turns=2, seconds=25),
     Case(
         "replayed pair", (PLAIN, DRAFTED, ASSISTED), tokens=(32, 222), options=GRAPHS, turns=2, pair="qwen", seconds=40
@@ -161,7 +169,7 @@ REHEARSED = [
     # these would repeat a part of "drafts"
     if case.name not in ("acceptance", "batch of 64", "nodes") and case.options not in (EAGER_ROUNDS, EAGER_LAYERS)
 ]
-REHEARSED.append(Case("graphs", (PLAIN, DRAFTED), context=12, tokens=(28, 40), turns=1, options=FUSED))
+REHEARSED.append(Case("graphs", (PLAIN, DRAFTED, HEADED_TREE), context=12, tokens=(28, 40), turns=1, options=FUSED))
 
 
 def fuses(options: tuple[tuple[str, object], ...], device: torch.device) -> bool:
@@ -249,6 +257,12 @@ def _made(names: tuple[str, str], large: bool, device: torch.device, replay: Rep
     return names[0], target, draft
 
 
+def head_bytes(head: EagleModel, forwards: int) -> float:
+    """Bytes of the head's weights that a round of so many forwards reads."""
+    once = sum(weight.nbytes for weight in head.fc.parameters())
+    return once + forwards * (sum(weight.nbytes for weight in head.parameters()) - once)
+
+
 def generate(target, input_ids: torch.Tensor, tokens: int, **options) -> torch.Tensor:
     mask = torch.ones_like(input_ids)
     return target.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, **options)
@@ -262,7 +276,8 @@ class Way:
         call: a number of new tokens -> [B, T] int64.
         ours: it is our engine, which leaves `sdt.stats`.
         nodes: N, the root included.
-        draft: the model that drafts.
+        draft_bytes: bytes of weights that drafting reads in a round.
+        draft_errors: the share of tokens after which the draft is wrong, if it is set.
         wanted: the acceptance length that the oracle aims at.
         calls: alternatives to `call`; the one nearest to `wanted` becomes `call`.
         inputs: for rows.
@@ -272,7 +287,8 @@ class Way:
     call: Callable[[int], torch.Tensor] | None
     ours: bool = True
     nodes: int = 1
-    draft: object = None
+    draft_bytes: float = 0.0
+    draft_errors: float | None = None
     wanted: float | None = None
     calls: tuple[Callable[[int], torch.Tensor], ...] = ()
     inputs: str = "synthetic"
@@ -303,12 +319,25 @@ class Setup:
             _TEXTS[key] = self.run(case.tokens[1])
         self.plain = _TEXTS[key]
 
+    @functools.cached_property
+    def head(self) -> EagleModel:
+        """An EAGLE head for the target, which errs as the draft does."""
+        return eagle_head(self.model, self.target, DRAFT_ERRORS)
+
     def way(self, name: str) -> Way:
-        drafted = {"draft": self.draft, "nodes": DRAFT_TOKENS + 1, "inputs": REPLAYED if self.replay else CONTROLLED}
+        drafted = {"nodes": DRAFT_TOKENS + 1, "draft_bytes": DRAFT_TOKENS * shape_of(self.draft).weight_bytes}
+        if self.replay:
+            drafted |= {"inputs": REPLAYED}
+        else:
+            drafted |= {"inputs": CONTROLLED, "draft_errors": DRAFT_ERRORS}
         if name == PLAIN:
             return self.ours(name, None)
         if name == DRAFTED:
             return self.ours(name, sdt.ModelDrafter(self.draft, num_tokens=DRAFT_TOKENS), **drafted)
+        if name in (HEADED, HEADED_TREE):
+            tree = HEAD_TREE if name == HEADED_TREE else Topology.chain(DRAFT_TOKENS)
+            drafted |= {"nodes": tree.num_nodes, "draft_bytes": head_bytes(self.head, tree.max_depth)}
+            return self.ours(name, sdt.EagleDrafter(self.head, tree=tree), **drafted)
         if name == LOOKED_UP:
             return self.ours(name, sdt.PromptLookupDrafter(LOOKUP), nodes=LOOKUP + 1)
         if name == EAGER:
@@ -514,6 +543,8 @@ def summary(bench: Bench, setup: Setup, way: Way, rounds: int, times: list, rate
     """The row of a timed method; on a GPU its rounds are profiled too."""
     case, target = setup.case, setup.target
     found = {"turns": case.turns, "new_tokens": new_tokens(case)}
+    if way.draft_errors is not None:
+        found["draft_errors"] = way.draft_errors
     for name, rate in zip(("p20", "p50", "p80"), calibration.quantiles(rates), strict=True):
         found[f"{name}_tokens_s"] = round(rate, 2)
     found["call_tokens_s"] = round(
@@ -521,8 +552,7 @@ def summary(bench: Bench, setup: Setup, way: Way, rounds: int, times: list, rate
     )
     round_seconds = case.batch * new_tokens(case) / statistics.median(rates) / max(rounds, 1)
     context = case.context + sum(case.tokens) / 2
-    forwards = DRAFT_TOKENS if way.draft is not None else 0
-    nbytes = efficiency_bytes(shape_of(target), case.batch, context, way.draft and shape_of(way.draft), forwards)
+    nbytes = efficiency_bytes(shape_of(target), case.batch, context) + way.draft_bytes
     found["round_ms"] = round(1e3 * round_seconds, 4)
     found["eta"] = round(floor_seconds(bench.ceilings, nbytes) / round_seconds, 4)
     if way.ours and bench.device.type == "cuda" and case.batch <= PROFILED_BATCH:

@@ -9,7 +9,8 @@ import bench_generate
 import bench_round
 import pytest
 import torch
-from _rows import REPLAYED, way_of
+from _models import eagle_head, prompts, successors, synthetic, wrong_share
+from _rows import CONTROLLED, REPLAYED, way_of
 from bench_generate import (
     ASSISTED,
     COMPILED,
@@ -17,6 +18,9 @@ from bench_generate import (
     EAGER_LAYERS,
     FUSED,
     GRAPHS,
+    HEAD_TREE,
+    HEADED,
+    HEADED_TREE,
     PLAIN,
     Call,
     Case,
@@ -24,7 +28,7 @@ from bench_generate import (
     shown_options,
 )
 
-from bench_helpers import bench, rows
+from bench_helpers import CEILINGS, bench, rows
 from bench_helpers import quick as quick
 from helpers import capture_here
 from specdec_triton.engine.workspace import Workspaces
@@ -117,14 +121,14 @@ def test_every_case_that_asks_for_graphs_is_long_enough():
 REPLAY = Case("replayed pair", (DRAFTED, ASSISTED), context=12, tokens=(10, 66), turns=1, pair="qwen")
 
 
-def acceptance_length(flags, short):
-    """Of a chain of 5, over the tokens after the short text. The prompt's forward gives the first token of all."""
+def acceptance_length(flags, short, depth=5):
+    """Of a chain, over the tokens after the short text. The prompt's forward gives the first token of all."""
 
     def rounds(flags):
         count, at = 0, 1
         while at < len(flags):
             accepted = 0
-            while accepted < 5 and at + accepted < len(flags) and flags[at + accepted]:
+            while accepted < depth and at + accepted < len(flags) and flags[at + accepted]:
                 accepted += 1
             at, count = at + accepted + 1, count + 1
         return count
@@ -169,6 +173,53 @@ def test_every_prompt_of_a_trace_counts_alike():
     assert bench_generate.flags_of(replay)[short:] == [flag for flags in trace.values() for flag in flags[:each]]
     with pytest.raises(ValueError, match="has too few flags for texts of 32 and 500 tokens"):
         bench_generate.flags_of(replay._replace(tokens=(32, 500)))
+
+
+def test_an_eagle_head_has_the_acceptance_that_was_set(tmp_path):
+    """The errors are those of the draft model. In the dynamic tree, only the likeliest path can be right."""
+    case = Case("drafts", (DRAFTED, HEADED, HEADED_TREE), context=12, tokens=(10, 100), turns=1)
+    assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [case]) == 0
+    found = {row["provider"]: row for row in rows(tmp_path, bench="generate", inputs=CONTROLLED)}
+    assert {provider: row["shapes"]["N"] for provider, row in found.items()} == {DRAFTED: 6, HEADED: 6, HEADED_TREE: 60}
+    assert all(row["draft_errors"] == 0.1 and row["identical"] and row["eta"] > 0 for row in found.values())
+    wrong, text = wrong_share(0.1, 512), prompts(1, 12 + 100, 512, torch.device("cpu"))[0]
+    flags = [int(not wrong[token]) for token in text[11:-1]]
+    chain, deeper = (acceptance_length(flags, 10, depth) for depth in (5, HEAD_TREE.depth))
+    assert 1 < chain < deeper < 6  # else this test could not distinguish the rows
+    assert found[DRAFTED]["acceptance_length"] == found[HEADED]["acceptance_length"] == round(chain, 3)
+    assert found[HEADED_TREE]["acceptance_length"] == round(deeper, 3)
+    nbytes = {
+        provider: row["eta"] * row["round_ms"] / 1e3 * CEILINGS["read_bytes_s"] for provider, row in found.items()
+    }
+    head = eagle_head("tiny", synthetic("tiny", torch.float32, torch.device("cpu")), 0.1)
+    level = bench_generate.head_bytes(head, 6) - bench_generate.head_bytes(head, 5)
+    assert nbytes[HEADED_TREE] - nbytes[HEADED] == pytest.approx(level, rel=0.1)  # eta is rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_eagle_head_errs_at_the_set_tokens_only(dtype):
+    """Every row follows from its own token by a wide margin, whatever the features and the other rows are."""
+    target = synthetic("tiny", dtype, torch.device("cpu"))
+    head, known = eagle_head("tiny", target, 0.25), prompts(1, 128, 512, torch.device("cpu"))
+    assert torch.equal(head.target_ids, known[0].sort().values)
+    features = torch.randn(1, 127, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    embeds, places = target.get_input_embeddings()(known[:, :-1]), torch.arange(127)[None]
+    with torch.no_grad():
+        for _ in range(6):  # levels: the output is the feature of the next one
+            states = head(inputs_embeds=embeds, features=features, position_ids=places).last_hidden_state
+            logits = head.lm_head(head.logits_input(states))[0]
+            best = logits.topk(2)
+            right = head.target_ids[best.indices[:, 0]] == successors(512)[known[0, :-1]]
+            assert torch.equal(right, ~wrong_share(0.25, 512)[known[0, :-1]])
+            assert (best.values[right, 0] - best.values[right, 1] > 2).all()
+            features = states
+    assert all((weight != 0).all() for weight in head.parameters())  # dense
+
+
+def test_a_head_is_read_at_each_level_but_for_its_first_layer():
+    head = eagle_head("tiny", synthetic("tiny", torch.float32, torch.device("cpu")), 0.0)
+    fc, attention, mlp, output, norms = 384 * 128, (256 + 2 * 128) * 256 + 256 * 128, 3 * 256 * 128, 128 * 128, 4 * 128
+    assert bench_generate.head_bytes(head, 5) == 4 * (fc + 5 * (attention + mlp + output + norms))
 
 
 def test_chosen_cases_leave_the_others_for_a_later_run(tmp_path, capsys):

@@ -4,7 +4,8 @@
 #   bash bench/gpu.sh OUT [--first | --second] [--rehearse]
 #
 # --first takes at most 7.5 minutes: correctness, set-up time of a call, our kernels, stages of a round.
-# --second takes at most 4 minutes: whole calls against transformers, then peers that compile for seconds at each size.
+# --second takes at most 4.7 minutes: whole calls against transformers, candidates of a draft, then peers that compile
+# for seconds at each size.
 # Without a flag, both run, and then all steps that are not complete. Steps are listed in bench/steps.py.
 #
 # Runs from any folder, without installation or network, under $PY (default: python3). OUT gets rows.json,
@@ -69,10 +70,10 @@ steps() {
 
 case $part in
 	first) steps first 425 ;;
-	second) steps second 220 ;;
+	second) steps second 260 ;;
 	*)
 		steps first 425
-		steps second 220
+		steps second 260
 		steps rest 600
 		;;
 esac

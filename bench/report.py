@@ -32,7 +32,7 @@ NO_PLOTS = "matplotlib is not installed: no plots. Make them elsewhere: python b
 GOAL_HEADS = ("goal", "quantity", "wanted", "measured", "verdict")
 LONGEST_REASON = 160
 MOST_LINES, MOST_FAULTS, LONGEST_LINE, LONGEST_FAULT = 60, 10, 170, 320  # on the screen
-KERNELS = ("tree_attention", "accept", "accept_sample", "compact", "layers")
+KERNELS = ("tree_attention", "accept", "accept_sample", "compact", "draft", "layers")
 UNSHARED = ("tune_tree_attention",)  # benches whose rows are too many for `bench/results`
 
 
@@ -138,7 +138,8 @@ def generate_table(rows: list[dict]) -> list[str]:
         ),
     }
     note = (
-        "*Controlled acceptance*: an oracle or a draft model with a set error rate; the oracle's drafts take no time. "
+        "*Controlled acceptance*: an oracle, a draft model or an EAGLE head with a set error rate; the oracle's drafts "
+        "take no time. "
         "*Replayed acceptance*: random weights of a real pair's sizes; the draft is wrong at the tokens at which "
         "the real one was. tokens/s exclude the prompt and the set-up."
     )
@@ -264,6 +265,8 @@ def _has_goal_sizes(bench: str, shapes: dict) -> bool:
     if bench == "tree_attention":
         llama = all(shapes[name] == size for name, size in LLAMA.items())
         return llama and shapes["context"] in (1024, 8192, 32768) and shapes["N"] in (1, 32, 64, 128)
+    if bench == "draft":
+        return shapes["V"] == LARGE and shapes["k"] == 10
     if bench == "layers":
         return shapes["model"] == MODEL and shapes["N"] in (1, 64)
     if bench == "compact":
@@ -510,9 +513,9 @@ def speed_table(rows: list[dict]) -> list[str]:
         heads["× " + name.replace(",", "")] = ratio
     note = (
         "Greedy decoding in bf16, batch 1 unless stated, 2048 tokens of context, random weights of the real shapes. "
-        "Acceptance is controlled: the draft model has a set error rate, and so has the oracle, whose drafts take no "
-        "time. For qwen it is replayed from a recorded pair. Tokens/s exclude the prompt; ratios are to baselines of "
-        "the same run:"
+        "Acceptance is controlled: draft model and EAGLE head have a set error rate, and so has the oracle, whose "
+        "drafts take no time. For qwen it is replayed from a recorded pair. Tokens/s exclude the prompt; ratios are to "
+        "baselines of the same run:"
     )
     return [note, "", *columns(found, heads)] if found else []
 

@@ -38,7 +38,11 @@ STEPS = {
         ("bench_layers", QUICK, 25),
         ("bench_round", (), 85),
     ],
-    "second": [("bench_generate", (), 140), ("bench_tree_attention", (*QUICK, "--compiled"), 75)],
+    "second": [
+        ("bench_generate", (), 165),
+        ("bench_draft", QUICK, 15),
+        ("bench_tree_attention", (*QUICK, "--compiled"), 75),
+    ],
 }
 STEPS["rest"] = [*STEPS["first"], *STEPS["second"]]
 STEPS["rest"] += [("bench_accept_sample", (*QUICK, "--compiled"), 45), ("bench_layers", (*QUICK, "--compiled"), 40)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import _common
 import bench_accept
+import bench_draft
 import bench_layers
 import pytest
 import torch
@@ -47,6 +48,44 @@ def test_a_kernel_in_the_interpreter_is_checked_and_not_timed(tmp_path):
     assert bench(tmp_path).run(bench_accept.measure, [], [], [(1, 3, 70)]) == 0
     for row in rows(tmp_path, provider="triton"):
         assert ("p50_us" in row) == torch.cuda.is_available() and row["device"] and row["commit"]
+
+
+@pytest.mark.parametrize("spoiled", ["tokens", "log_probs"])
+def test_a_wrong_draft_level_has_no_time(tmp_path, monkeypatch, spoiled):
+    right = ops.draft_topk
+
+    def wrong(*args, impl, **kwargs):
+        found = right(*args, impl="reference", **kwargs)
+        if impl == "triton":
+            getattr(found, spoiled)[0, -1, -1] += 1
+        return found
+
+    monkeypatch.setattr(ops, "draft_topk", wrong)
+    cases = [(1, 2, 2, 70, kind) for kind in bench_draft.DYNAMIC]
+    assert bench(tmp_path, name="draft").run(bench_draft.measure, [], [], cases) == 1
+    found = rows(tmp_path, bench="draft", provider="triton")
+    what = {"tokens": "candidates", "log_probs": "log-probabilities"}[spoiled]
+    assert [row["wrong"] for row in found] == [f"the {what} differ from the reference's"] * 3
+    assert not any("p50_us" in row or "untimed" in row for row in found)
+    honest = rows(tmp_path, bench="draft", provider="reference")
+    assert len(honest) == 3 and all(row["p50_us"] > 0 for row in honest)
+
+
+def test_a_reduced_vocabulary_is_a_share_of_the_whole_one():
+    (scattered,) = [case for case in bench_draft.CASES if case[-1] == "scattered"]
+    assert scattered == (1, 10, 10, 128256, "scattered")
+    assert (1, 10, 10, 32000, "dynamic") in bench_draft.CASES  # what the scattered one is compared with
+    inputs = bench_draft.make_inputs(*scattered, torch.device("cpu"))
+    ids, logits = inputs["ids"], inputs["logits"]
+    assert logits.shape == (1, 10, 32000) and len(ids.unique()) == 32000 and ids.max() < 128256
+    found = bench_draft.candidates(inputs, "reference")
+    # ties go to the lower id, and `ids` ascend
+    kept = bench_draft.candidates(inputs | {"ids": None}, "reference")
+    assert torch.equal(found.tokens, ids[kept.tokens])
+    torch.testing.assert_close(found.log_probs, kept.log_probs)
+    reduced = bench_draft.make_inputs(*scattered[:-1], "reduced", torch.device("cpu"))
+    assert reduced["logits"].shape == (1, 10, 128256) and reduced["ids"] is None
+    assert (reduced["logits"].isfinite().sum(-1) == 32000).all()
 
 
 @pytest.mark.parametrize("kind", bench_layers.KINDS)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 # The text of `favouring` consists mostly of these tokens, so that a random draft is sometimes right. The last of them
 # is in no reduced vocabulary.
 FAVOURED = (5, 17, 29, 41, 47, 58)
+WINDOW = 6  # of sliding windows; texts are longer
 INNER = 40  # intermediate size of every head
 LLAMA3 = {
     "rope_type": "llama3",
@@ -43,6 +44,7 @@ class Layout:
         hidden: H; None for the target's.
         heads: query heads, key-value heads, head size. A head size of None is H / heads and not in config.json.
         rope_theta: None leaves it out of config.json; the base is then 10000.
+        windows: for each layer, the number of rows that it sees, or None for all; () if no layer has a window.
         own: "embed_tokens" and "lm_head", as far as the file has them.
         biases: of "fc", "qkv" and "o".
         norms: optional norms, by the flags of the writers.
@@ -61,6 +63,7 @@ class Layout:
     rope_scaling: dict | None = None
     num_layers: int = 1
     model_type: str = "llama"
+    windows: tuple[int | None, ...] = ()
     own: tuple[str, ...] = ("lm_head",)
     biases: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
@@ -163,6 +166,8 @@ LAYOUTS = {
         norms=("fc_norm",),
         flags={"fc_norm": True, "norm_output": True},
     ),
+    "speculators_window": Layout(writer="speculators", windows=(WINDOW, None), num_layers=2),
+    "speculators_qwen3_window": Layout(writer="speculators", model_type="qwen3", windows=(None, WINDOW), num_layers=2),
     "eagle1": Layout(**_EAGLE1, biases=("fc",), rope_theta=None, heads=(4, 2, None)),
     "eagle1_qwen2": Layout(
         **{**_EAGLE1, "own": ("embed_tokens",)}, biases=("qkv",), flags={"bias": False, "qkv_bias": True}
@@ -304,6 +309,9 @@ def _config(layout: Layout, target) -> dict:
     }
     if head_dim is not None:
         layer["head_dim"] = head_dim
+    if layout.windows:
+        types = ["sliding_attention" if window else "full_attention" for window in layout.windows]
+        layer |= {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": types}
     if "qkv" in layout.biases and layout.kind == "eagle3":
         layer["attention_bias"] = True
     if layout.writer == "speculators":  # as transformers 5 writes it

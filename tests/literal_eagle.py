@@ -38,6 +38,7 @@ MISTAKES = (
     "no norms of inputs",
     "other norm before the head",
     "one layer",
+    "no window",
 )
 
 
@@ -184,13 +185,14 @@ class LiteralDraft:
         for layer in range(1 if self.mistake == "one layer" else self.head.layout.num_layers):
             name = f"layers.{layer}"
             attended = joined if layer == 0 else self._norm(f"{name}.input_layernorm", x)
-            x = x + self._attention(f"{name}.self_attn", attended, positions)
+            window = self.head.layout.windows[layer] if self.head.layout.windows else None
+            x = x + self._attention(f"{name}.self_attn", attended, positions, window)
             inner = self._norm(f"{name}.post_attention_layernorm", x)
             gate, up = (linear(inner, self.weights[f"{name}.mlp.{part}_proj.weight"]) for part in ("gate", "up"))
             x = x + linear(silu(gate) * up, self.weights[f"{name}.mlp.down_proj.weight"])
         return x
 
-    def _attention(self, name: str, x: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    def _attention(self, name: str, x: torch.Tensor, positions: list[int], window: int | None) -> torch.Tensor:
         heads, kv_heads, _ = self.head.layout.heads
         size = self.head.head_dim
         queries = self._linear(f"{name}.q_proj", x).view(-1, heads, size)
@@ -202,8 +204,10 @@ class LiteralDraft:
         for head in range(heads):
             group = head // (heads // kv_heads)
             scores = queries[:, head] @ keys[:, group].T / size**0.5
-            seen = torch.ones_like(scores).tril().bool()
-            outputs.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ values[:, group])
+            seen = torch.ones_like(scores).tril()
+            if window is not None and self.mistake != "no window":
+                seen = seen.triu(1 - window)
+            outputs.append(scores.masked_fill(seen == 0, -math.inf).softmax(-1) @ values[:, group])
         return self._linear(f"{name}.o_proj", torch.cat(outputs, -1))
 
     # --- its drafts

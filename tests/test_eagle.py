@@ -17,6 +17,7 @@ from checkpoints import FAVOURED, LAYOUTS, favouring, write_head
 from families import NEVER, VOCAB, build, prompt
 from helpers import capture_here
 from literal_eagle import MISTAKES, LiteralDraft
+from specdec_triton.engine.round import RoundSteps
 from specdec_triton.forward import runner
 from specdec_triton.ops.filters import Filters, filtered_log_probs
 from specdec_triton.ops.noise import COUPLED, gumbel, row_seeds
@@ -27,8 +28,9 @@ TREE = sdt.DynamicTree(16, width=4, depth=4)
 DEEP = sdt.DynamicTree(30, width=4, depth=7)
 FIXED = sdt.Topology.from_widths([3, 2, 1, 1])
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": NEVER}
+LONG = {**GREEDY, "max_new_tokens": 36}
 SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
-TOLERANCE = 2e-4  # of log-probabilities: the drafter computes in fp32, the literal statement in fp64
+TOLERANCE = 5e-4  # of scores: the drafter computes in fp32, the literal statement in fp64
 TARGETS = {
     "llama": {"rope_theta": 90000.0},
     "qwen3": {"rope_theta": 90000.0},
@@ -90,6 +92,22 @@ def record(monkeypatch, drafter):
     return drafts
 
 
+def accept_more(monkeypatch, share=0.4):
+    """For the rest of the test, the target prefers this share of all drafted tokens, chosen at random. Paths of all
+    lengths are then accepted."""
+    verify, random = RoundSteps.verify, torch.Generator().manual_seed(0)
+
+    def preferring(self, tree):
+        logits = verify(self, tree).clone()
+        drawn = torch.rand(tree.tokens.shape, generator=random)
+        for row, node in (drawn < share).nonzero().tolist():
+            if tree.parents[row, node] >= 0:
+                logits[row, tree.parents[row, node], tree.tokens[row, node]] += 100
+        return logits
+
+    monkeypatch.setattr(RoundSteps, "verify", preferring)
+
+
 def agreements(drafts, head, target, mistake="", width=TREE.width, rank=None, first=0, limit=24):
     """For each draft, whether it is the one of the literal statement. Left out are drafts deeper than the rest of the
     text, and those that a rounding error could have changed.
@@ -104,12 +122,12 @@ def agreements(drafts, head, target, mistake="", width=TREE.width, rank=None, fi
     found, close = [], 0
     for drafted in drafts:
         row, levels = drafted.row, drafted.tree.max_depth
-        if drafted.budget <= levels or len(found) == limit:
+        if levels == 0 or drafted.budget <= levels or len(found) == limit:
             continue
         literal = LiteralDraft(head, target, drafted.text, mistake, first)
         ranked = None if rank is None else rank(drafted)
         tokens, parents, scores = literal.dynamic(drafted.tree.num_nodes, width, levels, ranked)
-        if literal.margin < 2 * TOLERANCE:
+        if literal.margin < TOLERANCE:
             close += 1
             continue
         found.append(
@@ -117,25 +135,29 @@ def agreements(drafts, head, target, mistake="", width=TREE.width, rank=None, fi
             and drafted.tree.parents[row].tolist() == parents
             and torch.allclose(drafted.scores[row].double(), torch.tensor(scores).double(), rtol=0, atol=TOLERANCE)
         )
-    assert close <= len(found), f"{close} of {close + len(found)} drafts had nodes of equal scores"
+    assert close <= 2 * len(found), f"{close} of {close + len(found)} drafts had nodes of equal scores"
     return found
 
 
-def accepted_in_part(drafts):
-    """The number of rounds in which a row accepted some drafts, but not as many as the tree is deep."""
+def accepted(drafts):
+    """The numbers of drafted tokens that rows accepted in the rounds after which they drafted again."""
     rows = {}
     for drafted in drafts:
-        rows.setdefault(drafted.row, []).append(drafted)
-    pairs = [pair for row in rows.values() for pair in zip(row, row[1:], strict=False)]
-    return sum(0 < len(after.text) - len(before.text) - 1 < before.tree.max_depth for before, after in pairs)
+        rows.setdefault(drafted.row, []).append(len(drafted.text))
+    return [
+        after - before - 1 for lengths in rows.values() for before, after in zip(lengths, lengths[1:], strict=False)
+    ]
 
 
-def drafts_of(folder, target, layout, head_seed=0, inputs=None, tree=TREE, options=GREEDY, **settings):
-    """A head, its recorded drafts in one call, and the text of the call."""
+def drafts_of(folder, target, layout, head_seed=0, inputs=None, tree=TREE, options=GREEDY, more=False, **settings):
+    """A head, its recorded drafts in one call, and the text of the call. `more` accepts more drafts, see
+    `accept_more`."""
     head = write_head(folder, target, layout, head_seed)
     drafter = sdt.EagleDrafter.from_pretrained(folder, target, tree=tree)
     with pytest.MonkeyPatch.context() as patches, sdt.patched(target, drafter=drafter, **settings):
         drafts = record(patches, drafter)
+        if more:
+            accept_more(patches)
         text = target.generate(**(inputs or prompt()), **options)
     return head, drafts, text
 
@@ -147,7 +169,7 @@ def recorded(tmp_path_factory):
     @cache
     def run(layout):
         target = target_of()
-        head, drafts, _ = drafts_of(tmp_path_factory.mktemp("head"), target, layout)
+        head, drafts, _ = drafts_of(tmp_path_factory.mktemp("head"), target, layout, options=LONG, more=True)
         return head, drafts, copy.deepcopy(target)
 
     return run
@@ -161,21 +183,23 @@ def test_drafts_equal_the_literal_statement(layout, recorded):
     """A row is padded on the left. Drafts are accepted in part, so the head's cache holds rows of tree nodes that were
     replaced by rows of verified tokens."""
     head, drafts, judge = recorded(layout)
-    found = agreements(drafts, head, judge, limit=10)
-    assert len(found) == 10 and all(found)
-    assert accepted_in_part(drafts) >= 4
+    found = agreements(drafts, head, judge, limit=16)
+    assert len(found) >= 12 and all(found)
+    counts = accepted(drafts[:16])
+    assert sum(0 < count < TREE.depth for count in counts) >= 5 and max(counts) > 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("seed", range(2, 4))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_seeds_and_deeper_trees(layout, seed, tmp_path):
     target = target_of(seed=seed)
-    options = {**GREEDY, "max_new_tokens": 48}
-    head, drafts, _ = drafts_of(tmp_path, target, layout, seed, tree=DEEP, options=options)
+    options = {**GREEDY, "max_new_tokens": 60}
+    head, drafts, _ = drafts_of(tmp_path, target, layout, seed, tree=DEEP, options=options, more=True)
     found = agreements(drafts, head, copy.deepcopy(target), width=DEEP.width, limit=100)
-    assert len(found) >= 20 and all(found)
-    assert accepted_in_part(drafts) >= 3
+    assert len(found) >= 12 and all(found)
+    counts = accepted(drafts)
+    assert sum(0 < count < DEEP.depth for count in counts) >= 5 and max(counts) > 2
 
 
 @pytest.mark.parametrize(
@@ -312,7 +336,7 @@ def test_drawn_trees_state_the_literal_probabilities(rule, layout, tmp_path):
             if place >= 0:
                 given = tree.draft_logits[row, place].double().log_softmax(-1)
                 wanted = literal.logits(paths[node]).log_softmax(-1)
-                torch.testing.assert_close(given, wanted, rtol=0, atol=5 * TOLERANCE)
+                torch.testing.assert_close(given, wanted, rtol=0, atol=2 * TOLERANCE)
                 compared += 1
     assert compared >= 20
 
@@ -338,6 +362,7 @@ CONCERNED = {
     "no norms of inputs": "hass",
     "other norm before the head": "eagle1",
     "one layer": "eagle1_two_layers",
+    "no window": "speculators_qwen3_window",
 }
 
 

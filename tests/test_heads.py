@@ -625,7 +625,9 @@ def test_files_that_do_not_fit_are_refused(tensors, config, message):
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="layer_meaning must be 'input', 'output' or None, got 'hidden'"):
         load(eagle3(), layer_meaning="hidden")
-    with pytest.raises(ValueError, match=r"layers must name the 0 layers whose hidden states it takes, got \[1\]"):
+    with pytest.raises(
+        ValueError, match=r"layers must be None for EAGLE-1, which takes the last hidden state, got \[1\]"
+    ):
         load(eagle1(), layers=(1,))
     with pytest.raises(ValueError, match=r"layers must be numbers of layers from 0, got \[True, 3, 4\]"):
         load(eagle3(), layers=(True, 3, 4))

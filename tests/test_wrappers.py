@@ -18,6 +18,7 @@ from families import NEVER, build, prompt
 from helpers import TREES, capture_here, oracle, snapshot
 from specdec_triton.forward import checks
 from specdec_triton.forward.fingerprint import fingerprint
+from specdec_triton.forward.wrappers import output_logits
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": NEVER}
 
@@ -428,3 +429,14 @@ def test_forwards_of_the_users_are_not_captured(liger, kernelize):
     mlp = model.lm_head
     mlp.forward = MethodType(UsersNorm.forward, mlp)  # of a class that no library fuses
     assert checks.graph_hazard(model) == "Linear: has hooks or a replaced forward"
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {}), ("granite", {"logits_scaling": 8.0}), ("cohere2", {"logit_scale": 0.25}), ("gemma2", {})],
+)
+def test_logits_after_a_hidden_state(family, options):
+    """They include the model's scale and softcap."""
+    model = build(family, **options)
+    outputs = model(prompt(batch=1)["input_ids"], output_hidden_states=True)
+    torch.testing.assert_close(output_logits(model, outputs.hidden_states[-1]), outputs.logits)

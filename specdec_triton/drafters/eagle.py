@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..forward.checks import graph_hazard
 from ..forward.runner import TreeRunner
 from ..forward.versions import CACHE
-from ..forward.wrappers import unwrap
+from ..forward.wrappers import output_logits, unwrap
 from ..heads.checkpoint import read_checkpoint
 from ..heads.eagle import EagleModel
 from ..ops.reference import Acceptance
@@ -111,8 +111,8 @@ class EagleDrafter(Drafter):
             dtype, device: of the head, if there is no `target`; the file's dtype and the CPU by default.
 
         Raises:
-            ValueError: the checkpoint is malformed, of a kind that is not supported, or does not fit the target.
-            OSError: there is no such checkpoint.
+            ValueError: there is no such checkpoint, it is malformed or of a kind that is not supported, or it does not
+                fit the target.
         """
         if target is not None:
             target = unwrap(target, "EagleDrafter.from_pretrained")
@@ -184,28 +184,30 @@ class PromptRows:
     """
 
     def __init__(self, model: EagleModel, context: DraftContext):
-        self._model, self._context = model, context
+        # without the context, which refers to this object
+        self._model, self._target = model, context.target.model
+        self._tokens, self._start = context.tokens, context.start
         self.first: int | None = None
-        self.cache = DynamicCache()
+        self.cache: DynamicCache | None = DynamicCache()
 
     def __call__(self, states: tuple[torch.Tensor, ...], first: int) -> None:
-        context, model = self._context, self._model
+        model = self._model
         if self.first is None:
             self.first = first
-            self.start = (context.start - first).clamp(min=0)
+            self.start = (self._start - first).clamp(min=0)
         features = model.features(states)
         begin, count = first - self.first, features.shape[1]
         columns = torch.arange(begin + count, device=features.device)
-        tokens = context.tokens[:, first + 1 : first + count + 1]
+        tokens = self._tokens[:, first + 1 : first + count + 1]
         model(
-            inputs_embeds=embedded(model, context.target.model, tokens),
+            inputs_embeds=embedded(model, self._target, tokens),
             features=features,
             position_ids=(columns[begin:] - self.start[:, None]).clamp(min=0),
             attention_mask=(columns >= self.start[:, None]).long(),
             use_cache=True,
             **{CACHE: self.cache},
         )
-        self.last = features[:, -1:]
+        self.last = features[:, -1:].clone()  # a view would keep the whole chunk
 
 
 class HeadForwards(DraftForwards):
@@ -223,9 +225,9 @@ class HeadForwards(DraftForwards):
     num_first = 1
 
     def __init__(self, model: EagleModel, context: DraftContext, prompt: PromptRows, most_nodes: int, max_depth: int):
-        self._model, self.context, self._column = model, context, prompt.first
+        self._model, self.context = model, context
         buffers, batch, device = context.buffers, len(context.start), context.start.device
-        buffers.agree("draft.column", prompt.first)
+        self._column = buffers.put("draft.column", torch.tensor(prompt.first, device=device))
         rows = max_depth + 1  # the root and the accepted tokens
         self._room = rows + most_nodes
         last = context.max_length - 1
@@ -235,9 +237,10 @@ class HeadForwards(DraftForwards):
         )
         columns = int(context.host_length[0]) - prompt.first
         self._runner.take_cache(prompt.cache, context.cache_capacity(self._room), columns)
+        prompt.cache = None  # it was copied
         self._chain = topology_tensors(Topology.chain(rows - 1), device)
         buffers.keep(self._chain)  # captured rounds read it
-        self._rows = buffers.put("draft.rows", torch.arange(rows, device=device))
+        self._rows = buffers.put("draft.places", torch.arange(rows, device=device))
         features = prompt.last.new_zeros(batch, rows, prompt.last.shape[-1])
         features[:, :1] = prompt.last
         self._features = buffers.put("draft.features", features)  # of the columns verified last
@@ -321,9 +324,7 @@ def head_logits(model: EagleModel, target: PreTrainedModel, states: torch.Tensor
     vocabulary lacks have logit -inf."""
     states = model.logits_input(states)
     if model.lm_head is None:
-        logits = target.get_output_embeddings()(states)
-        cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return output_logits(target, states)
     logits = model.lm_head(states)
     if model.target_ids is None:
         return logits

@@ -1,13 +1,14 @@
 """Drafts with Medusa's heads, which need one hidden state of the target and no forward of a model."""
 
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ..forward.wrappers import unwrap
+from ..forward.wrappers import output_logits, unwrap
 from ..heads.checkpoint import kind_of, read_checkpoint
 from ..heads.medusa import MedusaHeads
 from ..ops.reference import Acceptance
@@ -94,7 +95,7 @@ class MedusaDrafter(Drafter):
         shape = self._shape(tree, rule)
         check_rule(self, rule, isinstance(shape, Topology) and shape.is_chain)
         known, children = model.config.get_text_config().vocab_size, 1 + max(getattr(shape, "ranks", [0]))
-        known = min(known, self.heads.vocab_size or known)
+        known = min(known, self.heads.num_known or known)
         if children > known:
             raise ValueError(
                 f"MedusaDrafter: a node of the tree must have at most {known} children, the number of tokens, got "
@@ -167,18 +168,18 @@ class MedusaSession(DraftSession):
 
     def __init__(self, heads: MedusaHeads, context: DraftContext, shape: Topology | int):
         self.heads, self.context, self.shape = heads, context, shape
-        self._width = min(WIDTH, heads.vocab_size or WIDTH, context.vocab_size)
+        self._width = min(WIDTH, heads.num_known or WIDTH, context.vocab_size)
         if isinstance(shape, Topology):
             self.max_depth, self.max_nodes = min(heads.num_heads, shape.max_depth), shape.num_nodes
         else:
             self.max_depth = min(heads.num_heads, shape - 1)
             self.max_nodes = min(shape, most_nodes(self._width, self.max_depth))
-        self._target_output = context.target.model.get_output_embeddings() if heads.output is None else None
+        self._target_output = partial(output_logits, context.target.model) if heads.output is None else None
         # [B, H]: the state of the last accepted token, whose own output is the root
         self._state = context.buffers.put("medusa.state", context.prompt_reader.state)
-        self._depths = torch.arange(1, heads.num_heads + 1, device=context.start.device)
-        self._places: dict[Topology, torch.Tensor] = {}  # never dropped, because captured rounds read them
-        context.buffers.keep(self._depths)
+        self._depths = context.buffers.put(
+            "medusa.depths", torch.arange(1, heads.num_heads + 1, device=context.start.device)
+        )
 
     @property
     def level_cost_ratio(self) -> float:
@@ -196,9 +197,8 @@ class MedusaSession(DraftSession):
             return self._round
         shape = shape.limited(depth)
         self._round = _Round(shape, shape.num_nodes, shape.max_depth)
-        if shape not in self._places:
-            self._places[shape] = _places(shape, context.start.device)
-            context.buffers.keep(self._places[shape], topology_tensors(shape, context.start.device))
+        # captured rounds read them
+        context.buffers.keep(_places(shape, context.start.device), topology_tensors(shape, context.start.device))
         return self._round
 
     def draft(self) -> DraftTree:
@@ -211,7 +211,7 @@ class MedusaSession(DraftSession):
         if topology is None:
             tree = DraftTree.best_first(context.root, tokens, log_probs.exp(), num_nodes)
         else:
-            drafts = tokens.flatten(1)[:, self._places[topology]]
+            drafts = tokens.flatten(1)[:, _places(topology, tokens.device)]
             tree = DraftTree.from_topology(topology, torch.cat([context.root[:, None], drafts], 1))
         return replace(tree, has_nan=has_nan.any(1))
 
@@ -226,6 +226,7 @@ def most_nodes(width: int, depth: int) -> int:
     return sum(width**level for level in range(depth + 1))
 
 
+@lru_cache(maxsize=256)
 def _places(topology: Topology, device: torch.device) -> torch.Tensor:
     """[N - 1] int64: for each node below the root, the place of its token among the candidates of all depths."""
     width = 1 + max(topology.ranks)

@@ -166,6 +166,8 @@ class Generation:
             # a cache of the caller has a part of the prompt by now
             if call.callers_cache is not None or not self.workspaces.release():
                 raise
+            logits = None  # tried again below, because the exception keeps the tensors of the failed forward
+        if logits is None:
             logits = self._prefill(*prompt)
         self.round.plain_steps = self.round.plain_steps and self.runner.can_decode
         return logits

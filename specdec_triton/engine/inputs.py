@@ -128,7 +128,7 @@ def check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: st
         )
     drafter.check(model, rule, None if tree == "auto" else tree)
     taps = drafter.taps(model)
-    if taps:
+    if taps and owner != "generate":  # a call makes its own
         TappedModel(model, taps, type(drafter).__name__)
 
 

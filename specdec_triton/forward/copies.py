@@ -9,7 +9,7 @@ from types import MethodType
 from torch import nn
 from transformers import PreTrainedModel
 
-from .checks import layer_forward
+from .checks import layer_forward, text_decoder
 
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -90,10 +90,11 @@ def decoder_layers(model: PreTrainedModel, owner: str) -> tuple[str, nn.ModuleLi
     Raises:
         ValueError: the model has no such list, or more than one candidate.
     """
-    total = model.config.get_text_config().num_hidden_layers
+    total, decoder = model.config.get_text_config().num_hidden_layers, text_decoder(model)
+    inside = next(name for name, module in model.named_modules() if module is decoder)
     lists = [
         (name, module)
-        for name, module in model.named_modules()
+        for name, module in decoder.named_modules(prefix=inside)
         if isinstance(module, nn.ModuleList) and len(module) == total
     ]
     outermost = min((name.count(".") for name, _ in lists), default=0)

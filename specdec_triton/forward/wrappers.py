@@ -1,5 +1,6 @@
 """Find the transformers model inside PEFT and `torch.compile` wrappers."""
 
+import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 
@@ -45,3 +46,13 @@ def embedded_tokens(model: PreTrainedModel) -> int:
     if isinstance(getattr(embedding, "num_embeddings", None), int):
         return embedding.num_embeddings
     return model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
+
+
+def output_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """The model's logits [..., V] after hidden states [..., Ht] that have passed its final norm."""
+    config = model.config.get_text_config(decoder=True)
+    logits = model.get_output_embeddings()(states)
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return logits if cap is None else cap * torch.tanh(logits / cap)

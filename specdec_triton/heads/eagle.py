@@ -148,6 +148,7 @@ class EagleModel(PreTrainedModel):
         with torch.device("cpu"):
             self.rotary_emb = LlamaRotaryEmbedding(config)
         self.register_buffer("target_ids", layout.target_ids, persistent=False)
+        self._largest_id = -1 if layout.target_ids is None else int(layout.target_ids.max())
 
     @classmethod
     def from_checkpoint(
@@ -177,6 +178,8 @@ class EagleModel(PreTrainedModel):
         """
         if layer_meaning not in (None, "input", "output"):
             raise ValueError(f"EagleModel: layer_meaning must be 'input', 'output' or None, got {layer_meaning!r}")
+        if layers is not None and not isinstance(layers, (list, tuple, range)):
+            raise ValueError(f"EagleModel: layers must be a list of numbers of layers or None, got {layers!r}")
         layout = layout_of(checkpoint, rope_theta, None if layers is None else tuple(layers), layer_meaning)
         with torch.device("meta"):
             model = cls(layout)
@@ -203,10 +206,10 @@ class EagleModel(PreTrainedModel):
         ids, shift = self.layer_ids, int(self.layer_meaning == "output")
         if ids is None:
             ids, shift = (2, count // 2, count - 3), 0
-            if self.num_taps != len(ids) or count < 3:
+            if self.num_taps != len(ids) or not ids[0] < ids[1] < ids[2]:
                 raise ValueError(
                     f"EagleModel: {self.source} names no layers and takes {self.num_taps} hidden states; the default is"
-                    f" 3 of at least 3 layers, and {type(target).__name__} has {count} layers: give layers="
+                    f" 3 of at least 7 layers, and {type(target).__name__} has {count} layers: give layers="
                 )
         unfit = [each for each in ids if each + shift > count]
         if unfit:
@@ -233,9 +236,8 @@ class EagleModel(PreTrainedModel):
         self.taps(target)
         vocabulary = config.vocab_size
         if self.target_ids is not None:
-            largest = int(self.target_ids.max())
-            if largest >= vocabulary:
-                raise differs("the target's vocabulary", f"larger than {largest}, an id in d2t", vocabulary)
+            if self._largest_id >= vocabulary:
+                raise differs("the target's vocabulary", f"larger than {self._largest_id}, an id in d2t", vocabulary)
         elif self.lm_head is not None and not _same_size(self.lm_head.out_features, vocabulary):
             raise differs("the target's vocabulary", f"{self.lm_head.out_features}, the rows of lm_head", vocabulary)
         if self.embed_tokens is not None:

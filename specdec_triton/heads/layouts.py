@@ -147,9 +147,10 @@ class _Reader:
                 )
         final_tap = self.kind == "eagle" or (layers is None and self.flag("use_aux_hidden_state", True) is False)
         ids = None if final_tap and layers is None else self.layer_ids(layers)
-        takes = num_taps if self.kind == "eagle3" else 0
-        if ids is not None and len(ids) != takes:
-            raise self.error(f"layers must name the {takes} layers whose hidden states it takes, got {list(ids)}")
+        if ids is not None and self.kind == "eagle":
+            raise self.error(f"layers must be None for EAGLE-1, which takes the last hidden state, got {list(ids)}")
+        if ids is not None and len(ids) != num_taps:
+            raise self.error(f"layers must name the {num_taps} layers whose hidden states it takes, got {list(ids)}")
         if final_tap and num_taps != 1:
             raise self.error(f"fc.weight must take one hidden state (use_aux_hidden_state is false), got {num_taps}")
         self.check_norms()

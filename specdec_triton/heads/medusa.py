@@ -44,7 +44,9 @@ class MedusaHeads(nn.Module):
     Attributes:
         num_heads: D.
         hidden_size: H.
-        vocab_size: number of tokens, from 0, of which the heads may propose any; None if the target decides it.
+        vocab_size: number of tokens, from 0, among which those are that the heads may propose; None if the target
+            decides it.
+        num_known: number of tokens that the heads may propose; None if the target decides it.
     """
 
     def __init__(
@@ -60,9 +62,9 @@ class MedusaHeads(nn.Module):
         for name, tensor in (("weight", weight), ("bias", bias), ("output", output)):
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
         self.register_buffer("target_ids", target_ids)
-        self.vocab_size = None if output is None else output.shape[1]
+        self.vocab_size = self.num_known = None if output is None else output.shape[1]
         if target_ids is not None:
-            self.vocab_size = 1 + int(target_ids.max())
+            self.vocab_size, self.num_known = 1 + int(target_ids.max()), len(target_ids)
         self.scale = scale
 
     @classmethod
@@ -120,7 +122,7 @@ class MedusaHeads(nn.Module):
         Args:
             state: [B, H]. The target's hidden states after the final norm.
             num_heads: number of heads to run; None for all.
-            target_output: the target's output layer, if the heads have none.
+            target_output: gives the target's logits after these states, if the heads have no output layer.
 
         Returns:
             [B, num_heads, V]. -inf for tokens that the heads do not know.

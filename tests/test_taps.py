@@ -541,3 +541,18 @@ def test_vision_language_models():
         forward(runner, tree)
         assert whole(model) == before
         assert_states_of_tree(model, inputs, tree, runner.states)
+
+
+def test_a_vision_tower_as_deep_as_the_decoder():
+    """The layers are those of the decoder."""
+    text = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    tower = {"depth": 3, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    tokens = {"image_token_id": 58, "video_token_id": 59, "vision_start_token_id": 57}
+    model = transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(text_config=text, vision_config=tower, **tokens)
+    )
+    name, layers = decoder_layers(model, "a drafter")
+    assert name == "model.language_model.layers" and layers is model.model.language_model.layers

@@ -39,6 +39,7 @@ KERNELS = (
     "ngram_lookup",
     "append_tokens",
     "draft_topk",
+    "build_tree",
     "accept_greedy",
     "accept_sample",
     "gated_activation",

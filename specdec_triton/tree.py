@@ -17,7 +17,8 @@ import torch
 
 from .ops.arguments import ANY_FLOAT, Check
 from .ops.filters import Filters
-from .ops.reference import WORD_BITS
+from .ops.reference import WORD_BITS, ancestor_matrix, pack_bits
+from .ops.rounds import build_tree
 from .ops.rules import SAMPLING
 
 # Assumed probability that the target chooses a drafter's candidate of each rank. Used if only a node budget is given.
@@ -270,12 +271,12 @@ class DraftTree:
         check = Check("DraftTree")
         check("tokens", tokens, "B?, N", torch.int64)
         check("parents", parents, "B?, N", torch.int32)
-        member = _ancestor_matrix(parents)
+        member = ancestor_matrix(parents)
         return cls(
             tokens=tokens,
             parents=parents,
             depth=member.sum(-1) - 1,
-            ancestors=_pack_bits(member),
+            ancestors=pack_bits(member),
             max_depth=tokens.shape[1] - 1 if max_depth is None else max_depth,
             is_chain=is_chain,
         )
@@ -287,7 +288,12 @@ class DraftTree:
 
     @classmethod
     def best_first(
-        cls, root: torch.Tensor, candidates: torch.Tensor, probs: torch.Tensor, num_nodes: int
+        cls,
+        root: torch.Tensor,
+        candidates: torch.Tensor,
+        probs: torch.Tensor,
+        num_nodes: int,
+        impl: str | None = None,
     ) -> "DraftTree":
         """The most likely tree of `num_nodes` nodes if the candidates of different positions are independent.
 
@@ -300,6 +306,7 @@ class DraftTree:
             candidates: [B, D, K] int64. K candidate tokens for each of the next D positions.
             probs: [B, D, K] float. Probability of each candidate, in [0, 1].
             num_nodes: N, root included; at most the number of nodes of the full tree.
+            impl: of `ops.build_tree`: None, "triton" or "reference".
 
         Raises:
             ValueError: a shape, dtype or device differs from the above, or `num_nodes` is out of range.
@@ -322,33 +329,36 @@ class DraftTree:
             first += mass[-1].shape[1]
             mass.append(best)
         tree, _ = cls.likeliest(
-            torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(mass, 1), num_nodes, min(max_depth, num_nodes - 1)
+            torch.cat(tokens, 1),
+            torch.cat(parents, 1),
+            torch.cat(mass, 1),
+            num_nodes,
+            min(max_depth, num_nodes - 1),
+            impl,
         )
         return tree
 
     @classmethod
     def likeliest(
-        cls, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor, num_nodes: int, max_depth: int
+        cls,
+        tokens: torch.Tensor,
+        parents: torch.Tensor,
+        scores: torch.Tensor,
+        num_nodes: int,
+        max_depth: int,
+        impl: str | None = None,
     ) -> tuple["DraftTree", torch.Tensor]:
         """The `num_nodes` nodes with the highest scores from a tree of C nodes. Nothing is read on the host.
 
-        Args:
-            tokens: [B, C] int64.
-            parents: [B, C] int64. -1 at node 0, the root; parents[:, i] < i at all other nodes.
-            scores: [B, C] float. A node's score must not exceed its parent's; the kept nodes then form a tree.
-            num_nodes: N, root included; at most C.
-            max_depth: a bound on the depth.
+        The arguments are those of `ops.build_tree`. Scores may have any float dtype; they are compared in fp32.
 
         Returns:
             The tree, and the number of each of its nodes among the C nodes: [B, N] int64, ascending.
         """
-        # a stable sort keeps a parent before a child with the same score
-        kept = scores.argsort(dim=1, descending=True, stable=True)[:, :num_nodes].sort(1).values
-        place = torch.full_like(parents, -1)
-        place.scatter_(1, kept, torch.arange(num_nodes, device=tokens.device).expand(len(tokens), -1))
-        kept_parents = place.gather(1, parents.gather(1, kept).clamp(min=0))
-        kept_parents[:, 0] = -1
-        return cls.from_parents(tokens.gather(1, kept), kept_parents.int(), max_depth), kept
+        kept, kept_parents, depth, ancestors, nodes = build_tree(
+            tokens, parents, scores.float(), num_nodes=num_nodes, max_depth=max_depth, impl=impl
+        )
+        return cls(kept, kept_parents, depth, ancestors, max_depth), nodes
 
     def drawn(
         self, sampling: str, draft_logits: torch.Tensor, draft_row: torch.Tensor, draft_filters: Filters | None = None
@@ -443,7 +453,7 @@ class DraftTree:
             )
         nodes = torch.arange(self.num_nodes, device=self.tokens.device)
         parents = self.parents
-        member = _ancestor_matrix(parents)
+        member = ancestor_matrix(parents)
         faults = {
             "parents[:, 0] must be -1": parents[:, 0] != -1,
             "parents[:, i] must be -1 (padding) or a real node before i": (
@@ -455,7 +465,7 @@ class DraftTree:
             "tokens[:, 0] must be the last emitted token": self.tokens[:, 0] != root,
             f"depth must be at most max_depth, {self.max_depth}": (self.depth > self.max_depth).any(1),
             "depth must count the edges from the root": (self.depth != member.sum(-1) - 1).any(1),
-            "ancestors must be those of parents": (self.ancestors != _pack_bits(member)).any(-1).any(1),
+            "ancestors must be those of parents": (self.ancestors != pack_bits(member)).any(-1).any(1),
             "is_chain must hold": (self.is_chain & (parents >= 0) & (parents != nodes - 1)).any(1),
         }
         if self.draft_logits is not None and self.draft_row is not None:
@@ -487,30 +497,9 @@ def pack_tree(depth: torch.Tensor, ancestors: torch.Tensor, start: torch.Tensor,
 _ROOT = Topology((-1,), (0,))
 
 
-def _ancestor_matrix(parents: torch.Tensor) -> torch.Tensor:
-    """[..., N] parents -> [..., N, N] bool: True at [i, j] if node j is node i or an ancestor of it. Takes log2(N)
-    squarings of a matrix."""
-    num_nodes = parents.shape[-1]
-    nodes = torch.arange(num_nodes, device=parents.device)
-    member = (nodes == nodes[:, None]) | (parents[..., None] == nodes)
-    for _ in range((num_nodes - 1).bit_length()):
-        member = (member.float() @ member.float()) > 0
-    return member
-
-
-def _pack_bits(member: torch.Tensor) -> torch.Tensor:
-    """[..., N, N] bool -> [..., N, W] int64, column j in bit j % 64 of word j // 64."""
-    num_nodes = member.shape[-1]
-    words = -(-num_nodes // WORD_BITS)
-    padded = torch.nn.functional.pad(member.long(), (0, words * WORD_BITS - num_nodes))
-    bits = torch.arange(WORD_BITS, device=member.device)
-    # distinct bits add without a carry, so the sum is a bitwise or; bit 63 is the sign
-    return (padded.unflatten(-1, (words, WORD_BITS)) << bits).sum(-1)
-
-
 def bits_of_nodes(num_nodes: int) -> torch.Tensor:
     """[N, W] int64 on the CPU. In row i, only the bit of node i is set, see `DraftTree.ancestors`."""
-    return _pack_bits(torch.eye(num_nodes, dtype=torch.bool))
+    return pack_bits(torch.eye(num_nodes, dtype=torch.bool))
 
 
 def with_children(ancestors: torch.Tensor, parents: torch.Tensor, own_bits: torch.Tensor) -> torch.Tensor:
@@ -536,8 +525,8 @@ def topology_tensors(topology: Topology, device: torch.device) -> tuple[torch.Te
     """parents [1, N] int32, depth [1, N] int64, ancestors [1, N, W] int64. They are cached: callers must not write to
     them."""
     parents = torch.tensor([topology.parents], dtype=torch.int32)
-    member = _ancestor_matrix(parents)
-    return parents.to(device), (member.sum(-1) - 1).to(device), _pack_bits(member).to(device)
+    member = ancestor_matrix(parents)
+    return parents.to(device), (member.sum(-1) - 1).to(device), pack_bits(member).to(device)
 
 
 @lru_cache(maxsize=256)

@@ -88,6 +88,26 @@ def append_by_hand(
     return report, text, length, position, budget
 
 
+def build_by_hand(tokens, parents, scores, num_nodes):
+    """`ops.build_tree` for one row after another. All arguments but the number are lists."""
+    rows = []
+    for row_tokens, row_parents, row_scores in zip(tokens, parents, scores, strict=True):
+        left, kept = list(range(1, len(row_tokens))), [0]
+        while len(kept) < num_nodes:
+            best = max(left, key=lambda node: (-INF if math.isnan(row_scores[node]) else row_scores[node], -node))
+            left.remove(best)
+            kept.append(best)
+        kept.sort()
+        paths = [[0]]
+        for node in kept[1:]:
+            paths.append([*paths[kept.index(row_parents[node])], len(paths)])
+        words = range(-(-num_nodes // 64))
+        bits = [[sum(1 << node - 64 * word for node in path if node // 64 == word) for word in words] for path in paths]
+        above = [-1] + [path[-2] for path in paths[1:]]
+        rows.append(([row_tokens[node] for node in kept], above, [len(path) - 1 for path in paths], bits, kept))
+    return tuple(map(list, zip(*rows, strict=True)))
+
+
 def rotary_by_hand(
     query, key, value, cos, sin, keys, values, slots,
     interleaved=False, query_norm=None, key_norm=None, eps=0.0, style="cast_first",

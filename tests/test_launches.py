@@ -7,11 +7,15 @@ A launch that is added to a step fails these tests, which show its name.
 from functools import partial
 
 import pytest
+import torch
 
 import specdec_triton as sdt
-from families import NEVER, build, perturbed, prompt
+from checkpoints import write_head
+from families import NEVER, VOCAB, build, perturbed, prompt
 from helpers import HostDrafter, Launches, capture_here, launches_by_step
 from specdec_triton import ops
+from specdec_triton.heads.checkpoint import Checkpoint
+from specdec_triton.heads.medusa import MedusaHeads
 
 CHAIN, TREE = {"num_tokens": 5}, {"tree": 16}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 0}
@@ -96,6 +100,46 @@ def test_the_target_and_a_lookup(monkeypatch):
         "_rms_norm_kernel",
         "_gated_activation_kernel",
     ]
+
+
+# launches of a level of a dynamic draft, forward included, and of the rest of the draft
+MEDUSA = {"greedy": 34, "coupled": 222}
+DYNAMIC = {"model": (43, 9), "head": (50, 18)}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic_drafts(name, monkeypatch, tmp_path):
+    """A selection and all tensors of the tree take one launch."""
+    capture_here(monkeypatch, 1)
+    if name == "head":
+        target = build("llama", num_hidden_layers=8)
+        write_head(tmp_path, target, "safeailab")
+        drafter = partial(sdt.EagleDrafter.from_pretrained, tmp_path, target)
+    else:
+        target = build("llama", num_hidden_layers=1)
+        drafter = partial(sdt.ModelDrafter, perturbed("llama", num_hidden_layers=1))
+    drafts = []
+    for depth in (3, 4):
+        layers = target.config.num_hidden_layers
+        found = rounds_of(drafter(tree=sdt.DynamicTree(9, width=3, depth=depth)), prompt(), layers, fuse=True)[1]
+        drafts.append(found["draft"])
+        assert found["draft"].count("_build_tree_kernel") == 1
+    each = len(drafts[1]) - len(drafts[0])
+    assert (each, len(drafts[0]) - 3 * each) == DYNAMIC[name]
+
+
+@pytest.mark.parametrize("rule", ["greedy", "coupled"])
+def test_the_likeliest_nodes_of_medusas_heads(rule, monkeypatch):
+    capture_here(monkeypatch, 1)
+    tensors = {}
+    for head in range(3):
+        tensors[f"{head}.0.linear.weight"] = torch.eye(32)
+        tensors[f"{head}.0.linear.bias"] = torch.zeros(32)
+        tensors[f"{head}.1.weight"] = torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(head))
+    heads = MedusaHeads.from_checkpoint(Checkpoint("the file", {}, tensors))
+    arguments = {**prompt(), **(SAMPLED if rule == "coupled" else {})}
+    found = rounds_of(sdt.MedusaDrafter(heads, tree=20), arguments, rule=rule)[1]["draft"]
+    assert found.count("_build_tree_kernel") == 1 and len(found) == MEDUSA[rule]
 
 
 def test_steps_after_a_draft_of_the_host():

@@ -57,6 +57,12 @@ def lookup_inputs(batch=2):
     return tokens, start, start + 20, *state
 
 
+def build_inputs(batch=2):
+    parents = torch.tensor([[-1, 0, 0, 0, 1, 1, 2, 5, 5]] * batch, device=DEVICE)
+    scores = -torch.arange(9 * batch, device=DEVICE).view(batch, 9) / 4
+    return torch.arange(9 * batch, device=DEVICE).view(batch, 9), parents, scores
+
+
 def rotary_inputs(batch=2):
     query, key, value = torch.randn(batch, 3, 8, 16, device=DEVICE).split([4, 2, 2], 2)
     cos, sin = torch.randn(2, batch, 3, 16, device=DEVICE)
@@ -128,6 +134,10 @@ def lookup(tokens, start, length, estimates, last_draft, impl="triton"):
     return ops.ngram_lookup(tokens, start, length, estimates, last_draft, **shape, threshold=0.5, impl=impl)
 
 
+def building(tokens, parents, scores, impl="triton"):
+    return ops.build_tree(tokens, parents, scores, num_nodes=6, max_depth=3, impl=impl)
+
+
 def rotary(query, key, value, cos, sin, keys, values, slots, impl="triton"):
     norms = {"query_norm": cos[0, 0], "key_norm": sin[0, 0], "eps": 1e-6}
     rotated = ops.rotary_and_cache(query, key, value, cos, sin, keys, values, slots, **norms, impl=impl)
@@ -146,6 +156,7 @@ def gated(gate, up, impl="triton"):
 CALLS = {
     "tree_attention": (attention, attention_inputs),
     "draft_topk": (drafting, draft_inputs),
+    "build_tree": (building, build_inputs),
     "accept_greedy": (acceptance, acceptance_inputs),
     "accept_sample": (sampling, sampling_inputs),
     "compact_kv": (compaction, compaction_inputs),
@@ -184,6 +195,8 @@ def arguments(op):
         return *inputs, torch.full_like(next_ids, 2), next_ids, next_ids > 5, next_ids[:1], None
     if op == "ngram_lookup":
         return (*lookup_inputs(), 6, 4, 0.8, 0.75, 0.2, 0.02)
+    if op == "build_tree":
+        return (*build_inputs(), 6, 3)
     if op == "rotary_and_cache":
         inputs = rotary_inputs()
         return *inputs, True, None, inputs[3][0, 0], 1e-6, "cast_last"

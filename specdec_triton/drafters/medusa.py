@@ -209,7 +209,7 @@ class MedusaSession(DraftSession):
         width = self._width if topology is None else 1 + max(topology.ranks)
         log_probs, tokens, has_nan = ranked(context, logits, width, self._depths[:depth])
         if topology is None:
-            tree = DraftTree.best_first(context.root, tokens, log_probs.exp(), num_nodes)
+            tree = DraftTree.best_first(context.root, tokens, log_probs.exp(), num_nodes, context.impl)
         else:
             drafts = tokens.flatten(1)[:, _places(topology, tokens.device)]
             tree = DraftTree.from_topology(topology, torch.cat([context.root[:, None], drafts], 1))

@@ -2,10 +2,10 @@
 
 The ops of a round are in `rounds`, those of fused decoder layers in `layers`.
 
-`impl=None` uses the Triton kernel if the tensors are on a CUDA GPU, and the reference otherwise. `tree_attention` also
-uses the reference for heads that are too wide for its kernel. An explicit `impl="triton"` or `impl="reference"` is
-obeyed or refused, never replaced. Kernels are imported on first use. They are called as registered ops
-(`torch.ops.specdec_triton`), so that torch.compile sees one opaque op with known outputs.
+`impl=None` uses the Triton kernel if the tensors are on a CUDA GPU, and the reference otherwise. `tree_attention` and
+`build_tree` also use the reference for sizes that are too large for their kernels. An explicit `impl="triton"` or
+`impl="reference"` is obeyed or refused, never replaced. Kernels are imported on first use. They are called as
+registered ops (`torch.ops.specdec_triton`), so that torch.compile sees one opaque op with known outputs.
 
 Strides: tensors may have any strides unless an op's docstring says otherwise. The docstring names the tensors that are
 read in place; other tensors are copied if they are not contiguous.
@@ -17,10 +17,13 @@ from .reference import Acceptance, Candidates
 from .registry import HAS_TRITON, OPS, implementation, resolve
 from .rounds import (
     FILTER_DTYPES,
+    MAX_BUILT_NODES,
+    MAX_CANDIDATES,
     MAX_HEAD_DIMS,
     accept_greedy,
     accept_sample,
     append_tokens,
+    build_tree,
     compact_kv,
     draft_topk,
     ngram_lookup,
@@ -31,6 +34,8 @@ __all__ = [
     "FILTER_DTYPES",
     "FLOAT_DTYPES",
     "HAS_TRITON",
+    "MAX_BUILT_NODES",
+    "MAX_CANDIDATES",
     "MAX_HEAD_DIMS",
     "OPS",
     "Acceptance",
@@ -38,6 +43,7 @@ __all__ = [
     "accept_greedy",
     "accept_sample",
     "append_tokens",
+    "build_tree",
     "compact_kv",
     "draft_topk",
     "gated_activation",

@@ -486,3 +486,41 @@ def longest_matches(
     order = torch.where(matched > 0, (matched + 1) * len(columns) - columns, 0)
     best, end = order.topk(min(count, len(columns)), dim=1)
     return torch.where(best > 0, matched.gather(1, end), 0), end
+
+
+def build_tree(
+    tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor, num_nodes: int, max_depth: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `ops.build_tree`."""
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    scores[:, 0] = torch.inf
+    # a stable sort keeps a parent before a child with the same score
+    nodes = scores.argsort(dim=1, descending=True, stable=True)[:, :num_nodes].sort(1).values
+    place = torch.full_like(parents, -1)
+    place.scatter_(1, nodes, torch.arange(num_nodes, device=tokens.device).expand(len(tokens), -1))
+    kept_parents = place.gather(1, parents.gather(1, nodes).clamp(min=0))
+    kept_parents[:, 0] = -1
+    member = ancestor_matrix(kept_parents, max_depth)
+    return tokens.gather(1, nodes), kept_parents.int(), member.sum(-1) - 1, pack_bits(member), nodes
+
+
+def ancestor_matrix(parents: torch.Tensor, max_depth: int | None = None) -> torch.Tensor:
+    """[..., N] parents -> [..., N, N] bool: True at [i, j] if node j is node i or an ancestor of it. Takes log2(D)
+    squarings of a matrix, where D is `max_depth`, a bound on the depth, or N - 1."""
+    num_nodes = parents.shape[-1]
+    nodes = torch.arange(num_nodes, device=parents.device)
+    member = (nodes == nodes[:, None]) | (parents[..., None] == nodes)
+    depth = num_nodes - 1 if max_depth is None else max_depth
+    for _ in range(max(depth - 1, 0).bit_length()):
+        member = (member.float() @ member.float()) > 0
+    return member
+
+
+def pack_bits(member: torch.Tensor) -> torch.Tensor:
+    """[..., N, N] bool -> [..., N, W] int64, column j in bit j % 64 of word j // 64."""
+    num_nodes = member.shape[-1]
+    words = -(-num_nodes // WORD_BITS)
+    padded = torch.nn.functional.pad(member.long(), (0, words * WORD_BITS - num_nodes))
+    bits = torch.arange(WORD_BITS, device=member.device)
+    # distinct bits add without a carry, so the sum is a bitwise or; bit 63 is the sign
+    return (padded.unflatten(-1, (words, WORD_BITS)) << bits).sum(-1)

@@ -13,6 +13,7 @@ OPS = (
     "tree_attention",
     "ngram_lookup",
     "draft_topk",
+    "build_tree",
     "accept_greedy",
     "accept_sample",
     "compact_kv",
@@ -31,7 +32,8 @@ _references: dict[str, ModuleType] = {}
 def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
     """The implementation that `impl=None` selects for tensors on `device`, and the reason for it.
 
-    For `tree_attention`, the result holds for head dims up to `MAX_HEAD_DIMS`.
+    For `tree_attention`, the result holds for head dims up to `MAX_HEAD_DIMS`, and for `build_tree` up to
+    `MAX_CANDIDATES` and `MAX_BUILT_NODES`.
 
     Returns:
         ("triton" or "reference", reason).

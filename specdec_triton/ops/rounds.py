@@ -26,6 +26,8 @@ NO_FILTERS = Filters()
 # Bytes per element -> largest head dim of tree_attention's kernel. A program holds whole heads; wider ones do not fit
 # into its registers and shared memory.
 MAX_HEAD_DIMS = {2: 512, 4: 256}
+# Largest numbers of candidates and of kept nodes of build_tree's kernel. A program holds whole trees in registers.
+MAX_CANDIDATES, MAX_BUILT_NODES = 8192, 512
 
 
 @typed
@@ -177,6 +179,61 @@ def draft_topk(
     nodes, depth = nodes if noise == "draft" else None, depth if noise == "coupled" else 0
     tokens, has_nan, log_probs = compute(logits, k, given, noise, *drawn, depth, nodes, rows, with_log_probs)
     return Candidates(tokens, has_nan, log_probs if with_log_probs else None)
+
+
+@typed
+def build_tree(
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    num_nodes: int,
+    max_depth: int,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The draft tree of the nodes with the highest scores, from a tree of C candidates (EAGLE-2, Li et al. 2024, arXiv
+    2406.16858).
+
+    Among equal scores, the candidate with the lower number is kept. A NaN counts as -inf. The root is always kept. The
+    kept nodes have the order of their numbers. Nothing is read on the host.
+
+    Strides: any.
+
+    Args:
+        tokens: [B, C] int64. The tokens of the candidates.
+        parents: [B, C] int64. -1 at candidate 0, the root; 0 <= parents[:, i] < i at all others, which is not checked.
+        scores: [B, C] fp32. A score must not exceed that of the candidate's parent; it is not checked. If one does, its
+            node may be kept without its parent. Then the parent of the kept node is -1, and the tree is malformed.
+        num_nodes: N, the number of nodes to keep, root included; 1 to C.
+        max_depth: D, 0 to N - 1. No kept node may be deeper; it is not checked. The ancestors of a deeper node would be
+            incomplete.
+        impl: None, "triton" or "reference". The kernel supports up to 8192 candidates and 512 kept nodes. None selects
+            the reference for more.
+
+    Returns:
+        tokens [B, N] int64, parents [B, N] int32, depth [B, N] int64 and ancestors [B, N, ceil(N/64)] int64, see
+        `DraftTree`; and nodes [B, N] int64, the number of each kept node among the candidates, ascending.
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above.
+    """
+    op = "build_tree"
+    check = Check(op)
+    _, candidates = check("tokens", tokens, "B, C", torch.int64)
+    check("parents", parents, "B, C", torch.int64)
+    check("scores", scores, "B, C", torch.float32)
+    if not 1 <= num_nodes <= candidates:
+        raise ValueError(f"{op}: num_nodes must be 1 to {candidates} for {candidates} candidates, got {num_nodes}")
+    if not 0 <= max_depth < num_nodes:
+        raise ValueError(f"{op}: max_depth must be 0 to num_nodes - 1 = {num_nodes - 1}, got {max_depth}")
+    if candidates > MAX_CANDIDATES or num_nodes > MAX_BUILT_NODES:
+        if impl == "triton":
+            raise ValueError(
+                f'{op}: with impl="triton", tokens must have at most {MAX_CANDIDATES} candidates, and num_nodes must '
+                f"be at most {MAX_BUILT_NODES} (impl=None uses the reference), got {candidates} and {num_nodes}"
+            )
+        impl = impl or "reference"
+    return resolve(op, impl, tokens.device)(tokens, parents, scores, num_nodes, max_depth)
 
 
 @typed
@@ -542,6 +599,13 @@ def _fake_draft_topk(logits, k, filters, noise, seeds, position, depth, nodes, r
     return tokens, logits.new_empty((batch, groups), dtype=torch.bool), log_probs
 
 
+def _fake_build_tree(tokens, parents, scores, num_nodes, max_depth):
+    batch = tokens.shape[0]
+    kept, depth, nodes = (tokens.new_empty((batch, num_nodes)) for _ in range(3))
+    kept_parents = tokens.new_empty((batch, num_nodes), dtype=torch.int32)
+    return kept, kept_parents, depth, tokens.new_empty((batch, num_nodes, -(-num_nodes // WORD_BITS))), nodes
+
+
 def _fake_accept_greedy(logits, tokens, parents, max_depth, budget, eos_ids):
     batch = logits.shape[0]
     path = logits.new_empty((batch, max_depth), dtype=torch.int32)
@@ -579,6 +643,12 @@ register(
     "draft_topk(Tensor logits, SymInt k, Tensor?[] filters, str noise, Tensor? seeds, Tensor? position, int depth, "
     "Tensor? nodes, Tensor? rows, bool with_log_probs) -> (Tensor tokens, Tensor has_nan, Tensor log_probs)",
     _fake_draft_topk,
+    reference,
+)
+register(
+    "build_tree(Tensor tokens, Tensor parents, Tensor scores, SymInt num_nodes, SymInt max_depth) "
+    "-> (Tensor kept_tokens, Tensor kept_parents, Tensor depth, Tensor ancestors, Tensor nodes)",
+    _fake_build_tree,
     reference,
 )
 register(

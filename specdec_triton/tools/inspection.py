@@ -32,6 +32,7 @@ OPS = (
     "tree_attention",
     "ngram_lookup",
     "draft_topk",
+    "build_tree",
     "accept_greedy",
     "accept_sample",
     "compact_kv",

@@ -38,6 +38,7 @@ KERNELS = (
     "compact_kv",
     "ngram_lookup",
     "append_tokens",
+    "tree_inputs",
     "draft_topk",
     "build_tree",
     "accept_greedy",

@@ -17,7 +17,7 @@ import torch
 
 from .ops.arguments import ANY_FLOAT, Check
 from .ops.filters import Filters
-from .ops.reference import WORD_BITS, ancestor_matrix, pack_bits
+from .ops.reference import WORD_BITS, ancestor_matrix, pack_bits, pack_tree
 from .ops.rounds import build_tree
 from .ops.rules import SAMPLING
 
@@ -476,22 +476,6 @@ class DraftTree:
         for (fault, _), rows in zip(faults.items(), torch.stack(list(faults.values())).tolist(), strict=True):
             if any(rows):
                 raise ValueError(f"{source}: malformed draft tree in row {rows.index(True)}: {fault}")
-
-
-def pack_tree(depth: torch.Tensor, ancestors: torch.Tensor, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """Pack trees into the tensor that `ops.tree_attention` reads.
-
-    Args:
-        depth: [B, N] int64. Number of edges from the root.
-        ancestors: [B, N, W] int64. Ancestor words, see `DraftTree`.
-        start: [B] int64. First slot that holds a real token, after the left padding.
-        length: [B] int64. Number of slots in use, which is the slot of the root.
-
-    Returns:
-        [B, N, W + 3] int64: for each node its ancestor words, depth, start and length.
-    """
-    row = torch.stack([start, length], dim=-1)[:, None, :].expand(-1, depth.shape[1], -1)
-    return torch.cat([ancestors, depth[..., None], row], dim=-1)
 
 
 _ROOT = Topology((-1,), (0,))

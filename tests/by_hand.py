@@ -108,6 +108,29 @@ def build_by_hand(tokens, parents, scores, num_nodes):
     return tuple(map(list, zip(*rows, strict=True)))
 
 
+def tree_inputs_by_hand(depth, ancestors, start, base, last_position, origin, num_rows):
+    """`ops.tree_inputs` for one node after another. All arguments are lists, except the number of rows.
+
+    Returns:
+        The packed tree, the positions and the slots.
+    """
+    first = len(depth[0]) - num_rows
+    lengths = list(zip(depth, ancestors, start, base, last_position, strict=True))
+    packed = [
+        [[*words, edges, begin, root] for words, edges in zip(rows, depths, strict=True)]
+        for depths, rows, begin, root, _ in lengths
+    ]
+    columns = [
+        [min(root + edges, begin + last) for edges in depths[first:]] for depths, _, begin, root, last in lengths
+    ]
+    planes = [
+        [[column - zero for column in row] for row, zero in zip(columns, plane, strict=True)]
+        for plane in (origin if isinstance(origin[0], list) else [origin])
+    ]
+    slots = [[root + node for node in range(first, len(depth[0]))] for root in base]
+    return packed, planes if isinstance(origin[0], list) else planes[0], slots
+
+
 def rotary_by_hand(
     query, key, value, cos, sin, keys, values, slots,
     interleaved=False, query_norm=None, key_norm=None, eps=0.0, style="cast_first",

@@ -299,7 +299,7 @@ def over_tree(model, call, cache, embeds, features):
     tree = DraftTree.from_topology(TREE, torch.zeros(2, TREE.num_nodes, dtype=torch.long))
     base, start = torch.full((2,), LENGTH), torch.tensor(START)
     tree_cache = TreeCache.from_prefill(cache, 32)
-    tree_cache.place(base, TREE.num_nodes)
+    tree_cache.place(base[:, None] + torch.arange(TREE.num_nodes))
     arguments = {
         "input_ids": tree.tokens,
         "position_ids": base[:, None] + tree.depth - start[:, None],

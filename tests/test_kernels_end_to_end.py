@@ -41,7 +41,7 @@ def test_text_through_the_kernels(family, calls):
         assert torch.equal(model.generate(**inputs, **options), plain)
     stats = sdt.stats(model)
     assert stats.accepted > 0
-    assert calls["tree_attention"] == 2 * stats.rounds
+    assert calls["tree_attention"] == 2 * stats.rounds and calls["tree_inputs"] == stats.rounds
     assert 0 < calls["compact_kv"] <= stats.rounds  # at the end of the text a tree may be cut to a chain
     assert calls["accept_greedy"] == calls["append_tokens"] == stats.rounds + 1
 

@@ -23,6 +23,12 @@ def attention_inputs(batch=2, dtype=torch.float32):
     return query, key, value, packed
 
 
+def tree_inputs(batch=2):
+    tree = DraftTree.from_topology(NODES, torch.zeros(batch, NODES.num_nodes, dtype=torch.int64, device=DEVICE))
+    start = torch.arange(batch, device=DEVICE)
+    return tree.depth, tree.ancestors, start, start + 5, start + 6, torch.stack([start, start * 0 + 1])
+
+
 def acceptance_inputs(batch=2, vocab=70):
     tokens = torch.randint(0, 3, (batch, NODES.num_nodes), device=DEVICE)
     tree = DraftTree.from_topology(NODES, tokens)
@@ -81,6 +87,10 @@ def gate_inputs(batch=2):
 
 def attention(query, key, value, packed, impl="triton"):
     return ops.tree_attention(query, key, value, packed, sliding_window=4, impl=impl)
+
+
+def inputs_of_tree(*inputs, impl="triton"):
+    return ops.tree_inputs(*inputs, num_rows=4, impl=impl)
 
 
 def draft_inputs(batch=2, vocab=70):
@@ -154,6 +164,7 @@ def gated(gate, up, impl="triton"):
 
 
 CALLS = {
+    "tree_inputs": (inputs_of_tree, tree_inputs),
     "tree_attention": (attention, attention_inputs),
     "draft_topk": (drafting, draft_inputs),
     "build_tree": (building, build_inputs),
@@ -173,6 +184,8 @@ def operator(op):
 
 
 def arguments(op):
+    if op == "tree_inputs":
+        return *tree_inputs(), 4
     if op == "tree_attention":
         return (*attention_inputs(), 0.25, 4, None, 2.0, torch.randn(4, device=DEVICE))
     if op == "draft_topk":

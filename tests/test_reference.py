@@ -296,6 +296,35 @@ def test_append_tokens_refuses_bad_arguments(changes, message):
         ops.append_tokens(**{**arguments, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": torch.zeros(2, 3)}, r"depth must be torch.int64 \[B, T\], none of them 0, got torch.float32"),
+        ({"depth": LONGS[0]}, r"depth must be torch.int64 \[B, T\]"),
+        ({"ancestors": LONGS}, r"ancestors must be torch.int64 \[2, 3, W\]"),
+        ({"ancestors": LONGS[:, :2, None]}, r"ancestors must be torch.int64 \[2, 3, W\], got torch.int64 \[2, 2, 1\]"),
+        ({"start": LONGS[0]}, r"start must be torch.int64 \[2\], got torch.int64 \[3\]"),
+        ({"base": LONGS[:, 0].int()}, r"base must be torch.int64 \[2\], got torch.int32"),
+        ({"last_position": 7}, "last_position must be a tensor, got 7"),
+        ({"last_position": LONGS[:, :1]}, r"last_position must be torch.int64 \[2\]"),
+        ({"origin": LONGS[0]}, r"origin must be torch.int64 \[2\]"),
+        ({"origin": LONGS}, r"origin must be torch.int64 \[P, 2\]"),
+        ({"origin": LONGS[:0, :2]}, r"origin must be torch.int64 \[P, 2\]"),
+        ({"origin": LONGS[:, 0].to("meta")}, "origin must be on cpu"),
+        ({"num_rows": 0}, "num_rows must be 1 to 3, the number of nodes, got 0"),
+        ({"num_rows": 4}, "num_rows must be 1 to 3, the number of nodes, got 4"),
+        ({"num_rows": 1.0}, "num_rows must be an integer of 64 bits, got 1.0"),
+        ({"impl": "eager"}, 'impl must be None, "triton" or "reference"'),
+    ],
+)
+def test_tree_inputs_refuses_bad_arguments(changes, message):
+    lengths = dict.fromkeys(("start", "base", "last_position", "origin"), LONGS[:, 0])
+    arguments = {"depth": LONGS, "ancestors": LONGS[:, :, None], **lengths, "num_rows": 2}
+    ops.tree_inputs(**arguments)
+    with pytest.raises(ValueError, match=f"^tree_inputs: {message}"):
+        ops.tree_inputs(**{**arguments, **changes})
+
+
 def test_which_implementation_and_why():
     assert ops.implementation("tree_attention", "cpu")[0] == "reference"
     assert ops.implementation("tree_attention", "cuda")[0] == "triton"

@@ -173,15 +173,9 @@ class TreeCache(Cache):
         if slots > self.slots:
             self._show(self.capacity if self._fixed else slots)
 
-    def place(self, base: torch.Tensor, num_rows: int) -> None:
-        """Let the next forward write its tokens to slots base, base + 1, ... of each sequence.
-
-        Args:
-            base: [B] int64. First slot of each sequence.
-            num_rows: number of tokens.
-        """
-        self.written = base[:, None] + torch.arange(num_rows, device=base.device)
-        self._length = None
+    def place(self, slots: torch.Tensor) -> None:
+        """Let the next forward write its N tokens to `slots` [B, N] int64 of each sequence."""
+        self.written, self._length = slots, None
 
     def place_after(self, length: int) -> None:
         """Let the next forward write to slots length, length + 1, ... of every sequence, and behave like an ordinary

@@ -14,7 +14,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from ..tree import chain_tensors, pack_tree
+from .. import ops
+from ..tree import chain_tensors
 from .attention import call_with_tree_attention, config_ids, window_of_cache
 from .buffers import Buffers
 from .cache import TreeCache
@@ -154,12 +155,12 @@ class TreeRunner:
         errors: see `TreeCache.from_prefill`."""
         self.cache = TreeCache.from_prefill(prefilled, capacity, self._fixed, columns, self._buffers, self._name)
 
-    def _arguments_of(self, tokens: torch.Tensor, columns: torch.Tensor) -> dict:
-        """Arguments of a forward over tokens [B, N] in `columns` [B, N], except the mask."""
+    def _arguments_of(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> dict:
+        """Arguments of a forward over tokens [B, N] at positions [B, N] or [P, B, N], except the mask."""
         types = {name: last.expand(len(tokens), tokens.shape[1]) for name, last in self.step.token_types.items()}
         return {
             "input_ids": tokens,
-            "position_ids": self.step.positions(columns),
+            "position_ids": position_ids,
             CACHE: self.cache,
             "use_cache": True,
             "return_dict": True,
@@ -187,11 +188,11 @@ class TreeRunner:
             base: [B] int64. Slot of node 0; node i is written to slot base + i.
             more: further arguments of the model. Tensors are [B, N, ...].
         """
-        num_rows, first = tokens.shape[1], depth.shape[1] - tokens.shape[1]
-        last_column = (self.start + self.last_position)[:, None]
-        self.cache.place(base + first, num_rows)
-        arguments = self._arguments_of(tokens, torch.minimum(base[:, None] + depth[:, first:], last_column))
-        arguments["attention_mask"] = pack_tree(depth, ancestors, self.start, base)[:, None]
+        lengths = self.start, base, self.last_position, self.step.origin
+        inputs = ops.tree_inputs(depth, ancestors, *lengths, num_rows=tokens.shape[1], impl=self.impl)
+        self.cache.place(inputs.slots)
+        arguments = self._arguments_of(tokens, inputs.position_ids)
+        arguments["attention_mask"] = inputs.packed_tree[:, None]
         if self._forward is None:
             self._make_forward()
         if self._compiled:
@@ -244,7 +245,7 @@ class TreeRunner:
         """Run transformers' own decoding step over one token [B, 1] after `length` unpadded tokens. Returns logits
         [B, 1, V]. See `can_decode`."""
         self.cache.place_after(length)
-        arguments = self._arguments_of(tokens, torch.full_like(tokens, length))
+        arguments = self._arguments_of(tokens, self.step.positions(torch.full_like(tokens, length)))
         if self._tapped is None:
             return self.model(**arguments).logits
         outputs, self.states = self._tapped(**arguments)

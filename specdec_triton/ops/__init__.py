@@ -13,7 +13,7 @@ read in place; other tensors are copied if they are not contiguous.
 
 from .arguments import FLOAT_DTYPES
 from .layers import gated_activation, rms_norm, rotary_and_cache
-from .reference import Acceptance, Candidates
+from .reference import Acceptance, Candidates, TreeInputs
 from .registry import HAS_TRITON, OPS, implementation, resolve
 from .rounds import (
     FILTER_DTYPES,
@@ -28,6 +28,7 @@ from .rounds import (
     draft_topk,
     ngram_lookup,
     tree_attention,
+    tree_inputs,
 )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "OPS",
     "Acceptance",
     "Candidates",
+    "TreeInputs",
     "accept_greedy",
     "accept_sample",
     "append_tokens",
@@ -53,4 +55,5 @@ __all__ = [
     "rms_norm",
     "rotary_and_cache",
     "tree_attention",
+    "tree_inputs",
 ]

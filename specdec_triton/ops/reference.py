@@ -42,6 +42,20 @@ class Candidates(NamedTuple):
     log_probs: torch.Tensor | None
 
 
+class TreeInputs(NamedTuple):
+    """What a forward over the last N nodes of trees of T nodes takes besides their tokens.
+
+    Attributes:
+        packed_tree: [B, T, W + 3] int64, see `pack_tree`.
+        position_ids: [B, N], or with P planes of positions [P, B, N] int64.
+        slots: [B, N] int64. The cache slot of each of the N nodes.
+    """
+
+    packed_tree: torch.Tensor
+    position_ids: torch.Tensor
+    slots: torch.Tensor
+
+
 class Acceptance(NamedTuple):
     """The result of verifying a draft tree.
 
@@ -94,6 +108,38 @@ def visible_slots(
     if chunk_size is not None:
         visible = visible & (row_position // chunk_size == key_position // chunk_size)
     return visible
+
+
+def pack_tree(depth: torch.Tensor, ancestors: torch.Tensor, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Pack trees into the tensor that `ops.tree_attention` reads.
+
+    Args:
+        depth: [B, T] int64. Number of edges from the root.
+        ancestors: [B, T, W] int64. Ancestor words, see `DraftTree`.
+        start: [B] int64. First slot that holds a real token, after the left padding.
+        length: [B] int64. Number of slots in use, which is the slot of the root.
+
+    Returns:
+        [B, T, W + 3] int64: for each node its ancestor words, depth, start and length.
+    """
+    row = torch.stack([start, length], dim=-1)[:, None, :].expand(-1, depth.shape[1], -1)
+    return torch.cat([ancestors, depth[..., None], row], dim=-1)
+
+
+def tree_inputs(
+    depth: torch.Tensor,
+    ancestors: torch.Tensor,
+    start: torch.Tensor,
+    base: torch.Tensor,
+    last_position: torch.Tensor,
+    origin: torch.Tensor,
+    num_rows: int,
+) -> TreeInputs:
+    """See `ops.tree_inputs`."""
+    first = depth.shape[1] - num_rows
+    columns = torch.minimum(base[:, None] + depth[:, first:], (start + last_position)[:, None])
+    slots = (base + first)[:, None] + torch.arange(num_rows, device=depth.device)
+    return TreeInputs(pack_tree(depth, ancestors, start, base), columns - origin[..., None], slots)
 
 
 def share_masks() -> None:

@@ -11,6 +11,7 @@ import torch
 
 OPS = (
     "tree_attention",
+    "tree_inputs",
     "ngram_lookup",
     "draft_topk",
     "build_tree",

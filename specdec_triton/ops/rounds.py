@@ -12,7 +12,7 @@ import torch
 from . import reference
 from .arguments import ANY_FLOAT, FLOAT_DTYPES, Check, is_number, typed
 from .filters import Filters
-from .reference import DRAFT_NOISE, TREE_FIELDS, WORD_BITS, Acceptance, Candidates
+from .reference import DRAFT_NOISE, TREE_FIELDS, WORD_BITS, Acceptance, Candidates, TreeInputs
 from .registry import register, resolve
 from .rules import WEIGHING_RULES, check_legal
 
@@ -409,6 +409,55 @@ def _check_filters(check: Check, name: str, filters: Filters) -> None:
 
 
 @typed
+def tree_inputs(
+    depth: torch.Tensor,
+    ancestors: torch.Tensor,
+    start: torch.Tensor,
+    base: torch.Tensor,
+    last_position: torch.Tensor,
+    origin: torch.Tensor,
+    *,
+    num_rows: int,
+    impl: str | None = None,
+) -> TreeInputs:
+    """What a forward over the last N nodes of trees of T nodes takes besides their tokens: the packed tree, the
+    positions of the N nodes, and the cache slots to which their keys and values are written.
+
+    Strides: any; all tensors are read in place.
+
+    Args:
+        depth: [B, T] int64. Number of edges from node 0.
+        ancestors: [B, T, W] int64. Ancestor words, see `DraftTree`.
+        start: [B] int64. First slot that holds a real token.
+        base: [B] int64. Slot of node 0; node i has slot base + i.
+        last_position: [B] int64. Largest position that may be fed, counted from 0 at `start`. Deeper nodes, which can
+            never be emitted, get this position.
+        origin: [B] int64, or [P, B] for P planes of positions. A token in column c has position c - origin.
+        num_rows: N, 1 to T.
+        impl: None, "triton" or "reference".
+
+    Returns:
+        packed_tree: [B, T, W + 3] int64. For each node its ancestor words, depth, start and base.
+        position_ids: [B, N] or [P, B, N] int64, min(base + depth, start + last_position) - origin.
+        slots: [B, N] int64, base + T - N, base + T - N + 1, ...
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above.
+    """
+    op = "tree_inputs"
+    check = Check(op)
+    _, nodes = check("depth", depth, "B, T", torch.int64)
+    check("ancestors", ancestors, "B, T, W", torch.int64)
+    for name, tensor in (("start", start), ("base", base), ("last_position", last_position)):
+        check(name, tensor, "B", torch.int64)
+    check("origin", origin, "P, B" if origin.dim() == 2 else "B", torch.int64)
+    if not 1 <= num_rows <= nodes:
+        raise ValueError(f"{op}: num_rows must be 1 to {nodes}, the number of nodes, got {num_rows}")
+    compute = resolve(op, impl, depth.device)
+    return TreeInputs(*compute(depth, ancestors, start, base, last_position, origin, num_rows))
+
+
+@typed
 def compact_kv(
     storage: torch.Tensor, widths: Sequence[int], base: torch.Tensor, path: torch.Tensor, *, impl: str | None = None
 ) -> None:
@@ -617,6 +666,12 @@ def _fake_accept_sample(logits, tokens, parents, rule, seeds, position, filters,
     return _fake_accept_greedy(logits, tokens, parents, max_depth, budget, eos_ids)
 
 
+def _fake_tree_inputs(depth, ancestors, start, base, last_position, origin, num_rows):
+    batch, nodes, words = ancestors.shape
+    packed = depth.new_empty((batch, nodes, words + TREE_FIELDS))
+    return packed, depth.new_empty((*origin.shape, num_rows)), depth.new_empty((batch, num_rows))
+
+
 def _fake_compact_kv(storage, widths, base, path):
     return None
 
@@ -662,6 +717,12 @@ register(
     "Tensor?[] filters, SymInt max_depth, Tensor budget, Tensor? eos_ids, str sampling, Tensor? draft_logits, "
     "Tensor? draft_row, Tensor?[] draft_filters) -> (Tensor path, Tensor length, Tensor next_ids, Tensor has_nan)",
     _fake_accept_sample,
+    reference,
+)
+register(
+    "tree_inputs(Tensor depth, Tensor ancestors, Tensor start, Tensor base, Tensor last_position, Tensor origin, "
+    "SymInt num_rows) -> (Tensor packed_tree, Tensor position_ids, Tensor slots)",
+    _fake_tree_inputs,
     reference,
 )
 register("compact_kv(Tensor(a!) storage, int[] widths, Tensor base, Tensor path) -> ()", _fake_compact_kv, reference)

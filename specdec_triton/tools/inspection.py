@@ -30,6 +30,7 @@ FOLDER = pathlib.Path(__file__).resolve().parent.parent
 # not from `ops`, which would import torch for the command line's help
 OPS = (
     "tree_attention",
+    "tree_inputs",
     "ngram_lookup",
     "draft_topk",
     "build_tree",

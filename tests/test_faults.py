@@ -106,7 +106,7 @@ PLACES = {
     "draft forward": during_forward("draft"),
     "drafter": in_function(LevelSession, "draft"),
     "drafter told": in_function(LevelSession, "observe"),
-    "tree inputs": in_function(sdt.ops, "tree_inputs"),
+    "placing": in_function(sdt.TreeCache, "place"),
     "acceptance": in_function(sdt.ops, "accept_greedy"),
     "compaction": in_function(sdt.ops, "compact_kv"),
     "appending": in_function(sdt.ops, "append_tokens"),

@@ -136,9 +136,10 @@ def tree_inputs(
     num_rows: int,
 ) -> TreeInputs:
     """See `ops.tree_inputs`."""
-    first = depth.shape[1] - num_rows
-    columns = torch.minimum(base[:, None] + depth[:, first:], (start + last_position)[:, None])
-    slots = (base + first)[:, None] + torch.arange(num_rows, device=depth.device)
+    nodes, root = depth.shape[1], base[:, None]
+    first = nodes - num_rows
+    columns = torch.minimum(root + depth[:, first:], (start + last_position)[:, None])
+    slots = root + torch.arange(first, nodes, device=depth.device)
     return TreeInputs(pack_tree(depth, ancestors, start, base), columns - origin[..., None], slots)
 
 

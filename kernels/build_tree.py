@@ -18,7 +18,7 @@ import triton.language as tl
 from ._keys import NEG_INF, order_of
 from ._launch import FP_FUSION, CompileCase, abstract, block_of, launching_on, pow2
 
-# Candidates that a warp holds, and the smallest number of warps. Chosen by compile reports: no spill at 8192 candidates
+# Candidates that a warp holds, and the smallest number of warps. Chosen by compile reports: no spill at 4096 candidates
 # and 512 nodes, the limits of `ops.build_tree`. Not timed.
 WARP_C = 512
 MIN_WARPS = 4
@@ -107,7 +107,7 @@ def build_tree(
     """See `specdec_triton.ops.build_tree`, which checks the arguments. Nothing is read on the host.
 
     Args:
-        tokens: [B, C] int64, C <= 8192.
+        tokens: [B, C] int64, C <= 4096.
         parents: [B, C] int64.
         scores: [B, C] fp32.
         num_nodes: N <= min(C, 512).
@@ -134,7 +134,7 @@ def build_tree(
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Every default configuration of these sizes; the same on all architectures."""
-    for candidates, nodes in ((256, 64), (1024, 64), (1024, 128), (2048, 512), (4096, 512), (8192, 512)):
+    for candidates, nodes in ((256, 64), (1024, 64), (1024, 128), (2048, 512), (4096, 512)):
         ids, scores = abstract(torch.int64, 1, candidates), abstract(torch.float32, 1, candidates)
         call = functools.partial(build_tree, ids, ids, scores, nodes, min(nodes - 1, 8))
         yield CompileCase(f"c{candidates} n{nodes}", _build_tree_kernel, call, wide_loads=False)

@@ -200,7 +200,7 @@ def test_sizes_beyond_the_kernels(candidates, num_nodes):
     arguments = {"tokens": row, "parents": (row > 0).long() - 1, "scores": row.float().cos()}
     sizes = {"num_nodes": num_nodes, "max_depth": 1}
     message = (
-        r'^build_tree: with impl="triton", tokens must have at most 8192 candidates, and num_nodes must be at most 512 '
+        r'^build_tree: with impl="triton", tokens must have at most 4096 candidates, and num_nodes must be at most 512 '
         rf"\(impl=None uses the reference\), got {candidates} and {num_nodes}"
     )
     with pytest.raises(ValueError, match=message):
@@ -210,7 +210,7 @@ def test_sizes_beyond_the_kernels(candidates, num_nodes):
 
 
 # candidates of DynamicTree(60, 10, 8) and (64, 8, 6), of Medusa's default tree, and the limits
-REAL = [(711, 60, 8), (329, 64, 6), (203, 64, 4), (8192, 512, 12), (2049, 100, 20)]
+REAL = [(711, 60, 8), (329, 64, 6), (203, 64, 4), (4096, 512, 12), (2049, 100, 20)]
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ NO_FILTERS = Filters()
 # into its registers and shared memory.
 MAX_HEAD_DIMS = {2: 512, 4: 256}
 # Largest numbers of candidates and of kept nodes of build_tree's kernel. A program holds whole trees in registers.
-MAX_CANDIDATES, MAX_BUILT_NODES = 8192, 512
+MAX_CANDIDATES, MAX_BUILT_NODES = 4096, 512
 
 
 @typed
@@ -207,7 +207,7 @@ def build_tree(
         num_nodes: N, the number of nodes to keep, root included; 1 to C.
         max_depth: D, 0 to N - 1. No kept node may be deeper; it is not checked. The ancestors of a deeper node would be
             incomplete.
-        impl: None, "triton" or "reference". The kernel supports up to 8192 candidates and 512 kept nodes. None selects
+        impl: None, "triton" or "reference". The kernel supports up to 4096 candidates and 512 kept nodes. None selects
             the reference for more.
 
     Returns:

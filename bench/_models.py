@@ -183,7 +183,8 @@ def eagle_head(shape: str, target: PreTrainedModel, errors: float) -> EagleModel
     }  # fmt: skip
     config = {"vocab_size": len(embedding), "target_hidden_size": target_size, "norm_before_residual": True}
     checkpoint = Checkpoint(f"a synthetic head of {shape}", sizes | config, tensors)
-    return EagleModel.from_checkpoint(checkpoint, device=embedding.device)
+    last = target.config.num_hidden_layers - 1
+    return EagleModel.from_checkpoint(checkpoint, layers=(0, last // 2, last), device=embedding.device)
 
 
 def prompts(batch: int, length: int, vocab_size: int, device: torch.device, repeats: bool = False) -> torch.Tensor:

@@ -189,6 +189,8 @@ def test_assistant_model_may_be_a_head_or_a_drafter(model, tmp_path, monkeypatch
             assert sdt.stats(model).drafted > 0
         assert len(loaded) == 1
         drafter = sdt.EagleDrafter.from_pretrained(tmp_path, model, num_tokens=2)
+        with pytest.raises(ValueError, match="got EagleModel, which reads hidden states .* EagleDrafter"):
+            model.generate(**prompt(), **OPTIONS, assistant_model=drafter.model)
         assert torch.equal(model.generate(**prompt(), **OPTIONS, assistant_model=drafter), plain)
         sdt.release(model)
         model.generate(**prompt(), **OPTIONS, assistant_model=tmp_path)

@@ -4,6 +4,7 @@ from transformers import PreTrainedModel
 
 from ..forward.checks import check_supported, graph_hazard
 from ..forward.wrappers import unwrap
+from ..heads.eagle import EagleModel
 from ..tree import DynamicTree, Topology
 from .base import DraftContext, Drafter, check_rule, check_tree, topology_of
 from .dynamic import DynamicSession
@@ -95,7 +96,8 @@ def check_alone(model: PreTrainedModel) -> None:
     """
     config, name = getattr(model, "config", None), type(model).__name__
     kind = str(getattr(config, "model_type", ""))
-    if kind.endswith("_assistant") or "DFlash" in name or hasattr(config, "dflash_config"):
+    is_head = isinstance(model, EagleModel) or "DFlash" in name or hasattr(config, "dflash_config")
+    if is_head or kind.endswith("_assistant"):
         raise ValueError(
             f"ModelDrafter: model must draft from tokens alone, got {name}, which reads hidden states or keys of its "
             "target: heads that are supported are loaded by EagleDrafter.from_pretrained and "

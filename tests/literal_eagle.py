@@ -4,8 +4,8 @@ cached, batched or masked.
 Sources: EAGLE (Li et al. 2024, arXiv 2401.15077), EAGLE-2 (arXiv 2406.16858), EAGLE-3 (arXiv 2503.01840), EAGLE-3.1
 (arXiv 2605.09992), HASS (Zhang et al. 2024, arXiv 2408.15766).
 
-The text is t_0, ..., t_n; the target has not run t_n, the root. Row i of a head joins token t_(i+1) with what the
-target computed at position i, and predicts the token after t_(i+1). A row of a drafted token has the output of the row
+The text is t_0, ..., t_n; the target has not run t_n, the root. Row i of a head joins token t_(i+1) with the
+target's states at position i, and predicts the token after t_(i+1). A row of a drafted token has the output of the row
 before in place of the target's states.
 """
 
@@ -17,7 +17,7 @@ from torch.nn.functional import linear, silu
 
 from checkpoints import Head
 
-# What a wrong implementation would do instead; see where the names are used.
+# Names of deliberate mistakes. The code that uses a name makes the mistake.
 MISTAKES = (
     "offsets as ids",
     "states in reverse order",
@@ -70,7 +70,7 @@ def rotated(x: torch.Tensor, positions: list[int], radians: list[float]) -> torc
 
 
 class LiteralDraft:
-    """What a head drafts after one text.
+    """The draft of a head after one text.
 
     Args:
         head: the head.

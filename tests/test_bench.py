@@ -74,7 +74,7 @@ def test_a_wrong_draft_level_has_no_time(tmp_path, monkeypatch, spoiled):
 def test_a_reduced_vocabulary_is_a_share_of_the_whole_one():
     (scattered,) = [case for case in bench_draft.CASES if case[-1] == "scattered"]
     assert scattered == (1, 10, 10, 128256, "scattered")
-    assert (1, 10, 10, 32000, "dynamic") in bench_draft.CASES  # what the scattered one is compared with
+    assert (1, 10, 10, 32000, "dynamic") in bench_draft.CASES  # the scattered case is compared with it
     inputs = bench_draft.make_inputs(*scattered, torch.device("cpu"))
     ids, logits = inputs["ids"], inputs["logits"]
     assert logits.shape == (1, 10, 32000) and len(ids.unique()) == 32000 and ids.max() < 128256

@@ -591,7 +591,7 @@ def test_heads_are_told_from_models_by_the_names_of_their_tensors(name, target, 
     elif not is_one:
         with pytest.raises(ValueError, match="must hold a draft head, got tensors of another model|must have a file"):
             load_head(tmp_path, tiny.model())
-    # the same on the hub, where nothing but config.json and the names of the tensors is downloaded
+    # the same on the hub; only config.json and the names of the tensors are downloaded
     hub = Hub(["config.json", *(["model.safetensors"] if names else [])], names, tmp_path / "config.json")
     hub.replace(monkeypatch)
     assert is_head("owner/name") is is_one

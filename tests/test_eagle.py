@@ -1,5 +1,4 @@
-"""EAGLE draft heads: what they draft, for random checkpoints in every published layout, and the text and cost of calls
-with them.
+"""EAGLE draft heads: their drafts for random checkpoints in every published layout, and the text and cost of calls.
 
 A wrong draft never changes the text, and only lowers acceptance. Tokens, parents and scores of drafts are therefore
 compared with a literal statement, `literal_eagle`.

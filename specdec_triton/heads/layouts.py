@@ -89,7 +89,7 @@ def layout_of(
 
     Args:
         checkpoint: the files.
-        rope_theta, layers, layer_meaning: used instead of what the checkpoint says.
+        rope_theta, layers, layer_meaning: replace the values of the checkpoint; None keeps them.
 
     Raises:
         ValueError: it is not an EAGLE head, a number is missing, or tensors and config contradict each other.

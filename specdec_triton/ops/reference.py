@@ -43,7 +43,7 @@ class Candidates(NamedTuple):
 
 
 class TreeInputs(NamedTuple):
-    """What a forward over the last N nodes of trees of T nodes takes besides their tokens.
+    """The inputs of a forward over the last N nodes of trees of T nodes, except their tokens.
 
     Attributes:
         packed_tree: [B, T, W + 3] int64, see `pack_tree`.

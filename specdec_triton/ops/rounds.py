@@ -420,7 +420,7 @@ def tree_inputs(
     num_rows: int,
     impl: str | None = None,
 ) -> TreeInputs:
-    """What a forward over the last N nodes of trees of T nodes takes besides their tokens: the packed tree, the
+    """The inputs of a forward over the last N nodes of trees of T nodes, except their tokens: the packed tree, the
     positions of the N nodes, and the cache slots to which their keys and values are written.
 
     Strides: any; all tensors are read in place.

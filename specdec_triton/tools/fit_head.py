@@ -76,7 +76,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Fit:
-    """What was found out about a head.
+    """The acceptance of a head under each convention.
 
     Attributes:
         kind: see `kind_of`.

@@ -8,7 +8,7 @@ cache slot length + i.
 Letters: B sequences, N nodes, D edges on the longest path, W = ceil(N/64) words of ancestor bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -527,3 +527,8 @@ def chain_tensors(num_nodes: int, device: torch.device) -> tuple[torch.Tensor, t
     bits = (depth[:, None] + 1 - words * WORD_BITS).clamp(0, WORD_BITS)  # number of set bits in each word
     ones = torch.where(bits == WORD_BITS, -1, (1 << bits.clamp(max=WORD_BITS - 1)) - 1)
     return depth[None], ones[None]
+
+
+def with_rows(batch: int, parts: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Views [B, ...] of tensors [1, ...] that all sequences share."""
+    return tuple(part.expand(batch, *part.shape[1:]) for part in parts)

@@ -186,6 +186,20 @@ def prepared_processors(model, inputs, options):
     return caught[0]
 
 
+def compiled_graphs(monkeypatch):
+    """The body of a fixture: yields a list of the graphs that models are compiled to. They run eagerly."""
+    compiled, compile_it = [], torch.compile
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_it(call, backend=backend, **options))
+    torch._dynamo.reset()
+    yield compiled
+    torch._dynamo.reset()
+
+
 # --- outputs
 
 

@@ -8,7 +8,7 @@ import torch
 
 import specdec_triton as sdt
 from families import FAMILIES, FEW, NEVER, VOCAB, build, perturbed, prompt
-from helpers import TREES, oracle, prefilled, speculative
+from helpers import TREES, compiled_graphs, oracle, prefilled, speculative
 from specdec_triton.engine import graph_runner
 from specdec_triton.forward import attention, runner
 from specdec_triton.ops import reference
@@ -121,17 +121,8 @@ def test_the_verify_forward_is_one_graph_and_is_not_compiled_again(family):
 @pytest.fixture
 def graphs(monkeypatch):
     """The graphs that models are compiled to under `compile=True`. Shapes are as on a GPU: the model sees all slots."""
-    compiled, compile_it = [], torch.compile
-
-    def backend(graph, example_inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_it(call, backend=backend, **options))
     monkeypatch.setitem(graph_runner.LAG, "cpu", 1)
-    torch._dynamo.reset()
-    yield compiled
-    torch._dynamo.reset()
+    yield from compiled_graphs(monkeypatch)
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("llama4", marks=pytest.mark.slow)])

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 import specdec_triton as sdt
 from families import FAMILIES, NEVER, VOCAB, build, enlarge_weights, prompt
-from helpers import TREES, Launches, snapshot
+from helpers import TREES, Launches, compiled_graphs, snapshot
 from simulated_graph import SimulatedGraphs
 from specdec_triton.drafters.early_exit import with_layers
 from specdec_triton.forward import runner as runners
@@ -239,16 +239,7 @@ def test_taps_launch_nothing(fused):
 @pytest.fixture
 def graphs(monkeypatch):
     """The graphs that models are compiled to."""
-    compiled, compile_it = [], torch.compile
-
-    def backend(graph, example_inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_it(call, backend=backend, **options))
-    torch._dynamo.reset()
-    yield compiled
-    torch._dynamo.reset()
+    yield from compiled_graphs(monkeypatch)
 
 
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from ..ops.reference import Acceptance
-from ..tree import DraftTree, DynamicTree, Topology, bits_of_nodes, topology_tensors, with_children
+from ..tree import DraftTree, DynamicTree, Topology, bits_of_nodes, topology_tensors, with_children, with_rows
 from .base import DraftContext
 from .candidates import ranked
 from .forwards import DraftForwards
@@ -58,7 +58,7 @@ class DynamicSession(LevelSession):
         tokens, scores, flags = [root], [mass], []  # of the candidates
         expanded, made = [torch.zeros_like(root)], 1  # the nodes that were expanded, and the number of candidates
         # the tree in the draft's cache: the chain that ends in the root, and the expanded nodes
-        depth, ancestors, own_bits, slots = (part.expand(batch, *part.shape[1:]) for part in self._constants)
+        depth, ancestors, own_bits, slots = with_rows(batch, self._constants)
         fed, above = (
             root,
             expanded[0],

@@ -17,12 +17,12 @@ from transformers import DynamicCache, PreTrainedModel
 from ..forward.checks import graph_hazard
 from ..forward.runner import TreeRunner
 from ..forward.versions import CACHE
-from ..forward.wrappers import output_logits, unwrap
+from ..forward.wrappers import num_weights, output_logits, unwrap
 from ..heads.checkpoint import read_checkpoint
 from ..heads.eagle import EagleModel
 from ..ops.reference import Acceptance
 from ..ops.rules import CHAIN_RULES
-from ..tree import DynamicTree, Topology, topology_tensors
+from ..tree import DynamicTree, Topology, topology_tensors, with_rows
 from .base import DraftContext, Drafter, topology_of
 from .dynamic import DynamicSession
 from .forwards import DraftForwards
@@ -134,7 +134,7 @@ class EagleDrafter(Drafter):
         self.model.check_target(model)
         known = self.model.target_ids
         vocab_size = model.config.get_text_config().vocab_size if known is None else len(known)
-        check_drafted(self, self._shape(tree, rule), rule, vocab_size, "the head's vocabulary")
+        check_drafted(self, self._shape(tree, rule), rule, vocab_size, "the size of the head's vocabulary")
 
     def _shape(
         self, tree: Topology | DynamicTree | int | None, rule: str | None, batch: int = 1
@@ -252,11 +252,11 @@ class HeadForwards(DraftForwards):
 
     @property
     def weights(self):
-        own = sum(weight.numel() for weight in self._model.parameters())
+        own = num_weights(self._model)
         if self._model.embed_tokens is not None:
-            own -= sum(weight.numel() for weight in self._model.embed_tokens.parameters())
+            own -= num_weights(self._model.embed_tokens)
         if self._model.lm_head is None:
-            own += sum(weight.numel() for weight in self.context.target.model.get_output_embeddings().parameters())
+            own += num_weights(self.context.target.model.get_output_embeddings())
         return own
 
     def follow(self, drafts):
@@ -269,7 +269,7 @@ class HeadForwards(DraftForwards):
         first = (context.length - self._column - self._count).clamp(min=0)
         columns = (first[:, None] + self._rows + self._column + 1).clamp(max=context.tokens.shape[1] - 1)
         tokens = context.tokens.gather(1, columns)
-        _, depth, ancestors = (part.expand(len(tokens), *part.shape[1:]) for part in self._chain)
+        _, depth, ancestors = with_rows(len(tokens), self._chain)
         states = self._run(tokens, self._features, depth, ancestors, first)
         last = (self._count - 1)[:, None, None].expand(-1, 1, states.shape[-1])
         self._states = states.gather(1, last)

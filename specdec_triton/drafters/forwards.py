@@ -11,9 +11,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..forward.cache import TreeCache
 from ..forward.runner import TreeRunner
-from ..forward.wrappers import embedded_tokens
+from ..forward.wrappers import embedded_tokens, num_weights
 from ..ops.reference import Acceptance
-from ..tree import Topology, topology_tensors
+from ..tree import Topology, topology_tensors, with_rows
 from .base import DraftContext
 
 # Each round begins with two tokens: the root is never in the draft's cache, and the last accepted token may be missing.
@@ -137,7 +137,7 @@ class ModelForwards(DraftForwards):
 
     @property
     def weights(self):
-        return sum(weight.numel() for weight in self._runner.model.parameters())
+        return num_weights(self._runner.model)
 
     def follow(self, drafts):
         """Reserve cache slots for the round. If it drafts, first run the tokens of earlier rounds that did not."""
@@ -168,7 +168,7 @@ class ModelForwards(DraftForwards):
         # the slot at which the round begins
         self._first = self.context.length - (self.num_first - 1)
         tokens = self.context.tokens.gather(1, self._first[:, None] + self._columns)
-        _, depth, ancestors = (part.expand(len(tokens), *part.shape[1:]) for part in self._path)
+        _, depth, ancestors = with_rows(len(tokens), self._path)
         logits = self._runner.forward(self._embedded(tokens), depth, ancestors, self._first)
         return tokens[:, -1:], logits[:, -1:]
 

@@ -4,9 +4,10 @@ import torch
 from torch.nn.functional import pad
 
 from .. import ops
+from ..forward.wrappers import num_weights
 from ..ops.reference import Acceptance
 from ..ops.rules import WEIGHING_RULES
-from ..tree import DraftTree, Topology, topology_tensors
+from ..tree import DraftTree, Topology, topology_tensors, with_rows
 from .base import DraftContext, DraftSession
 from .forwards import DraftForwards
 from .length import ChainLength, in_steps
@@ -52,7 +53,7 @@ class LevelSession(DraftSession):
 
     @property
     def level_cost_ratio(self) -> float:
-        return self._forwards.weights / sum(weight.numel() for weight in self.context.target.model.parameters())
+        return self._forwards.weights / num_weights(self.context.target.model)
 
     def prepare(self, tree=None):
         context, topology = self.context, self.topology if tree is None else tree
@@ -86,7 +87,7 @@ class LevelSession(DraftSession):
         tokens, fed = [root], root
         for level in plan.levels[: self._levels]:
             if level.depth_below > 1:
-                depth, ancestors = (part.expand(batch, *part.shape[1:]) for part in (level.depth, level.ancestors))
+                depth, ancestors = with_rows(batch, (level.depth, level.ancestors))
                 logits = self._forwards.expand(fed, level.parents, depth, ancestors)
             logits = logits[..., : context.vocab_size]
             found = ops.draft_topk(

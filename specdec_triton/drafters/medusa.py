@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ..forward.wrappers import output_logits, unwrap
+from ..forward.wrappers import num_weights, output_logits, unwrap
 from ..heads.checkpoint import kind_of, read_checkpoint
 from ..heads.medusa import MedusaHeads
 from ..ops.reference import Acceptance
@@ -16,6 +16,7 @@ from ..ops.rules import CHAIN_RULES
 from ..tree import DraftTree, DynamicTree, Topology, topology_tensors
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree
 from .candidates import ranked
+from .model import check_children
 
 NODES, WIDTH = 64, 10  # nodes of the default tree, and tokens of each head among which a tree of likely nodes chooses
 
@@ -94,13 +95,10 @@ class MedusaDrafter(Drafter):
         self._check_tree(tree)
         shape = self._shape(tree, rule)
         check_rule(self, rule, isinstance(shape, Topology) and shape.is_chain)
-        known, children = model.config.get_text_config().vocab_size, 1 + max(getattr(shape, "ranks", [0]))
-        known = min(known, self.heads.num_known or known)
-        if children > known:
-            raise ValueError(
-                f"MedusaDrafter: a node of the tree must have at most {known} children, the number of tokens, got "
-                f"{children}"
-            )
+        known = model.config.get_text_config().vocab_size
+        if isinstance(shape, Topology):
+            known = min(known, self.heads.num_known or known)
+            check_children(self, shape, known, "the number of tokens")
 
     def _check_tree(self, tree: Topology | DynamicTree | int | None) -> None:
         check_tree("MedusaDrafter", tree)
@@ -183,10 +181,7 @@ class MedusaSession(DraftSession):
 
     @property
     def level_cost_ratio(self) -> float:
-        heads, target = (
-            sum(weight.numel() for weight in module.parameters()) for module in (self.heads, self.context.target.model)
-        )
-        return heads / self.heads.num_heads / target
+        return num_weights(self.heads) / self.heads.num_heads / num_weights(self.context.target.model)
 
     def prepare(self, tree: Topology | None = None):
         """A requested `tree` is drafted in place of the session's shape."""

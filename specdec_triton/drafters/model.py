@@ -128,16 +128,24 @@ def check_confidence(drafter: Drafter) -> None:
 
 
 def check_drafted(
-    drafter: Drafter, shape: Topology | DynamicTree, rule: str | None, vocab_size: int, of: str = "the vocabulary"
+    drafter: Drafter,
+    shape: Topology | DynamicTree,
+    rule: str | None,
+    vocab_size: int,
+    limit: str = "the size of the vocabulary",
 ) -> None:
     """Refuse a shape that the rule does not accept, or with a node of more children than there are tokens."""
-    dynamic = isinstance(shape, DynamicTree)
-    check_rule(drafter, rule, shape.is_chain, "none" if dynamic else "without")
-    children = shape.width if dynamic else 1 + max(shape.ranks)
+    check_rule(drafter, rule, shape.is_chain, "none" if isinstance(shape, DynamicTree) else "without")
+    check_children(drafter, shape, vocab_size, limit)
+
+
+def check_children(drafter: Drafter, shape: Topology | DynamicTree, vocab_size: int, limit: str) -> None:
+    """Refuse a shape with a node of more children than there are tokens. `limit` is the number of tokens in words."""
+    children = shape.width if isinstance(shape, DynamicTree) else 1 + max(shape.ranks)
     if children > vocab_size:
         raise ValueError(
-            f"{type(drafter).__name__}: a node of the tree must have at most {vocab_size} children, the size of {of}, "
-            f"got {children}"
+            f"{type(drafter).__name__}: a node of the tree must have at most {vocab_size} children, {limit}, got "
+            f"{children}"
         )
 
 

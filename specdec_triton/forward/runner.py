@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .. import ops
-from ..tree import chain_tensors
+from ..tree import chain_tensors, with_rows
 from .attention import call_with_tree_attention, config_ids, window_of_cache
 from .buffers import Buffers
 from .cache import TreeCache
@@ -242,7 +242,7 @@ class TreeRunner:
     def forward_chain(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """`forward` over a chain of tokens [B, N], the first of them at slot `base`. Returns logits [B, N, V]."""
         depth, ancestors = chain_tensors(tokens.shape[1], tokens.device)
-        return self.forward(tokens, *(part.expand(len(tokens), *part.shape[1:]) for part in (depth, ancestors)), base)
+        return self.forward(tokens, *with_rows(len(tokens), (depth, ancestors)), base)
 
     def decode(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
         """Run transformers' own decoding step over one token [B, 1] after `length` unpadded tokens. Returns logits

@@ -1,6 +1,7 @@
 """Find the transformers model inside PEFT and `torch.compile` wrappers."""
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 
@@ -56,3 +57,8 @@ def output_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def num_weights(module: nn.Module) -> int:
+    """Number of elements of a module's parameters."""
+    return sum(weight.numel() for weight in module.parameters())

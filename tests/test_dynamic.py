@@ -76,7 +76,7 @@ def test_the_likeliest_nodes_are_kept(tree, asked, rule, fixed, monkeypatch):
         with count_host_reads() as reads:
             observe(session, *seen)
         assert not reads.total
-        addresses.add((session._slots.data_ptr(), session._forwards.cache.storage.data_ptr()))
+        addresses.add((session._slots.data_ptr(), session._forwards._runner.cache.storage.data_ptr()))
 
     for name, method in (("prepare", preparing), ("draft", proposing), ("observe", observing)):
         monkeypatch.setattr(dynamic.DynamicSession, name, method)

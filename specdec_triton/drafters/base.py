@@ -21,6 +21,10 @@ from ..ops.reference import Acceptance
 from ..ops.rules import CHAIN_RULES, check_legal
 from ..tree import DraftTree, DynamicTree, Topology
 
+# Default trees have so many nodes in all sequences of a batch together. On an H200, a round of an 8B target with 16
+# trees of 8 nodes took 1.3 times as long as a plain step of the batch (commit 8c943c0).
+MOST_ROWS, FEWEST_NODES = 128, 4
+
 
 @dataclass
 class DraftContext:
@@ -235,6 +239,11 @@ def topology_of(
     if not isinstance(tree, int):
         return tree
     return Topology.chain(tree - 1) if rule in CHAIN_RULES else Topology.from_budget(tree)
+
+
+def most_nodes_each(batch: int) -> int:
+    """Largest number of nodes of the default tree of each of `batch` sequences."""
+    return max(MOST_ROWS // batch, FEWEST_NODES)
 
 
 def check_tree(owner: str, tree: Topology | DynamicTree | int | None) -> None:

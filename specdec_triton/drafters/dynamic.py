@@ -47,8 +47,8 @@ class DynamicSession(LevelSession):
             self._levels = min(self._levels, context.useful_depth)
         self._kept = min(self._kept, wanted.num_candidates(self._levels))
         self.num_forwards += self._levels
-        self._forwards.follow(self._levels > 0)
-        return self._levels, self._kept, self._forwards.cache.slots
+        self._forwards.follow(self._levels)
+        return self._levels, self._kept, self._forwards.slots
 
     def draft(self) -> DraftTree:
         context, width, levels = self.context, self.topology.width, self._levels

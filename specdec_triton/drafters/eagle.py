@@ -2,39 +2,26 @@
 
 Sources: EAGLE (Li et al. 2024, arXiv 2401.15077), EAGLE-2 (Li et al. 2024, arXiv 2406.16858), EAGLE-3 (Li et al. 2025,
 arXiv 2503.01840).
-
-A row of the head consists of a token and a feature: token t_{i+1}, and the feature of position i, which the head makes
-from the target's hidden states there. At draft tokens, the target's hidden states are not known yet. The feature of a
-node's row is then the head's own output at the row of the node's parent. After verification, the rows of draft tokens
-are dropped, and the rows of the accepted tokens are computed from the target's hidden states.
-
-Letters: B sequences, N tree nodes, R rows, D edges on the longest path, V vocabulary, H hidden size of the head.
 """
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..forward.checks import graph_hazard
-from ..forward.runner import TreeRunner
-from ..forward.versions import CACHE
-from ..forward.wrappers import num_weights, output_logits, unwrap
+from ..forward.wrappers import unwrap
 from ..heads.checkpoint import read_checkpoint
 from ..heads.eagle import EagleModel
-from ..ops.reference import Acceptance
 from ..ops.rules import CHAIN_RULES
-from ..tree import DynamicTree, Topology, topology_tensors, with_rows
-from .base import DraftContext, Drafter, topology_of
+from ..tree import DynamicTree, Topology
+from .base import Drafter, most_nodes_each, topology_of
 from .dynamic import DynamicSession
-from .forwards import DraftForwards
+from .head_forwards import HeadForwards, PromptRows
 from .level_session import LevelSession
 from .model import check_drafted, check_shape
 
 # The tree of EAGLE-2's code: 60 nodes of width 10; the first of its 8 levels takes no forward of its own.
 DEFAULT_TREE = DynamicTree(60, width=10, depth=8)
 DEFAULT_TOKENS = 5  # of a chain
-# In a batch, the default tree has so many nodes in all sequences together. On an H200, a round of an 8B target with 16
-# trees of 8 nodes took 1.3 times as long as a plain step of the batch (commit 8c943c0).
-MOST_ROWS, FEWEST_NODES = 128, 4
 
 
 class EagleDrafter(Drafter):
@@ -164,169 +151,9 @@ class EagleDrafter(Drafter):
 
 
 def default_tree(batch: int) -> DynamicTree:
-    """The tree that is drafted for each of `batch` sequences if none is asked for: EAGLE-2's, or one with about
-    `MOST_ROWS` nodes in the whole batch, which is less deep and less wide."""
-    nodes = max(MOST_ROWS // batch, FEWEST_NODES)
+    """The tree that is drafted for each of `batch` sequences if none is asked for: EAGLE-2's, or one with
+    `most_nodes_each(batch)` nodes, which is less deep and less wide."""
+    nodes = most_nodes_each(batch)
     if nodes >= DEFAULT_TREE.num_nodes:
         return DEFAULT_TREE
     return DynamicTree(nodes, width=min(DEFAULT_TREE.width, nodes // 2), depth=min(DEFAULT_TREE.depth, 1 + nodes // 4))
-
-
-class PromptRows:
-    """The rows of the prompt, computed chunk by chunk. A chunk's hidden states are not kept.
-
-    Attributes:
-        first: number of the first column that was run; None before the first chunk.
-        start: [B] int64. First column that holds a row, relative to `first`.
-        cache: keys and values of the rows of all columns since `first`. The row of the last column belongs to the root,
-            which is not known yet, so its keys and values are undefined.
-        last: [B, 1, H]. Feature of the last column.
-    """
-
-    def __init__(self, model: EagleModel, context: DraftContext):
-        # without the context, which refers to this object
-        self._model, self._target = model, context.target.model
-        self._tokens, self._start = context.tokens, context.start
-        self.first: int | None = None
-        self.cache: DynamicCache | None = DynamicCache()
-
-    def __call__(self, states: tuple[torch.Tensor, ...], first: int) -> None:
-        model = self._model
-        if self.first is None:
-            self.first = first
-            self.start = (self._start - first).clamp(min=0)
-        features = model.features(states)
-        begin, count = first - self.first, features.shape[1]
-        columns = torch.arange(begin + count, device=features.device)
-        tokens = self._tokens[:, first + 1 : first + count + 1]
-        model(
-            inputs_embeds=embedded(model, self._target, tokens),
-            features=features,
-            position_ids=(columns[begin:] - self.start[:, None]).clamp(min=0),
-            attention_mask=(columns >= self.start[:, None]).long(),
-            use_cache=True,
-            **{CACHE: self.cache},
-        )
-        self.last = features[:, -1:].clone()  # a view would keep the whole chunk
-
-
-class HeadForwards(DraftForwards):
-    """Forwards of an EAGLE head. In its cache, the row of token t_{i+1} and feature i has the slot of column i, counted
-    from the first column that the prompt's forward ran.
-
-    Args:
-        model: the head.
-        context: the call's sequences.
-        prompt: the rows of the prompt.
-        most_nodes: largest number of nodes that a round forwards after the root.
-        max_depth: largest depth of a node that is verified.
-    """
-
-    num_first = 1
-
-    def __init__(self, model: EagleModel, context: DraftContext, prompt: PromptRows, most_nodes: int, max_depth: int):
-        self._model, self.context = model, context
-        buffers, batch, device = context.buffers, len(context.start), context.start.device
-        self._column = buffers.put("draft.column", torch.tensor(prompt.first, device=device))
-        rows = max_depth + 1  # the root and the accepted tokens
-        self._room = rows + most_nodes
-        last = context.max_length - 1
-        start = buffers.put("draft.start", prompt.start)
-        self._runner = TreeRunner(
-            model, start, last, context.impl, context.fixed_shapes, context.compiled, context.fused, buffers, "draft"
-        )
-        columns = int(context.host_length[0]) - prompt.first
-        self._runner.take_cache(prompt.cache, context.cache_capacity(self._room), columns)
-        prompt.cache = None  # it was copied
-        self._chain = topology_tensors(Topology.chain(rows - 1), device)
-        buffers.keep(self._chain)  # captured rounds read it
-        self._rows = buffers.put("draft.places", torch.arange(rows, device=device))
-        features = prompt.last.new_zeros(batch, rows, prompt.last.shape[-1])
-        features[:, :1] = prompt.last
-        self._features = buffers.put("draft.features", features)  # of the columns verified last
-        self._count = buffers.put("draft.count", torch.ones(batch, dtype=torch.int64, device=device))
-
-    @property
-    def cache(self):
-        return self._runner.cache
-
-    @property
-    def weights(self):
-        own = num_weights(self._model)
-        if self._model.embed_tokens is not None:
-            own -= num_weights(self._model.embed_tokens)
-        if self._model.lm_head is None:
-            own += num_weights(self.context.target.model.get_output_embeddings())
-        return own
-
-    def follow(self, drafts):
-        self.cache.reserve(self.context.longest + self._room)
-
-    def advance(self):
-        """Compute the rows of the root and of the tokens accepted last. Later rows of `_features` are padding: their
-        keys and values are overwritten."""
-        context = self.context
-        first = (context.length - self._column - self._count).clamp(min=0)
-        columns = (first[:, None] + self._rows + self._column + 1).clamp(max=context.tokens.shape[1] - 1)
-        tokens = context.tokens.gather(1, columns)
-        _, depth, ancestors = with_rows(len(tokens), self._chain)
-        states = self._run(tokens, self._features, depth, ancestors, first)
-        last = (self._count - 1)[:, None, None].expand(-1, 1, states.shape[-1])
-        self._states = states.gather(1, last)
-        self._first = first + self._count - 1  # the root's slot
-        return context.root[:, None]
-
-    def begin(self):
-        root = self.advance()
-        return root, self._logits(self._states)
-
-    def expand(self, tokens, parents, depth, ancestors):
-        parents = parents.expand(len(tokens), -1)[..., None].expand(-1, -1, self._states.shape[-1])
-        features = self._states.gather(1, parents)
-        self._states = self._run(tokens, features, depth, ancestors, self._first)
-        return self._logits(self._states)
-
-    def _run(
-        self,
-        tokens: torch.Tensor,
-        features: torch.Tensor,
-        depth: torch.Tensor,
-        ancestors: torch.Tensor,
-        base: torch.Tensor,
-    ) -> torch.Tensor:
-        embeds = embedded(self._model, self.context.target.model, tokens)
-        more = {"inputs_embeds": embeds, "features": features}
-        return self._runner.run(tokens, depth, ancestors, base, **more).last_hidden_state
-
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits [B, n, V] over the target's vocabulary after states [B, n, H]."""
-        head = self._runner.fused.model if self._runner.fused else self._model
-        return head_logits(head, self.context.target.model, states, self.context.vocab_size)
-
-    def observe(self, accepted: Acceptance, slots):
-        """Keep the features of the verified root and of the accepted nodes."""
-        path = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
-        states = tuple(each.gather(1, path[..., None].expand(-1, -1, each.shape[-1])) for each in self.context.states)
-        self._features[:, : path.shape[1]] = self._model.features(states)
-        self._count.copy_(accepted.length + 1)
-
-
-def embedded(model: EagleModel, target: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Embeddings [B, N, E] of tokens [B, N], by the head's own table or the target's."""
-    table = model.embed_tokens
-    if table is None:
-        return target.get_input_embeddings()(tokens)
-    return table(tokens.clamp(max=table.num_embeddings - 1))
-
-
-def head_logits(model: EagleModel, target: PreTrainedModel, states: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Logits [B, n, V] after states [B, n, H], by the head's own language head or the target's. Tokens that a reduced
-    vocabulary lacks have logit -inf."""
-    states = model.logits_input(states)
-    if model.lm_head is None:
-        return output_logits(target, states)
-    logits = model.lm_head(states)
-    if model.target_ids is None:
-        return logits
-    everywhere = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
-    return everywhere.index_copy_(-1, model.target_ids, logits)

@@ -1,5 +1,5 @@
-"""The forwards by which a session drafts, level by level: the interface, and the forwards of a draft model. Those of a
-trained head are in `eagle`.
+"""The forwards by which a session drafts, level by level: the interface, and the forwards of a draft model. Those of
+trained heads are in `head_forwards` and `marginals`.
 
 Letters: B sequences, N tree nodes, V vocabulary of the draft, W words of ancestor bits.
 """
@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..forward.cache import TreeCache
 from ..forward.runner import TreeRunner
 from ..forward.wrappers import embedded_tokens, num_weights
 from ..ops.reference import Acceptance
@@ -29,14 +28,16 @@ class DraftForwards(ABC):
 
     Attributes:
         num_first: number of nodes in a level's tree up to the root, included.
+        max_depth: the largest number of levels; None if there is no limit.
     """
 
     num_first: int
+    max_depth: int | None = None
 
     @property
     @abstractmethod
-    def cache(self) -> TreeCache:
-        """The cache of the draft."""
+    def slots(self) -> int:
+        """Number of cache slots that forwards of the draft see; 0 without a cache."""
 
     @property
     @abstractmethod
@@ -44,8 +45,9 @@ class DraftForwards(ABC):
         """Number of weights that a forward reads."""
 
     @abstractmethod
-    def follow(self, drafts: bool) -> None:
-        """Prepare a round on the host. `drafts`: it runs `begin`, not `advance`."""
+    def follow(self, levels: int) -> None:
+        """Prepare a round of at most this number of levels on the host. If it is 0, the round runs `advance`, not
+        `begin`."""
 
     @abstractmethod
     def advance(self) -> torch.Tensor:
@@ -132,17 +134,17 @@ class ModelForwards(DraftForwards):
         self._runner.prefill(prompt.clamp(max=self._last_token), GenerationConfig(), kwargs, capacity)
 
     @property
-    def cache(self):
-        return self._runner.cache
+    def slots(self):
+        return self._runner.cache.slots
 
     @property
     def weights(self):
         return num_weights(self._runner.model)
 
-    def follow(self, drafts):
+    def follow(self, levels):
         """Reserve cache slots for the round. If it drafts, first run the tokens of earlier rounds that did not."""
-        self.cache.reserve(self.context.longest + self._room)
-        if not drafts:
+        self._runner.cache.reserve(self.context.longest + self._room)
+        if not levels:
             self._behind += 1
         elif self._behind:
             self._catch_up(self._behind)
@@ -184,4 +186,4 @@ class ModelForwards(DraftForwards):
             return
         path = slots.expand(len(accepted.path), -1).gather(1, accepted.path.clamp(min=0).long())
         path = torch.where(accepted.path >= 0, path, -1).int()
-        self.cache.compact(self.context.length, path, self.context.impl)
+        self._runner.cache.compact(self.context.length, path, self.context.impl)

@@ -20,7 +20,8 @@ class LevelSession(DraftSession):
     Args:
         forwards: the forwards of the draft.
         context: the call's sequences.
-        topology: the topology to draft.
+        topology: the topology to draft. Levels that `forwards` does not have are not drafted: `tree="auto"` starts a
+            session with the deepest tree that it might ask for.
         replacement: see `ModelDrafter`.
         length: if given, `topology` is a chain of its longest length, and it limits the number of tokens drafted in
             each round.
@@ -43,8 +44,11 @@ class LevelSession(DraftSession):
         context.buffers.agree("draft.confidence", None if length is None else length.confidence)
         self.on_device = length is None or not length.looks
         self.num_forwards = 0
-        self.context, self.topology = context, topology
+        self.context = context
         self.max_nodes, self.max_depth = topology.num_nodes, topology.max_depth
+        if forwards.max_depth is not None:
+            self.max_depth = min(self.max_depth, forwards.max_depth)
+        self.topology = topology
         self._sampling = "none"
         if context.rule in WEIGHING_RULES:
             self._sampling = "with" if replacement else "without"
@@ -62,17 +66,18 @@ class LevelSession(DraftSession):
             self._levels = self._stops.next_round()
             topology = Topology.chain(in_steps(self._levels, self._stops.longest))
         else:
-            topology = topology if context.fixed_shapes else topology.limited(context.useful_depth)
+            depth = self.max_depth if context.fixed_shapes else min(self.max_depth, context.useful_depth)
+            topology = topology.limited(depth)
             self._levels = topology.max_depth
         if self.on_device:
             self.num_forwards += self._levels  # counted here, because `draft` does not run if the round is replayed
-        self._forwards.follow(self._levels > 0)
+        self._forwards.follow(self._levels)
         if topology not in self._plans:
             device = context.length.device
             self._plans[topology] = plan_of(topology, self._forwards.num_first, self._sampling, device)
             context.buffers.keep(self._plans[topology], topology_tensors(topology, device))
         self._drafted = topology
-        return topology, self._levels, self._forwards.cache.slots
+        return topology, self._levels, self._forwards.slots
 
     def draft(self) -> DraftTree:
         context, stops, plan = self.context, self._stops, self._plans[self._drafted]

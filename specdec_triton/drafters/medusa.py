@@ -1,8 +1,6 @@
 """Drafts with Medusa's heads, which need one hidden state of the target and no forward of a model."""
 
-from dataclasses import replace
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch.nn.functional import pad
@@ -12,40 +10,38 @@ from ..forward.wrappers import num_weights, output_logits, unwrap
 from ..heads.checkpoint import kind_of, read_checkpoint
 from ..heads.medusa import MedusaHeads
 from ..ops.reference import Acceptance
-from ..ops.rules import CHAIN_RULES
-from ..tree import DraftTree, DynamicTree, Topology, topology_tensors
-from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree
-from .candidates import ranked
-from .model import check_children
-
-NODES, WIDTH = 64, 10  # nodes of the default tree, and tokens of each head among which a tree of likely nodes chooses
+from ..tree import DynamicTree, Topology
+from .base import DraftContext, Drafter
+from .marginals import NODES, Marginals, Shape, check_marginal_tree, check_marginals, shape_of, start_session
 
 
 class MedusaDrafter(Drafter):
     """Drafts with Medusa's heads (Cai et al. 2024, arXiv 2401.10774).
 
     The target's hidden state at the last accepted token gives the probabilities of the next tokens at all depths. They
-    do not depend on each other, so the probability of a path is the product of those of its tokens. Tokens are ranked
-    by probability, after the call's filters; none is sampled. Under "coupled", the noise that the target will use is
-    added before.
+    do not depend on each other, so the probability of a path is the product of those of its tokens.
+
+    The nodes of a number of nodes or of a `DynamicTree` are ranked by probability, after the call's filters; none is
+    sampled. Under "coupled", the noise that the target will use is added before. The tokens of a topology are chosen by
+    the acceptance rule as by `ModelDrafter`.
 
     Args:
         heads: the heads, on the target's device and in its dtype.
         tree: a number of nodes, root included: the most likely nodes of each round, among the 10 best tokens of each
-            head. Or a topology, at most as deep as there are heads. None: 64 nodes. Rules that accept only chains get a
-            chain instead of a number of nodes, at most as long as there are heads.
+            head. Or a topology or a `DynamicTree`, at most as deep as there are heads. None: 64 nodes. Rules that
+            accept only chains get a chain instead of a number of nodes, at most as long as there are heads.
 
     Raises:
-        ValueError: `tree` is neither, or is deeper than there are heads.
+        ValueError: `tree` is none of these, or is deeper than there are heads.
     """
 
     resizable = True
 
-    def __init__(self, heads: MedusaHeads, tree: Topology | int | None = None):
+    def __init__(self, heads: MedusaHeads, tree: Topology | DynamicTree | int | None = None):
         if not isinstance(heads, MedusaHeads):
             raise ValueError(f"MedusaDrafter: heads must be MedusaHeads, got {type(heads).__name__}")
         self.heads, self.tree = heads, tree
-        self._check_tree(tree)
+        check_marginal_tree("MedusaDrafter", tree, heads.num_heads)
 
     @classmethod
     def from_pretrained(
@@ -53,7 +49,7 @@ class MedusaDrafter(Drafter):
         name_or_path: str,
         target: PreTrainedModel | None = None,
         *,
-        tree: Topology | int | None = None,
+        tree: Topology | DynamicTree | int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "MedusaDrafter":
@@ -88,50 +84,22 @@ class MedusaDrafter(Drafter):
         return ("final",)
 
     def prompt_reader(self, context):
-        return _LastState()
+        return LastState()
 
     def check(self, model, rule=None, tree=None):
         self.heads.check_target(model)
-        self._check_tree(tree)
-        shape = self._shape(tree, rule)
-        check_rule(self, rule, isinstance(shape, Topology) and shape.is_chain)
+        check_marginal_tree("MedusaDrafter", tree, self.heads.num_heads)
         known = model.config.get_text_config().vocab_size
-        if isinstance(shape, Topology):
-            known = min(known, self.heads.num_known or known)
-            check_children(self, shape, known, "the number of tokens")
+        check_marginals(self, self._shape(tree, rule), rule, min(known, self.heads.num_known or known))
 
-    def _check_tree(self, tree: Topology | DynamicTree | int | None) -> None:
-        check_tree("MedusaDrafter", tree)
-        if isinstance(tree, DynamicTree):
-            raise ValueError(
-                "MedusaDrafter: tree must be a Topology or a number of nodes, whose shape follows the probabilities of "
-                f"the heads, got {tree}"
-            )
-        num_heads = self.heads.num_heads
-        if isinstance(tree, int) and tree > (most := most_nodes(WIDTH, num_heads)):
-            raise ValueError(
-                f"MedusaDrafter: tree must have at most {most} nodes, those of the {WIDTH} best tokens of {num_heads} "
-                f"heads, got {tree}"
-            )
-        if isinstance(tree, Topology) and tree.max_depth > num_heads:
-            raise ValueError(
-                f"MedusaDrafter: tree must be at most as deep as there are heads, {num_heads}, got depth "
-                f"{tree.max_depth}"
-            )
-
-    def _shape(self, tree: Topology | int | None, rule: str | None) -> Topology | int:
-        """The shape to draft: a topology, or the number of most likely nodes."""
-        shape = self.tree if tree is None else tree
-        shape = NODES if shape is None else shape
-        if isinstance(shape, int) and rule in CHAIN_RULES:
-            return Topology.chain(min(shape - 1, self.heads.num_heads))
-        return shape
+    def _shape(self, tree: Shape | None, rule: str | None) -> Shape:
+        return shape_of(self.tree if tree is None else tree, NODES, rule, self.heads.num_heads)
 
     def start(self, context, tree=None):
-        return MedusaSession(self.heads, context, self._shape(tree, context.rule))
+        return start_session(MedusaMarginals(self.heads, context), context, self._shape(tree, context.rule))
 
 
-class _LastState:
+class LastState:
     """Reads the prompt's states.
 
     Attributes:
@@ -144,86 +112,34 @@ class _LastState:
         self.state = states[0][:, -1].clone()  # a view would keep the whole chunk
 
 
-class _Round(NamedTuple):
-    """The shape of a round's tree, a key for graphs."""
-
-    topology: Topology | None  # None: the most likely nodes
-    num_nodes: int
-    depth: int
-
-
-class MedusaSession(DraftSession):
-    """Drafts a topology, or the most likely nodes.
+class MedusaMarginals(Marginals):
+    """The logits of the heads.
 
     Args:
         heads: the heads.
         context: the call's sequences. Its `prompt_reader` is that of `MedusaDrafter`.
-        shape: a topology, or a number of nodes. Levels of a topology that are deeper than there are heads are not
-            drafted: `tree="auto"` opens a session with the deepest tree that it might ask for.
     """
 
-    trusted = on_device = reusable = True
-
-    def __init__(self, heads: MedusaHeads, context: DraftContext, shape: Topology | int):
-        self.heads, self.context, self.shape = heads, context, shape
-        self._width = min(WIDTH, heads.num_known or WIDTH, context.vocab_size)
-        if isinstance(shape, Topology):
-            self.max_depth, self.max_nodes = min(heads.num_heads, shape.max_depth), shape.num_nodes
-        else:
-            self.max_depth = min(heads.num_heads, shape - 1)
-            self.max_nodes = min(shape, most_nodes(self._width, self.max_depth))
+    def __init__(self, heads: MedusaHeads, context: DraftContext):
+        self._heads, self.context = heads, context
+        self.max_depth, self.num_known = heads.num_heads, heads.num_known
         self._target_output = partial(output_logits, context.target.model) if heads.output is None else None
         # [B, H]: the state of the last accepted token, whose own output is the root
-        self._state = context.buffers.put("medusa.state", context.prompt_reader.state)
-        self._depths = context.buffers.put(
-            "medusa.depths", torch.arange(1, heads.num_heads + 1, device=context.start.device)
-        )
+        self._state = context.buffers.put("draft.state", context.prompt_reader.state)
 
     @property
-    def level_cost_ratio(self) -> float:
-        return num_weights(self.heads) / self.heads.num_heads / num_weights(self.context.target.model)
+    def weights(self):
+        return num_weights(self._heads)
 
-    def prepare(self, tree: Topology | None = None):
-        """A requested `tree` is drafted in place of the session's shape."""
-        context, shape = self.context, self.shape if tree is None else tree
-        depth = self.max_depth if context.fixed_shapes else min(self.max_depth, context.useful_depth)
-        if isinstance(shape, int):
-            self._round = _Round(None, min(shape, most_nodes(self._width, depth)), min(depth, shape - 1))
-            return self._round
-        shape = shape.limited(depth)
-        self._round = _Round(shape, shape.num_nodes, shape.max_depth)
-        # captured rounds read them
-        context.buffers.keep(_places(shape, context.start.device), topology_tensors(shape, context.start.device))
-        return self._round
+    def logits(self, depth):
+        return self._heads(self._state, depth, self._target_output)
 
-    def draft(self) -> DraftTree:
-        context, (topology, num_nodes, depth) = self.context, self._round
-        if not depth:
-            return DraftTree.root_only(context.root[:, None])
-        logits = self.heads(self._state, depth, self._target_output)[..., : context.vocab_size]
-        width = self._width if topology is None else 1 + max(topology.ranks)
-        log_probs, tokens, has_nan = ranked(context, logits, width, self._depths[:depth])
-        if topology is None:
-            tree = DraftTree.best_first(context.root, tokens, log_probs.exp(), num_nodes, context.impl)
-        else:
-            drafts = tokens.flatten(1)[:, _places(topology, tokens.device)]
-            tree = DraftTree.from_topology(topology, torch.cat([context.root[:, None], drafts], 1))
-        return replace(tree, has_nan=has_nan.any(1))
-
-    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
-        (states,) = self.context.states
-        last = pad(accepted.path, (1, 0)).amax(1)  # node numbers grow along a path; the root is 0
-        self._state.copy_(states[torch.arange(len(last), device=last.device), last.long()])
+    def observe(self, accepted):
+        self._state.copy_(last_states(self.context, accepted))
 
 
-def most_nodes(width: int, depth: int) -> int:
-    """Number of nodes, root included, of a tree in which each node above `depth` has `width` children."""
-    return sum(width**level for level in range(depth + 1))
-
-
-@lru_cache(maxsize=256)
-def _places(topology: Topology, device: torch.device) -> torch.Tensor:
-    """[N - 1] int64: for each node below the root, the place of its token among the candidates of all depths."""
-    width = 1 + max(topology.ranks)
-    places = [(depth - 1) * width + rank for depth, rank in zip(topology.depths, topology.ranks, strict=True)]
-    return torch.tensor(places[1:], dtype=torch.int64, device=device)
+def last_states(context: DraftContext, accepted: Acceptance) -> torch.Tensor:
+    """[B, H]. The first tap's states at the last accepted nodes, or at the roots if none was accepted."""
+    (states,) = context.states
+    last = pad(accepted.path, (1, 0)).amax(1)  # node numbers grow along a path; the root is 0
+    return states[torch.arange(len(last), device=last.device), last.long()]

@@ -111,6 +111,8 @@ MLA = ("self_attn.kv_a_proj_with_mqa.weight", "self_attn.q_a_proj.weight")
         ([f"draft_model.{name}" for name in EAGLE3], {}, "eagle3"),
         ([*(f"model.{name}" for name in EAGLE3), "lm_head.weight", "embed_tokens.weight", "norm.weight"], {}, "eagle3"),
         ([name.replace("midlayer", "layers.0") for name in EAGLE3], {"speculators_model_type": "eagle3"}, "eagle3"),
+        ([*EAGLE3, "mask_hidden"], {}, "eagle3"),  # P-EAGLE
+        (EAGLE3, {"speculators_model_type": "peagle"}, "eagle3"),
         (["layers.0.hidden_norm.weight", "lm_head.weight"], {}, "eagle3"),  # one tap and no fc
         (EAGLE1, {}, "eagle"),
         ([*EAGLE1, "embed_tokens.weight", "norm.weight"], {}, "eagle"),
@@ -135,8 +137,6 @@ MROPE = {"rope_type": "default", "mrope_section": [16, 24, 24]}
 @pytest.mark.parametrize(
     "names, config, named",
     [
-        ([*EAGLE3, "mask_hidden"], {}, "P-EAGLE"),
-        (EAGLE3, {"speculators_model_type": "peagle"}, "P-EAGLE"),
         (["fc.weight", "hidden_norm.weight", "layers.0.self_attn.q_proj.weight", "norm.weight"], {}, "DFlash"),
         (EAGLE1, {"dflash_config": {}}, "DFlash"),
         ([*EAGLE3, *(f"midlayer.{name}" for name in MLA)], {}, r"latent attention \(MLA\)"),

@@ -21,7 +21,6 @@ LATENT_ATTENTION = re.compile(r"\.self_attn\.(kv_a_|kv_b_|q_a_|q_b_)")
 MEDUSA = re.compile(r"^(medusa_heads?\.)?(\d+\.\d+\.(linear\.)?weight$|blocks\.\d+\.layers\.\d+\.|lm_heads\.\d+\.)")
 # kinds of heads that are not supported -> names of tensors that only they have
 UNSUPPORTED = {
-    "P-EAGLE": re.compile(r"^mask_hidden$"),
     "EAGLE with parallel Medusa heads": re.compile(r"^parallel_draft_heads\."),
     "EAGLE with a mixture of experts": re.compile(r"^(midlayer|layers\.\d+)\.mlp\.experts\."),
     "Hydra": re.compile(r"(^|\.)hydra"),
@@ -31,7 +30,7 @@ UNSUPPORTED = {
     "MLPSpeculator": re.compile(r"^(speculator\.)?(emb|proj|head|ln)\.\d+\.weight$"),
 }
 # `speculators_model_type` in a config -> the kind
-UNSUPPORTED_TYPES = {"dflash": "DFlash", "dspark": "DSpark", "peagle": "P-EAGLE", "mtp": "MTP"}
+UNSUPPORTED_TYPES = {"dflash": "DFlash", "dspark": "DSpark", "mtp": "MTP"}
 # `model_type` of transformers' assistants that read the target's states -> the kind
 ASSISTANTS = {
     "gemma4_assistant": "a Gemma 4 assistant",

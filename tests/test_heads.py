@@ -602,7 +602,12 @@ def ids_of_d2t(change):
         (eagle3(layers=2), {"layer_types": ["sliding_attention"], "sliding_window": 3}, "must name the 2 layers of"),
         (changed(), {"partial_rotary_factor": 0.5}, "must cover the whole head, got partial_rotary_factor=0.5"),
         (changed(), {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "multimodal rotary positions (mrope)"),
-        (changed(mask_hidden=torch.ones(1, 1, 84)), {}, "got P-EAGLE"),
+        (changed(mask_hidden=torch.ones(1, 1, 84)), {}, "have mask_token_id or pard_token or ptd_token_id, the mask"),
+        (changed(mask_hidden=torch.ones(1, 84)), {"ptd_token_id": "96"}, None),
+        (changed(mask_hidden=torch.ones(1, 84)), {"mask_token_id": -1}, "the mask token, got -1"),
+        (changed(mask_hidden=torch.ones(1, 84)), {"mask_token_id": 5, "num_depths": 0.5}, "at least 1, got 0.5"),
+        (changed(mask_hidden=torch.ones(1, 1, 28)), {"mask_token_id": 5}, "mask_hidden must be [1, 1, 84], as wide as"),
+        (changed(), {"speculators_model_type": "peagle", "mask_token_id": 5}, "mask_hidden must be [1, 1, 84]"),
         ({"0.0.linear.weight": torch.ones(2, 2)}, {}, "must hold an EAGLE head, got medusa"),
         ({"weight": torch.ones(2)}, {}, "must hold an EAGLE head, got tensors of another model"),
         (changed(d2t=torch.zeros(DV)), {}, "d2t must be integers [DV], got torch.float32 [40]"),
@@ -672,6 +677,9 @@ def test_other_misfits_with_a_target():
         load(eagle3(), layers=(1, 3, 8)).check_target(target())
     with pytest.raises(ValueError, match="the dtype must be torch.bfloat16, got torch.float32"):
         load(eagle3(), dtype=torch.bfloat16).check_target(target())
+    head = load({**eagle3(own=False, embedding=HT), "mask_hidden": torch.ones(1, 1, 84)}, CONFIG | {"pard_token": V})
+    with pytest.raises(ValueError, match="the number of embeddings must be larger than 97, the mask token, got 97"):
+        head.check_target(target())
     with pytest.raises(ValueError, match="the device must be cpu, got meta"):
         load(eagle3()).check_target(target().to("meta"))
     weights = eagle3(reduced=False)

@@ -1,4 +1,4 @@
-"""The model of EAGLE draft heads: EAGLE-1, EAGLE-2, EAGLE-3 and EAGLE-3.1, and their variants.
+"""The model of EAGLE draft heads: EAGLE-1, EAGLE-2, EAGLE-3, EAGLE-3.1 and P-EAGLE, and their variants.
 
 It runs transformers' own attention, MLP, norm and rotary modules, so it runs with an ordinary cache over a prompt, with
 a tree cache over tree nodes, and with fused layers.
@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
 
 from ..forward.versions import CACHE
+from ..forward.wrappers import embedded_tokens
 from .checkpoint import Checkpoint
 from .layouts import Layout, Meaning, layout_of
 
@@ -95,7 +96,8 @@ class EagleModel(PreTrainedModel):
         config: of the layers; `hidden_size` is H.
         source: see `Checkpoint`.
         kind: "eagle3", or "eagle" for EAGLE-1 and EAGLE-2.
-        layer_ids, layer_meaning, target_hidden_size, norm_output: see `Layout`.
+        layer_ids, layer_meaning, target_hidden_size, norm_output, mask_token_id, num_drafted: see `Layout`.
+        mask_hidden: [1, 1, T * Ht]. Stands for the target's hidden states in P-EAGLE's mask rows; None for other heads.
         target_ids: [DV] int64. The target's id of each token that the head can name; None if they are the target's.
         embed_tokens: the head's own embedding; None if that of the target is to be used.
         lm_head: the head's own output layer; None if that of the target is to be used.
@@ -112,6 +114,7 @@ class EagleModel(PreTrainedModel):
         self.target_hidden_size, self.num_taps = layout.target_hidden_size, layout.num_taps
         self.embedding_size = layout.embedding_size
         self.norm_output, self._final_tap = layout.norm_output, layout.final_tap
+        self.mask_token_id, self.num_drafted = layout.mask_token_id, layout.num_drafted
         types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         self._windows = tuple(config.sliding_window if each == "sliding_attention" else None for each in types)
         hidden, given = config.hidden_size, {name.removesuffix(".weight") for name in tensors}
@@ -136,6 +139,9 @@ class EagleModel(PreTrainedModel):
         elif "layers.0.input_layernorm" not in given:
             self.layers[0] = UnnormedLayer(config, hidden)
         self.final_norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps) if is_eagle3 else norm("final_norm", hidden)
+        self.mask_hidden = None
+        if self.mask_token_id is not None:
+            self.mask_hidden = nn.Parameter(torch.empty(1, 1, of_taps))
         self.embed_tokens = self.lm_head = None
         if "embed_tokens" in given:
             self.embed_tokens = nn.Embedding(len(tensors["embed_tokens.weight"]), self.embedding_size)
@@ -249,6 +255,10 @@ class EagleModel(PreTrainedModel):
             width = getattr(embedding, "embedding_dim", config.hidden_size)
             if width != self.embedding_size:
                 raise differs("the width of the target's embeddings, which are shared,", self.embedding_size, width)
+        if self.mask_token_id is not None:
+            rows = embedded_tokens(target) if self.embed_tokens is None else self.embed_tokens.num_embeddings
+            if self.mask_token_id >= rows:
+                raise differs("the number of embeddings", f"larger than {self.mask_token_id}, the mask token", rows)
         if self.lm_head is None and config.hidden_size != self.config.hidden_size:
             raise differs(
                 "the input of the target's output layer, which is shared,", self.config.hidden_size, config.hidden_size
@@ -272,6 +282,13 @@ class EagleModel(PreTrainedModel):
         if self.input_norm is not None:
             joint = self.input_norm(joint)
         return joint if self.fc is None else self.fc(joint)
+
+    @property
+    def mask_feature(self) -> torch.Tensor | None:
+        """The feature [1, 1, H] of P-EAGLE's mask rows; None for other heads."""
+        if self.mask_hidden is None:
+            return None
+        return self.features(self.mask_hidden.split(self.target_hidden_size, dim=-1))
 
     def forward(
         self,

@@ -3,8 +3,8 @@
 Letters: H hidden size of the draft, Ht of the target, E width of the embeddings, T taps, DV tokens that the draft can
 name, V tokens of the target.
 
-Sources: SafeAILab/EAGLE, SpecForge, vllm-project/speculators, NVIDIA Model Optimizer. The names and shapes of tensors
-decide. A config gives only the numbers and flags that no shape shows.
+Sources: SafeAILab/EAGLE, SpecForge, vllm-project/speculators, NVIDIA Model Optimizer, NeMo AutoModel, vLLM. The names
+and shapes of tensors decide. A config gives only the numbers and flags that no shape shows.
 """
 
 import re
@@ -38,6 +38,9 @@ ROPE_TYPES = {
     "yarn": ("factor",),
 }
 DEFAULT_ROPE_THETA = 10000.0  # of the official code, whatever the target's is
+# names that config.json may have for the mask token of P-EAGLE, in the order of vLLM
+MASK_TOKEN_NAMES = ("mask_token_id", "pard_token", "ptd_token_id")
+NUM_DRAFTED = 7  # of a P-EAGLE head whose config states no number: the number in the cards of the authors' heads
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Layout:
         norm_before_residual: True if the first layer adds its update to the normed feature.
         norm_output: True if the state that is fed back is that after the final norm (EAGLE-3.1). SpecForge wrote the
             flag with another meaning for some months; without it in a config, all writers mean False.
+        mask_token_id: the token of P-EAGLE's mask rows, whose feature is made from the tensor `mask_hidden`; None for
+            other heads.
+        num_drafted: number of tokens that a P-EAGLE head drafts in one forward, if the user asks for no other number;
+            None for other heads.
     """
 
     source: str
@@ -77,6 +84,8 @@ class Layout:
     final_tap: bool
     norm_before_residual: bool
     norm_output: bool
+    mask_token_id: int | None = None
+    num_drafted: int | None = None
 
 
 def layout_of(
@@ -155,6 +164,8 @@ class _Reader:
             raise self.error(f"fc.weight must take one hidden state (use_aux_hidden_state is false), got {num_taps}")
         self.check_norms()
         self.tie_head()
+        is_peagle = "mask_hidden" in self.tensors or self.config.get("speculators_model_type") == "peagle"
+        parallel = self.kind == "eagle3" and is_peagle
         return Layout(
             source=self.source,
             kind=self.kind,
@@ -170,6 +181,8 @@ class _Reader:
             final_tap=final_tap,
             norm_before_residual=bool(self.flag("norm_before_residual", False)),
             norm_output=self.kind == "eagle3" and bool(self.flag("norm_output", False)),
+            mask_token_id=self.mask_token_id(num_taps * target) if parallel else None,
+            num_drafted=self.num_drafted() if parallel else None,
         )
 
     def flag(self, name: str, default: Any) -> Any:
@@ -206,6 +219,27 @@ class _Reader:
             wanted = self.flag(flag, None)
             if wanted is not None and bool(wanted) != (norm in self.tensors):
                 raise self.error(f"{norm} must {'' if wanted else 'not '}be there with {flag}={wanted} in config.json")
+
+    def mask_token_id(self, size: int) -> int:
+        """The mask token of a P-EAGLE head. Its tensor `mask_hidden` of `size` elements gets the shape [1, 1, size]."""
+        found = self.tensors.get("mask_hidden")
+        if found is None or found.numel() != size:
+            got = "none" if found is None else list(found.shape)
+            raise self.error(f"mask_hidden must be [1, 1, {size}], as wide as its states of the target, got {got}")
+        self.tensors["mask_hidden"] = found.reshape(1, 1, size)
+        stated = next((each for name in MASK_TOKEN_NAMES if (each := self.flag(name, None)) is not None), None)
+        token = int(stated) if isinstance(stated, str) and stated.isdecimal() else stated
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise self.error(f"config.json must have {' or '.join(MASK_TOKEN_NAMES)}, the mask token, got {stated!r}")
+        return token
+
+    def num_drafted(self) -> int:
+        """The number of tokens that a P-EAGLE head was trained to draft. speculators and AutoModel state it."""
+        proposals = (self.config.get("speculators_config") or {}).get("proposal_methods") or [{}]
+        stated = proposals[0].get("speculative_tokens") or self.flag("num_depths", None) or NUM_DRAFTED
+        if isinstance(stated, bool) or not isinstance(stated, int) or stated < 1:
+            raise self.error(f"the number of tokens that it drafts must be at least 1, got {stated!r}")
+        return stated
 
     def tie_head(self) -> None:
         """If embeddings are tied and the head has its own, they are also its output layer."""

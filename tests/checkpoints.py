@@ -69,6 +69,12 @@ class Layout:
     norms: tuple[str, ...] = ()
     flags: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def mask_token(self) -> int | None:
+        """The token of P-EAGLE's mask rows, as config.json states it; None for other heads."""
+        names = ("mask_token_id", "pard_token", "ptd_token_id")
+        return next((int(self.flags[name]) for name in names if name in self.flags), None)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -192,6 +198,45 @@ LAYOUTS = {
     ),
 }
 
+# P-EAGLE heads, in the same way
+PARALLEL_LAYOUTS = {
+    "vllm": Layout(names=_MIDLAYER, num_layers=2, flags={"ptd_token_id": "59"}),
+    "automodel": Layout(
+        writer="specforge",
+        names=(("lm_head.", "lm_head."), ("mask_hidden", "mask_hidden"), ("", "model.")),
+        own=("lm_head", "embed_tokens"),
+        draft_vocab=None,
+        norms=("fc_norm",),
+        flags={"fc_norm": True, "norm_output": True, "num_depths": 6, "mask_token_id": 0},
+    ),
+    "speculators": Layout(
+        writer="speculators",
+        model_type="qwen3",
+        ids=(2, 5, 8),
+        states=(2, 5, "last"),
+        num_layers=2,
+        windows=(None, WINDOW),
+        own=("lm_head", "embed_tokens"),
+        norms=("input_norm",),
+        flags={
+            "norm_before_fc": True,
+            "norm_before_residual": True,
+            "mask_token_id": 60,
+            "speculators_model_type": "peagle",
+            "speculators_config": {"proposal_methods": [{"speculative_tokens": 5}]},
+        },
+    ),
+    "specforge_wider_target": Layout(
+        writer="specforge",
+        names=(*_MIDLAYER, ("", "")),
+        hidden=24,
+        heads=(3, 1, 16),
+        own=("lm_head", "embed_tokens"),
+        biases=("fc", "qkv", "o"),
+        flags={"pard_token": 58},
+    ),
+}
+
 
 def favouring(target, factor: float = 4.0):
     """The target itself, changed in place so that its text consists mostly of `FAVOURED` tokens."""
@@ -267,6 +312,8 @@ def _random_tensors(layout: Layout, target, seed: int) -> dict[str, torch.Tensor
             norm(name, hidden)
     if eagle3 or "norm" in layout.norms:
         norm("norm", hidden)
+    if layout.mask_token is not None:
+        tensors["mask_hidden"] = torch.randn(1, 1, target.hidden_size * len(layout.states), generator=random)
     if "embed_tokens" in layout.own:
         tensors["embed_tokens.weight"] = torch.randn(vocab, hidden, generator=random)
     if layout.draft_vocab is None:

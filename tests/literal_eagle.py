@@ -84,8 +84,10 @@ class LiteralDraft:
             arithmetic, another tree is as good.
     """
 
+    mistakes: tuple[str, ...] = MISTAKES
+
     def __init__(self, head: Head, target, text: list[int], mistake: str = "", first: int = 0):
-        assert mistake in ("", *MISTAKES), mistake
+        assert mistake in ("", *self.mistakes), mistake
         self.head, self.mistake, self.text, self.first = head, mistake, text, first
         self.weights = {name: tensor.double() for name, tensor in head.tensors.items() if tensor.is_floating_point()}
         self.is_eagle3 = head.layout.kind == "eagle3"
@@ -204,11 +206,15 @@ class LiteralDraft:
         for head in range(heads):
             group = head // (heads // kv_heads)
             scores = queries[:, head] @ keys[:, group].T / size**0.5
-            seen = torch.ones_like(scores).tril()
+            seen = self._seen(len(x))
             if window is not None and self.mistake != "no window":
                 seen = seen.triu(1 - window)
             outputs.append(scores.masked_fill(seen == 0, -math.inf).softmax(-1) @ values[:, group])
         return self._linear(f"{name}.o_proj", torch.cat(outputs, -1))
+
+    def _seen(self, rows: int) -> torch.Tensor:
+        """[n, n]: 1 if row i sees row j, else 0. Windows are left out."""
+        return torch.ones(rows, rows).tril()
 
     # --- its drafts
 

@@ -53,16 +53,17 @@ def pretend(counter: Counter, arch: int) -> None:
     """Patch this process: launches are counted, ops take CPU tensors, references and graphs compute nothing."""
     record_launches(arch, counter.note)
     impls = {op: getattr(torch.ops.specdec_triton, op).default for op in ops.OPS}
-    ops.rounds.resolve = lambda op, impl, device: getattr(reference, op) if impl == "reference" else impls[op]
-    reference.tree_attention, reference.compact_kv = ops.rounds._fake_tree_attention, ops.rounds._fake_compact_kv
+    for module in (ops.trees, ops.acceptance):
+        module.resolve = lambda op, impl, device: getattr(reference, op) if impl == "reference" else impls[op]
+    reference.tree_attention, reference.compact_kv = ops.trees._fake_tree_attention, ops.acceptance._fake_compact_kv
 
     def acceptance(logits, tokens, parents, *others, max_depth=None, **_):
         """Outputs of the right shapes; max_depth is the first number after the three tensors."""
         depth = max_depth if max_depth is not None else next(each for each in others if isinstance(each, int))
-        return reference.Acceptance(*ops.rounds._fake_accept_greedy(logits, tokens, parents, depth, None, None))
+        return reference.Acceptance(*ops.acceptance._fake_accept_greedy(logits, tokens, parents, depth, None, None))
 
     reference.accept_greedy = reference.accept_sample = acceptance
-    reference.draft_topk = lambda *given: reference.Candidates(*ops.rounds._fake_draft_topk(*given))
+    reference.draft_topk = lambda *given: reference.Candidates(*ops.trees._fake_draft_topk(*given))
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.cuda.CUDAGraph = lambda: types.SimpleNamespace(replay=lambda: None)
     torch.cuda.graph = lambda graph: contextlib.nullcontext()

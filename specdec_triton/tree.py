@@ -18,8 +18,8 @@ import torch
 from .ops.arguments import ANY_FLOAT, Check
 from .ops.filters import Filters
 from .ops.reference import WORD_BITS, ancestor_matrix, pack_bits, pack_tree
-from .ops.rounds import build_tree
 from .ops.rules import SAMPLING
+from .ops.trees import build_tree
 
 # Assumed probability that the target chooses a drafter's candidate of each rank. Used if only a node budget is given.
 RANK_ACCEPTANCE = (0.65, 0.12, 0.05, 0.03, 0.02, 0.01)

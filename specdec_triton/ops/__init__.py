@@ -1,6 +1,6 @@
 """The ops. Each op checks its arguments and is computed by a Triton kernel or by its PyTorch reference.
 
-The ops of a round are in `rounds`, those of fused decoder layers in `layers`.
+The ops of a round are in `trees` and `acceptance`, those of fused decoder layers in `layers`.
 
 `impl=None` uses the Triton kernel if the tensors are on a CUDA GPU, and the reference otherwise. `tree_attention` and
 `build_tree` also use the reference for sizes that are too large for their kernels. An explicit `impl="triton"` or
@@ -11,20 +11,16 @@ Strides: tensors may have any strides unless an op's docstring says otherwise. T
 read in place; other tensors are copied if they are not contiguous.
 """
 
-from .arguments import FLOAT_DTYPES
+from .acceptance import accept_greedy, accept_sample, append_tokens, compact_kv
+from .arguments import FILTER_DTYPES, FLOAT_DTYPES
 from .layers import gated_activation, rms_norm, rotary_and_cache
 from .reference import Acceptance, Candidates, TreeInputs
 from .registry import HAS_TRITON, OPS, implementation, resolve
-from .rounds import (
-    FILTER_DTYPES,
+from .trees import (
     MAX_BUILT_NODES,
     MAX_CANDIDATES,
     MAX_HEAD_DIMS,
-    accept_greedy,
-    accept_sample,
-    append_tokens,
     build_tree,
-    compact_kv,
     draft_topk,
     ngram_lookup,
     tree_attention,

@@ -7,9 +7,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .filters import Filters
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (torch.float64, *FLOAT_DTYPES)
 DTYPE_NAMES = {FLOAT_DTYPES: "fp32, bf16 or fp16", ANY_FLOAT: "float"}
+# field of `Filters` -> its dtype
+FILTER_DTYPES = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float64,
+    "min_p": torch.float32,
+}
 
 
 class Check:
@@ -75,6 +84,26 @@ def is_number(value: typing.Any, kinds: type | tuple[type, ...]) -> bool:
     if not isinstance(value, kinds) or isinstance(value, bool):
         return False
     return -(2.0**63) <= value < 2.0**63  # type: ignore[operator]
+
+
+def check_filters(check: Check, name: str, filters: Filters) -> None:
+    """Check the `Filters` of the B sequences that `check` knows.
+
+    Raises:
+        ValueError: it is not a `Filters`, or a shape, dtype, device or max_top_k is wrong.
+    """
+    if not isinstance(filters, Filters):
+        raise ValueError(f"{check.owner}: {name} must be a Filters, got {type(filters).__name__}")
+    for field, dtype in FILTER_DTYPES.items():
+        option = getattr(filters, field)
+        if option is not None:
+            check(f"{name}.{field}", option, "B", dtype)
+    if filters.max_top_k is not None and (
+        filters.top_k is None or not is_number(filters.max_top_k, int) or filters.max_top_k < 1
+    ):
+        raise ValueError(
+            f"{check.owner}: {name}.max_top_k must be None, or at least 1 with a top_k, got {filters.max_top_k!r}"
+        )
 
 
 # annotation -> (description of the type, function that tests a value)

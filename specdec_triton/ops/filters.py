@@ -43,6 +43,9 @@ class Filters(NamedTuple):
         return Filters(*(None if option is None else option[rows] for option in self.tensors), max_top_k=self.max_top_k)
 
 
+NO_FILTERS = Filters()
+
+
 def filtered_log_probs(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
     """Log-probabilities after the filters.
 

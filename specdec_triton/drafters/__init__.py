@@ -5,6 +5,7 @@ from .eagle import EagleDrafter
 from .early_exit import EarlyExitDrafter
 from .medusa import MedusaDrafter
 from .model import ModelDrafter
+from .mtp import MTPDrafter
 from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
 
@@ -14,6 +15,7 @@ __all__ = [
     "Drafter",
     "EagleDrafter",
     "EarlyExitDrafter",
+    "MTPDrafter",
     "MedusaDrafter",
     "ModelDrafter",
     "NoDrafter",

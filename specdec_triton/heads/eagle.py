@@ -26,11 +26,10 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
 
 from ..forward.versions import CACHE
-from ..forward.wrappers import embedded_tokens
 from .checkpoint import Checkpoint
-from .layouts import Layout, Meaning, layout_of
-
-PADDING = 0.01  # two vocabularies are the same if their sizes differ by at most this share, which is padding
+from .layouts import Layout, layout_of
+from .reader import Meaning, check_choices, load_model, match_biases
+from .target import check_fit, named_taps, num_layers
 
 
 class UnnormedLayer(nn.Module):
@@ -147,14 +146,11 @@ class EagleModel(PreTrainedModel):
             self.embed_tokens = nn.Embedding(len(tensors["embed_tokens.weight"]), self.embedding_size)
         if "lm_head" in given:
             self.lm_head = nn.Linear(hidden, len(tensors["lm_head.weight"]))
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):  # a bias is there if the file has one
-                bias = nn.Parameter(module.weight.new_empty(module.out_features))
-                module.bias = bias if f"{name}.bias" in tensors else None
+        match_biases(self, tensors)
         with torch.device("cpu"):
             self.rotary_emb = LlamaRotaryEmbedding(config)
         self.register_buffer("target_ids", layout.target_ids, persistent=False)
-        self._largest_id = -1 if layout.target_ids is None else int(layout.target_ids.max())
+        self.largest_id = -1 if layout.target_ids is None else int(layout.target_ids.max())
 
     @classmethod
     def from_checkpoint(
@@ -182,17 +178,8 @@ class EagleModel(PreTrainedModel):
             ValueError: the head is of another kind, is quantized, or has missing, unknown or misshapen tensors. The
                 message names the tensor and the source.
         """
-        if layer_meaning not in (None, "input", "output"):
-            raise ValueError(f"EagleModel: layer_meaning must be 'input', 'output' or None, got {layer_meaning!r}")
-        if layers is not None and not isinstance(layers, (list, tuple, range)):
-            raise ValueError(f"EagleModel: layers must be a list of numbers of layers or None, got {layers!r}")
-        layout = layout_of(checkpoint, rope_theta, None if layers is None else tuple(layers), layer_meaning)
-        with torch.device("meta"):
-            model = cls(layout)
-        _check_tensors(layout, model)
-        dtype = dtype or layout.tensors["layers.0.self_attn.q_proj.weight"].dtype
-        model.load_state_dict({name: each.to(device, dtype) for name, each in layout.tensors.items()}, assign=True)
-        return model.to(device or "cpu").requires_grad_(False).eval()
+        layers = check_choices("EagleModel", layers, layer_meaning)
+        return load_model(cls, layout_of(checkpoint, rope_theta, layers, layer_meaning), dtype, device)
 
     def extra_repr(self) -> str:
         ids = "final" if self._final_tap else f"{self.layer_ids or 'default'} ({self.layer_meaning})"
@@ -208,65 +195,19 @@ class EagleModel(PreTrainedModel):
         """
         if self._final_tap:
             return ("final",)
-        count = target.config.get_text_config(decoder=True).num_hidden_layers
-        ids, shift = self.layer_ids, int(self.layer_meaning == "output")
+        ids, meaning, count = self.layer_ids, self.layer_meaning, num_layers(target)
         if ids is None:
-            ids, shift = (2, count // 2, count - 3), 0
+            ids, meaning = (2, count // 2, count - 3), "input"
             if self.num_taps != len(ids) or not ids[0] < ids[1] < ids[2]:
                 raise ValueError(
                     f"EagleModel: {self.source} names no layers and takes {self.num_taps} hidden states; the default is"
                     f" 3 of at least 7 layers, and {type(target).__name__} has {count} layers: give layers="
                 )
-        unfit = [each for each in ids if each + shift > count]
-        if unfit:
-            raise ValueError(
-                f"EagleModel: layer ids must be at most {count - shift} ({self.layer_meaning}s of the {count} layers of"
-                f" {type(target).__name__}), got {unfit[0]} in {self.source}: give layers= and layer_meaning="
-            )
-        return tuple("last" if each + shift == count else each + shift for each in ids)
+        return named_taps(self, target, ids, meaning)
 
     def check_target(self, target: PreTrainedModel) -> None:
-        """Refuse a target that the head was not made for.
-
-        Raises:
-            ValueError: hidden size, vocabulary, layer ids, width of shared embeddings or of a shared output layer,
-                device or dtype do not fit. The message names both sides.
-        """
-        name, config = type(target).__name__, target.config.get_text_config(decoder=True)
-
-        def differs(what: str, ours: Any, theirs: Any) -> ValueError:
-            return ValueError(f"EagleModel: {self.source} does not fit {name}: {what} must be {ours}, got {theirs}")
-
-        if config.hidden_size != self.target_hidden_size:
-            raise differs("the target's hidden size", self.target_hidden_size, config.hidden_size)
-        self.taps(target)
-        vocabulary = config.vocab_size
-        if self.target_ids is not None:
-            if self._largest_id >= vocabulary:
-                raise differs("the target's vocabulary", f"larger than {self._largest_id}, an id in d2t", vocabulary)
-        elif self.lm_head is not None and not _same_size(self.lm_head.out_features, vocabulary):
-            raise differs("the target's vocabulary", f"{self.lm_head.out_features}, the rows of lm_head", vocabulary)
-        if self.embed_tokens is not None:
-            rows = self.embed_tokens.num_embeddings
-            if rows < vocabulary and not _same_size(rows, vocabulary):
-                raise differs("the target's vocabulary", f"at most {rows}, the rows of embed_tokens", vocabulary)
-        else:
-            embedding = target.get_input_embeddings()
-            width = getattr(embedding, "embedding_dim", config.hidden_size)
-            if width != self.embedding_size:
-                raise differs("the width of the target's embeddings, which are shared,", self.embedding_size, width)
-        if self.mask_token_id is not None:
-            rows = embedded_tokens(target) if self.embed_tokens is None else self.embed_tokens.num_embeddings
-            if self.mask_token_id >= rows:
-                raise differs("the number of embeddings", f"larger than {self.mask_token_id}, the mask token", rows)
-        if self.lm_head is None and config.hidden_size != self.config.hidden_size:
-            raise differs(
-                "the input of the target's output layer, which is shared,", self.config.hidden_size, config.hidden_size
-            )
-        if target.device != self.device:
-            raise differs("the device", self.device, target.device)
-        if target.dtype != self.dtype:
-            raise differs("the dtype", self.dtype, target.dtype)
+        """Refuse a target that the head was not made for; see `check_fit`."""
+        check_fit(self, target)
 
     def features(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """The features [B, n, H] of verified positions.
@@ -348,26 +289,3 @@ class EagleModel(PreTrainedModel):
             states: [B, n, H]. `last_hidden_state` of `forward`.
         """
         return states if self.final_norm is None or self.norm_output else self.final_norm(states)
-
-
-def _same_size(one: int, other: int) -> bool:
-    return abs(one - other) <= PADDING * max(one, other)
-
-
-def _check_tensors(layout: Layout, model: EagleModel) -> None:
-    """Compare the tensors of the file with those of the model.
-
-    Raises:
-        ValueError: a tensor is missing, not known, or of another shape.
-    """
-    wanted, problem = model.state_dict(), None
-    for name in [*wanted, *layout.tensors]:
-        shown = layout.names.get(name, name)
-        if name not in layout.tensors:
-            problem = f"{shown} must be {list(wanted[name].shape)}, got none"
-        elif name not in wanted:
-            problem = f"{shown} must not be there, got {list(layout.tensors[name].shape)}: this tensor is not known"
-        elif wanted[name].shape != layout.tensors[name].shape:
-            problem = f"{shown} must be {list(wanted[name].shape)}, got {list(layout.tensors[name].shape)}"
-        if problem:
-            raise ValueError(f"EagleModel: {layout.source}: {problem}")

@@ -25,8 +25,9 @@ import specdec_triton as sdt
 from ..drafters import Drafter, EagleDrafter, MedusaDrafter
 from ..heads.checkpoint import Checkpoint, kind_of, read_checkpoint, rope_options
 from ..heads.eagle import EagleModel
-from ..heads.layouts import DEFAULT_ROPE_THETA, layout_of
+from ..heads.layouts import layout_of
 from ..heads.medusa import MedusaHeads
+from ..heads.reader import DEFAULT_ROPE_THETA
 
 DEPTH = 5  # tokens of a chain, at most as many as Medusa has heads
 NEW_TOKENS = 24  # tokens that are decoded at each place

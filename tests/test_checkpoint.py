@@ -96,6 +96,8 @@ def test_unusable_files_are_refused(tmp_path):
 LAYER = ("self_attn.q_proj.weight", "mlp.up_proj.weight")
 EAGLE3 = ("fc.weight", "midlayer.hidden_norm.weight", *(f"midlayer.{name}" for name in LAYER))
 EAGLE1 = ("fc.weight", *(f"layers.0.{name}" for name in LAYER))
+DFLASH = ("fc.weight", "hidden_norm.weight", "layers.0.self_attn.q_proj.weight", "norm.weight")
+MUSE = ("encoder.fc.weight", "encoder.output_norm_enc.weight", *DFLASH[2:])
 MODEL = (
     "model.embed_tokens.weight",
     "model.norm.weight",
@@ -117,12 +119,17 @@ MLA = ("self_attn.kv_a_proj_with_mqa.weight", "self_attn.q_a_proj.weight")
         (EAGLE1, {}, "eagle"),
         ([*EAGLE1, "embed_tokens.weight", "norm.weight"], {}, "eagle"),
         (["fusion_fc.weight", "transformer.self_attn.q_proj.weight"], {"speculators_model_type": "eagle"}, "eagle"),
+        (DFLASH, {}, "dflash"),
+        ([*DFLASH, "embed_tokens.weight", "lm_head.weight", "d2t"], {"speculators_model_type": "dflash"}, "dflash"),
+        ([f"model.{name}" for name in DFLASH], {"dflash_config": {"projector_type": "dflash"}}, "dflash"),
+        (MUSE, {"model_type": "muse_glimmer_assistant"}, "dflash"),
         (["0.0.linear.weight", "0.0.linear.bias", "0.1.weight"], {}, "medusa"),
         (["medusa_head.0.0.linear.weight", "medusa_head.0.1.weight"], {"medusa_num_heads": 2}, "medusa"),
         (["blocks.0.layers.0.weight", "lm_heads.0.weight"], {}, "medusa"),
         (MODEL, {}, None),
         ([*MODEL, "mtp.fc.weight", "model.layers.1.eh_proj.weight", f"model.layers.0.{MLA[0]}"], {}, None),
         (MODEL, {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1]}}, None),
+        (MODEL, {"dflash_config": {"mask_token_id": 3}}, None),
         (["fc.weight"], {}, None),
         ([], {}, None),
     ],
@@ -137,14 +144,25 @@ MROPE = {"rope_type": "default", "mrope_section": [16, 24, 24]}
 @pytest.mark.parametrize(
     "names, config, named",
     [
-        (["fc.weight", "hidden_norm.weight", "layers.0.self_attn.q_proj.weight", "norm.weight"], {}, "DFlash"),
-        (EAGLE1, {"dflash_config": {}}, "DFlash"),
+        (DFLASH, {"speculators_model_type": "dspark"}, "DSpark: use another one"),
+        (DFLASH, {"dflash_config": {"projector_type": "dspark"}}, "DSpark"),
+        ([*DFLASH, "markov_head.markov_w1.weight"], {}, "DSpark"),
+        ([*DFLASH, "logit_head.confidence_head.proj.weight"], {}, "DSpark"),
+        (DFLASH, {"dflash_config": {"projector_type": "domino", "shift_label": True}}, "Domino"),
+        ([*DFLASH, "prefix_gru.weight_ih_l0", "embed_proj.0.weight"], {}, "Domino"),
+        (DFLASH, {"speculators_model_type": "dflash2"}, "DFlash 2"),
+        ([*DFLASH, "candidate_selector.successor_codebook"], {}, "DFlash 2"),
+        ([*DFLASH, "layers.0.attention_conv.base_kernel"], {}, "DFlash 2"),
+        ([*DFLASH, "layers.0.mlp.experts.0.up_proj.weight"], {}, "DFlash with a mixture of experts"),
+        ([*DFLASH, f"layers.0.{MLA[0]}"], {}, r"DFlash with latent attention \(MLA\)"),
+        (DFLASH, {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "DFlash with .* \\(mrope\\)"),
+        ((*MODEL, "pre_projection.weight"), {"model_type": "gemma4_assistant"}, "a Gemma 4 assistant"),
         ([*EAGLE3, *(f"midlayer.{name}" for name in MLA)], {}, r"latent attention \(MLA\)"),
         (EAGLE3, {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "mrope"),
         (EAGLE3, {"transformer_layer_config": {"rope_parameters": MROPE}}, "mrope"),
         (["0.0.linear.weight"], {"hydra_num_heads": 4}, "Hydra"),
         (["hydra_head.0.0.linear.weight"], {}, "Hydra"),
-        (["mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight"], {}, "MTP"),
+        (["mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight"], {}, "MTP: .* with MTPDrafter.from_target"),
         (["model.layers.61.eh_proj.weight", "model.layers.61.enorm.weight"], {}, "MTP"),
         (["emb.0.weight", "head.0.weight", "ln.0.weight", "proj.0.weight"], {}, "MLPSpeculator"),
         ([*EAGLE1, "parallel_draft_heads.0.medusa_layers.0.linear.weight"], {}, "parallel Medusa heads"),
@@ -152,5 +170,7 @@ MROPE = {"rope_type": "default", "mrope_section": [16, 24, 24]}
     ],
 )  # fmt: skip
 def test_other_kinds_are_refused_by_name(names, config, named):
-    with pytest.raises(ValueError, match=f"must be EAGLE-1, EAGLE-2, EAGLE-3 or Medusa, got .*{named}"):
+    with pytest.raises(
+        ValueError, match=f"must be EAGLE-1, EAGLE-2, EAGLE-3, P-EAGLE, DFlash or Medusa, got .*{named}"
+    ):
         kind_of(names, config)

@@ -320,7 +320,7 @@ def test_heads_are_loaded_from_a_folder_for_a_target(target, heads, tensors, tmp
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"hydra_head.0.linear.weight": 1}, "the draft head must be EAGLE-1, EAGLE-2, EAGLE-3 or Medusa, got Hydra"),
+        ({"hydra_head.0.linear.weight": 1}, "the draft head must be EAGLE-1, .* or Medusa, got Hydra"),
         (
             {"fc.weight": 1, "layers.0.self_attn.q_proj.weight": 1},
             "MedusaDrafter: .* must hold Medusa's heads, got a head of kind eagle: use EagleDrafter",

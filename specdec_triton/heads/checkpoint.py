@@ -17,26 +17,29 @@ from safetensors.torch import load_file
 PATTERNS = ("*.safetensors", "*.bin", "*.pt")  # of the files of tensors; the first pattern that matches is read
 NOT_TENSORS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*)\.(bin|pt)")  # files that trainers leave
 PREFIX = re.compile(r"^(?:draft_model\.|model\.|language_model\.)+")  # of the names in some exports
-LATENT_ATTENTION = re.compile(r"\.self_attn\.(kv_a_|kv_b_|q_a_|q_b_)")
 MEDUSA = re.compile(r"^(medusa_heads?\.)?(\d+\.\d+\.(linear\.)?weight$|blocks\.\d+\.layers\.\d+\.|lm_heads\.\d+\.)")
 # kinds of heads that are not supported -> names of tensors that only they have
 UNSUPPORTED = {
-    "EAGLE with parallel Medusa heads": re.compile(r"^parallel_draft_heads\."),
-    "EAGLE with a mixture of experts": re.compile(r"^(midlayer|layers\.\d+)\.mlp\.experts\."),
+    "DSpark": re.compile(r"^(logit_head\.)?(markov|confidence)_head\."),
+    "Domino": re.compile(r"^(logit_head\.)?(prefix_gru|embed_proj)\."),
+    "DFlash 2": re.compile(r"(^|\.)(candidate_selector\.|\w+_conv\.(base_kernel|kernel_projection))"),
     "Hydra": re.compile(r"(^|\.)hydra"),
-    "MTP (layers for multi-token prediction)": re.compile(
-        r"(^|\.)mtp(_layers|_block)?\.|\.(eh_proj|enorm|hnorm)\.weight$"
-    ),
+    "MTP": re.compile(r"(^|\.)mtp(_layers|_block)?\.|\.(eh_proj|enorm|hnorm)\.weight$"),
     "MLPSpeculator": re.compile(r"^(speculator\.)?(emb|proj|head|ln)\.\d+\.weight$"),
 }
-# `speculators_model_type` in a config -> the kind
-UNSUPPORTED_TYPES = {"dflash": "DFlash", "dspark": "DSpark", "mtp": "MTP"}
-# `model_type` of transformers' assistants that read the target's states -> the kind
-ASSISTANTS = {
-    "gemma4_assistant": "a Gemma 4 assistant",
-    "gemma4_unified_assistant": "a Gemma 4 assistant",
-    "muse_glimmer_assistant": "DFlash (Muse Glimmer)",
+# parts that heads of EAGLE and DFlash must not have -> the names of their tensors
+UNSUPPORTED_PARTS = {
+    "parallel Medusa heads": re.compile(r"^parallel_draft_heads\."),
+    "a mixture of experts": re.compile(r"^(midlayer|layers\.\d+)\.mlp\.experts\."),
+    "latent attention (MLA)": re.compile(r"\.self_attn\.(kv_a_|kv_b_|q_a_|q_b_)"),
 }
+# `speculators_model_type` in a config, or `projector_type` in its `dflash_config` -> the kind
+UNSUPPORTED_TYPES = {"dspark": "DSpark", "dflash2": "DFlash 2", "domino": "Domino", "mtp": "MTP"}
+# `model_type` of transformers' assistants that read the target's states -> the kind
+UNSUPPORTED_ASSISTANTS = dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "a Gemma 4 assistant")
+MUSE = "muse_glimmer_assistant"  # transformers' `model_type` of the DFlash heads of Muse Glimmer
+# kinds that a head's name does not load -> what loads them
+INSTEAD = {"MTP": "load the layers for multi-token prediction with MTPDrafter.from_target"}
 
 
 @dataclass(frozen=True)
@@ -147,37 +150,44 @@ def kind_of(tensor_names: Iterable[str], config: dict) -> str | None:
         config: config.json.
 
     Returns:
-        "eagle3" for EAGLE-3, "eagle" for EAGLE-1 and EAGLE-2, "medusa"; None if it is not a draft head.
+        "eagle3" for EAGLE-3 and P-EAGLE, "eagle" for EAGLE-1 and EAGLE-2, "dflash", "medusa"; None if it is not a draft
+        head.
 
     Raises:
         ValueError: it is a head of a kind that is not supported; the message names the kind.
     """
     names = {plain_name(name) for name in tensor_names}
+    of_writer, dflash = config.get("speculators_model_type", ""), config.get("dflash_config")
     is_eagle3 = any(re.match(r"(midlayer|layers\.0)\.hidden_norm\.weight$", name) for name in names)
-    has_fc = bool({"fc.weight", "fusion_fc.weight"} & names)
+    has_fc = bool({"fc.weight", "fusion_fc.weight", "encoder.fc.weight"} & names)
     is_medusa = any(map(MEDUSA.match, names))
-    unsupported = ASSISTANTS.get(config.get("model_type", ""))
+    is_dflash = dflash is not None or of_writer == "dflash" or config.get("model_type") == MUSE
+    is_dflash = is_dflash or (has_fc and bool({"hidden_norm.weight", "encoder.output_norm_enc.weight"} & names))
+    unsupported = UNSUPPORTED_ASSISTANTS.get(config.get("model_type", ""))
     is_model = {"embed_tokens.weight", "norm.weight"} <= names
     if is_model and not (unsupported or is_eagle3 or has_fc or is_medusa):
         return None  # a language model
-    unsupported = unsupported or UNSUPPORTED_TYPES.get(config.get("speculators_model_type", ""))
+    projector = (dflash or {}).get("projector_type", "")
+    unsupported = unsupported or UNSUPPORTED_TYPES.get(of_writer) or UNSUPPORTED_TYPES.get(projector)
     unsupported = unsupported or next(
-        (kind for kind, pattern in UNSUPPORTED.items() if any(map(pattern.search, names))), None
+        (kind for kind, each in UNSUPPORTED.items() if any(map(each.search, names))), None
     )
-    if "dflash_config" in config or (has_fc and "hidden_norm.weight" in names):
-        unsupported = "DFlash"
     if any(key.startswith("hydra_") for key in config):
         unsupported = "Hydra"
-    if unsupported is None and (is_eagle3 or has_fc):
+    if unsupported is None and (is_eagle3 or has_fc or is_dflash):
         rope = rope_options(layer_config(config))
-        if any(map(LATENT_ATTENTION.search, names)):
-            unsupported = "EAGLE with latent attention (MLA)"
-        elif "mrope_section" in rope or "mrope" in (rope.get("rope_type"), rope.get("type")):
-            unsupported = "EAGLE with multimodal rotary positions (mrope)"
+        parts = [part for part, each in UNSUPPORTED_PARTS.items() if any(map(each.search, names))]
+        if "mrope_section" in rope or "mrope" in (rope.get("rope_type"), rope.get("type")):
+            parts.append("multimodal rotary positions (mrope)")
+        if parts:
+            unsupported = f"{'DFlash' if is_dflash else 'EAGLE'} with {parts[0]}"
     if unsupported:
         raise ValueError(
-            f"kind_of: the draft head must be EAGLE-1, EAGLE-2, EAGLE-3 or Medusa, got {unsupported}: use another one"
+            f"kind_of: the draft head must be EAGLE-1, EAGLE-2, EAGLE-3, P-EAGLE, DFlash or Medusa, got {unsupported}: "
+            f"{INSTEAD.get(unsupported, 'use another one')}"
         )
+    if is_dflash:
+        return "dflash"
     if is_eagle3:
         return "eagle3"
     if has_fc and {"layers.0.self_attn.q_proj.weight", "transformer.self_attn.q_proj.weight"} & names:

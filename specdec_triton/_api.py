@@ -5,6 +5,7 @@ from ._patch import SpeculativeGenerate, patch, patched, release, stats, unpatch
 from ._stats import Stats
 from ._warmup import warmup
 from .drafters import (
+    DFlashDrafter,
     DraftContext,
     Drafter,
     DraftSession,
@@ -33,6 +34,7 @@ __all__ = [
     "DraftTree",
     "Drafter",
     "DynamicTree",
+    "DFlashDrafter",
     "EagleDrafter",
     "EarlyExitDrafter",
     "Filters",

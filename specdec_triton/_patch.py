@@ -26,8 +26,16 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from ._stats import Stats
-from .drafters import Drafter, EarlyExitDrafter, ModelDrafter, NoDrafter, PromptLookupDrafter
-from .drafters.heads import load_head
+from .drafters import (
+    DFlashDrafter,
+    Drafter,
+    EarlyExitDrafter,
+    ModelDrafter,
+    MTPDrafter,
+    NoDrafter,
+    PromptLookupDrafter,
+)
+from .drafters.heads import drafter_of_assistant, load_head, reads_target
 from .engine.call import Call
 from .engine.generate import Generation
 from .engine.graph_runner import cannot_capture
@@ -44,8 +52,21 @@ STATE = "_specdec_triton"  # name of the attribute of a patched model that holds
 _stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
 # graphs and buffers of patched models; they refer neither to the model nor to its drafter
 _workspaces: WeakKeyDictionary[PreTrainedModel, Workspaces] = WeakKeyDictionary()
-# drafters that calls named by `assistant_model`, by folder or hub name
-_heads: WeakKeyDictionary[PreTrainedModel, dict[str, Drafter]] = WeakKeyDictionary()
+# drafters that calls asked for
+_drafters: WeakKeyDictionary[PreTrainedModel, "_Drafters"] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class _Drafters:
+    """The drafters that calls of a patched model asked for by arguments of `generate`, kept for later calls.
+
+    Attributes:
+        by_name: heads by folder or hub name. `None` is the name of the MTP layers in the model's own checkpoint.
+        by_model: drafters with a model that the caller gave. They must not refer to that object.
+    """
+
+    by_name: dict[str | None, Drafter] = field(default_factory=dict)
+    by_model: WeakKeyDictionary[PreTrainedModel, Drafter] = field(default_factory=WeakKeyDictionary)
 
 
 @dataclass(eq=False)
@@ -221,7 +242,7 @@ def _close(model: PreTrainedModel, block: _Block) -> None:
 def _free(model: PreTrainedModel) -> int:
     """Free what earlier calls of a patched model left for later ones. Returns the number of bytes, without those of
     heads."""
-    _heads.pop(model, None)
+    _drafters.pop(model, None)
     kept = _workspaces.pop(model, None)
     return kept.release() if kept else 0
 
@@ -424,8 +445,10 @@ class SpeculativeModel(GenerationMixin):
             )
         for name in ("inputs_tensor", "assistant_tokenizer"):
             model_kwargs.pop(name, None)
-        if assistant_model is not None:
-            drafter = _drafter_of(self, assistant_model)
+        if generation_config.use_mtp:
+            drafter = _mtp_drafter(self)
+        elif assistant_model is not None:
+            drafter = _drafter_of(self, assistant_model, generation_config.speculation_type)
         elif generation_config.assistant_early_exit is not None:
             drafter = EarlyExitDrafter(generation_config.assistant_early_exit)
         else:
@@ -508,17 +531,41 @@ def _is_ours(cls: type) -> bool:
     return cls.__bases__[0] is SpeculativeModel
 
 
-def _drafter_of(model: PreTrainedModel, assistant: PreTrainedModel | Drafter | str | os.PathLike) -> Drafter:
-    """The drafter that `assistant_model` asks for. A trained head is loaded once for each patched model and name."""
+def _drafter_of(
+    model: PreTrainedModel, assistant: PreTrainedModel | Drafter | str | os.PathLike, kind: str | None
+) -> Drafter:
+    """The drafter that `assistant_model` asks for. `kind` is the call's `speculation_type`. A trained head is loaded
+    once for each patched model and name."""
+    drafter: Drafter
     if isinstance(assistant, Drafter):
-        return assistant
-    if not isinstance(assistant, (str, os.PathLike)):
-        return ModelDrafter(assistant)
-    heads = _heads.setdefault(model, {})
-    name = os.fspath(assistant)
-    if name not in heads:
-        heads[name] = load_head(name, model)
-    return heads[name]
+        drafter = assistant
+    elif isinstance(assistant, (str, os.PathLike)):
+        kept = _drafters.setdefault(model, _Drafters()).by_name
+        name = os.fspath(assistant)
+        if name not in kept:
+            kept[name] = load_head(name, model)
+        drafter = kept[name]
+    elif reads_target(assistant):
+        of_models = _drafters.setdefault(model, _Drafters()).by_model
+        if assistant not in of_models:
+            of_models[assistant] = drafter_of_assistant(assistant)
+        drafter = of_models[assistant]
+    else:
+        drafter = ModelDrafter(assistant)
+    if kind == "dflash" and not isinstance(drafter, DFlashDrafter):
+        raise ValueError(
+            f'generate: assistant_model must be a DFlash model with speculation_type="dflash", got '
+            f"{type(assistant).__name__}"
+        )
+    return drafter
+
+
+def _mtp_drafter(model: PreTrainedModel) -> Drafter:
+    """The drafter that `use_mtp` asks for. The MTP layers are loaded once for each patched model."""
+    kept = _drafters.setdefault(model, _Drafters()).by_name
+    if None not in kept:
+        kept[None] = MTPDrafter.from_target(model)
+    return kept[None]
 
 
 def _speculate(

@@ -286,7 +286,9 @@ def lookup(**more):
         (lookup(return_dict_in_generate=True, output_hidden_states=True), "output_hidden_states must be False"),
         (lookup(assistant_early_exit=1), "one kind of assistance must be asked for"),
         (lookup(assistant_ensemble_weight=0.5), "got .*assistant_ensemble_weight"),
-        ({"use_mtp": True}, "got use_mtp"),
+        ({"speculation_type": "dflash"}, 'speculation_type must be None, or "dflash" with an assistant_model'),
+        (lookup(speculation_type="dflash"), "got 'dflash' with prompt_lookup_num_tokens"),
+        (lookup(use_mtp=True), "one kind of assistance must be asked for"),
     ],
 )
 def test_calls_that_cannot_be_honoured_are_refused(model, options, message):

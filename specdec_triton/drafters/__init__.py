@@ -1,6 +1,7 @@
 """Drafters: they propose draft trees."""
 
 from .base import DraftContext, Drafter, DraftSession, NoDrafter
+from .dflash import DFlashDrafter
 from .eagle import EagleDrafter
 from .early_exit import EarlyExitDrafter
 from .medusa import MedusaDrafter
@@ -10,6 +11,7 @@ from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
 
 __all__ = [
+    "DFlashDrafter",
     "DraftContext",
     "DraftSession",
     "Drafter",

@@ -1,4 +1,4 @@
-"""Tells the name of a trained draft head from that of a model, and loads the head."""
+"""Tells the name of a trained draft head from that of a model, and loads the head. Creates the drafters of heads."""
 
 import json
 from collections.abc import Iterable
@@ -11,15 +11,19 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from ..forward.wrappers import unwrap
-from ..heads.checkpoint import kind_of, read_checkpoint, tensor_names
+from ..heads.checkpoint import MUSE, kind_of, read_checkpoint, tensor_names
+from ..heads.dflash import DFlashModel
 from ..heads.eagle import EagleModel
 from ..heads.medusa import MedusaHeads
 from ..tree import DynamicTree, Topology
 from .base import Drafter
+from .dflash import DFlashDrafter
 from .eagle import EagleDrafter
 from .medusa import MedusaDrafter
 
+Head = EagleModel | DFlashModel | MedusaHeads
 CONFIG = "config.json"
+CLASSES: dict[str, type[DFlashModel] | type[MedusaHeads]] = {"dflash": DFlashModel, "medusa": MedusaHeads}  # by kind
 
 
 def is_head(name_or_path: str | PathLike) -> bool:
@@ -60,24 +64,33 @@ def load_head(name_or_path: str | PathLike, target: PreTrainedModel) -> Drafter:
     return drafter_of(read_head(name_or_path, target))
 
 
-def read_head(name_or_path: str | PathLike, target: PreTrainedModel) -> EagleModel | MedusaHeads:
+def read_head(name_or_path: str | PathLike, target: PreTrainedModel) -> Head:
     """The head alone, in the target's dtype and on its device. For arguments and errors see `load_head`."""
     target = unwrap(target, "load_head")
     checkpoint = read_checkpoint(name_or_path)
     kind = kind_of(checkpoint.tensors, checkpoint.config)
     if kind is None:
         raise ValueError(f"load_head: {checkpoint.source} must hold a draft head, got tensors of another model")
-    read = MedusaHeads if kind == "medusa" else EagleModel
-    head = read.from_checkpoint(checkpoint, dtype=target.dtype, device=target.device)
+    head = CLASSES.get(kind, EagleModel).from_checkpoint(checkpoint, dtype=target.dtype, device=target.device)
     head.check_target(target)
     return head
 
 
-def drafter_of(
-    head: EagleModel | MedusaHeads, tree: Topology | DynamicTree | int | None = None
-) -> EagleDrafter | MedusaDrafter:
+def drafter_of(head: Head, tree: Topology | DynamicTree | int | None = None) -> Drafter:
     """The drafter that runs a head."""
-    return MedusaDrafter(head, tree) if isinstance(head, MedusaHeads) else EagleDrafter(head, tree=tree)
+    if isinstance(head, MedusaHeads):
+        return MedusaDrafter(head, tree)
+    return DFlashDrafter(head, tree=tree) if isinstance(head, DFlashModel) else EagleDrafter(head, tree=tree)
+
+
+def reads_target(model: object) -> bool:
+    """True if this is a model of transformers that drafts from hidden states of its target, and is supported."""
+    return getattr(getattr(model, "config", None), "model_type", None) == MUSE
+
+
+def drafter_of_assistant(model: PreTrainedModel) -> Drafter:
+    """The drafter that runs a model for which `reads_target` is true. It shares the model's parameters."""
+    return DFlashDrafter(DFlashModel.from_assistant(model))
 
 
 def _in_folder(folder: Path) -> tuple[list[str], dict]:

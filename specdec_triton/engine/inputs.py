@@ -14,7 +14,7 @@ from ..forward.versions import CACHE
 from ..ops.noise import row_seeds
 from ..options import Options, Tree
 
-ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
+ASSISTANCE = ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens", "use_mtp")
 DRAFTERS_OWN = "as in transformers: set it in the generation_config of the model that drafts, or pass a drafter"
 # arguments of a call that speculative decoding does not use, and the way to ask for the same
 UNUSED = {
@@ -48,6 +48,13 @@ def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict
         ValueError: an option is not supported; the message names it.
     """
     asked = asked_assistance(config, arguments)
+    if "speculation_type" in asked:
+        asked.remove("speculation_type")  # a property of the assistant model
+        if config.speculation_type != "dflash" or "assistant_model" not in asked:
+            raise ValueError(
+                'generate: speculation_type must be None, or "dflash" with an assistant_model, on a patched model, got '
+                f"{config.speculation_type!r} with {', '.join(asked) or 'no assistance'}"
+            )
     unsupported = sorted(set(asked) - set(ASSISTANCE))
     if unsupported:
         raise ValueError(

@@ -41,6 +41,7 @@ KERNELS = (
     "tree_inputs",
     "draft_topk",
     "build_tree",
+    "best_first_tree",
     "accept_greedy",
     "accept_sample",
     "gated_activation",

@@ -10,6 +10,7 @@ import triton.language as tl
 
 MAX_ID: tl.constexpr = tl.constexpr(2**31 - 1)
 NAN_ORDER: tl.constexpr = tl.constexpr(2**31 - 1)  # only a NaN has these bits
+NO_ORDER: tl.constexpr = tl.constexpr(-(2**31))  # below the order of every number
 NO_KEY: tl.constexpr = tl.constexpr(-(2**63))
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 

@@ -1,6 +1,7 @@
-"""Draft trees in Triton: nodes and depths, and the last step of acceptance, which stores the path and the next token.
+"""Draft trees in Triton: nodes and depths, ancestors, and the last step of acceptance, which stores the path and the
+next token.
 
-Letters: B sequences, N tree nodes, D edges on the longest path, E ids that end the text.
+Letters: B sequences, N tree nodes, D edges on the longest path, W = ceil(N/64) words, E ids that end the text.
 """
 
 from collections import namedtuple
@@ -15,6 +16,7 @@ from ._launch import FP_FUSION
 # multiprocessor has enough registers, because it runs only one of these programs.
 WALK_OPTIONS = {"num_warps": 4, "maxnreg": 128, **FP_FUSION}
 NO_STEP: tl.constexpr = tl.constexpr(2**63 - 1)
+WORD_BITS: tl.constexpr = tl.constexpr(64)
 
 
 # kernel argument: tokens [B, N] int64, parents [B, N] int32, seeds [B] int64, position [B] int64
@@ -34,6 +36,38 @@ def new_acceptance(logits: torch.Tensor, max_depth: int) -> Acceptance:
         next_ids=logits.new_empty(batch, dtype=torch.int64),
         has_nan=logits.new_empty(batch, dtype=torch.bool),
     )
+
+
+def new_tree(tokens: torch.Tensor, num_nodes: int) -> tuple[torch.Tensor, ...]:
+    """Outputs of a tree for each sequence of tokens [B, ...] int64: tokens [B, N] int64, parents [B, N] int32, depth
+    [B, N] int64 and ancestors [B, N, W] int64."""
+    batch = tokens.shape[0]
+    drafts, depth = (tokens.new_empty(batch, num_nodes) for _ in range(2))
+    parents = tokens.new_empty(batch, num_nodes, dtype=torch.int32)
+    return drafts, parents, depth, tokens.new_empty(batch, num_nodes, triton.cdiv(num_nodes, WORD_BITS.value))
+
+
+@triton.jit
+def store_ancestors(depth_ptr, ancestors_ptr, parents_ptr, node, N, D, W, BLOCK_W: tl.constexpr):
+    """Walk from nodes up to the root, and store their depths and ancestor words.
+
+    Args:
+        depth_ptr: [N] int64, out.
+        ancestors_ptr: [N, W] int64, out.
+        parents_ptr: [N] int32, which all threads can read.
+        node: [n] int32. The nodes; those from N on are skipped.
+    """
+    word = tl.arange(0, BLOCK_W)[None, :]
+    here = tl.where(node < N, node, -1)  # the node that the walk has reached; -1 above the root
+    depth = tl.zeros(node.shape, tl.int64)
+    bits = tl.zeros([node.shape[0], BLOCK_W], tl.int64)
+    for _ in range(D + 1):
+        bit = tl.full(node.shape, 1, tl.int64) << (here & (WORD_BITS - 1)).to(tl.int64)
+        bits |= tl.where((here // WORD_BITS)[:, None] == word, tl.where(here >= 0, bit, 0)[:, None], 0)
+        here = tl.load(parents_ptr + here, mask=here >= 0, other=-1)
+        depth += (here >= 0).to(tl.int64)
+    tl.store(depth_ptr + node, depth, mask=node < N)
+    tl.store(ancestors_ptr + node[:, None] * W + word, bits, mask=(node < N)[:, None] & (word < W))
 
 
 @triton.jit

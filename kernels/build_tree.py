@@ -15,16 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ._keys import NEG_INF, order_of
+from ._keys import NEG_INF, NO_ORDER, order_of
 from ._launch import FP_FUSION, CompileCase, abstract, block_of, launching_on, pow2
+from ._tree import new_tree, store_ancestors
 
 # Candidates that a warp holds, and the smallest number of warps. Chosen by compile reports: no spill at 4096 candidates
 # and 512 nodes, the limits of `ops.build_tree`. Not timed.
 WARP_C = 512
 MIN_WARPS = 4
-WORD_BITS: tl.constexpr = tl.constexpr(64)
 ROOT: tl.constexpr = tl.constexpr(2**31 - 1)  # above the order of every number
-NO_CANDIDATE: tl.constexpr = tl.constexpr(-(2**31))  # below the order of every number
 COUNT_BITS: tl.constexpr = tl.constexpr(16)
 COUNT_MASK: tl.constexpr = tl.constexpr(2**16 - 1)
 
@@ -39,9 +38,9 @@ def kept_places(scores_ptr, C, N, BLOCK_C: tl.constexpr):
     lane = tl.arange(0, BLOCK_C)
     scores = tl.load(scores_ptr + lane, mask=lane < C, other=0.0)
     order = order_of(tl.where(scores != scores, NEG_INF, scores))
-    order = tl.where(lane == 0, ROOT, tl.where(lane < C, order, NO_CANDIDATE))
+    order = tl.where(lane == 0, ROOT, tl.where(lane < C, order, NO_ORDER))
     # the highest `low` of which at least N orders are not below it
-    low, high = tl.full((), NO_CANDIDATE, tl.int64), tl.full((), ROOT, tl.int64)
+    low, high = tl.full((), NO_ORDER, tl.int64), tl.full((), ROOT, tl.int64)
     while low < high:
         middle = (low + high + 1) >> 1
         count = tl.sum((order >= middle.to(tl.int32)).to(tl.int32), 0)
@@ -87,18 +86,8 @@ def _build_tree_kernel(
     tl.store(kept_parents_ptr + place, above, mask=place >= 0)
 
     tl.debug_barrier()  # all threads have written the parents before any thread reads them
-    node, word = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_W)[None, :]
-    here = tl.where(node < N, node, -1)  # the node that the walk has reached; -1 above the root
-    depth = tl.zeros([BLOCK_N], tl.int64)
-    bits = tl.zeros([BLOCK_N, BLOCK_W], tl.int64)
-    for _ in range(D + 1):
-        bit = tl.full([BLOCK_N], 1, tl.int64) << (here & (WORD_BITS - 1)).to(tl.int64)
-        bits |= tl.where((here // WORD_BITS)[:, None] == word, tl.where(here >= 0, bit, 0)[:, None], 0)
-        here = tl.load(kept_parents_ptr + here, mask=here >= 0, other=-1)
-        depth += (here >= 0).to(tl.int64)
-    tl.store(depth_ptr + row * N + node, depth, mask=node < N)
-    out = (row * N + node)[:, None] * W + word
-    tl.store(ancestors_ptr + out, bits, mask=(node < N)[:, None] & (word < W))
+    node = tl.arange(0, BLOCK_N)
+    store_ancestors(depth_ptr + row * N, ancestors_ptr + row * N * W, kept_parents_ptr, node, N, D, W, BLOCK_W)
 
 
 def build_tree(
@@ -117,11 +106,9 @@ def build_tree(
         tokens [B, N] int64, parents [B, N] int32, depth [B, N] int64, ancestors [B, N, W] int64, nodes [B, N] int64.
     """
     batch, candidates = tokens.shape
-    words = triton.cdiv(num_nodes, WORD_BITS.value)
-    kept, depth, nodes = (tokens.new_empty(batch, num_nodes) for _ in range(3))
-    kept_parents = tokens.new_empty(batch, num_nodes, dtype=torch.int32)
-    ancestors = tokens.new_empty(batch, num_nodes, words)
-    block = block_of(candidates)
+    kept, kept_parents, depth, ancestors = new_tree(tokens, num_nodes)
+    nodes = tokens.new_empty(batch, num_nodes)
+    block, words = block_of(candidates), ancestors.shape[2]
     with launching_on(tokens):
         _build_tree_kernel[(batch,)](
             kept, kept_parents, depth, ancestors, nodes, tokens.contiguous(), parents.contiguous(), scores.contiguous(),

@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 
 from ._launch import CompileCase, abstract, block_of, launching_on
+from ._tree import WORD_BITS, new_tree
 
 # At 32k columns and batch 1 there are 128 programs, about one for each multiprocessor. Not timed.
 BLOCK_C = 256
 SEARCH_WARPS = 2
 BLOCK_S = 512  # keys that the second launch holds at once
 CHAIN_WARPS = 4
-WORD_BITS: tl.constexpr = tl.constexpr(64)
 COLUMN_MASK: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 # a multiplication and an addition that are fused would round differently from the estimates on the host
 UNFUSED = {"enable_fp_fusion": False}
@@ -161,11 +161,9 @@ def ngram_lookup(
         tokens [B, N] int64, parents [B, N] int32, depth [B, N] int64, ancestors [B, N, W] int64.
     """
     batch, columns = tokens.shape
-    blocks, words = triton.cdiv(columns, BLOCK_C), triton.cdiv(num_nodes, WORD_BITS.value)
+    blocks = triton.cdiv(columns, BLOCK_C)
     keys = tokens.new_empty(batch, blocks)
-    chain, depth = tokens.new_empty(batch, num_nodes), tokens.new_empty(batch, num_nodes)
-    parents = tokens.new_empty(batch, num_nodes, dtype=torch.int32)
-    ancestors = tokens.new_empty(batch, num_nodes, words)
+    chain, parents, depth, ancestors = new_tree(tokens, num_nodes)
     start, length, longest = start.contiguous(), length.contiguous(), estimates.shape[1]
     with launching_on(tokens):
         _search_kernel[(blocks, batch)](
@@ -175,7 +173,7 @@ def ngram_lookup(
         _chain_kernel[(batch,)](
             chain, parents, depth, ancestors, estimates, last_draft, keys, tokens, *tokens.stride(), length,
             blocks, longest, max_depth, first, threshold, learning, drift, num_nodes,
-            BLOCK_N=block_of(num_nodes), BLOCK_S=BLOCK_S, W=words, num_warps=CHAIN_WARPS, **UNFUSED,
+            BLOCK_N=block_of(num_nodes), BLOCK_S=BLOCK_S, W=ancestors.shape[2], num_warps=CHAIN_WARPS, **UNFUSED,
         )  # fmt: skip
     return chain, parents, depth, ancestors
 

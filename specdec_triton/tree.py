@@ -19,7 +19,7 @@ from .ops.arguments import ANY_FLOAT, Check
 from .ops.filters import Filters
 from .ops.reference import WORD_BITS, ancestor_matrix, pack_bits, pack_tree
 from .ops.rules import SAMPLING
-from .ops.trees import build_tree
+from .ops.trees import best_first_tree, build_tree
 
 # Assumed probability that the target chooses a drafter's candidate of each rank. Used if only a node budget is given.
 RANK_ACCEPTANCE = (0.65, 0.12, 0.05, 0.03, 0.02, 0.01)
@@ -291,52 +291,19 @@ class DraftTree:
         cls,
         root: torch.Tensor,
         candidates: torch.Tensor,
-        probs: torch.Tensor,
+        log_probs: torch.Tensor,
         num_nodes: int,
         impl: str | None = None,
     ) -> "DraftTree":
         """The most likely tree of `num_nodes` nodes if the candidates of different positions are independent.
 
-        This is the case for Medusa's heads (Cai et al. 2024). The probability of a node is the product of the
-        candidates' probabilities along its path. It never exceeds its parent's, so the most likely nodes form a tree.
-        Nothing is read on the host.
-
-        Args:
-            root: [B] int64. The last emitted tokens.
-            candidates: [B, D, K] int64. K candidate tokens for each of the next D positions.
-            probs: [B, D, K] float. Probability of each candidate, in [0, 1].
-            num_nodes: N, root included; at most the number of nodes of the full tree.
-            impl: of `ops.build_tree`: None, "triton" or "reference".
-
-        Raises:
-            ValueError: a shape, dtype or device differs from the above, or `num_nodes` is out of range.
+        The arguments are those of `ops.best_first_tree`. Log-probabilities may have any float dtype; they are added in
+        fp32. Nothing is read on the host.
         """
-        check = Check("DraftTree.best_first")
-        (batch,) = check("root", root, "B", torch.int64)
-        _, max_depth, width = check("candidates", candidates, "B, D?, K", torch.int64)
-        check("probs", probs, "B, D, K", *ANY_FLOAT)
-        full = sum(width**depth for depth in range(max_depth + 1))
-        if not 1 <= num_nodes <= full:
-            raise ValueError(f"DraftTree.best_first: num_nodes must be 1 to {full}, got {num_nodes}")
-        tokens, mass = [root[:, None]], [torch.ones(batch, 1, dtype=probs.dtype, device=probs.device)]
-        parents = [torch.full((batch, 1), -1, dtype=torch.int64, device=root.device)]
-        first = 0  # number of the first node of the last level
-        for position in range(max_depth):
-            level = (mass[-1][:, :, None] * probs[:, position, None, :]).flatten(1)
-            best, place = level.topk(min(num_nodes, level.shape[1]), dim=1)
-            parents.append(first + place // width)
-            tokens.append(candidates[:, position].gather(1, place % width))
-            first += mass[-1].shape[1]
-            mass.append(best)
-        tree, _ = cls.likeliest(
-            torch.cat(tokens, 1),
-            torch.cat(parents, 1),
-            torch.cat(mass, 1),
-            num_nodes,
-            min(max_depth, num_nodes - 1),
-            impl,
+        tokens, parents, depth, ancestors = best_first_tree(
+            root, candidates, log_probs.float(), num_nodes=num_nodes, impl=impl
         )
-        return tree
+        return cls(tokens, parents, depth, ancestors, max_depth=min(candidates.shape[1], num_nodes - 1))
 
     @classmethod
     def likeliest(

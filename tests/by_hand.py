@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import struct
 
 import torch
 from hypothesis import strategies as st
@@ -101,10 +102,39 @@ def build_by_hand(tokens, parents, scores, num_nodes):
         paths = [[0]]
         for node in kept[1:]:
             paths.append([*paths[kept.index(row_parents[node])], len(paths)])
-        words = range(-(-num_nodes // 64))
-        bits = [[sum(1 << node - 64 * word for node in path if node // 64 == word) for word in words] for path in paths]
-        above = [-1] + [path[-2] for path in paths[1:]]
-        rows.append(([row_tokens[node] for node in kept], above, [len(path) - 1 for path in paths], bits, kept))
+        rows.append(([row_tokens[node] for node in kept], *_tree_of(paths), kept))
+    return tuple(map(list, zip(*rows, strict=True)))
+
+
+def _tree_of(paths):
+    """parents, depths and ancestor words of the nodes of a tree, from the path of each node, root and node included."""
+    words = range(-(-len(paths) // 64))
+    bits = [[sum(1 << node - 64 * word for node in path if node // 64 == word) for word in words] for path in paths]
+    bits = [[word - (1 << 64) if word >> 63 else word for word in row] for row in bits]
+    return [-1] + [path[-2] for path in paths[1:]], [len(path) - 1 for path in paths], bits
+
+
+def best_first_by_hand(root, candidates, log_probs, num_nodes):
+    """`ops.best_first_tree` for one row after another. All arguments but the number are lists."""
+    rows = []
+    for row_root, row_candidates, row_log_probs in zip(root, candidates, log_probs, strict=True):
+        tokens, paths, left = [row_root], [[0]], []
+        score = 0.0
+        while True:
+            # children of the new node: score, depth, parent and rank, in the order of preference
+            depth, best = len(paths[-1]), 0.0
+            for rank, number in enumerate(row_log_probs[depth - 1] if depth <= len(row_log_probs) else []):
+                best = min(best, -INF if math.isnan(number) else number)
+                # a sum in fp64, rounded once, is that of fp32
+                left.append((-struct.unpack("f", struct.pack("f", score + best))[0], depth, len(paths) - 1, rank))
+            if len(paths) == num_nodes:
+                break
+            chosen = min(left)
+            left.remove(chosen)
+            score, (_, depth, parent, rank) = -chosen[0], chosen
+            tokens.append(row_candidates[depth - 1][rank])
+            paths.append([*paths[parent], len(paths)])
+        rows.append((tokens, *_tree_of(paths)))
     return tuple(map(list, zip(*rows, strict=True)))
 
 

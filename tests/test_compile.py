@@ -14,7 +14,7 @@ from specdec_triton.tools import compile_report, inspection  # noqa: E402
 QUICK = (
     r"tree_attention/(bf16 d128 m64 n\d+ split|fp16 d128 m32 n64 one|bf16 d64 m16 n64 one window sinks"
     r"|merge d128 p16)$|accept_greedy/.*bf16 argmax (1024|4096 odd V)$|compact_kv/(16|1)-byte"
-    r"|append_tokens/n64$|build_tree/c1024 n64$|tree_inputs/all trees$"
+    r"|append_tokens/n64$|build_tree/c1024 n64$|best_first_tree/n64$|tree_inputs/all trees$"
     r"|rotary_and_cache/bf16 d128( norms)? n64$"
     r"|rms_norm/bf16 c(4096 residual|8191 update)$|gated_activation/bf16 silu$"
     r"|ngram_lookup/(search|chain n16)$"

@@ -69,6 +69,11 @@ def build_inputs(batch=2):
     return torch.arange(9 * batch, device=DEVICE).view(batch, 9), parents, scores
 
 
+def best_first_inputs(batch=2):
+    candidates = torch.arange(12 * batch, device=DEVICE).view(batch, 3, 4)
+    return candidates[:, 0, 0] + 50, candidates, -candidates.float() / 7
+
+
 def rotary_inputs(batch=2):
     query, key, value = torch.randn(batch, 3, 8, 16, device=DEVICE).split([4, 2, 2], 2)
     cos, sin = torch.randn(2, batch, 3, 16, device=DEVICE)
@@ -148,6 +153,10 @@ def building(tokens, parents, scores, impl="triton"):
     return ops.build_tree(tokens, parents, scores, num_nodes=6, max_depth=3, impl=impl)
 
 
+def best_first(root, candidates, log_probs, impl="triton"):
+    return ops.best_first_tree(root, candidates, log_probs, num_nodes=9, impl=impl)
+
+
 def rotary(query, key, value, cos, sin, keys, values, slots, impl="triton"):
     norms = {"query_norm": cos[0, 0], "key_norm": sin[0, 0], "eps": 1e-6}
     rotated = ops.rotary_and_cache(query, key, value, cos, sin, keys, values, slots, **norms, impl=impl)
@@ -168,6 +177,7 @@ CALLS = {
     "tree_attention": (attention, attention_inputs),
     "draft_topk": (drafting, draft_inputs),
     "build_tree": (building, build_inputs),
+    "best_first_tree": (best_first, best_first_inputs),
     "accept_greedy": (acceptance, acceptance_inputs),
     "accept_sample": (sampling, sampling_inputs),
     "compact_kv": (compaction, compaction_inputs),
@@ -210,6 +220,8 @@ def arguments(op):
         return (*lookup_inputs(), 6, 4, 0.8, 0.75, 0.2, 0.02)
     if op == "build_tree":
         return (*build_inputs(), 6, 3)
+    if op == "best_first_tree":
+        return (*best_first_inputs(), 9)
     if op == "rotary_and_cache":
         inputs = rotary_inputs()
         return *inputs, True, None, inputs[3][0, 0], 1e-6, "cast_last"

@@ -77,7 +77,7 @@ def test_bad_trees_are_refused():
         DraftTree.from_parents(tokens.int(), tokens.int())
     with pytest.raises(ValueError, match="DraftTree: parents must be torch.int32"):
         DraftTree.from_parents(tokens, tokens)
-    with pytest.raises(ValueError, match="DraftTree.best_first: num_nodes must be 1 to 4, got 9"):
+    with pytest.raises(ValueError, match="best_first_tree: num_nodes must be 1 to 4, the nodes of"):
         DraftTree.best_first(tokens[:, 0], tokens[:, None], torch.zeros(2, 1, 3), 9)
     with pytest.raises(ValueError, match="Topology.from_budget: num_nodes must be at least 1"):
         Topology.from_budget(0)
@@ -89,11 +89,12 @@ def test_best_first_takes_the_likeliest_nodes(depth, width, nodes, seed, ties):
     generator = torch.Generator().manual_seed(seed)
     nodes = min(nodes, sum(width**d for d in range(depth + 1)))
     candidates = torch.stack([torch.randperm(50, generator=generator)[:width] for _ in range(depth)])[None]
-    probs = torch.rand(1, depth, width, generator=generator)
+    probs = torch.rand(1, depth, width, generator=generator).sort(-1, descending=True).values
     if ties:
         probs = (probs * 2).round() / 2  # ties, zeros and ones
     root = torch.tensor([7])
-    tree = DraftTree.best_first(root, candidates, probs, nodes)
+    tree = DraftTree.best_first(root, candidates, probs.double().log(), nodes)
+    assert tree.max_depth == min(depth, nodes - 1)
     tree.check(root, 50, "best_first")
     parents, tokens = tree.parents[0].tolist(), tree.tokens[0].tolist()
     mass = {}

@@ -204,7 +204,7 @@ class MarginalSession(DraftSession):
             return DraftTree.root_only(context.root[:, None])
         logits = self._source.logits(depth)[..., : context.vocab_size]
         log_probs, tokens, has_nan = ranked(context, logits, self._width, self._depths[:depth])
-        tree = DraftTree.best_first(context.root, tokens, log_probs.exp(), num_nodes, context.impl)
+        tree = DraftTree.best_first(context.root, tokens, log_probs, num_nodes, context.impl)
         return replace(tree, has_nan=has_nan.any(1))
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:

@@ -2,10 +2,10 @@
 
 The ops of a round are in `trees` and `acceptance`, those of fused decoder layers in `layers`.
 
-`impl=None` uses the Triton kernel if the tensors are on a CUDA GPU, and the reference otherwise. `tree_attention` and
-`build_tree` also use the reference for sizes that are too large for their kernels. An explicit `impl="triton"` or
-`impl="reference"` is obeyed or refused, never replaced. Kernels are imported on first use. They are called as
-registered ops (`torch.ops.specdec_triton`), so that torch.compile sees one opaque op with known outputs.
+`impl=None` uses the Triton kernel if the tensors are on a CUDA GPU, and the reference otherwise. `tree_attention`,
+`build_tree` and `best_first_tree` also use the reference for sizes that are too large for their kernels. An explicit
+`impl="triton"` or `impl="reference"` is obeyed or refused, never replaced. Kernels are imported on first use. They are
+called as registered ops (`torch.ops.specdec_triton`), so that torch.compile sees one opaque op with known outputs.
 
 Strides: tensors may have any strides unless an op's docstring says otherwise. The docstring names the tensors that are
 read in place; other tensors are copied if they are not contiguous.
@@ -20,6 +20,7 @@ from .trees import (
     MAX_BUILT_NODES,
     MAX_CANDIDATES,
     MAX_HEAD_DIMS,
+    best_first_tree,
     build_tree,
     draft_topk,
     ngram_lookup,
@@ -41,6 +42,7 @@ __all__ = [
     "accept_greedy",
     "accept_sample",
     "append_tokens",
+    "best_first_tree",
     "build_tree",
     "compact_kv",
     "draft_topk",

@@ -543,12 +543,42 @@ def build_tree(
     scores[:, 0] = torch.inf
     # a stable sort keeps a parent before a child with the same score
     nodes = scores.argsort(dim=1, descending=True, stable=True)[:, :num_nodes].sort(1).values
+    return *_kept(tokens, parents, nodes, max_depth), nodes
+
+
+def best_first_tree(
+    root: torch.Tensor, candidates: torch.Tensor, log_probs: torch.Tensor, num_nodes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `ops.best_first_tree`."""
+    batch, positions, width = candidates.shape
+    max_depth = min(positions, num_nodes - 1)
+    log_probs = log_probs.nan_to_num(-torch.inf, 0.0, -torch.inf).clamp(max=0).cummin(2).values
+    tokens, scores = [root[:, None]], [log_probs.new_zeros(batch, 1)]
+    parents = [torch.full_like(tokens[0], -1)]
+    first = 0  # number of the first node of the last level
+    for position in range(max_depth):
+        level = (scores[-1][:, :, None] + log_probs[:, position, None]).flatten(1)
+        best, place = (each[:, :num_nodes] for each in level.sort(dim=1, descending=True, stable=True))
+        parents.append(first + place // width)
+        tokens.append(candidates[:, position].gather(1, place % width))
+        first += scores[-1].shape[1]
+        scores.append(best)
+    # a stable sort keeps the shallower of two nodes with the same score first
+    nodes = torch.cat(scores, 1).argsort(dim=1, descending=True, stable=True)[:, :num_nodes]
+    return _kept(torch.cat(tokens, 1), torch.cat(parents, 1), nodes, max_depth)
+
+
+def _kept(
+    tokens: torch.Tensor, parents: torch.Tensor, nodes: torch.Tensor, max_depth: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """tokens, parents, depth and ancestors, as `ops.build_tree` returns them, of the nodes [B, N] int64 of a tree.
+    Their order is that of `nodes`; the root is the first."""
     place = torch.full_like(parents, -1)
-    place.scatter_(1, nodes, torch.arange(num_nodes, device=tokens.device).expand(len(tokens), -1))
+    place.scatter_(1, nodes, torch.arange(nodes.shape[1], device=nodes.device).expand_as(nodes))
     kept_parents = place.gather(1, parents.gather(1, nodes).clamp(min=0))
     kept_parents[:, 0] = -1
     member = ancestor_matrix(kept_parents, max_depth)
-    return tokens.gather(1, nodes), kept_parents.int(), member.sum(-1) - 1, pack_bits(member), nodes
+    return tokens.gather(1, nodes), kept_parents.int(), member.sum(-1) - 1, pack_bits(member)
 
 
 def ancestor_matrix(parents: torch.Tensor, max_depth: int | None = None) -> torch.Tensor:

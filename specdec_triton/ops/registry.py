@@ -15,6 +15,7 @@ OPS = (
     "ngram_lookup",
     "draft_topk",
     "build_tree",
+    "best_first_tree",
     "accept_greedy",
     "accept_sample",
     "compact_kv",
@@ -33,8 +34,8 @@ _references: dict[str, ModuleType] = {}
 def implementation(op: str, device: torch.device | str) -> tuple[str, str]:
     """The implementation that `impl=None` selects for tensors on `device`, and the reason for it.
 
-    For `tree_attention`, the result holds for head dims up to `MAX_HEAD_DIMS`, and for `build_tree` up to
-    `MAX_CANDIDATES` and `MAX_BUILT_NODES`.
+    For `tree_attention`, the result holds for head dims up to `MAX_HEAD_DIMS`, for `build_tree` up to
+    `MAX_CANDIDATES` and `MAX_BUILT_NODES`, and for `best_first_tree` up to `MAX_BUILT_NODES`.
 
     Returns:
         ("triton" or "reference", reason).

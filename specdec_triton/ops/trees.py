@@ -15,7 +15,8 @@ from .registry import register, resolve
 # Bytes per element -> largest head dim of tree_attention's kernel. A program holds whole heads; wider ones do not fit
 # into its registers and shared memory.
 MAX_HEAD_DIMS = {2: 512, 4: 256}
-# Largest numbers of candidates and of kept nodes of build_tree's kernel. A program holds whole trees in registers.
+# Largest numbers of candidates of build_tree's kernel, and of nodes of its trees and of best_first_tree's. A program
+# holds whole trees in registers.
 MAX_CANDIDATES, MAX_BUILT_NODES = 4096, 512
 
 
@@ -275,6 +276,58 @@ def build_tree(
 
 
 @typed
+def best_first_tree(
+    root: torch.Tensor,
+    candidates: torch.Tensor,
+    log_probs: torch.Tensor,
+    *,
+    num_nodes: int,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The most likely draft tree of N nodes, if the candidates of different positions are independent of each other, as
+    those of Medusa's heads are (Cai et al. 2024, arXiv 2401.10774).
+
+    The score of a node is the sum of the candidates' log-probabilities along its path, added in fp32 from the root
+    down. It never exceeds its parent's, so the nodes with the highest scores form a tree. They are numbered by falling
+    scores: a tree of fewer nodes is the beginning of a larger one. Among equal scores, the shallower node comes first,
+    then the node whose parent comes first, then the earlier candidate. Nothing is read on the host.
+
+    Strides: any.
+
+    Args:
+        root: [B] int64. The last emitted tokens.
+        candidates: [B, D, K] int64. K candidate tokens for each of the next D positions, the most likely first.
+        log_probs: [B, D, K] fp32. Log-probability of each candidate. NaN counts as -inf, and positive numbers as 0. The
+            numbers of a position must not grow; one that is larger than the one before it counts as equal to it.
+        num_nodes: N, root included; at most the number of nodes of the full tree, 1 + K + ... + K ** D.
+        impl: None, "triton" or "reference". The kernel supports up to 512 nodes. None selects the reference for more.
+
+    Returns:
+        tokens [B, N] int64, parents [B, N] int32, depth [B, N] int64 and ancestors [B, N, ceil(N/64)] int64, see
+        `DraftTree`.
+
+    Raises:
+        ValueError: a shape, dtype, device or option differs from the above.
+    """
+    op = "best_first_tree"
+    check = Check(op)
+    check("root", root, "B", torch.int64)
+    _, positions, width = check("candidates", candidates, "B, D?, K", torch.int64)
+    check("log_probs", log_probs, "B, D?, K", torch.float32)
+    full = sum(width**depth for depth in range(positions + 1))
+    if not 1 <= num_nodes <= full:
+        raise ValueError(f"{op}: num_nodes must be 1 to {full}, the nodes of the full tree, got {num_nodes}")
+    if num_nodes > MAX_BUILT_NODES:
+        if impl == "triton":
+            raise ValueError(
+                f'{op}: with impl="triton", num_nodes must be at most {MAX_BUILT_NODES} (impl=None uses the '
+                f"reference), got {num_nodes}"
+            )
+        impl = impl or "reference"
+    return resolve(op, impl, root.device)(root, candidates, log_probs, num_nodes)
+
+
+@typed
 def ngram_lookup(
     tokens: torch.Tensor,
     start: torch.Tensor,
@@ -360,18 +413,23 @@ def _fake_draft_topk(logits, k, filters, noise, seeds, position, depth, nodes, r
     return tokens, logits.new_empty((batch, groups), dtype=torch.bool), log_probs
 
 
-def _fake_build_tree(tokens, parents, scores, num_nodes, max_depth):
+def _empty_tree(tokens, num_nodes):
     batch = tokens.shape[0]
-    kept, depth, nodes = (tokens.new_empty((batch, num_nodes)) for _ in range(3))
-    kept_parents = tokens.new_empty((batch, num_nodes), dtype=torch.int32)
-    return kept, kept_parents, depth, tokens.new_empty((batch, num_nodes, -(-num_nodes // WORD_BITS))), nodes
+    drafts, depth = (tokens.new_empty((batch, num_nodes)) for _ in range(2))
+    parents = tokens.new_empty((batch, num_nodes), dtype=torch.int32)
+    return drafts, parents, depth, tokens.new_empty((batch, num_nodes, -(-num_nodes // WORD_BITS)))
+
+
+def _fake_build_tree(tokens, parents, scores, num_nodes, max_depth):
+    return *_empty_tree(tokens, num_nodes), tokens.new_empty((tokens.shape[0], num_nodes))
+
+
+def _fake_best_first_tree(root, candidates, log_probs, num_nodes):
+    return _empty_tree(root, num_nodes)
 
 
 def _fake_ngram_lookup(tokens, start, length, estimates, last_draft, num_nodes, *options):
-    batch = tokens.shape[0]
-    chain, depth = (tokens.new_empty((batch, num_nodes)) for _ in range(2))
-    parents = tokens.new_empty((batch, num_nodes), dtype=torch.int32)
-    return chain, parents, depth, tokens.new_empty((batch, num_nodes, -(-num_nodes // WORD_BITS)))
+    return _empty_tree(tokens, num_nodes)
 
 
 register(
@@ -397,6 +455,12 @@ register(
     "build_tree(Tensor tokens, Tensor parents, Tensor scores, SymInt num_nodes, SymInt max_depth) "
     "-> (Tensor kept_tokens, Tensor kept_parents, Tensor depth, Tensor ancestors, Tensor nodes)",
     _fake_build_tree,
+    reference,
+)
+register(
+    "best_first_tree(Tensor root, Tensor candidates, Tensor log_probs, SymInt num_nodes) "
+    "-> (Tensor tokens, Tensor parents, Tensor depth, Tensor ancestors)",
+    _fake_best_first_tree,
     reference,
 )
 register(

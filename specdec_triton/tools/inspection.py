@@ -34,6 +34,7 @@ OPS = (
     "ngram_lookup",
     "draft_topk",
     "build_tree",
+    "best_first_tree",
     "accept_greedy",
     "accept_sample",
     "compact_kv",

@@ -117,6 +117,32 @@ def record_drafts(monkeypatch):
     return seen
 
 
+def accept_more(monkeypatch, share=0.4):
+    """For the rest of the test, the target prefers this share of all drafted tokens, chosen at random. Paths of all
+    lengths are then accepted."""
+    verify, random = RoundSteps.verify, torch.Generator().manual_seed(0)
+
+    def preferring(self, tree):
+        logits = verify(self, tree).clone()
+        drawn = torch.rand(tree.tokens.shape, generator=random)
+        for row, node in (drawn < share).nonzero().tolist():
+            if tree.parents[row, node] >= 0:
+                logits[row, tree.parents[row, node], tree.tokens[row, node]] += 100
+        return logits
+
+    monkeypatch.setattr(RoundSteps, "verify", preferring)
+
+
+def accepted(drafts):
+    """The numbers of drafted tokens that rows accepted in the rounds after which they drafted again."""
+    rows = {}
+    for drafted in drafts:
+        rows.setdefault(drafted.row, []).append(len(drafted.text))
+    return [
+        after - before - 1 for lengths in rows.values() for before, after in zip(lengths, lengths[1:], strict=False)
+    ]
+
+
 def assert_ranked_by(draft, target, drafter, monkeypatch):
     """Assert that `drafter` ranks tokens as plain forwards of the model `draft` over their paths do. Its cache is then
     correct, whatever was accepted."""

@@ -17,11 +17,10 @@ from transformers import DynamicCache
 import specdec_triton as sdt
 from checkpoints import FAVOURED, LAYOUTS, favouring, write_head
 from families import NEVER, VOCAB, build, prompt
-from helpers import capture_here
+from helpers import accept_more, accepted, capture_here
 from literal_eagle import MISTAKES, LiteralDraft
 from specdec_triton import _patch
 from specdec_triton.drafters.eagle import DEFAULT_TREE, default_tree
-from specdec_triton.engine.round import RoundSteps
 from specdec_triton.forward import runner
 from specdec_triton.heads.medusa import MedusaHeads
 from specdec_triton.ops.filters import Filters, filtered_log_probs
@@ -99,22 +98,6 @@ def record(monkeypatch, drafter):
     return drafts
 
 
-def accept_more(monkeypatch, share=0.4):
-    """For the rest of the test, the target prefers this share of all drafted tokens, chosen at random. Paths of all
-    lengths are then accepted."""
-    verify, random = RoundSteps.verify, torch.Generator().manual_seed(0)
-
-    def preferring(self, tree):
-        logits = verify(self, tree).clone()
-        drawn = torch.rand(tree.tokens.shape, generator=random)
-        for row, node in (drawn < share).nonzero().tolist():
-            if tree.parents[row, node] >= 0:
-                logits[row, tree.parents[row, node], tree.tokens[row, node]] += 100
-        return logits
-
-    monkeypatch.setattr(RoundSteps, "verify", preferring)
-
-
 def agreements(drafts, head, target, mistake="", width=TREE.width, rank=None, first=0, limit=24):
     """For each draft, whether it is the one of the literal statement. Left out are drafts deeper than the rest of the
     text, and those that a rounding error could have changed.
@@ -144,16 +127,6 @@ def agreements(drafts, head, target, mistake="", width=TREE.width, rank=None, fi
         )
     assert close <= 2 * len(found), f"{close} of {close + len(found)} drafts had nodes of equal scores"
     return found
-
-
-def accepted(drafts):
-    """The numbers of drafted tokens that rows accepted in the rounds after which they drafted again."""
-    rows = {}
-    for drafted in drafts:
-        rows.setdefault(drafted.row, []).append(len(drafted.text))
-    return [
-        after - before - 1 for lengths in rows.values() for before, after in zip(lengths, lengths[1:], strict=False)
-    ]
 
 
 def drafts_of(folder, target, layout, head_seed=0, inputs=None, tree=TREE, options=GREEDY, more=False, **settings):

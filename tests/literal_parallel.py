@@ -52,7 +52,7 @@ class LiteralHead(LiteralDraft):
 
     def __init__(self, head: Head, target, text: list[int], count: int, mistake: str = "", first: int = 0):
         super().__init__(head, target, text, mistake, first)
-        mask = head.layout.mask_token + (mistake == "another mask token")
+        mask = abs(head.layout.mask_token - (mistake == "another mask token"))
         tokens, positions, self.root = placed(text[first + 1 :], mask, count, mistake, first)
         masks = self._mask_feature().expand(count - 1, -1)
         features = torch.cat([self.features, masks])
@@ -97,7 +97,7 @@ class LiteralModel:
 
     def __init__(self, model, mask: int, text: list[int], count: int, mistake: str = ""):
         assert mistake in ("", *MISTAKES), mistake
-        tokens, positions, root = placed(text, mask + (mistake == "another mask token"), count, mistake)
+        tokens, positions, root = placed(text, mask - (mistake == "another mask token"), count, mistake)
         seen = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
         if mistake == "mask rows see each other":
             seen[root:, root:] = True

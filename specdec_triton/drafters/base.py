@@ -297,6 +297,16 @@ def check_rule(drafter: Drafter, rule: str | None, is_chain: bool, sampling: str
         raise ValueError(f"{type(drafter).__name__}: {refusal}") from None
 
 
+def check_children(drafter: Drafter, shape: Topology | DynamicTree, vocab_size: int, limit: str) -> None:
+    """Refuse a shape with a node of more children than there are tokens. `limit` is the number of tokens in words."""
+    children = shape.width if isinstance(shape, DynamicTree) else 1 + max(shape.ranks)
+    if children > vocab_size:
+        raise ValueError(
+            f"{type(drafter).__name__}: a node of the tree must have at most {vocab_size} children, {limit}, got "
+            f"{children}"
+        )
+
+
 class NoDrafter(Drafter):
     """Drafts nothing: every round is a plain decoding step of the same engine. Use it as the baseline in benchmarks."""
 

@@ -1,7 +1,7 @@
 """Drafts with a trained EAGLE head: one or a few decoder layers over the target's hidden states.
 
 Sources: EAGLE (Li et al. 2024, arXiv 2401.15077), EAGLE-2 (Li et al. 2024, arXiv 2406.16858), EAGLE-3 (Li et al. 2025,
-arXiv 2503.01840).
+arXiv 2503.01840), P-EAGLE (Hui et al. 2026, arXiv 2602.01469).
 """
 
 import torch
@@ -13,11 +13,13 @@ from ..heads.checkpoint import read_checkpoint
 from ..heads.eagle import EagleModel
 from ..ops.rules import CHAIN_RULES
 from ..tree import DynamicTree, Topology
-from .base import Drafter, most_nodes_each, topology_of
+from .base import DraftContext, Drafter, most_nodes_each, topology_of
 from .dynamic import DynamicSession
 from .head_forwards import HeadForwards, PromptRows
 from .level_session import LevelSession
+from .marginals import MarginalSession, Shape, default_nodes, start_session
 from .model import check_drafted, check_shape
+from .parallel import HeadMarginals, check_parallel, num_depths, parallel_shape
 
 # The tree of EAGLE-2's code: 60 nodes of width 10; the first of its 8 levels takes no forward of its own.
 DEFAULT_TREE = DynamicTree(60, width=10, depth=8)
@@ -25,7 +27,7 @@ DEFAULT_TOKENS = 5  # of a chain
 
 
 class EagleDrafter(Drafter):
-    """Drafts with a trained EAGLE head (EAGLE-1, EAGLE-2 or EAGLE-3). `from_pretrained` loads one.
+    """Drafts with a trained EAGLE head (EAGLE-1, EAGLE-2, EAGLE-3 or P-EAGLE). `from_pretrained` loads one.
 
     A dynamic tree is drafted by default, as in EAGLE-2. It has 60 nodes, and fewer in batches of more than two
     sequences, see `default_tree`. Rules that accept only chains get a chain of 5 tokens. Tokens
@@ -36,6 +38,12 @@ class EagleDrafter(Drafter):
     that run in any case, on a copy of the target's modules that shares its weights. The head has a key-value cache of
     its own during the call. Each level of a draft takes one forward of the head; the first also computes the rows of
     the tokens that were accepted last.
+
+    A P-EAGLE head takes one forward for all levels. It gives the probabilities of the tokens at all next depths, which
+    do not depend on each other. By default, the likeliest 64 nodes are drafted, fewer in batches of more than two
+    sequences, as deep as the checkpoint states (7 levels if it states no number). Rules that accept only chains get a
+    chain of that length. A number of nodes means the likeliest ones. Longer chains and deeper trees may be asked for
+    here.
 
     If a call continues a cache of the caller, the head sees only the columns that the call runs, so fewer drafts may be
     accepted.
@@ -119,9 +127,12 @@ class EagleDrafter(Drafter):
 
     def check(self, model, rule=None, tree=None):
         self.model.check_target(model)
-        known = self.model.target_ids
+        known, limit = self.model.target_ids, "the size of the head's vocabulary"
         vocab_size = model.config.get_text_config().vocab_size if known is None else len(known)
-        check_drafted(self, self._shape(tree, rule), rule, vocab_size, "the size of the head's vocabulary")
+        if self.model.num_drafted:
+            check_parallel(self, tree, rule, self.model.num_drafted, vocab_size, limit)
+        else:
+            check_drafted(self, self._shape(tree, rule), rule, vocab_size, limit)
 
     def _shape(
         self, tree: Topology | DynamicTree | int | None, rule: str | None, batch: int = 1
@@ -141,6 +152,8 @@ class EagleDrafter(Drafter):
         return graph_hazard(self.model)
 
     def start(self, context, tree=None):
+        if self.model.num_drafted:
+            return self._start_parallel(context, tree, self.model.num_drafted)
         shape = self._shape(tree, context.rule, len(context.start))
         dynamic = isinstance(shape, DynamicTree)
         nodes = shape.num_expanded if dynamic else shape.num_nodes
@@ -148,6 +161,14 @@ class EagleDrafter(Drafter):
         if dynamic:
             return DynamicSession(forwards, context, shape)
         return LevelSession(forwards, context, shape, self.replacement)
+
+    def _start_parallel(
+        self, context: DraftContext, tree: Shape | None, trained: int
+    ) -> LevelSession | MarginalSession:
+        shape = parallel_shape(self, tree, context.rule, trained, default_nodes(len(context.start)))
+        depths = num_depths(self, shape, trained)
+        source = HeadMarginals(self.model, context, context.prompt_reader, depths)
+        return start_session(source, context, shape, self.replacement)
 
 
 def default_tree(batch: int) -> DynamicTree:

@@ -101,12 +101,8 @@ class ModelForwards(DraftForwards):
         self._columns = context.buffers.put("draft.columns", columns)
         self._path = topology_tensors(Topology.chain(self.num_first - 1), context.start.device)
         context.buffers.keep(self._path)  # captured rounds read it
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
-        known = embedded_tokens(model)
-        self._last_token = known - 1
-        self._knows_all = known >= max(context.vocab_size, embedded_tokens(context.target.model))
-        last = (context.max_length - context.start).clamp(max=limit) - 1
-        fixed, buffers = context.fixed_shapes, context.buffers
+        self._known = known_tokens(model, context)
+        last, fixed, buffers = last_position(model, context), context.fixed_shapes, context.buffers
         self._runner = TreeRunner(
             model, context.start, last, context.impl, fixed, context.compiled, context.fused, buffers, "draft"
         )
@@ -114,24 +110,7 @@ class ModelForwards(DraftForwards):
         if shares_cache:
             self._runner.cache = context.target.cache
         else:
-            self._prefill()
-
-    def _prefill(self) -> None:
-        """Run the prompt through the draft model, left padding included, so that its cache has the target's columns."""
-        context, model = self.context, self._runner.model
-        prompt = context.tokens[:, : int(context.host_length[0])]
-        columns = torch.arange(prompt.shape[1], device=prompt.device)
-        real = columns >= context.start[:, None]
-        kwargs = {
-            "attention_mask": real.long(),
-            "position_ids": (columns - context.start[:, None])
-            .clamp(min=0)
-            .minimum(self._runner.last_position[:, None]),
-        }
-        if model._supports_logits_to_keep():
-            kwargs["logits_to_keep"] = 1
-        capacity = context.cache_capacity(self._room)
-        self._runner.prefill(prompt.clamp(max=self._last_token), GenerationConfig(), kwargs, capacity)
+            run_prompt(self._runner, context, self._room, self._known)
 
     @property
     def slots(self):
@@ -158,10 +137,7 @@ class ModelForwards(DraftForwards):
             return
         # a finished row emitted fewer tokens, so this goes back too far; its first token is the limit
         first = torch.maximum(context.length - (self.num_first - 1) - rounds, context.start)
-        for done in range(0, rounds, CHUNK):
-            base = first + done
-            columns = base[:, None] + torch.arange(min(CHUNK, rounds - done), device=first.device)
-            self._runner.forward_chain(self._embedded(context.tokens.gather(1, columns)), base)
+        run_columns(self._runner, context, first, rounds, self._known)
 
     def advance(self):
         return self.context.root[:, None]  # later rounds catch up, see `follow`
@@ -171,15 +147,11 @@ class ModelForwards(DraftForwards):
         self._first = self.context.length - (self.num_first - 1)
         tokens = self.context.tokens.gather(1, self._first[:, None] + self._columns)
         _, depth, ancestors = with_rows(len(tokens), self._path)
-        logits = self._runner.forward(self._embedded(tokens), depth, ancestors, self._first)
+        logits = self._runner.forward(as_known(tokens, self._known), depth, ancestors, self._first)
         return tokens[:, -1:], logits[:, -1:]
 
     def expand(self, tokens, parents, depth, ancestors):
-        return self._runner.forward(self._embedded(tokens), depth, ancestors, self._first)
-
-    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The tokens, or the draft's last token for those that it has no embedding of."""
-        return tokens if self._knows_all else tokens.clamp(max=self._last_token)
+        return self._runner.forward(as_known(tokens, self._known), depth, ancestors, self._first)
 
     def observe(self, accepted, slots):
         if self._shares_cache or slots is None:
@@ -187,3 +159,45 @@ class ModelForwards(DraftForwards):
         path = slots.expand(len(accepted.path), -1).gather(1, accepted.path.clamp(min=0).long())
         path = torch.where(accepted.path >= 0, path, -1).int()
         self._runner.cache.compact(self.context.length, path, self.context.impl)
+
+
+def last_position(model: PreTrainedModel, context: DraftContext) -> torch.Tensor:
+    """[B] int64. Largest position that the draft model may be fed in each row."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context.max_length
+    return (context.max_length - context.start).clamp(max=limit) - 1
+
+
+def known_tokens(model: PreTrainedModel, context: DraftContext) -> int | None:
+    """Number of tokens that the draft model has an embedding of; None if these are all tokens of a text."""
+    known = embedded_tokens(model)
+    return None if known >= max(context.vocab_size, embedded_tokens(context.target.model)) else known
+
+
+def as_known(tokens: torch.Tensor, known: int | None) -> torch.Tensor:
+    """The tokens, or the draft's last token for those that it has no embedding of. `known`: see `known_tokens`."""
+    return tokens if known is None else tokens.clamp(max=known - 1)
+
+
+def run_prompt(runner: TreeRunner, context: DraftContext, room: int, known: int | None) -> None:
+    """Run the prompt through a draft model, left padding included, so that its cache has the target's columns. `room`:
+    cache slots that a round needs after the root's column. `known`: see `known_tokens`."""
+    prompt = context.tokens[:, : int(context.host_length[0])]
+    columns = torch.arange(prompt.shape[1], device=prompt.device)
+    real = columns >= context.start[:, None]
+    kwargs = {
+        "attention_mask": real.long(),
+        "position_ids": (columns - context.start[:, None]).clamp(min=0).minimum(runner.last_position[:, None]),
+    }
+    if runner.model._supports_logits_to_keep():
+        kwargs["logits_to_keep"] = 1
+    runner.prefill(as_known(prompt, known), GenerationConfig(), kwargs, context.cache_capacity(room))
+
+
+def run_columns(runner: TreeRunner, context: DraftContext, first: torch.Tensor, count: int, known: int | None) -> None:
+    """Run the tokens of `count` columns from `first` [B] int64 on through a draft model. Columns after the root's are
+    overwritten later. `known`: see `known_tokens`."""
+    for done in range(0, count, CHUNK):
+        base = first + done
+        columns = base[:, None] + torch.arange(min(CHUNK, count - done), device=first.device)
+        tokens = context.tokens.gather(1, columns.clamp(max=context.tokens.shape[1] - 1))
+        runner.forward_chain(as_known(tokens, known), base)

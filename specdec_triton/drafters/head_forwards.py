@@ -101,12 +101,7 @@ class HeadForwards(DraftForwards):
 
     @property
     def weights(self):
-        own = num_weights(self._model)
-        if self._model.embed_tokens is not None:
-            own -= num_weights(self._model.embed_tokens)
-        if self._model.lm_head is None:
-            own += num_weights(self.context.target.model.get_output_embeddings())
-        return own
+        return head_weights(self._model, self.context.target.model)
 
     def follow(self, levels):
         self._runner.cache.reserve(self.context.longest + self._room)
@@ -154,9 +149,8 @@ class HeadForwards(DraftForwards):
 
     def observe(self, accepted: Acceptance, slots):
         """Keep the features of the verified root and of the accepted nodes."""
-        path = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))
-        states = tuple(each.gather(1, path[..., None].expand(-1, -1, each.shape[-1])) for each in self.context.states)
-        self._features[:, : path.shape[1]] = self._model.features(states)
+        features = accepted_features(self._model, self.context.states, accepted)
+        self._features[:, : features.shape[1]] = features
         self._count.copy_(accepted.length + 1)
 
 
@@ -179,3 +173,20 @@ def head_logits(model: EagleModel, target: PreTrainedModel, states: torch.Tensor
         return logits
     everywhere = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
     return everywhere.index_copy_(-1, model.target_ids, logits)
+
+
+def head_weights(model: EagleModel, target: PreTrainedModel) -> int:
+    """Number of weights that a forward of the head reads, its language head included."""
+    own = num_weights(model)
+    if model.embed_tokens is not None:
+        own -= num_weights(model.embed_tokens)
+    if model.lm_head is None:
+        own += num_weights(target.get_output_embeddings())
+    return own
+
+
+def accepted_features(model: EagleModel, states: tuple[torch.Tensor, ...], accepted: Acceptance) -> torch.Tensor:
+    """The features [B, D + 1, H] of the verified root and of the accepted nodes, from the target's states [B, N, Ht] at
+    all nodes. Those after the accepted path are padding."""
+    path = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))[..., None]
+    return model.features(tuple(each.gather(1, path.expand(-1, -1, each.shape[-1])) for each in states))

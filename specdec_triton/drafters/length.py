@@ -43,13 +43,13 @@ class LengthRule:
     config: GenerationConfig | None = None
 
 
-def assistant_tokens(owner: str, config: GenerationConfig) -> int:
-    """`num_assistant_tokens` of the config, or `DEFAULT_TOKENS`.
+def assistant_tokens(owner: str, config: GenerationConfig, default: int = DEFAULT_TOKENS) -> int:
+    """`num_assistant_tokens` of the config, or `default`.
 
     Raises:
         ValueError: it is not a number of at least 0; the message begins with `owner`.
     """
-    tokens = DEFAULT_TOKENS if config.num_assistant_tokens is None else config.num_assistant_tokens
+    tokens = default if config.num_assistant_tokens is None else config.num_assistant_tokens
     if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or not tokens >= 0:
         raise ValueError(
             f"{owner}: num_assistant_tokens of the draft's generation_config must be a number of at least 0, got "

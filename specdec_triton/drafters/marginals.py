@@ -16,12 +16,11 @@ import torch
 from ..ops.reference import Acceptance
 from ..ops.rules import CHAIN_RULES
 from ..tree import DraftTree, DynamicTree, Topology
-from .base import DraftContext, Drafter, DraftSession, check_rule, check_tree, most_nodes_each
+from .base import DraftContext, Drafter, DraftSession, check_children, check_rule, check_tree, most_nodes_each
 from .candidates import ranked
 from .dynamic import DynamicSession
 from .forwards import DraftForwards
 from .level_session import LevelSession
-from .model import check_children
 
 NODES, WIDTH = 64, 10  # nodes of the default tree, and tokens of each depth among which a tree of likely nodes chooses
 Shape = Topology | DynamicTree | int  # a number is that of the likeliest nodes, root included

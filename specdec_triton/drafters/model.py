@@ -1,19 +1,23 @@
-"""Drafts from a smaller model: a chain, or a tree that is expanded level by level."""
+"""Drafts from a smaller model: a chain, a tree that is expanded level by level, or all levels from one forward."""
 
 from transformers import PreTrainedModel
 
 from ..forward.checks import check_supported, graph_hazard
-from ..forward.wrappers import unwrap
+from ..forward.wrappers import embedded_tokens, unwrap
 from ..heads.eagle import EagleModel
 from ..tree import DynamicTree, Topology
-from .base import DraftContext, Drafter, check_rule, check_tree, topology_of
+from .base import DraftContext, Drafter, check_children, check_rule, check_tree, topology_of
 from .dynamic import DynamicSession
 from .forwards import ModelForwards
 from .length import ChainLength, LengthRule, assistant_rule, assistant_tokens
 from .level_session import LevelSession
+from .marginals import start_session as start_marginal_session
+from .parallel import ModelMarginals, check_parallel, num_depths, parallel_shape
 
 # Vocabularies whose sizes differ by at most this share are assumed to belong to one tokenizer with different padding.
 VOCABULARY_PADDING = 0.01
+# of a parallel draft, if the generation config sets no number: the number in the code and documentation of PARD
+PARALLEL_TOKENS = 12
 
 
 class ModelDrafter(Drafter):
@@ -45,9 +49,16 @@ class ModelDrafter(Drafter):
         confidence_threshold: a chain ends after a token whose draft probability is below this, also if `num_tokens`
             is given; 0 disables it. None: if `num_tokens` and `tree` are None, the model's own
             `assistant_confidence_threshold` (0.4 by default) applies, otherwise no threshold.
+        parallel: True for a PARD model (An et al. 2025, arXiv 2504.18583), whose config names its mask token
+            (`pard_token`). One forward then predicts the tokens at all next depths, independently of each other. An
+            integer is the id of the mask token of a model whose config lacks it. By default, the tokens of a chain are
+            drafted one after another, also by a PARD model. With `parallel`, the default is a chain of
+            `num_assistant_tokens` tokens (12 if it is not set), a number of nodes means the likeliest ones, and neither
+            schedules nor confidence thresholds apply.
 
     Raises:
-        ValueError: the model is not supported, `num_tokens` and `tree` are both given, or a number is out of range.
+        ValueError: the model is not supported, `num_tokens` and `tree` are both given, a number is out of range, or
+            `parallel` is True and the model's config names no mask token.
     """
 
     def __init__(
@@ -57,14 +68,21 @@ class ModelDrafter(Drafter):
         tree: Topology | DynamicTree | int | None = None,
         replacement: bool = False,
         confidence_threshold: float | None = None,
+        parallel: bool | int | None = None,
     ):
         check_alone(model)
         model = unwrap(model, "ModelDrafter")
         check_supported(model, "the draft model")
         self.model, self.num_tokens, self.tree, self.replacement = model, num_tokens, tree, replacement
-        self.confidence_threshold = confidence_threshold
+        self.confidence_threshold, self.parallel = confidence_threshold, parallel
         check_shape(self)
         check_confidence(self)
+        self._mask_token_id = mask_token_of(model, parallel)
+        if self._mask_token_id is not None and confidence_threshold:
+            raise ValueError(
+                "ModelDrafter: confidence_threshold must be None or 0 with parallel, which drafts all tokens at once, "
+                f"got {confidence_threshold}"
+            )
 
     def check(self, model, rule=None, tree=None):
         if self.model.device != model.device:
@@ -75,7 +93,15 @@ class ModelDrafter(Drafter):
                 f"ModelDrafter: the draft model must have the target's vocabulary of {sizes[0]} tokens, up to "
                 f"{VOCABULARY_PADDING:.0%} of padding, got {sizes[1]}"
             )
-        draft_shape(self, tree, self.model, rule, min(sizes))
+        if self._mask_token_id is None:
+            draft_shape(self, tree, self.model, rule, min(sizes))
+        else:
+            check_parallel(self, tree, rule, self._parallel_tokens, min(sizes), "the size of the vocabulary")
+
+    @property
+    def _parallel_tokens(self) -> int:
+        """Number of tokens of a parallel draft if no other is asked for."""
+        return assistant_tokens("ModelDrafter", self.model.generation_config, PARALLEL_TOKENS)
 
     @property
     def resizable(self):
@@ -85,7 +111,12 @@ class ModelDrafter(Drafter):
         return graph_hazard(self.model)
 
     def start(self, context, tree=None):
-        return start_session(self, self.model, context, tree)
+        if self._mask_token_id is None:
+            return start_session(self, self.model, context, tree)
+        tokens = self._parallel_tokens
+        shape = parallel_shape(self, tree, context.rule, tokens, Topology.chain(tokens))
+        source = ModelMarginals(self.model, context, self._mask_token_id, num_depths(self, shape, tokens))
+        return start_marginal_session(source, context, shape, self.replacement)
 
 
 def check_alone(model: PreTrainedModel) -> None:
@@ -103,6 +134,29 @@ def check_alone(model: PreTrainedModel) -> None:
             "target: heads that are supported are loaded by EagleDrafter.from_pretrained and "
             "MedusaDrafter.from_pretrained; use transformers' own assisted decoding for this one"
         )
+
+
+def mask_token_of(model: PreTrainedModel, parallel: bool | int | None) -> int | None:
+    """The id of the mask token that `parallel` of `ModelDrafter` asks for; None if drafts are not parallel.
+
+    Raises:
+        ValueError: `parallel` is True and the model's config names no mask token, or the model has no embedding of it.
+    """
+    if parallel is None or parallel is False:
+        return None
+    token = getattr(model.config, "pard_token", None) if parallel is True else parallel
+    if token is None:
+        raise ValueError(
+            f"ModelDrafter: parallel=True needs a PARD model, whose config has pard_token, got {type(model).__name__} "
+            "without it: give the id of its mask token as parallel="
+        )
+    known = embedded_tokens(model)
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < known:
+        raise ValueError(
+            f"ModelDrafter: the mask token of parallel must be the id of one of the {known} embeddings of the draft "
+            f"model, got {token!r}"
+        )
+    return token
 
 
 def check_shape(drafter: Drafter) -> None:
@@ -137,16 +191,6 @@ def check_drafted(
     """Refuse a shape that the rule does not accept, or with a node of more children than there are tokens."""
     check_rule(drafter, rule, shape.is_chain, "none" if isinstance(shape, DynamicTree) else "without")
     check_children(drafter, shape, vocab_size, limit)
-
-
-def check_children(drafter: Drafter, shape: Topology | DynamicTree, vocab_size: int, limit: str) -> None:
-    """Refuse a shape with a node of more children than there are tokens. `limit` is the number of tokens in words."""
-    children = shape.width if isinstance(shape, DynamicTree) else 1 + max(shape.ranks)
-    if children > vocab_size:
-        raise ValueError(
-            f"{type(drafter).__name__}: a node of the tree must have at most {vocab_size} children, {limit}, got "
-            f"{children}"
-        )
 
 
 def draft_shape(

@@ -8,19 +8,18 @@ Letters: B sequences, R text rows, n block rows, H hidden size of the draft.
 """
 
 import torch
-from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from ..forward.checks import graph_hazard
 from ..forward.versions import CACHE
-from ..forward.wrappers import num_weights, unwrap
+from ..forward.wrappers import unwrap
 from ..heads.checkpoint import read_checkpoint
 from ..heads.dflash import DFlashModel
 from ..ops.rules import CHAIN_RULES
 from ..tree import DynamicTree, Topology
 from .base import DraftContext, Drafter
 from .blocks import BlockMarginals
-from .head_forwards import head_logits
+from .head_forwards import accepted_features, head_logits, head_weights
 from .marginals import Shape, check_marginal_tree, check_marginals, default_nodes, shape_of, start_session
 from .model import check_shape
 
@@ -211,10 +210,7 @@ class DFlashMarginals(BlockMarginals):
 
     @property
     def weights(self):
-        own = num_weights(self._model)
-        if self._model.lm_head is None:
-            own += num_weights(self.context.target.model.get_output_embeddings())
-        return own
+        return head_weights(self._model, self.context.target.model)
 
     def skip(self):
         self._run_text(self._tokens[:, : self._features.shape[1]], self._first(), features=self._features)
@@ -230,7 +226,6 @@ class DFlashMarginals(BlockMarginals):
 
     def observe(self, accepted):
         """Keep the features of the verified root and of the accepted nodes."""
-        path = pad(accepted.path.clamp(min=0).long(), (1, 0))
-        states = tuple(each.gather(1, path[..., None].expand(-1, -1, each.shape[-1])) for each in self.context.states)
-        self._features[:, : path.shape[1]] = self._model.features(states)
+        features = accepted_features(self._model, self.context.states, accepted)
+        self._features[:, : features.shape[1]] = features
         super().observe(accepted)

@@ -6,6 +6,7 @@ and, in lock-step, with transformers' own generator of candidates.
 
 import copy
 import gc
+import json
 import weakref
 from functools import cache
 from types import SimpleNamespace
@@ -14,20 +15,21 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import save_file
 from transformers.generation import candidate_generator
 
 import specdec_triton as sdt
 from checkpoints import FAVOURED, favouring
-from families import NEVER, PAD, VOCAB, add_noise, enlarge_weights, prompt
-from helpers import accept_more, accepted, capture_here
+from families import NEVER, PAD, build, enlarge_weights, prompt
+from helpers import accept_more, accepted, capture_here, compiled_graphs
 from specdec_triton.drafters.shared_kv import Gemma4AssistantDrafter
 from specdec_triton.ops.filters import Filters, filtered_log_probs
 from specdec_triton.ops.noise import COUPLED, gumbel, row_seeds
 from specdec_triton.tools.host_sync import count_forwards, count_host_reads
-from specdec_triton.tree import DraftTree
 
 BUILDS = Version(transformers.__version__).release[:2] != (5, 23)
 needs_assistant = pytest.mark.skipif(not BUILDS, reason="transformers 5.23 cannot build Gemma 4 assistants")
+VOCAB = 64  # a multiple of the number of centroids
 WINDOW = 6  # most texts are longer
 LAYERS = ["sliding_attention", "full_attention"]
 COMMON = {
@@ -42,7 +44,6 @@ COMMON = {
     "max_position_embeddings": 256,
     "pad_token_id": PAD,
     "eos_token_id": None,
-    "vocab_size_per_layer_input": VOCAB,
 }
 TARGETS = {
     # as E2B: the last layers read the keys of earlier ones, and layers have inputs of their own
@@ -50,6 +51,8 @@ TARGETS = {
     # as 31B: all layers have keys of their own; values of full layers are their keys
     "31b": {"layer_types": LAYERS * 2, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
 }
+# the head of the small assistants: tokens are grouped by centroids, and only those of the likeliest ones have logits
+ORDERED = {"use_ordered_embeddings": True, "num_centroids": 16, "centroid_intermediate_top_k": 5}
 CHAIN, FIXED, DYNAMIC = sdt.Topology.chain(4), sdt.Topology.from_widths([3, 2, 1]), sdt.DynamicTree(16, 4, 4)
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": NEVER}
 SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
@@ -64,16 +67,21 @@ def target_of(kind="e2b", seed=1, window=WINDOW):
         **{**COMMON, **options, "sliding_window": window},
         hidden_size=32,
         num_hidden_layers=len(options["layer_types"]),
+        vocab_size_per_layer_input=VOCAB,
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
     return favouring(with_other_norms(enlarge_weights(transformers.Gemma4ForCausalLM(config))))
 
 
-def assistant_of(seed=2, window=WINDOW, family="Gemma4", backbone_hidden_size=32, **options):
+def assistant_of(
+    seed=2, window=WINDOW, family="Gemma4", backbone_hidden_size=32, head_dim=8, global_head_dim=12, **options
+):
     """An assistant for `target_of`. Its head favours some of the tokens that the target favours."""
     text = getattr(transformers, f"{family}TextConfig")(
-        **{**COMMON, "sliding_window": window, "vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0},
+        **{**COMMON, "sliding_window": window, "head_dim": head_dim, "global_head_dim": global_head_dim},
+        vocab_size_per_layer_input=0,
+        hidden_size_per_layer_input=0,
         hidden_size=24,
         num_hidden_layers=3,
         num_kv_shared_layers=3,
@@ -108,6 +116,7 @@ MISTAKES = (
     "later positions at deeper levels",
     "one column less",
     "no window",
+    "window of one column more",
     "state of the first column",
     "own state before the projection",
     "state before embedding",
@@ -151,7 +160,8 @@ class LiteralDraft:
     def _columns(self, layer, kind):
         first = 0
         if kind == "sliding_attention" and self.mistake != "no window":
-            first = max(0, layer.keys.shape[2] - self.assistant.config.get_text_config().sliding_window)
+            seen = self.assistant.config.get_text_config().sliding_window - 1  # the root would be the last in it
+            first = max(0, layer.keys.shape[2] - seen - (self.mistake == "window of one column more"))
         last = layer.keys.shape[2] - (self.mistake == "one column less")
         return layer.keys[:, :, first:last], layer.values[:, :, first:last]
 
@@ -204,7 +214,9 @@ class LiteralDraft:
                     children.append(((*path, token), score + value))
             candidates += children
             frontier = [children[place] for place in self._best([score for _, score in children], tree.width)[1]]
-        kept = sorted([0] + [1 + at for at in self._best([score for _, score in candidates[1:]], tree.num_nodes - 1)[1]])
+        kept = sorted(
+            [0] + [1 + at for at in self._best([score for _, score in candidates[1:]], tree.num_nodes - 1)[1]]
+        )
         paths = [candidates[at][0] for at in kept]
         return [self.text[-1], *(path[-1] for path in paths[1:])], [-1, *(paths.index(path[:-1]) for path in paths[1:])]
 
@@ -268,6 +280,11 @@ def agreements(drafts, assistant, target, tree, mistake="", rank=None, limit=16)
     return found
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    yield from compiled_graphs(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def recorded():
     """A function of a kind of target: an assistant, its drafts of one call, and a copy of the target."""
@@ -317,3 +334,330 @@ def test_other_calls(case):
     drafts, _ = drafts_of(target, assistant, **options)
     found = agreements(drafts, assistant, copy.deepcopy(target), options["tree"], limit=10)
     assert len(found) >= 6 and all(found)
+
+
+@needs_assistant
+def test_coupled_drafts_rank_by_the_targets_noise():
+    target, assistant, seeds = target_of(), assistant_of(), row_seeds(5, 2)
+    drafts, _ = drafts_of(target, assistant, DYNAMIC, options=SAMPLED, seed=5)
+    filters = Filters(torch.tensor([0.8], dtype=torch.float64), torch.tensor([20]))
+
+    def rank(drafted):
+        def ranked(log_probs, depth):
+            kept = filtered_log_probs(log_probs.float()[None, None], filters)[0, 0]
+            noise = gumbel(seeds[drafted.row], torch.tensor(len(drafted.text) - 1 + depth), 0, COUPLED, VOCAB)
+            return (kept + noise).log_softmax(-1)
+
+        return ranked
+
+    found = agreements(drafts, assistant, copy.deepcopy(target), DYNAMIC, rank=rank, limit=12)
+    assert len(found) >= 8 and all(found)
+
+
+@needs_assistant
+@pytest.mark.parametrize("rule", ["multi_round", "block"])
+@pytest.mark.parametrize("centroids", [False, True])
+def test_drawn_trees_state_the_literal_probabilities(rule, centroids):
+    """Tokens outside of the chosen centroids have probability 0. transformers gives them a low logit."""
+    shape = FIXED if rule == "multi_round" else CHAIN
+    target, assistant = target_of(), assistant_of(**ORDERED if centroids else {})
+    drafts, _ = drafts_of(target, assistant, shape, options=SAMPLED, rule=rule)
+    judge, compared = copy.deepcopy(target), 0
+    for drafted in drafts[:8]:
+        if drafted.tree.max_depth < shape.max_depth:
+            continue
+        row, tree = drafted.row, drafted.tree
+        literal, paths = LiteralDraft(assistant, judge, drafted.text), [()]
+        for node, parent in enumerate(tree.parents[row].tolist()):
+            if node:
+                paths.append((*paths[parent], int(tree.tokens[row, node])))
+            place = int(tree.draft_row[0 if len(tree.draft_row) == 1 else row, node])
+            if place < 0:
+                continue
+            given, wanted = tree.draft_logits[row, place].double(), literal.node(paths[node])[1]
+            if centroids:
+                assert (
+                    given.isfinite().sum() == ORDERED["centroid_intermediate_top_k"] * VOCAB / ORDERED["num_centroids"]
+                )
+                wanted = wanted.where(wanted > wanted.min(), -torch.inf)
+            torch.testing.assert_close(given.log_softmax(-1), wanted.log_softmax(-1), rtol=0, atol=ERROR)
+            compared += 1
+    assert compared >= 12
+
+
+# --- lock-step with transformers
+
+
+def their_drafts(monkeypatch, target, assistant, inputs, corrected):
+    """The drafts of transformers' own assisted generation: for each round, the length of the text, its drafted tokens,
+    and the number of tokens that the round before rejected.
+
+    Its generator hands the assistant keys of rejected tokens: one column, and all of them in layers with a window once
+    the text is longer. In the first round, transformers 5.17 takes the hidden state of the first token of the prompt
+    (huggingface/transformers#48703).
+
+    Args:
+        corrected: True to give the generator the keys and the state of verified tokens.
+    """
+    drafts, generator = [], candidate_generator.SinglePositionMultiTokenCandidateGenerator
+    ask = generator.get_candidates
+
+    def asking(self, input_ids, model_kwargs, model_outputs, is_first_iteration, n_last_matches, **more):
+        rejected = 0
+        if model_outputs is not None:
+            rows = model_outputs.hidden_states[-1].shape[1]
+            if not drafts and corrected:
+                n_last_matches = rows - 1
+            rejected = rows - 1 - n_last_matches if drafts else 0
+            if corrected:
+                kept = {
+                    kind: tuple(each[:, :, : each.shape[2] - rejected] for each in pair)
+                    for kind, pair in model_outputs.shared_kv_states.items()
+                }
+                model_outputs = SimpleNamespace(hidden_states=model_outputs.hidden_states, shared_kv_states=kept)
+        found = ask(self, input_ids, model_kwargs, model_outputs, is_first_iteration, n_last_matches, **more)
+        tokens = found[0][0, input_ids.shape[1] :].tolist()
+        if tokens:
+            drafts.append((input_ids.shape[1], tokens, rejected))
+        return found
+
+    monkeypatch.setattr(generator, "get_candidates", asking)
+    text = target.generate(**inputs, **GREEDY, assistant_model=assistant)
+    monkeypatch.undo()
+    return drafts, text
+
+
+@needs_assistant
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("centroids", [False, True])
+def test_lock_step_with_transformers(kind, centroids, monkeypatch):
+    """The texts are shorter than the windows: transformers' assistant sees two more columns than its target would."""
+    target, inputs = target_of(kind, window=64), prompt(batch=1)
+    assistant = assistant_of(window=64, **ORDERED if centroids else {})
+    assistant.generation_config.num_assistant_tokens = 4
+    mine, text = drafts_of(target, assistant, None, inputs)
+    mine = [(len(drafted.text), drafted.tree.tokens[0, 1:].tolist()) for drafted in mine if drafted.tree.max_depth]
+    theirs, their_text = their_drafts(monkeypatch, copy.deepcopy(target), assistant, inputs, corrected=True)
+    assert torch.equal(text, their_text)
+    assert mine == [(length, tokens) for length, tokens, _ in theirs]
+    rejections = [rejected for *_, rejected in theirs[1:]]
+    assert len(mine) >= 5 and max(rejections) > 0 and min(rejections) < 4
+    # as transformers runs it: the same drafts in rounds after one that rejected nothing
+    known = dict(mine)
+    theirs, _ = their_drafts(monkeypatch, copy.deepcopy(target), assistant, inputs, corrected=False)
+    assert all(tokens == known[length] for length, tokens, rejected in theirs[1:] if not rejected and length in known)
+
+
+# --- texts
+
+SHAPES = {"default": None, "chain": CHAIN, "widths": FIXED, "dynamic": DYNAMIC, "nodes": 8, "auto": "auto"}
+
+
+@needs_assistant
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [("e2b", ("default", "dynamic")), ("31b", ("widths",))]
+    + [pytest.param(kind, SHAPES, marks=pytest.mark.slow) for kind in TARGETS],
+)
+def test_the_text_is_the_targets(kind, shapes):
+    """Also a sampled text with a seed: under the rule "coupled" it does not depend on the drafter."""
+    target, inputs = target_of(kind), prompt(batch=3)
+    drafter = Gemma4AssistantDrafter(assistant_of())
+    for options in (GREEDY, SAMPLED):
+        text = target.generate(**inputs, **options, custom_generate=sdt.SpeculativeGenerate(seed=1))
+        for shape in shapes:
+            with sdt.patched(target, drafter=drafter, seed=1, tree=SHAPES[shape]):
+                assert torch.equal(target.generate(**inputs, **options), text)
+    plain = target.generate(**inputs, **GREEDY)
+    assert torch.equal(plain, drafts_of(target, drafter.model, CHAIN, inputs)[1])
+
+
+@needs_assistant
+def test_a_unified_assistant():
+    target = target_of()
+    assistant = assistant_of(family="Gemma4Unified")
+    drafts, _ = drafts_of(target, assistant, FIXED)
+    found = agreements(drafts, assistant, copy.deepcopy(target), FIXED, limit=8)
+    assert len(found) >= 6 and all(found)
+
+
+@needs_assistant
+def test_a_cache_of_an_earlier_call():
+    target, judge, assistant = target_of("31b"), target_of("31b"), assistant_of()
+    first = target.generate(**prompt(batch=1), **{**GREEDY, "max_new_tokens": 6, "return_dict_in_generate": True})
+    turn = torch.cat([first.sequences, prompt(batch=1, length=5, seed=1)["input_ids"]], 1)
+    inputs = {"input_ids": turn, "past_key_values": first.past_key_values}
+    drafts, text = drafts_of(target, assistant, CHAIN, inputs)
+    assert torch.equal(text, judge.generate(turn, **GREEDY))
+    found = agreements(drafts, assistant, judge, CHAIN)
+    assert len(found) >= 6 and all(found)
+
+
+# --- cost
+
+
+@needs_assistant
+@pytest.mark.parametrize(
+    ("tree", "options"),
+    [
+        pytest.param(DYNAMIC, GREEDY, id="dynamic-greedy"),
+        pytest.param(FIXED, GREEDY, id="fixed-greedy", marks=pytest.mark.slow),
+        pytest.param(DYNAMIC, SAMPLED, id="dynamic-coupled", marks=pytest.mark.slow),
+        pytest.param(FIXED, SAMPLED, id="fixed-coupled", marks=pytest.mark.slow),
+    ],
+)
+def test_captured_rounds_draft_the_same(tree, options, monkeypatch):
+    """Random drafts are accepted equally often only if they are equal."""
+    target, drafter = target_of(), Gemma4AssistantDrafter(assistant_of(**ORDERED), tree=tree)
+    with sdt.patched(target, drafter=drafter, seed=1, cuda_graphs=False):
+        text = target.generate(**prompt(), **options)
+    eager = sdt.stats(target)
+    with sdt.patched(target, drafter=drafter, seed=1):
+        capture_here(monkeypatch, 1)
+        for call in range(2):  # a later call replays the graphs of the first
+            assert torch.equal(target.generate(**prompt(), **options), text)
+            stats = sdt.stats(target)
+            assert stats.replayed > 5 and (stats.captured, stats.reused) == ((0, 2) if call else (2, 0))
+            # the last drafts differ, because captured rounds also draft what can no longer be emitted
+            assert stats.accepted_by_position[:2] == pytest.approx(eager.accepted_by_position[:2], abs=1)
+
+
+@needs_assistant
+@pytest.mark.parametrize("tree", [DYNAMIC, FIXED], ids=["dynamic", "fixed"])
+def test_forwards_and_host_reads_of_a_round(tree, monkeypatch):
+    """A round takes one forward of the target, at most one of the assistant for each level, and at most one read by the
+    host. The prompt takes no forward of the assistant. The assistant is not changed."""
+    target, assistant = target_of(), assistant_of(**ORDERED)
+    drafter, forwards, reads = Gemma4AssistantDrafter(assistant, tree=tree), [], []
+    before = {name: (id(each), sorted(vars(each))) for name, each in assistant.named_modules()}
+    forward = type(assistant.model).forward
+    monkeypatch.setattr(
+        type(assistant.model),
+        "forward",
+        lambda self, *args, **named: (forwards.append(self is assistant.model), forward(self, *args, **named))[1],
+    )
+    for length in (8, 28):
+        forwards.clear()
+        with sdt.patched(target, drafter=drafter), count_host_reads() as counted, count_forwards(target) as verified:
+            target.generate(**prompt(), **{**GREEDY, "max_new_tokens": length})
+        rounds = sdt.stats(target).rounds
+        assert len(verified) == rounds + 1  # and one for the prompt
+        assert 0.5 * rounds * tree.max_depth < sum(forwards) <= rounds * tree.max_depth
+        reads.append((counted.total, rounds))
+    (few_reads, few), (many_reads, many) = reads  # their difference is free of the prompt
+    assert many - few > 5 and many_reads - few_reads <= many - few
+    assert before == {name: (id(each), sorted(vars(each))) for name, each in assistant.named_modules()}
+    assert drafter.graph_hazard() is None
+
+
+@needs_assistant
+def test_nothing_of_a_call_outlives_it(monkeypatch):
+    target, drafter, alive = target_of(), Gemma4AssistantDrafter(assistant_of(), tree=FIXED), []
+    start = Gemma4AssistantDrafter.start
+
+    def starting(self, context, *args):
+        alive.extend(map(weakref.ref, (context, context.target, context.prompt_reader)))
+        state = context.prompt_reader.state
+        assert state.untyped_storage().nbytes() == state.nbytes  # of a chunk of the prompt, one state is kept
+        return start(self, context, *args)
+
+    monkeypatch.setattr(Gemma4AssistantDrafter, "start", starting)
+    gc.collect()
+    gc.disable()
+    try:
+        target.generate(**prompt(), **GREEDY, custom_generate=sdt.SpeculativeGenerate(drafter=drafter))
+        assert [each() for each in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@needs_assistant
+@pytest.mark.slow
+def test_compiled(compiled):
+    tree = DYNAMIC
+    target, assistant = target_of(), assistant_of(**ORDERED)
+    drafts, _ = drafts_of(target, assistant, tree, compile=True)
+    assert compiled
+    found = agreements(drafts, assistant, copy.deepcopy(target), tree, limit=8)
+    assert len(found) >= 6 and all(found)
+
+
+@needs_assistant
+@pytest.mark.slow  # because kernels run in Triton's interpreter
+def test_kernels():
+    target, assistant, tree = target_of(), assistant_of(), sdt.DynamicTree(6, width=2, depth=3)
+    drafts, _ = drafts_of(target, assistant, tree, options={**GREEDY, "max_new_tokens": 8}, impl="triton")
+    found = agreements(drafts, assistant, copy.deepcopy(target), tree)
+    assert len(found) >= 2 and all(found)
+
+
+# --- loading, and refusals
+
+
+@needs_assistant
+@pytest.mark.parametrize("family", ["Gemma4", "Gemma4Unified"])
+def test_from_pretrained(family, tmp_path):
+    target, assistant = target_of(), assistant_of(family=family, **ORDERED)
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.save_pretrained(tmp_path)
+    drafter = Gemma4AssistantDrafter.from_pretrained(tmp_path, target)
+    loaded, saved = drafter.model.state_dict(), assistant.state_dict()
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
+    with pytest.MonkeyPatch.context() as patches, sdt.patched(target, drafter=drafter):
+        drafts = recording(patches)
+        target.generate(**prompt(), **GREEDY)
+    assert drafts[0].tree.max_depth == 3
+
+
+def test_what_this_version_builds(tmp_path):
+    """The refusal names the versions that can build an assistant."""
+    if BUILDS:
+        assistant_of()
+        return
+    with pytest.raises(ValueError, match="layer types"):
+        assistant_of()
+    config = {"model_type": "gemma4_assistant", "architectures": ["Gemma4AssistantForCausalLM"]}
+    text = {"model_type": "gemma4_text", "num_hidden_layers": 2, "num_kv_shared_layers": 2, "layer_types": LAYERS}
+    text |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text}))
+    save_file({"pre_projection.weight": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="5.17 to 5.22 and 5.24, but not 5.23.0.*got .* with transformers 5.23"):
+        Gemma4AssistantDrafter.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"])
+def test_other_drafters_refuse_an_assistant(name):
+    """By name; the message says what drafts with it, and which versions of transformers can build one."""
+    kind = getattr(transformers, name)
+    assistant = kind.__new__(kind)
+    vars(assistant)["config"] = SimpleNamespace(model_type=kind.config_class.model_type)
+    with pytest.raises(
+        ValueError, match=f"got {name}.*use Gemma4AssistantDrafter .*5.17 to 5.22 and 5.24, but not 5.23"
+    ):
+        sdt.ModelDrafter(assistant)
+
+
+@needs_assistant
+def test_targets_that_do_not_fit_are_refused():
+    target = target_of()
+    for other, message in (
+        ({"backbone_hidden_size": 48}, "must have hidden size 48, .*got Gemma4ForCausalLM with 32"),
+        ({"head_dim": 16}, "head size in sliding_attention layers 16, .*with 8"),
+        ({"global_head_dim": 16}, "head size in full_attention layers 16, .*with 12"),
+    ):
+        with (
+            pytest.raises(ValueError, match=message),
+            sdt.patched(target, drafter=Gemma4AssistantDrafter(assistant_of(**other))),
+        ):
+            pass
+    drafter = Gemma4AssistantDrafter(assistant_of())
+    with pytest.raises(ValueError, match="layers 8, head size in full_attention layers 12, .*with None, None"):
+        drafter.check(build("llama"))
+    with pytest.raises(ValueError, match="dtype torch.float32, .*with torch.bfloat16"):
+        drafter.check(target_of().to(torch.bfloat16))
+    with pytest.raises(ValueError, match="at most 20 children, the number of tokens that the assistant can name"):
+        Gemma4AssistantDrafter(assistant_of(**ORDERED), tree=sdt.DynamicTree(60, 21, 3)).check(target)
+    with pytest.raises(ValueError, match="model must be of type gemma4_assistant or .*got LlamaForCausalLM"):
+        Gemma4AssistantDrafter(build("llama"))
+    with pytest.raises(ValueError, match="give either num_tokens .* or tree, got both"):
+        Gemma4AssistantDrafter(assistant_of(), num_tokens=3, tree=4)

@@ -9,6 +9,7 @@ from .model import ModelDrafter
 from .mtp import MTPDrafter
 from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
+from .shared_kv import Gemma4AssistantDrafter
 
 __all__ = [
     "DFlashDrafter",
@@ -17,6 +18,7 @@ __all__ = [
     "Drafter",
     "EagleDrafter",
     "EarlyExitDrafter",
+    "Gemma4AssistantDrafter",
     "MTPDrafter",
     "MedusaDrafter",
     "ModelDrafter",

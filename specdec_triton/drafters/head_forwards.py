@@ -9,6 +9,7 @@ Letters: B sequences, N tree nodes, R rows, D edges on the longest path, V vocab
 """
 
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from ..forward.runner import TreeRunner
@@ -57,6 +58,19 @@ class PromptRows:
             **{CACHE: self.cache},
         )
         self.last = features[:, -1:].clone()  # a view would keep the whole chunk
+
+
+class LastState:
+    """Reads the prompt's states.
+
+    Attributes:
+        state: [B, H]. The state of the last column read.
+    """
+
+    state: torch.Tensor
+
+    def __call__(self, states: tuple[torch.Tensor, ...], first_column: int) -> None:
+        self.state = states[0][:, -1].clone()  # a view would keep the whole chunk
 
 
 class HeadForwards(DraftForwards):
@@ -188,5 +202,12 @@ def head_weights(model: EagleModel, target: PreTrainedModel) -> int:
 def accepted_features(model: EagleModel, states: tuple[torch.Tensor, ...], accepted: Acceptance) -> torch.Tensor:
     """The features [B, D + 1, H] of the verified root and of the accepted nodes, from the target's states [B, N, Ht] at
     all nodes. Those after the accepted path are padding."""
-    path = torch.nn.functional.pad(accepted.path.clamp(min=0).long(), (1, 0))[..., None]
+    path = pad(accepted.path.clamp(min=0).long(), (1, 0))[..., None]
     return model.features(tuple(each.gather(1, path.expand(-1, -1, each.shape[-1])) for each in states))
+
+
+def last_states(context: DraftContext, accepted: Acceptance) -> torch.Tensor:
+    """[B, H]. The first tap's states at the last accepted nodes, or at the roots if none was accepted."""
+    (states,) = context.states
+    last = pad(accepted.path, (1, 0)).amax(1)  # node numbers grow along a path; the root is 0
+    return states[torch.arange(len(last), device=last.device), last.long()]

@@ -20,6 +20,8 @@ from .base import Drafter
 from .dflash import DFlashDrafter
 from .eagle import EagleDrafter
 from .medusa import MedusaDrafter
+from .model import SHARED_KV_ASSISTANTS
+from .shared_kv import Gemma4AssistantDrafter
 
 Head = EagleModel | DFlashModel | MedusaHeads
 CONFIG = "config.json"
@@ -84,12 +86,15 @@ def drafter_of(head: Head, tree: Topology | DynamicTree | int | None = None) -> 
 
 
 def reads_target(model: object) -> bool:
-    """True if this is a model of transformers that drafts from hidden states of its target, and is supported."""
-    return getattr(getattr(model, "config", None), "model_type", None) == MUSE
+    """True if this is a model of transformers that drafts from hidden states or keys of its target, and is
+    supported."""
+    return getattr(getattr(model, "config", None), "model_type", None) in (MUSE, *SHARED_KV_ASSISTANTS)
 
 
 def drafter_of_assistant(model: PreTrainedModel) -> Drafter:
     """The drafter that runs a model for which `reads_target` is true. It shares the model's parameters."""
+    if model.config.model_type in SHARED_KV_ASSISTANTS:
+        return Gemma4AssistantDrafter(model)
     return DFlashDrafter(DFlashModel.from_assistant(model))
 
 

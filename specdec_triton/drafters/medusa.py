@@ -3,15 +3,14 @@
 from functools import partial
 
 import torch
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..forward.wrappers import num_weights, output_logits, unwrap
 from ..heads.checkpoint import kind_of, read_checkpoint
 from ..heads.medusa import MedusaHeads
-from ..ops.reference import Acceptance
 from ..tree import DynamicTree, Topology
 from .base import DraftContext, Drafter
+from .head_forwards import LastState, last_states
 from .marginals import NODES, Marginals, Shape, check_marginal_tree, check_marginals, shape_of, start_session
 
 
@@ -99,19 +98,6 @@ class MedusaDrafter(Drafter):
         return start_session(MedusaMarginals(self.heads, context), context, self._shape(tree, context.rule))
 
 
-class LastState:
-    """Reads the prompt's states.
-
-    Attributes:
-        state: [B, H]. The state of the last column read.
-    """
-
-    state: torch.Tensor
-
-    def __call__(self, states: tuple[torch.Tensor, ...], first_column: int) -> None:
-        self.state = states[0][:, -1].clone()  # a view would keep the whole chunk
-
-
 class MedusaMarginals(Marginals):
     """The logits of the heads.
 
@@ -136,10 +122,3 @@ class MedusaMarginals(Marginals):
 
     def observe(self, accepted):
         self._state.copy_(last_states(self.context, accepted))
-
-
-def last_states(context: DraftContext, accepted: Acceptance) -> torch.Tensor:
-    """[B, H]. The first tap's states at the last accepted nodes, or at the roots if none was accepted."""
-    (states,) = context.states
-    last = pad(accepted.path, (1, 0)).amax(1)  # node numbers grow along a path; the root is 0
-    return states[torch.arange(len(last), device=last.device), last.long()]

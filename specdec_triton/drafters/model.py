@@ -18,6 +18,9 @@ from .parallel import ModelMarginals, check_parallel, num_depths, parallel_shape
 VOCABULARY_PADDING = 0.01
 # of a parallel draft, if the generation config sets no number: the number in the code and documentation of PARD
 PARALLEL_TOKENS = 12
+# model types of Gemma 4 assistants, which read their target's keys, and the versions of transformers that build them
+SHARED_KV_ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")
+SHARED_KV_VERSIONS = "5.17 to 5.22 and 5.24, but not 5.23.0"
 
 
 class ModelDrafter(Drafter):
@@ -128,12 +131,19 @@ def check_alone(model: PreTrainedModel) -> None:
     config, name = getattr(model, "config", None), type(model).__name__
     kind = str(getattr(config, "model_type", ""))
     is_head = isinstance(model, EagleModel) or "DFlash" in name or hasattr(config, "dflash_config")
-    if is_head or kind.endswith("_assistant"):
-        raise ValueError(
-            f"ModelDrafter: model must draft from tokens alone, got {name}, which reads hidden states or keys of its "
-            "target: heads that are supported are loaded by EagleDrafter.from_pretrained and "
-            "MedusaDrafter.from_pretrained; use transformers' own assisted decoding for this one"
+    if kind in SHARED_KV_ASSISTANTS:
+        instead = f"use Gemma4AssistantDrafter (transformers that build the model: {SHARED_KV_VERSIONS})"
+    elif is_head or kind.endswith("_assistant"):
+        instead = (
+            "heads are loaded by EagleDrafter.from_pretrained, DFlashDrafter.from_pretrained and "
+            "MedusaDrafter.from_pretrained, or pass the model as assistant_model= of generate"
         )
+    else:
+        return
+    raise ValueError(
+        f"ModelDrafter: model must draft from tokens alone, got {name}, which reads hidden states or keys of its "
+        f"target: {instead}"
+    )
 
 
 def mask_token_of(model: PreTrainedModel, parallel: bool | int | None) -> int | None:

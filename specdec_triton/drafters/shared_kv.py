@@ -6,19 +6,23 @@ method Gemma 4 MTP, SGLang frozen-KV MTP.
 The input of a node joins the target's embedding of the node's token and a hidden state. At the root, it is the target's
 state after the final norm, at the last verified column. At other nodes, it is the assistant's own output at the node's
 parent. Each layer of the assistant reads the keys and values of the target's last layer of the same type that computes
-its own. All nodes have the root's position, and see the columns before the root, but no other node. The assistant has
-no keys and values, so it neither runs the prompt nor drops anything after a rejection.
+its own. All nodes have the root's position. They see the columns that the target sees from there, but neither the root
+nor each other. The assistant has no keys and values, so it neither runs the prompt nor drops anything after a
+rejection.
+
+Engines differ in details. transformers, LiteRT-LM, llama.cpp and mlx-vlm use the root's position, vLLM and SGLang that
+of the last verified token. transformers and LiteRT-LM also show the column of the root, which then holds a rejected
+token or nothing; the others do not.
 
 Letters: B sequences, n nodes of a forward, N tree nodes, S cache slots, V vocabulary, H hidden size of the assistant,
 Ht hidden size of the target.
 """
 
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 import transformers
 from torch import nn
-from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -28,16 +32,15 @@ from ..forward.preparation import NextStep
 from ..forward.runner import TreeRunner
 from ..forward.wrappers import num_weights, unwrap
 from ..ops.reference import Acceptance
-from ..tree import DynamicTree, Topology, bits_of_nodes, with_rows
+from ..tree import DynamicTree, Topology, bits_of_nodes
 from .base import DraftContext, Drafter, topology_of
 from .dynamic import DynamicSession
 from .forwards import DraftForwards
+from .head_forwards import LastState, last_states
 from .length import assistant_tokens
 from .level_session import LevelSession
-from .model import check_drafted, check_shape
+from .model import SHARED_KV_ASSISTANTS, SHARED_KV_VERSIONS, check_drafted, check_shape
 
-ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")  # model types
-VERSIONS = "transformers 5.17 to 5.22 and 5.24 can, 5.23.0 cannot"  # build an assistant
 NAME = "Gemma4AssistantDrafter"
 
 
@@ -69,8 +72,10 @@ class Gemma4AssistantDrafter(Drafter):
         replacement: bool = False,
     ):
         model = unwrap(model, NAME)
-        if model.config.model_type not in ASSISTANTS:
-            raise ValueError(f"{NAME}: model must be of type {' or '.join(ASSISTANTS)}, got {type(model).__name__}")
+        if model.config.model_type not in SHARED_KV_ASSISTANTS:
+            raise ValueError(
+                f"{NAME}: model must be of type {' or '.join(SHARED_KV_ASSISTANTS)}, got {type(model).__name__}"
+            )
         self.model, self.num_tokens, self.tree, self.replacement = model, num_tokens, tree, replacement
         check_shape(self)
 
@@ -106,7 +111,7 @@ class Gemma4AssistantDrafter(Drafter):
             model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype or "auto")
         except ValueError as error:
             raise ValueError(
-                f"{NAME}: transformers must be able to build Gemma 4 assistants ({VERSIONS}), got {name_or_path} and "
+                f"{NAME}: transformers must build Gemma 4 assistants ({SHARED_KV_VERSIONS}), got {name_or_path} with "
                 f"transformers {transformers.__version__}: {error}"
             ) from error
         drafter = cls(model.to(device or "cpu").eval(), num_tokens, tree, replacement)
@@ -130,7 +135,7 @@ class Gemma4AssistantDrafter(Drafter):
         return ("final",)
 
     def prompt_reader(self, context):
-        return _LastState()
+        return LastState()
 
     def graph_hazard(self):
         return graph_hazard(_over_trees(self.model))
@@ -140,19 +145,6 @@ class Gemma4AssistantDrafter(Drafter):
         if isinstance(shape, DynamicTree):
             return DynamicSession(SharedKVForwards(self.model, context, shape.width), context, shape)
         return LevelSession(SharedKVForwards(self.model, context, shape.num_nodes), context, shape, self.replacement)
-
-
-class _LastState:
-    """Reads the prompt's states.
-
-    Attributes:
-        state: [B, 1, Ht]. The state of the last column read.
-    """
-
-    state: torch.Tensor
-
-    def __call__(self, states: tuple[torch.Tensor, ...], first: int) -> None:
-        self.state = states[0][:, -1:].clone()  # a view would keep the whole chunk
 
 
 class SharedKVForwards(DraftForwards):
@@ -175,17 +167,17 @@ class SharedKVForwards(DraftForwards):
             context.fused, buffers, "draft",
         )  # fmt: skip
         self._runner.cache = target.cache
-        # The nodes take the place of the last verified column, so that a window of w shows the last w columns, as in
-        # vLLM and SGLang. Their position is one more: that of the root, as in transformers and llama.cpp.
-        self._runner.step = NextStep(buffers.put("draft.origin", target.step.origin - 1))
-        self._tree = _last_column_and(most_nodes, context.start.device)
-        buffers.keep(self._tree)  # captured rounds read it
-        # [B, 1, Ht]: the target's state at the last verified column
+        self._runner.step = NextStep(target.step.origin)
+        # all nodes are at the root's place, and see no node
+        words = bits_of_nodes(most_nodes).shape[1]
+        self._depth = buffers.put("draft.depth", context.start.new_zeros(len(context.start), most_nodes))
+        self._ancestors = buffers.put("draft.ancestors", self._depth[..., None].expand(-1, -1, words).contiguous())
+        # [B, Ht]: the target's state at the last verified column
         self._verified = buffers.put("draft.state", context.prompt_reader.state)
 
     @property
-    def cache(self):
-        return self._runner.cache
+    def slots(self):
+        return self._runner.cache.slots
 
     @property
     def weights(self):
@@ -197,14 +189,14 @@ class SharedKVForwards(DraftForwards):
 
     def follow(self, levels):
         """The cache must have a slot for each node, although none is written."""
-        self.cache.reserve(self.context.longest + self._tree[0].shape[1])
+        self._runner.cache.reserve(self.context.longest + self._depth.shape[1])
 
     def advance(self):
         return self.context.root[:, None]
 
     def begin(self):
         root = self.advance()
-        return root, self._run(root, self._verified)
+        return root, self._run(root, self._verified[:, None])
 
     def expand(self, tokens, parents, depth, ancestors):
         parents = parents.expand(len(tokens), -1)[..., None].expand(-1, -1, self._states.shape[-1])
@@ -212,13 +204,12 @@ class SharedKVForwards(DraftForwards):
 
     def _run(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Logits [B, n, V] at n nodes with these tokens [B, n] and states [B, n, Ht] of their parents."""
-        context, cache = self.context, self.cache
-        depth, ancestors = (each[:, : 1 + tokens.shape[1]] for each in with_rows(len(tokens), self._tree))
+        context, cache, count = self.context, self._runner.cache, tokens.shape[1]
         outputs = self._runner.run(
             tokens,
-            depth,
-            ancestors,
-            context.length - 1,
+            self._depth[:, :count],
+            self._ancestors[:, :count],
+            context.length,
             inputs_embeds=torch.cat((context.target.model.get_input_embeddings()(tokens), states), -1),
             shared_kv_states={kind: cache.planes(layer) for kind, layer in self._sources.items()},
             logits_to_keep=None,  # transformers 5.24 fails if it is a number and there are several nodes
@@ -227,9 +218,7 @@ class SharedKVForwards(DraftForwards):
         return outputs.logits
 
     def observe(self, accepted: Acceptance, slots):
-        (states,) = self.context.states
-        last = pad(accepted.path, (1, 0)).amax(1)  # node numbers grow along a path; the root is 0
-        self._verified.copy_(states.gather(1, last.long()[:, None, None].expand(-1, 1, states.shape[-1])))
+        self._verified.copy_(last_states(self.context, accepted))
 
 
 def shared_layers(config: PreTrainedConfig) -> dict[str, int]:
@@ -269,15 +258,6 @@ def _head_dim(config: PreTrainedConfig, layer: int | None) -> int | None:
         return None
     of_layers = getattr(config, "per_layer_config", None)
     return getattr(config if of_layers is None else of_layers[layer], "head_dim", None)
-
-
-@lru_cache(maxsize=64)
-def _last_column_and(nodes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """depth [1, T] int64 and ancestor words [1, T, W] int64 of a tree of T nodes: the last verified column, and `nodes`
-    nodes in the same place, which see it but neither themselves nor each other."""
-    total = 1 + nodes
-    first = bits_of_nodes(total)[:1].expand(total, -1)
-    return torch.zeros(1, total, dtype=torch.int64, device=device), first[None].to(device)
 
 
 def _over_trees(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 PATTERNS = ("*.safetensors", "*.bin", "*.pt")  # of the files of tensors; the first pattern that matches is read
-NOT_TENSORS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*)\.(bin|pt)")  # files that trainers leave
+# files that trainers leave, and one of DFlash heads that is read by itself
+NOT_TENSORS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*|mask_embedding)\.(bin|pt)")
+MASK_EMBEDDING = "mask_embedding"  # name of that file and of its tensor: the embedding of the mask token
 PREFIX = re.compile(r"^(?:draft_model\.|model\.|language_model\.)+")  # of the names in some exports
 MEDUSA = re.compile(r"^(medusa_heads?\.)?(\d+\.\d+\.(linear\.)?weight$|blocks\.\d+\.layers\.\d+\.|lm_heads\.\d+\.)")
 # kinds of heads that are not supported -> names of tensors that only they have
@@ -62,7 +65,7 @@ def read_checkpoint(name_or_path: str | PathLike) -> Checkpoint:
 
     Raises:
         ValueError: there is neither such a folder nor such a repository, it has no tensors, two files have a tensor of
-            the same name, or a file cannot be read.
+            the same name, a file cannot be read, or it names another mask token than the config.
     """
     source = str(name_or_path)
     folder = Path(name_or_path)
@@ -86,8 +89,12 @@ def read_checkpoint(name_or_path: str | PathLike) -> Checkpoint:
                 f"read_checkpoint: {source} must have each tensor once, got {twice[0]} again in {file.name}"
             )
         tensors.update(read)
-    config = folder / "config.json"
-    return Checkpoint(source, json.loads(config.read_text("utf-8")) if config.exists() else {}, tensors)
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path = folder / f"{MASK_EMBEDDING}.pt"
+    if path.exists():
+        tensors[MASK_EMBEDDING] = _mask_embedding(path, config)
+    return Checkpoint(source, config, tensors)
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -110,20 +117,40 @@ def tensor_names(folder: Path) -> list[str]:
     return names
 
 
+def _mask_embedding(file: Path, config: dict) -> torch.Tensor:
+    """The embedding of the mask token, which some DFlash heads keep in a file of its own."""
+    read = _read(file)
+    if not isinstance(read, dict):
+        read = {"embedding": read}
+    embedding, stated = read.get("embedding"), (config.get("dflash_config") or {}).get("mask_token_id")
+    if not torch.is_tensor(embedding):
+        raise ValueError(f"read_checkpoint: {file} must hold a tensor 'embedding', got {type(embedding).__name__}")
+    if read.get("mask_token_id", stated) != stated:
+        raise ValueError(
+            f"read_checkpoint: {file} must be of the mask token {stated} of config.json, got {read['mask_token_id']}"
+        )
+    return embedding
+
+
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        # the format of torch before 1.6, which is not a zip file, cannot be mapped
-        read = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"read_checkpoint: {file} must hold tensors only, and could not be read: {error}") from error
+    read = _read(file)
     other = (
         [name for name, value in read.items() if not torch.is_tensor(value)] if isinstance(read, dict) else [file.name]
     )
     if other:
         raise ValueError(f"read_checkpoint: {file} must be a dict of tensors, got another value for {other[0]}")
     return read
+
+
+def _read(file: Path) -> Any:
+    """What a file holds: tensors by their names, if it is well-formed."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # the format of torch before 1.6, which is not a zip file, cannot be mapped
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"read_checkpoint: {file} must hold tensors only, and could not be read: {error}") from error
 
 
 def plain_name(name: str) -> str:

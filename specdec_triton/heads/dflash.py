@@ -10,6 +10,7 @@ Letters: B sequences, R context rows, n rows of the block, H hidden size of the 
 packed tree, W words of its bits, DV tokens that the head can name.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -41,16 +41,15 @@ class BlockAttention(Qwen3Attention):
     """Attention of the block's rows to the text and to the block.
 
     Args:
-        config: of the layers.
+        layout: the head.
         layer_idx: number of the layer.
-        window: number of positions that a row sees, its own included; None for all.
-        has_sinks: True if each head has an attention sink.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, window: int | None, has_sinks: bool):
-        super().__init__(config, layer_idx)
-        self.sliding_window, self.is_causal = window, False
-        sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if has_sinks else None
+    def __init__(self, layout: DFlashLayout, layer_idx: int):
+        super().__init__(layout.config, layer_idx)
+        self.sliding_window, self.is_causal = layout.windows[layer_idx], False
+        self.value_scale = layout.value_scale
+        sinks = nn.Parameter(torch.empty(layout.config.num_attention_heads)) if layout.has_sinks else None
         self.register_parameter("attention_sink_bias", sinks)
 
     def forward(
@@ -66,7 +65,8 @@ class BlockAttention(Qwen3Attention):
         Args:
             hidden_states: [B, n, H]. The block's rows, normed; None only writes keys and values of the context.
             features: [B, R, H]. The context rows.
-            position_embeddings: two tensors [B, R + n, D], for the context rows and then those of the block.
+            position_embeddings: cosines and sines [B, R + n, D], of the context rows and then those of the block. D is
+                at most the size of a head.
             attention_mask: see `DFlashModel.forward`.
             kwargs: the cache.
         """
@@ -74,6 +74,8 @@ class BlockAttention(Qwen3Attention):
         cos, sin = (each[:, None] for each in position_embeddings)
         keys = _rotated(self.k_norm(self.heads(self.k_proj(rows))).transpose(1, 2), cos, sin)
         values = self.heads(self.v_proj(rows)).transpose(1, 2)
+        if self.value_scale != 1:
+            values = values * self.value_scale
         keys, values = kwargs[CACHE].update(keys, values, self.layer_idx)
         if hidden_states is None:
             return None
@@ -94,19 +96,20 @@ class BlockAttention(Qwen3Attention):
         return self.o_proj(attended.flatten(2))
 
     def heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """[B, N, heads * D] -> [B, N, heads, D]."""
+        """[B, N, C] -> [B, N, number of heads, size of a head]."""
         return projected.unflatten(-1, (-1, self.head_dim))
 
 
 class BlockLayer(nn.Module):
-    """A decoder layer over the rows of a block. The context rows pass none of its norms.
+    """A decoder layer over the rows of a block. The context rows do not pass its norms.
 
     Args: see `BlockAttention`.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, window: int | None, has_sinks: bool):
+    def __init__(self, layout: DFlashLayout, layer_idx: int):
         super().__init__()
-        self.self_attn = BlockAttention(config, layer_idx, window, has_sinks)
+        config = layout.config
+        self.self_attn = BlockAttention(layout, layer_idx)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -129,9 +132,11 @@ class DFlashModel(PreTrainedModel):
         config: of the layers; `hidden_size` is H.
         source: see `Checkpoint`.
         block_size, mask_token_id, layer_ids, layer_meaning, target_hidden_size: see `DFlashLayout`.
+        causal: see `DFlashLayout`.
         num_drafted: number of tokens that a block predicts.
         target_ids: [DV] int64. The target's id of each token that the head can name; None if they are the target's.
         embed_tokens: the head's own embedding; None if that of the target is to be used.
+        mask_embedding: [H]. The embedding of the mask token; None if it is in the table of all tokens.
         lm_head: the head's own output layer; None if that of the target is to be used.
     """
 
@@ -145,22 +150,24 @@ class DFlashModel(PreTrainedModel):
         self.layer_ids, self.layer_meaning = layout.layer_ids, layout.layer_meaning
         self.target_hidden_size, self.num_taps = layout.target_hidden_size, layout.num_taps
         self.embedding_size = hidden = config.hidden_size
-        self._causal, self._first = layout.causal, int(not layout.first_predicts)
+        self.causal, self._first = layout.causal, int(not layout.first_predicts)
         self.num_drafted = self.block_size - self._first
         self.fc = nn.Linear(self.num_taps * self.target_hidden_size, hidden)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(
-            BlockLayer(config, index, window, layout.has_sinks) for index, window in enumerate(layout.windows)
-        )
+        self.layers = nn.ModuleList(BlockLayer(layout, index) for index in range(config.num_hidden_layers))
         self.final_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.embed_tokens = self.lm_head = None
         if "embed_tokens.weight" in tensors:
             self.embed_tokens = nn.Embedding(len(tensors["embed_tokens.weight"]), hidden)
+        mask = nn.Parameter(torch.empty(hidden)) if "mask_embedding" in tensors else None
+        self.register_parameter("mask_embedding", mask)
         if "lm_head.weight" in tensors:
             self.lm_head = nn.Linear(hidden, len(tensors["lm_head.weight"]))
         match_biases(self, tensors)
+        rotary = copy.copy(config)
+        rotary.head_dim = layout.rotary_size
         with torch.device("cpu"):
-            self.rotary_emb = Qwen3RotaryEmbedding(config)
+            self.rotary_emb = Qwen3RotaryEmbedding(rotary)
         self.register_buffer("target_ids", layout.target_ids, persistent=False)
         self.largest_id = -1 if layout.target_ids is None else int(layout.target_ids.max())
 
@@ -224,16 +231,14 @@ class DFlashModel(PreTrainedModel):
         """
         if self.layer_ids is not None:
             return named_taps(self, target, self.layer_ids, self.layer_meaning)
-        first, last = 1, num_layers(target) - 3
-        if self.num_taps == 1:
-            ids = [num_layers(target) // 2]
-        else:
-            ids = [round(first + (last - first) * tap / (self.num_taps - 1)) for tap in range(self.num_taps)]
-        if len(set(ids)) < self.num_taps:
+        count, steps = num_layers(target), self.num_taps - 1
+        span = count - 4  # from layer 1 to layer count - 3
+        if span < steps:
             raise ValueError(
-                f"DFlashModel: {self.source} names no layers and takes {self.num_taps} hidden states, and "
-                f"{type(target).__name__} has {num_layers(target)} layers: give layers="
+                f"DFlashModel: {self.source} names no layers and takes {self.num_taps} hidden states; the default is "
+                f"for at least {steps + 4} layers, and {type(target).__name__} has {count}: give layers="
             )
+        ids = [round(1 + tap * span / steps) for tap in range(self.num_taps)] if steps else [count // 2]
         return named_taps(self, target, ids, "output")
 
     def check_target(self, target: PreTrainedModel) -> None:
@@ -257,9 +262,13 @@ class DFlashModel(PreTrainedModel):
             tokens: [B, n] int64.
         """
         if self.embed_tokens is not None:
-            return self.embed_tokens(tokens.clamp(max=self.embed_tokens.num_embeddings - 1))
-        table = target.get_input_embeddings()
-        return functional.embedding(tokens, table.weight) if hasattr(table, "embed_norm") else table(tokens)
+            embeds = self.embed_tokens(tokens.clamp(max=self.embed_tokens.num_embeddings - 1))
+        else:
+            table = target.get_input_embeddings()
+            embeds = functional.embedding(tokens, table.weight) if hasattr(table, "embed_norm") else table(tokens)
+        if self.mask_embedding is None:
+            return embeds
+        return torch.where((tokens == self.mask_token_id)[..., None], self.mask_embedding, embeds)
 
     def forward(
         self,
@@ -298,11 +307,11 @@ class DFlashModel(PreTrainedModel):
                     "DFlashModel: attention_mask must be a packed tree, torch.int64 [B, 1, T, W + 3], for a block, got "
                     f"{got}"
                 )
-            if any(self._causal):
+            if any(self.causal):
                 masks[True] = _without_later_nodes(attention_mask)
         arguments = {"position_embeddings": self.rotary_emb(features, position_ids), CACHE: kwargs[CACHE]}
         stream = inputs_embeds
-        for layer, causal in zip(self.layers, self._causal, strict=True):
+        for layer, causal in zip(self.layers, self.causal, strict=True):
             stream = layer(stream, features, attention_mask=masks.get(causal), **arguments)
         return BaseModelOutputWithPast(last_hidden_state=stream, **{CACHE: kwargs[CACHE]})
 
@@ -317,8 +326,11 @@ class DFlashModel(PreTrainedModel):
 
 
 def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The rotary embedding of queries or keys [B, heads, N, D]."""
-    return heads * cos + rotate_half(heads) * sin
+    """The rotary embedding of the first D elements of queries or keys [B, heads, N, C], by cosines and sines
+    [B, 1, N, D]."""
+    turned, rest = heads.tensor_split((cos.shape[-1],), dim=-1)
+    turned = turned * cos + rotate_half(turned) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 def _without_later_nodes(packed_tree: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .checkpoint import MUSE, Checkpoint
+from .checkpoint import MASK_EMBEDDING, MUSE, Checkpoint
 from .reader import HeadReader, Meaning
 
 # beginnings of names in files -> those in `DFlashModel`
@@ -23,8 +23,6 @@ RENAMED = {
     "norm.": "final_norm.",
     "midlayer.": "layers.0.",
 }
-# options that change the layers or the logits, and are not supported
-UNSUPPORTED_OPTIONS = ("attention_value_scale", "output_multiplier", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,8 @@ class DFlashLayout:
         first_predicts: True if row i of a block predicts the token after row i, False if it predicts the token at
             row i.
         has_sinks: True if the layers have attention sinks.
+        value_scale: factor of the values of attention.
+        rotary_size: number of elements of each query and key that the rotary embedding changes, the first ones.
     """
 
     source: str
@@ -65,6 +65,8 @@ class DFlashLayout:
     mask_token_id: int
     first_predicts: bool
     has_sinks: bool
+    value_scale: float
+    rotary_size: int
 
 
 def dflash_layout_of(
@@ -100,11 +102,10 @@ class _Reader(HeadReader):
         self, rope_theta: float | None, layers: tuple[int, ...] | None, layer_meaning: Meaning | None
     ) -> DFlashLayout:
         self.check_dtypes()
-        for name in UNSUPPORTED_OPTIONS:
-            if (value := self.flag(name, None)) not in (None, 0, 1):
-                raise self.error(f"{name} must be 1 or not given, because it is not supported, got {value}")
         config = self.layer_options(rope_theta)
         target = self.flag("target_hidden_size", config.hidden_size)
+        if MASK_EMBEDDING in self.tensors:  # [H] or [1, H]
+            self.tensors[MASK_EMBEDDING] = self.tensors[MASK_EMBEDDING].flatten()
         offsets, num_taps = self.tensors.pop("d2t", None), self.num_taps(target)
         named, meaning = self.named_layers()
         first_predicts = bool(self.flag("sample_from_anchor", False) or self.flag("shift_label", False))
@@ -124,6 +125,8 @@ class _Reader(HeadReader):
             mask_token_id=self.mask_token(("mask_token_id",)),
             first_predicts=first_predicts,
             has_sinks=self.has_sinks(),
+            value_scale=float(self.flag("attention_value_scale", 1.0)),
+            rotary_size=int(config.head_dim * self.rotary_share()),
         )
 
     def block_size(self, least: int) -> int:

@@ -100,6 +100,8 @@ class _Reader(HeadReader):
     def layout(self, rope_theta: float | None, layers: tuple[int, ...] | None, layer_meaning: Meaning | None) -> Layout:
         self.check_dtypes()
         config = self.layer_options(rope_theta, **self.windows())
+        if (share := self.rotary_share()) != 1:
+            raise self.error(f"the rotary embedding must cover the whole head, got partial_rotary_factor={share}")
         hidden = config.hidden_size
         offsets = self.tensors.pop("d2t", None)
         first = QUERY if self.kind == "eagle3" else "fc.weight"

@@ -267,10 +267,13 @@ class HeadReader:
         lacking = [name for name in ROPE_TYPES[kind] if options.get(name) is None]
         if lacking:
             raise self.error(f"rope of type {kind!r} must have {', '.join(ROPE_TYPES[kind])}, got no {lacking[0]}")
-        partial = options.get("partial_rotary_factor", self.section.get("partial_rotary_factor"))
-        if partial not in (None, 1.0):
-            raise self.error(f"the rotary embedding must cover the whole head, got partial_rotary_factor={partial}")
+        options.pop("partial_rotary_factor", None)
         return {**options, "rope_theta": float(base)}
+
+    def rotary_share(self) -> float:
+        """The share of each head that the rotary embedding changes."""
+        stated = rope_options(self.section).get("partial_rotary_factor") or self.section.get("partial_rotary_factor")
+        return 1.0 if stated is None else stated
 
     def target_ids(self, offsets: torch.Tensor) -> torch.Tensor | None:
         """[DV] int64, or None if the draft's ids are the target's."""

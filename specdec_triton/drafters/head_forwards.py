@@ -105,7 +105,7 @@ class HeadForwards(DraftForwards):
         buffers.keep(self._chain)  # captured rounds read it
         self._rows = buffers.put("draft.places", torch.arange(rows, device=device))
         features = prompt.last.new_zeros(batch, rows, prompt.last.shape[-1])
-        features[:, :1] = prompt.last
+        features[:, : prompt.last.shape[1]] = prompt.last
         self._features = buffers.put("draft.features", features)  # of the columns verified last
         self._count = buffers.put("draft.count", torch.ones(batch, dtype=torch.int64, device=device))
 

@@ -35,6 +35,7 @@ from ..forward.checks import text_decoder
 from ..forward.copies import decoder_layers, shared_copy
 from ..forward.versions import CACHE
 from ..forward.wrappers import unwrap
+from .target import check_fit
 
 # forms of the names of an MTP layer's tensors: the number of the layer, if there is one, and the name in the layer
 NUMBERED = re.compile(r"(?:model\.|language_model\.)*layers\.(?P<layer>\d+)\.(?:transformer\.)?(?P<part>.+)")
@@ -104,7 +105,10 @@ class MtpLayer(nn.Module):
         block: class of the decoder layer.
         norm: class of the norms.
         bias: True if the projection has a bias.
-        hidden_first: see `MtpTensors`.
+        tensors: the tensors of all layers.
+
+    Attributes:
+        norm: the last norm; None if it is the target's final norm, which `from_target` sets.
     """
 
     def __init__(
@@ -114,12 +118,13 @@ class MtpLayer(nn.Module):
         block: type[nn.Module],
         norm: type[nn.Module],
         bias: bool,
-        hidden_first: bool,
+        tensors: MtpTensors,
     ):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.hidden_first = hidden_first
-        self.enorm, self.hnorm, self.norm = norm(hidden, eps=eps), norm(hidden, eps=eps), norm(hidden, eps=eps)
+        self.hidden_first = tensors.hidden_first
+        self.enorm, self.hnorm = norm(hidden, eps=eps), norm(hidden, eps=eps)
+        self.norm = None if tensors.final_norm else norm(hidden, eps=eps)
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=bias)
         self.block = block(config, index)
 
@@ -144,24 +149,23 @@ class MtpModel(PreTrainedModel):
     Attributes:
         source, num_layers: see `MtpTensors`.
         embed_tokens: None, or the target's embedding without the norm inside it, if it has one.
-        lm_head, target_ids: None, as the target's are used.
+        lm_head, target_ids, mask_token_id: None, see `FeatureHead`.
     """
 
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    lm_head = target_ids = None
+    lm_head = target_ids = mask_token_id = None
+    largest_id = -1
 
     def __init__(self, config: PreTrainedConfig, target: PreTrainedModel, tensors: MtpTensors):
         super().__init__(config)
         self.source, self.num_layers = tensors.source, tensors.num_layers
+        self.target_hidden_size = self.embedding_size = config.hidden_size
         decoder = text_decoder(target)
         block = type(decoder_layers(target, "MtpModel")[1][-1])
         norm, bias = type(decoder.norm), any(name.endswith("eh_proj.bias") for name in tensors.names)
         self.layers = nn.ModuleList(
-            MtpLayer(config, index, block, norm, bias, tensors.hidden_first) for index in range(self.num_layers)
+            MtpLayer(config, index, block, norm, bias, tensors) for index in range(self.num_layers)
         )
-        if tensors.final_norm:
-            for layer in self.layers:
-                layer.norm = copy.deepcopy(decoder.norm)
         types = getattr(config, "layer_types", None) or [FULL] * self.num_layers
         self._windowed = tuple(each == SLIDING for each in types)
         with torch.device("cpu"):
@@ -203,6 +207,7 @@ class MtpModel(PreTrainedModel):
         tensors = find_mtp(files.names, source, config)
         with torch.device("meta"):
             model = cls(mtp_config(config, tensors), target, tensors)
+        model.layers.to(target.dtype)
         with ExitStack() as opened:
             slices = files.slices(tensors.names, opened)
             loaded, _ = convert_and_load_state_dict_in_model(
@@ -215,12 +220,16 @@ class MtpModel(PreTrainedModel):
                     weight_mapping=_conversions(target),
                 ),
             )
-        _check_loaded(model, loaded, tensors)
+        _check_loaded(loaded, tensors)
         embedding = target.get_input_embeddings()
         if hasattr(embedding, "embed_norm"):
             model.embed_tokens = shared_copy(embedding, {"embed_norm": nn.Identity()})
         model.rotary_emb.to(target.device)
-        return model.requires_grad_(False).eval()
+        model.requires_grad_(False).eval()
+        if tensors.final_norm:
+            for layer in model.layers:
+                layer.norm = text_decoder(target).norm
+        return model
 
     @classmethod
     def _can_set_experts_implementation(
@@ -236,21 +245,8 @@ class MtpModel(PreTrainedModel):
         return ("final",)
 
     def check_target(self, target: PreTrainedModel) -> None:
-        """Refuse a target other than the one that the layers belong to.
-
-        Raises:
-            ValueError: hidden size, device or dtype do not fit. The message names both sides.
-        """
-        hidden = target.config.get_text_config(decoder=True).hidden_size
-        for what, ours, theirs in (
-            ("the target's hidden size", self.config.hidden_size, hidden),
-            ("the device", self.device, target.device),
-            ("the dtype", self.dtype, target.dtype),
-        ):
-            if ours != theirs:
-                raise ValueError(
-                    f"MtpModel: {self.source} does not fit {type(target).__name__}: {what} must be {ours}, got {theirs}"
-                )
+        """Refuse a target that the layers do not belong to; see `check_fit`."""
+        check_fit(self, target)
 
     def features(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """The features [B, n, H] of verified positions, for the one hidden state that `taps` names."""
@@ -469,27 +465,26 @@ def _conversions(target: PreTrainedModel) -> list:
     return conversions
 
 
-def _check_loaded(model: MtpModel, loaded: Any, tensors: MtpTensors) -> None:
+def _check_loaded(loaded: Any, tensors: MtpTensors) -> None:
     """Refuse a checkpoint whose tensors are not those of the model.
 
     Raises:
-        ValueError: a tensor is missing, unknown or misshapen. The message names it as the file does, if it was not
-            converted.
+        ValueError: a tensor is missing, unknown or misshapen.
     """
 
     def shown(names: Iterable[str]) -> str:
-        return ", ".join(sorted(tensors.names.get(name, name) for name in names))
+        places = (re.fullmatch(r"layers\.(\d+)\.(?:block\.)?(.+)", name) for name in sorted(names))
+        return ", ".join(f"{place[2]} of layer {place[1]}" for place in places if place)
 
-    inherited = {f"layers.{layer}.norm.weight" for layer in range(tensors.num_layers)} if tensors.final_norm else set()
     problem = None
     if loaded.conversion_errors:
         problem = f"tensors that can be joined, got {'; '.join(map(str, loaded.conversion_errors.values()))}"
     elif loaded.mismatched_keys:
         name, got, wanted = min(loaded.mismatched_keys)
         problem = f"{shown([name])} {list(wanted)}, got {list(got)}"
-    elif missing := loaded.missing_keys - inherited:
-        problem = f"{shown(missing)} in its MTP layers, got none"
+    elif loaded.missing_keys:
+        problem = f"{shown(loaded.missing_keys)}, got none"
     elif loaded.unexpected_keys:
-        problem = f"no other tensors in its MTP layers, got {shown(loaded.unexpected_keys)}"
+        problem = f"no other tensors, got {shown(loaded.unexpected_keys)}"
     if problem:
-        raise ValueError(f"MtpModel: {tensors.source} must have {problem}")
+        raise ValueError(f"MtpModel: the MTP layers in {tensors.source} must have {problem}")

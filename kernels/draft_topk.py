@@ -1,4 +1,5 @@
-"""The candidates of a draft level: the k best tokens at each parent, by logit or by noisy log-probability.
+"""The candidates of a draft level, or of several: the k best tokens at each parent, by logit or by noisy
+log-probability.
 
 There are two launches. Without top-k, top-p and min-p:
 
@@ -28,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ._filters import Filters, filters_argument, is_invalid, log_prob_of, log_probs, row_distribution
-from ._keys import NAN_ORDER, NO_KEY, id_in, key_of, order_in, order_of, value_of
+from ._keys import NAN_ORDER, NEG_INF, NO_KEY, id_in, key_of, order_in, order_of, value_of
 from ._launch import DTYPES, FP_FUSION, CompileCase, abstract, block_of, contiguous, launching_on, pow2
 from ._noise import COUPLED, DRAFT, gumbel
 from ._rows import (
@@ -54,22 +55,26 @@ ABOVE: tl.constexpr = tl.constexpr(2**63 - 1)  # above all keys
 # Arguments that Triton must not specialize: separate compilations would not make the kernels faster.
 COUNTS = ["N", "G", "K", "S", "depth"]
 
-# kernel argument: seeds and position [B] int64, nodes [G] int64 or None
-Noise = namedtuple("Noise", "seeds position nodes")
+# kernel argument: seeds and position [B] int64; of_group [G] int64, the nodes under "draft" and the depths under
+# "depths", else None
+Noise = namedtuple("Noise", "seeds position of_group")
 # kernel argument, the outputs: tokens [B, G, K] int64, has_nan [B, G] bool, log_probs [B, G, K] fp32 or None
 Candidates = namedtuple("Candidates", "tokens has_nan log_probs")
 
 
 @triton.jit
 def _group_noise(noise, batch, group, depth, first_id, NOISE: tl.constexpr, BLOCK_V: tl.constexpr):
-    """[BLOCK_V] fp32: the noise of a tile. Under "coupled" it is that of the sequence at this depth, and otherwise that
-    of the group's node."""
+    """[BLOCK_V] fp32: the noise of a tile. Under "coupled" it is that of the sequence at this depth, under "depths" at
+    the group's depth, and under "draft" that of the group's node."""
     seed, position = tl.load(noise.seeds + batch), tl.load(noise.position + batch)
     if NOISE == "coupled":
         found = gumbel(seed, position + depth, 0, COUPLED, first_id, BLOCK_V)
     else:
-        node = tl.load(noise.nodes + group)
-        found = gumbel(seed, position, node, DRAFT, first_id, BLOCK_V)
+        of_group = tl.load(noise.of_group + group)
+        if NOISE == "depths":
+            found = gumbel(seed, position + of_group, 0, COUPLED, first_id, BLOCK_V)
+        else:
+            found = gumbel(seed, position, of_group, DRAFT, first_id, BLOCK_V)
     return found
 
 
@@ -78,6 +83,14 @@ def _keys_of(scores, ids, V):
     """Keys of the scores of a tile. NaN is above all; lanes after the vocabulary have no key."""
     order = tl.where(scores != scores, NAN_ORDER, order_of(scores))
     return tl.where(ids < V, key_of(order, ids), NO_KEY)
+
+
+@triton.jit
+def _noisy_log_prob(distribution, log_sum, key, token):
+    """Noisy log-probability of a token whose noisy score is in `key`; `log_sum` is that of all noisy scores."""
+    greedy_id = distribution.greedy_id
+    certain = tl.where(token == greedy_id, 0.0, NEG_INF)
+    return tl.where(greedy_id >= 0, certain, value_of(order_in(key)) - log_sum)
 
 
 @triton.jit
@@ -93,15 +106,18 @@ def _row_of_group(rows_ptr, group):
 @triton.jit(do_not_specialize=COUNTS)
 def _tiles_kernel(
     best_ptr,  # [B, G, S, K] int64, out: the best keys of each tile, the highest first
-    statistics,  # Statistics [B, G, S], out; sums is None without log-probabilities; None without either and noise
+    # Statistics [B, G, S], out, or None without noise and log-probabilities. sums is None without log-probabilities;
+    # it is that of the noisy scores if they are noisy.
+    statistics,
     logits,  # Logits [B, N, V]
     rows_ptr,  # [G] int64, or None
     noise,  # Noise, or None
     temperature_ptr,  # [B] fp32, or None
     G, K, V, S, depth,
-    NOISE: tl.constexpr,  # "none", "coupled" or "draft"
+    NOISE: tl.constexpr,  # "none", "coupled", "depths" or "draft"
     # flags, because in a loop Triton 3.6 cannot ask whether a tuple or its field is None
-    STATISTICS: tl.constexpr, LOG_PROBS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    LOG_PROBS: tl.constexpr,  # "none", "plain" or "noisy"
     ROWS: tl.constexpr,  # groups per program
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -119,13 +135,16 @@ def _tiles_kernel(
             inverse, _ = load_inverse_temperature(temperature_ptr, batch)
             key, relative = tile_scores(scores, inverse, first_id, BLOCK_V)
             tl.store(statistics.keys + place, key)
-            if LOG_PROBS:
-                tl.store(statistics.sums + place, tl.sum(tl.exp(relative), 0))
             # the merge does not use the noise of rows whose temperature is 0
             if NOISE == "coupled":
                 scores = relative + shared
-            elif NOISE == "draft":
+            elif NOISE != "none":
                 scores = relative + _group_noise(noise, batch, group, depth, first_id, NOISE, BLOCK_V)
+            if LOG_PROBS == "plain":
+                tl.store(statistics.sums + place, tl.sum(tl.exp(relative), 0))
+            elif LOG_PROBS == "noisy":
+                # noise is below 24, so there is no overflow
+                tl.store(statistics.sums + place, tl.sum(tl.exp(scores), 0))
         keys = _keys_of(scores, ids, V)
         best = tl.max(keys, 0)
         tl.store(best_ptr + place * K, best)
@@ -158,7 +177,8 @@ def _merge_kernel(
     filters,  # Filters with at most a temperature
     G, K, V, S,
     NOISY: tl.constexpr,
-    STATISTICS: tl.constexpr, LOG_PROBS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    LOG_PROBS: tl.constexpr,
     SINGLE: tl.constexpr,  # True if all keys fit into one block
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -179,7 +199,7 @@ def _merge_kernel(
         else:
             invalid = order_in(key) == NAN_ORDER
         tl.store(out.has_nan + place, invalid)
-    if LOG_PROBS:
+    if LOG_PROBS != "none":
         row = row_of(logits, batch, _row_of_group(rows_ptr, group), V)
         distribution = row_distribution(row, statistics, place, batch, S, filters, BLOCK_S, 16)
     best = tl.full((), ABOVE, tl.int64)
@@ -202,8 +222,11 @@ def _merge_kernel(
             others = rank - 1 + (rank > greedy_id).to(tl.int32)
             token = tl.where(greedy_id >= 0, tl.where(rank == 0, greedy_id, others), token)
         tl.store(out.tokens + place * K + rank, token.to(tl.int64))
-        if LOG_PROBS:
+        if LOG_PROBS == "plain":
             tl.store(out.log_probs + place * K + rank, log_prob_of(distribution, token))
+        elif LOG_PROBS == "noisy":
+            found = _noisy_log_prob(distribution, distribution.log_sum, best, token)
+            tl.store(out.log_probs + place * K + rank, found)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -238,6 +261,7 @@ def _select_kernel(
     # lanes after K hold a key that no other replaces
     kept = tl.where(lane < K, tl.full([BLOCK_K], NO_KEY, tl.int64), ABOVE)
     least = tl.min(kept, 0)
+    total = tl.full((), 0.0, tl.float32)
     for first_id in range(0, V, BLOCK_V):
         tile_peak = value_of(order_in(tl.load(statistics.keys + index * S + first_id // BLOCK_V)))
         # tiles below the threshold have no token of the distribution; they only fill places that would stay empty
@@ -248,6 +272,8 @@ def _select_kernel(
             else:
                 scores = log_probs(distribution, ids)
                 scores += _group_noise(noise, batch, group, depth, first_id, NOISE, BLOCK_V)
+            if LOG_PROBS == "noisy":
+                total += tl.sum(tl.exp(scores), 0)
             keys = _keys_of(scores, ids, V)
             best = tl.max(keys, 0)
             while best > least:
@@ -263,8 +289,11 @@ def _select_kernel(
         best = tl.max(tl.where(kept < best, kept, NO_KEY), 0)
         token = id_in(best)
         tl.store(out.tokens + place * K + rank, token.to(tl.int64))
-        if LOG_PROBS:
+        if LOG_PROBS == "plain":
             tl.store(out.log_probs + place * K + rank, log_prob_of(distribution, token))
+        elif LOG_PROBS == "noisy":
+            found = _noisy_log_prob(distribution, tl.log(total), best, token)
+            tl.store(out.log_probs + place * K + rank, found)
 
 
 def draft_topk(
@@ -275,9 +304,11 @@ def draft_topk(
     seeds: torch.Tensor | None,
     position: torch.Tensor | None,
     depth: int,
+    depths: torch.Tensor | None,
     nodes: torch.Tensor | None,
     rows: torch.Tensor | None,
     with_log_probs: bool,
+    noisy_log_probs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `specdec_triton.ops.draft_topk`, which checks the arguments. Nothing is read on the host.
 
@@ -298,14 +329,18 @@ def draft_topk(
         logits.new_empty((batch, groups), dtype=torch.bool),
         log_probs if with_log_probs else None,
     )
-    drawn = None if noise == "none" else Noise(contiguous(seeds), contiguous(position), contiguous(nodes))
+    drawn = None
+    if noise != "none":
+        drawn = Noise(*map(contiguous, (seeds, position, nodes if noise == "draft" else depths)))
+    noise = "depths" if noise == "coupled" and depths is not None else noise
+    kind = ("noisy" if noisy_log_probs else "plain") if with_log_probs else "none"
     with launching_on(logits):
         if any(option is not None for option in filters[1:]):
             tiles = triton.cdiv(vocab, BLOCK_V)
             statistics = row_statistics(logits, filters.temperature)
             _select_kernel[groups, batch](
                 out, statistics, logits_argument(logits), rows, drawn, filters, parents, groups, k, vocab, tiles, depth,
-                NOISE=noise, LOG_PROBS=with_log_probs, BLOCK_K=block_of(k), BLOCK_S=block_of(tiles), BLOCK_V=BLOCK_V,
+                NOISE=noise, LOG_PROBS=kind, BLOCK_K=block_of(k), BLOCK_S=block_of(tiles), BLOCK_V=BLOCK_V,
                 **ROW_OPTIONS,
             )  # fmt: skip
             return out.tokens, out.has_nan, log_probs
@@ -314,7 +349,7 @@ def draft_topk(
         if drawn is not None or with_log_probs:
             keys = logits.new_empty((batch, groups, tiles), dtype=torch.int64)
             statistics = Statistics(keys, torch.empty_like(keys, dtype=torch.float32) if with_log_probs else None)
-        flags = {"STATISTICS": statistics is not None, "LOG_PROBS": with_log_probs}
+        flags = {"STATISTICS": statistics is not None, "LOG_PROBS": kind}
         together = ROWS_A_PROGRAM if noise == "coupled" else 1
         _tiles_kernel[tiles, triton.cdiv(groups, together), batch](
             best, statistics, logits_argument(logits), rows, drawn, filters.temperature, groups, k, vocab, tiles, depth,
@@ -334,12 +369,12 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     temperature = (abstract(torch.float32, 1),)
     filtered = *temperature, abstract(torch.int64, 1), abstract(torch.float64, 1), abstract(torch.float32, 1)
 
-    def call(dtype, noise="none", k=1, filters=(), vocab=128256, parents=1, log_probs=False, rows=False):
-        numbers = abstract(torch.int64, 1)
-        nodes = abstract(torch.int64, parents) if noise == "draft" else None
+    def call(dtype, noise="none", k=1, filters=(), vocab=128256, parents=1, log_probs=False, rows=False, noisy=False):
+        numbers, of_group = abstract(torch.int64, 1), abstract(torch.int64, parents)
         return functools.partial(
-            draft_topk, abstract(DTYPES[dtype], 1, parents, vocab), k, filters, noise, numbers, numbers, 1, nodes,
-            nodes if rows else None, log_probs,
+            draft_topk, abstract(DTYPES[dtype], 1, parents, vocab), k, filters, noise, numbers, numbers, 1,
+            of_group if noisy else None, of_group if noise == "draft" else None, of_group if rows else None,
+            log_probs or noisy, noisy,
         )  # fmt: skip
 
     for dtype, noise in itertools.product(DTYPES, ("none", "coupled", "draft")):
@@ -374,3 +409,8 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         yield CompileCase(f"merge {noise} k{k}", _merge_kernel, launches, wide_loads=False)
     launches = call("bf16", "coupled", 1, temperature, log_probs=True)
     yield CompileCase("merge coupled log_probs", _merge_kernel, launches, wide_loads=False)
+    launches = call("bf16", "coupled", 10, temperature, parents=15, noisy=True)
+    yield CompileCase("bf16 tiles depths noisy log_probs", _tiles_kernel, launches, tile_bytes=TILE_V * 2)
+    yield CompileCase("merge depths noisy log_probs", _merge_kernel, launches, wide_loads=False)
+    launches = call("bf16", "coupled", 10, filtered, parents=15, noisy=True)
+    yield CompileCase("bf16 select depths noisy log_probs", _select_kernel, launches, tile_bytes=BLOCK_V * 2)

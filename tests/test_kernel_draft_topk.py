@@ -29,7 +29,7 @@ pytestmark = [
 
 def case(batch, parents, vocab, noise="none", kind="none", dtype=torch.float32, seed=0, rows=None):
     """Arguments of the op. The logits are a window of a larger tensor that is +inf everywhere else, so that a read
-    outside finds a maximum."""
+    outside finds a maximum. The noise "depths" is coupled noise with a depth for each group."""
     random = torch.Generator().manual_seed(seed)
     surroundings = torch.full((batch, parents + 1, vocab + 7), INF, dtype=dtype)
     surroundings[:, 1:, 3 : vocab + 3] = 3 * torch.randn(batch, parents, vocab, generator=random)
@@ -38,10 +38,11 @@ def case(batch, parents, vocab, noise="none", kind="none", dtype=torch.float32, 
     return {
         "logits": surroundings.to(DEVICE)[:, 1:, 3 : vocab + 3],
         "filters": Filters(*(None if option is None else option.to(DEVICE) for option in filters.tensors)),
-        "noise": noise,
+        "noise": "coupled" if noise == "depths" else noise,
         "seeds": torch.arange(batch, device=DEVICE) * 2**40 - seed,
         "position": torch.arange(batch, device=DEVICE) * 3 + 2**20,
         "depth": 2,
+        "depths": torch.arange(groups, device=DEVICE) * 3 + 1 if noise == "depths" else None,
         "nodes": torch.arange(groups, device=DEVICE) * 5 + 1,
         "rows": None if rows is None else torch.tensor(rows, device=DEVICE),
     }
@@ -60,16 +61,17 @@ def noisy_scores(arguments):
         arguments["position"],
     )
     if arguments["noise"] == "coupled":
-        return scores + noise.gumbel(seeds, position + arguments["depth"], 0, noise.COUPLED, vocab)[:, None]
+        depths = [arguments["depth"]] * scores.shape[1] if arguments["depths"] is None else arguments["depths"].tolist()
+        drawn = [noise.gumbel(seeds, position + depth, 0, noise.COUPLED, vocab) for depth in depths]
+        return scores + torch.stack(drawn, 1)
     return scores + noise.gumbel(seeds[:, None], position[:, None], arguments["nodes"], noise.DRAFT, vocab)
 
 
-def check(arguments, k, with_log_probs=False):
+def check(arguments, k, with_log_probs=False, noisy=False):
     """Assert that kernel and reference agree, and that the reference has the k first ids of a stable sort. Groups with
     NaN are only flagged. Returns the kernel's result."""
-    got, want = (
-        ops.draft_topk(**arguments, k=k, with_log_probs=with_log_probs, impl=impl) for impl in ("triton", "reference")
-    )
+    flags = {"with_log_probs": with_log_probs or noisy, "noisy_log_probs": noisy}
+    got, want = (ops.draft_topk(**arguments, k=k, **flags, impl=impl) for impl in ("triton", "reference"))
     vocab = arguments["logits"].shape[2]
     assert [(field.dtype, field.shape) for field in got[:2]] == [(field.dtype, field.shape) for field in want[:2]]
     assert torch.equal(got.has_nan, want.has_nan)
@@ -86,10 +88,14 @@ def check(arguments, k, with_log_probs=False):
         scores, wanted = scores[right].gather(-1, found), scores[right].gather(-1, ranked[right])
         torch.testing.assert_close(scores, wanted, rtol=ROUNDING, atol=ROUNDING)
         assert torch.equal(found[wanted == -INF], ranked[right][wanted == -INF])
-    if with_log_probs:
+    if with_log_probs or noisy:
         rows = arguments["rows"]
-        log_probs = filtered_log_probs(arguments["logits"], arguments["filters"])
-        log_probs = log_probs if rows is None else log_probs[:, rows]
+        if noisy:
+            log_probs = noisy_scores(arguments).log_softmax(-1)
+            assert torch.equal(want.log_probs[right], log_probs.gather(-1, want.tokens)[right])
+        else:
+            log_probs = filtered_log_probs(arguments["logits"], arguments["filters"])
+            log_probs = log_probs if rows is None else log_probs[:, rows]
         wanted = log_probs.gather(-1, got.tokens)[right]
         torch.testing.assert_close(got.log_probs[right], wanted, rtol=ROUNDING, atol=ROUNDING)
     else:
@@ -117,6 +123,26 @@ def test_the_purpose_is_the_references():
 def test_random_logits(noise, kind, k, dtype):
     check(case(3, 2, 61, noise, kind, dtype, seed=k), k, with_log_probs=True)
     check(case(2, 3, 130, noise, kind, dtype, seed=k + 1), k)
+
+
+@pytest.mark.parametrize("kind", ["none", "temperature", "all"])
+@pytest.mark.parametrize("noise", ["coupled", "depths", "draft"])
+def test_noisy_log_probabilities(noise, kind):
+    check(case(2, 3, 61, noise, kind, seed=14), 5, noisy=True)
+    check(case(2, 2, 61, noise, kind, torch.bfloat16, seed=15, rows=[1, 0, 1, 1]), 1, noisy=True)
+    # several tiles, of which some have no token that is left
+    arguments = case(1, 2, 2 * _rows.BLOCK_V + 9, noise, kind, seed=16)
+    arguments["logits"][:, 1, :TILE] += 40
+    check(arguments, 3, noisy=True)
+
+
+def test_groups_of_different_depths_have_the_noise_of_their_depths():
+    arguments = case(2, kernel.ROWS_A_PROGRAM + 1, 40, "depths", "temperature", seed=4)
+    got = check(arguments, 3)
+    for group, depth in enumerate(arguments["depths"].tolist()):
+        alone = arguments | {"depth": depth, "depths": None, "logits": arguments["logits"][:, group, None]}
+        assert torch.equal(check(alone, 3).tokens[:, 0], got.tokens[:, group])
+    assert not torch.equal(check(arguments | {"depths": None}, 3).tokens, got.tokens)
 
 
 @pytest.mark.parametrize("kind", FILTERS[2:5])
@@ -193,7 +219,8 @@ def test_greedy_rows(noise, kind):
     assert got.tokens[1:, :, 0].tolist() == [[0, 0], [TILE + 2] * 2]
     if noise != "none":
         assert got.tokens[1:, 0].tolist() == [[0, 1, 2], [TILE + 2, 0, 1]]
-        assert (got.log_probs[1:, :, 0] == 0).all() and (got.log_probs[1:, :, 1:] == -INF).all()
+        for found in (got, check(arguments, 3, noisy=True)):
+            assert (found.log_probs[1:, :, 0] == 0).all() and (found.log_probs[1:, :, 1:] == -INF).all()
 
 
 def test_ties_go_to_the_lowest_id():
@@ -293,6 +320,16 @@ def test_two_launches(monkeypatch, noise, kind, rows):
             {"noise": "draft", "nodes": torch.zeros(3, dtype=torch.int64)},
             r"nodes must be torch.int64 \[2\], got torch.int64 \[3\]",
         ),
+        (
+            {"noise": "coupled", "depths": torch.zeros(3, dtype=torch.int64)},
+            r"depths must be torch.int64 \[2\], got torch.int64 \[3\]",
+        ),
+        ({"noisy_log_probs": 1}, "noisy_log_probs must be True or False, got 1"),
+        (
+            {"noisy_log_probs": True, "with_log_probs": True},
+            'noisy_log_probs must be False without noise .* got True with noise "none" and with_log_probs=True',
+        ),
+        ({"noisy_log_probs": True, "noise": "coupled"}, 'noisy_log_probs must be False .*"coupled" and .*=False'),
         ({"rows": torch.zeros(2)}, r"rows must be torch.int64 \[G\], got torch.float32 \[2\]"),
         ({"seeds": torch.zeros(1), "noise": "coupled"}, r"seeds must be torch.int64 \[2\], got torch.float32 \[1\]"),
         ({"filters": None}, "filters must be a Filters, got NoneType"),
@@ -315,6 +352,8 @@ REAL_SIZES = turns(reference.DRAFT_NOISE, ["none", "temperature", "all", "all"],
 def test_real_sizes_on_gpu(noise, kind, dtype, k):
     check(case(2, 3, 128256, noise, kind, dtype, seed=k), k, with_log_probs=True)
     check(case(1, 9, 50257, noise, kind, dtype, seed=k), k)
+    if noise != "none":
+        check(case(2, 15, 128256, "depths", kind, dtype, seed=k), k, noisy=True)
 
 
 @pytest.mark.gpu

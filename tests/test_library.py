@@ -201,7 +201,7 @@ def arguments(op):
     if op == "draft_topk":
         logits, seeds, nodes = draft_inputs()
         filters = [torch.full((2,), 0.7, device=DEVICE), torch.full((2,), 9, device=DEVICE), None, None]
-        return logits, 3, filters, "draft", seeds, seeds + 7, 0, nodes, None, True
+        return logits, 3, filters, "draft", seeds, seeds + 7, 0, None, nodes, None, True, True
     if op == "accept_greedy":
         return (*acceptance_inputs(), 2, torch.tensor([3, 0], device=DEVICE), None)
     if op == "accept_sample":

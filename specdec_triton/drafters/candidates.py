@@ -3,8 +3,6 @@
 import torch
 
 from .. import ops
-from ..ops.filters import filtered_log_probs
-from ..ops.noise import COUPLED, gumbel
 from .base import DraftContext
 
 
@@ -25,11 +23,11 @@ def ranked(
 
     Returns:
         Log-probabilities [B, n, K] fp32 in descending order, tokens [B, n, K] int64, and [B, n] bool, True if logits
-        are NaN.
+        are NaN. Under "coupled", also if they are +inf or all -inf.
     """
-    if context.rule != "coupled":
-        found = ops.draft_topk(logits, width, filters=context.filters, with_log_probs=True, impl=context.impl)
-        return found.log_probs, found.tokens, found.has_nan
-    noise = gumbel(context.seeds[:, None], context.position[:, None] + depth, 0, COUPLED, logits.shape[-1])
-    best, tokens = (filtered_log_probs(logits, context.filters) + noise).log_softmax(-1).topk(width)
-    return best, tokens, best[..., 0].isnan()
+    options = {"filters": context.filters, "with_log_probs": True, "impl": context.impl}
+    if context.rule == "coupled":
+        options |= {"noise": "coupled", "noisy_log_probs": True, "seeds": context.seeds, "position": context.position}
+        options["depths" if isinstance(depth, torch.Tensor) else "depth"] = depth
+    found = ops.draft_topk(logits, width, **options)
+    return found.log_probs, found.tokens, found.has_nan

@@ -33,8 +33,8 @@ class Candidates(NamedTuple):
         has_nan: [B, G] bool. True if the group's logits hold a NaN. With noise, it is also True if they hold +inf or
             only -inf, which do not define a distribution. The group's other results are then undefined, but its tokens
             are below V.
-        log_probs: [B, G, k] fp32. Log-probability of each token after the filters, without noise; None if it was not
-            asked for.
+        log_probs: [B, G, k] fp32. Log-probability of each token after the filters, without noise unless it was asked
+            for with noise; None if it was not asked for.
     """
 
     tokens: torch.Tensor
@@ -213,9 +213,11 @@ def draft_topk(
     seeds: torch.Tensor | None,
     position: torch.Tensor | None,
     depth: int,
+    depths: torch.Tensor | None,
     nodes: torch.Tensor | None,
     rows: torch.Tensor | None,
     with_log_probs: bool,
+    noisy_log_probs: bool,
 ) -> Candidates:
     """See `ops.draft_topk`."""
     vocab, log_probs = logits.shape[2], None
@@ -225,7 +227,8 @@ def draft_topk(
     if noise == "none":
         scores = logits if rows is None else logits[:, rows]
     elif noise == "coupled":
-        scores = log_probs + gumbel(seeds, position + depth, 0, COUPLED, vocab)[:, None]
+        positions = position[:, None] + (depth if depths is None else depths)
+        scores = log_probs + gumbel(seeds[:, None], positions, 0, COUPLED, vocab)
     else:
         scores = log_probs + gumbel(seeds[:, None], position[:, None], nodes, DRAFT, vocab)
     best, tokens = scores.max(-1, keepdim=True) if k == 1 else _best(scores, k)
@@ -234,6 +237,8 @@ def draft_topk(
     else:
         has_nan = ~logits.amax(-1).isfinite()
         has_nan = has_nan if rows is None else has_nan[:, rows]
+    if noisy_log_probs:
+        log_probs = scores.log_softmax(-1)
     return Candidates(tokens, has_nan, log_probs.gather(-1, tokens) if with_log_probs else None)
 
 

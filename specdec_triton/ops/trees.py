@@ -155,9 +155,11 @@ def draft_topk(
     seeds: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     depth: int = 0,
+    depths: torch.Tensor | None = None,
     nodes: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     with_log_probs: bool = False,
+    noisy_log_probs: bool = False,
     impl: str | None = None,
 ) -> Candidates:
     """The k best tokens after each expanded node of a draft, by logit or by noisy log-probability.
@@ -176,15 +178,17 @@ def draft_topk(
         filters: `Filters` of the draft. A row with temperature 0 is greedy. With "none", filters change
             log-probabilities alone, not the candidates.
         noise: "none": tokens are ranked by their logits. "coupled": by filtered log-probability plus the noise with
-            which the target will sample at `depth`; it is the same for all nodes of a sequence. "draft": by filtered
+            which the target will sample at `depth`; it is the same for all nodes of a depth. "draft": by filtered
             log-probability plus noise of each node's own, so that the candidates are draws without replacement.
         seeds: [B] int64. Seed of each row; needed if there is noise.
         position: [B] int64. Number of real tokens before the root; needed if there is noise.
         depth: depth of the candidates, with "coupled".
+        depths: [G] int64. A depth for each group, in place of `depth`.
         nodes: [G] int64. The numbers of the nodes whose noise is used, with "draft".
         rows: [G] int64. For each group of candidates, the row of `logits` that they are taken from, 0 to P - 1, which
             is not checked. By default there are G = P groups, one for each row.
         with_log_probs: True if `log_probs` is needed.
+        noisy_log_probs: True if `log_probs` is the log-softmax of the noisy log-probabilities.
         impl: None, "triton" or "reference".
 
     Returns:
@@ -200,14 +204,21 @@ def draft_topk(
         raise ValueError(f"{op}: k must be 1 to {vocab} for {vocab} tokens, got {k}")
     if noise not in DRAFT_NOISE:
         raise ValueError(f"{op}: noise must be one of {', '.join(DRAFT_NOISE)}, got {noise!r}")
-    if not isinstance(with_log_probs, bool):
-        raise ValueError(f"{op}: with_log_probs must be True or False, got {with_log_probs!r}")
+    for name, flag in (("with_log_probs", with_log_probs), ("noisy_log_probs", noisy_log_probs)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{op}: {name} must be True or False, got {flag!r}")
+    if noisy_log_probs and (noise == "none" or not with_log_probs):
+        raise ValueError(
+            f"{op}: noisy_log_probs must be False without noise or without with_log_probs, got True with noise "
+            f'"{noise}" and with_log_probs={with_log_probs}'
+        )
     check_filters(check, "filters", filters)
     if rows is not None:
         (groups,) = check("rows", rows, "G", torch.int64)
     check.sizes["G"] = groups
     needed = {"seeds": (seeds, "B"), "position": (position, "B")} if noise != "none" else {}
     needed |= {"nodes": (nodes, "G")} if noise == "draft" else {}
+    needed |= {"depths": (depths, "G")} if noise == "coupled" and depths is not None else {}
     for name, (tensor, shape) in needed.items():
         if tensor is None:
             raise ValueError(f'{op}: {name} must be given with noise "{noise}", got None')
@@ -215,8 +226,9 @@ def draft_topk(
     compute = resolve(op, impl, logits.device)
     given = filters if compute is reference.draft_topk else filters.tensors  # the registered op takes lists of tensors
     drawn = (seeds, position) if noise != "none" else (None, None)
-    nodes, depth = nodes if noise == "draft" else None, depth if noise == "coupled" else 0
-    tokens, has_nan, log_probs = compute(logits, k, given, noise, *drawn, depth, nodes, rows, with_log_probs)
+    nodes, depth, depths = nodes if noise == "draft" else None, *((depth, depths) if noise == "coupled" else (0, None))
+    flags = with_log_probs, noisy_log_probs
+    tokens, has_nan, log_probs = compute(logits, k, given, noise, *drawn, depth, depths, nodes, rows, *flags)
     return Candidates(tokens, has_nan, log_probs if with_log_probs else None)
 
 
@@ -405,7 +417,9 @@ def _fake_tree_attention(query, key, value, packed_tree, scale, sliding_window, 
     return query.new_empty((batch, rows, query_heads, value.shape[3]))
 
 
-def _fake_draft_topk(logits, k, filters, noise, seeds, position, depth, nodes, rows, with_log_probs):
+def _fake_draft_topk(
+    logits, k, filters, noise, seeds, position, depth, depths, nodes, rows, with_log_probs, noisy_log_probs
+):
     batch, groups, _ = logits.shape
     groups = groups if rows is None else rows.shape[0]
     tokens = logits.new_empty((batch, groups, k), dtype=torch.int64)
@@ -447,7 +461,8 @@ register(
 # a `Filters` is passed as the list of its tensors
 register(
     "draft_topk(Tensor logits, SymInt k, Tensor?[] filters, str noise, Tensor? seeds, Tensor? position, int depth, "
-    "Tensor? nodes, Tensor? rows, bool with_log_probs) -> (Tensor tokens, Tensor has_nan, Tensor log_probs)",
+    "Tensor? depths, Tensor? nodes, Tensor? rows, bool with_log_probs, bool noisy_log_probs) "
+    "-> (Tensor tokens, Tensor has_nan, Tensor log_probs)",
     _fake_draft_topk,
     reference,
 )

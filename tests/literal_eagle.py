@@ -10,6 +10,7 @@ before in place of the target's states.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -69,7 +70,81 @@ def rotated(x: torch.Tensor, positions: list[int], radians: list[float]) -> torc
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-class LiteralDraft:
+class DraftedTrees(ABC):
+    """The trees that follow from a draft's logits.
+
+    Args:
+        text: t_0, ..., t_n.
+        mistake: one of `mistakes`, or "" for none.
+
+    Attributes:
+        mistakes: names of deliberate mistakes.
+        margin: the smallest difference of two values whose order decided a tree so far. Below the error of the
+            arithmetic, another tree is as good.
+    """
+
+    mistakes: tuple[str, ...] = ()
+
+    def __init__(self, text: list[int], mistake: str):
+        assert mistake in ("", *self.mistakes), mistake
+        self.text, self.mistake, self.margin = text, mistake, math.inf
+
+    @abstractmethod
+    def logits(self, path: tuple[int, ...]) -> torch.Tensor:
+        """The logits [V] of the token after the text and the drafted tokens `path`."""
+
+    def best(self, values: list[float], count: int) -> list[int]:
+        """Places of the `count` highest values, highest first. Of equal values, the first comes first."""
+        order = sorted(range(len(values)), key=lambda place: -values[place])
+        ranked = [values[place] for place in order[: count + 1]]
+        gaps = [higher - lower for higher, lower in zip(ranked, ranked[1:], strict=False)]
+        self.margin = min([self.margin, *gaps])
+        return order[:count]
+
+    def dynamic(
+        self, num_nodes: int, width: int, levels: int, rank: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    ) -> tuple[list[int], list[int], list[float]]:
+        """EAGLE-2's tree: tokens, parents and scores of its nodes, in the order in which they were made.
+
+        Args:
+            num_nodes: the number of nodes that are kept, root included.
+            width: the number of nodes that a level expands, and of children of each.
+            levels: the number of levels. The first consists of the root's children.
+            rank: log-probabilities [V] of children, from the logits [V] at their parent and their depth.
+        """
+        paths: list[tuple[int, ...]] = [()]
+        parents, scores, level = [-1], [0.0], [0]
+        for depth in range(1, levels + 1):
+            children = []
+            for node in level:
+                logits = self.logits(paths[node])
+                own = (logits.log_softmax(-1) if rank is None else rank(logits, depth)).tolist()
+                for token in self.best(own, width):
+                    children.append(len(paths))
+                    paths.append((*paths[node], token))
+                    parents.append(node)
+                    scores.append(own[token] + (0.0 if self.mistake == "own score" else scores[node]))
+            level = [children[place] for place in self.best([scores[child] for child in children], width)]
+        order = sorted(range(len(paths)), key=lambda node: -scores[node])
+        kept = sorted(order[:num_nodes])
+        if num_nodes < len(paths):
+            self.margin = min(self.margin, scores[order[num_nodes - 1]] - scores[order[num_nodes]])
+        place = {node: number for number, node in enumerate(kept)}
+        tokens = [self.text[-1] if not paths[node] else paths[node][-1] for node in kept]
+        return tokens, [place.get(parents[node], -1) for node in kept], [scores[node] for node in kept]
+
+    def ranked(self, topology, rank: Callable[[torch.Tensor, int], torch.Tensor] | None = None) -> list[int]:
+        """The tokens of a `Topology` if each node carries its parent's candidate of its rank."""
+        paths: list[tuple[int, ...]] = [()]
+        for node in range(1, topology.num_nodes):
+            above = paths[topology.parents[node]]
+            logits = self.logits(above)
+            own = (logits.log_softmax(-1) if rank is None else rank(logits, len(above) + 1)).tolist()
+            paths.append((*above, self.best(own, topology.ranks[node] + 1)[-1]))
+        return [self.text[-1], *(path[-1] for path in paths[1:])]
+
+
+class LiteralDraft(DraftedTrees):
     """The draft of a head after one text.
 
     Args:
@@ -78,20 +153,15 @@ class LiteralDraft:
         text: t_0, ..., t_n.
         mistake: one of `MISTAKES`, or "" for none.
         first: the number of the first row that exists; earlier positions are unknown to the head.
-
-    Attributes:
-        margin: the smallest difference of two values whose order decided a tree so far. Below the error of the
-            arithmetic, another tree is as good.
     """
 
-    mistakes: tuple[str, ...] = MISTAKES
+    mistakes = MISTAKES
 
     def __init__(self, head: Head, target, text: list[int], mistake: str = "", first: int = 0):
-        assert mistake in ("", *self.mistakes), mistake
-        self.head, self.mistake, self.text, self.first = head, mistake, text, first
+        super().__init__(text, mistake)
+        self.head, self.first = head, first
         self.weights = {name: tensor.double() for name, tensor in head.tensors.items() if tensor.is_floating_point()}
         self.is_eagle3 = head.layout.kind == "eagle3"
-        self.margin = math.inf
         self.vocab_size = target.config.vocab_size
         own = self.weights.get("embed_tokens.weight")
         shared = target.get_input_embeddings()
@@ -232,53 +302,3 @@ class LiteralDraft:
         if self.mistake != "offsets as ids":
             tokens = torch.arange(len(tokens)) + tokens
         return logits.new_full((self.vocab_size,), -math.inf).index_put((tokens,), logits)
-
-    def best(self, values: list[float], count: int) -> list[int]:
-        """Places of the `count` highest values, highest first. Of equal values, the first comes first."""
-        order = sorted(range(len(values)), key=lambda place: -values[place])
-        ranked = [values[place] for place in order[: count + 1]]
-        gaps = [higher - lower for higher, lower in zip(ranked, ranked[1:], strict=False)]
-        self.margin = min([self.margin, *gaps])
-        return order[:count]
-
-    def dynamic(
-        self, num_nodes: int, width: int, levels: int, rank: Callable[[torch.Tensor, int], torch.Tensor] | None = None
-    ) -> tuple[list[int], list[int], list[float]]:
-        """EAGLE-2's tree: tokens, parents and scores of its nodes, in the order in which they were made.
-
-        Args:
-            num_nodes: the number of nodes that are kept, root included.
-            width: the number of nodes that a level expands, and of children of each.
-            levels: the number of levels. The first consists of the root's children.
-            rank: log-probabilities [V] of children, from the logits [V] at their parent and their depth.
-        """
-        paths: list[tuple[int, ...]] = [()]
-        parents, scores, level = [-1], [0.0], [0]
-        for depth in range(1, levels + 1):
-            children = []
-            for node in level:
-                logits = self.logits(paths[node])
-                own = (logits.log_softmax(-1) if rank is None else rank(logits, depth)).tolist()
-                for token in self.best(own, width):
-                    children.append(len(paths))
-                    paths.append((*paths[node], token))
-                    parents.append(node)
-                    scores.append(own[token] + (0.0 if self.mistake == "own score" else scores[node]))
-            level = [children[place] for place in self.best([scores[child] for child in children], width)]
-        order = sorted(range(len(paths)), key=lambda node: -scores[node])
-        kept = sorted(order[:num_nodes])
-        if num_nodes < len(paths):
-            self.margin = min(self.margin, scores[order[num_nodes - 1]] - scores[order[num_nodes]])
-        place = {node: number for number, node in enumerate(kept)}
-        tokens = [self.text[-1] if not paths[node] else paths[node][-1] for node in kept]
-        return tokens, [place.get(parents[node], -1) for node in kept], [scores[node] for node in kept]
-
-    def ranked(self, topology, rank: Callable[[torch.Tensor, int], torch.Tensor] | None = None) -> list[int]:
-        """The tokens of a `Topology` if each node carries its parent's candidate of its rank."""
-        paths: list[tuple[int, ...]] = [()]
-        for node in range(1, topology.num_nodes):
-            above = paths[topology.parents[node]]
-            logits = self.logits(above)
-            own = (logits.log_softmax(-1) if rank is None else rank(logits, len(above) + 1)).tolist()
-            paths.append((*above, self.best(own, topology.ranks[node] + 1)[-1]))
-        return [self.text[-1], *(path[-1] for path in paths[1:])]

@@ -98,7 +98,9 @@ def record(monkeypatch, drafter):
     return drafts
 
 
-def agreements(drafts, head, target, mistake="", width=TREE.width, rank=None, first=0, limit=24):
+def agreements(
+    drafts, head, target, mistake="", width=TREE.width, rank=None, first=0, limit=24, literal_draft=LiteralDraft
+):
     """For each draft, whether it is the one of the literal statement. Left out are drafts deeper than the rest of the
     text, and those that a rounding error could have changed.
 
@@ -108,13 +110,14 @@ def agreements(drafts, head, target, mistake="", width=TREE.width, rank=None, fi
         width: of the dynamic tree.
         rank: a function that makes `rank` of `LiteralDraft.dynamic` from a draft; None for log-probabilities.
         limit: at most so many drafts are compared.
+        literal_draft: the literal statement; `head` is its first argument.
     """
     found, close = [], 0
     for drafted in drafts:
         row, levels = drafted.row, drafted.tree.max_depth
         if levels == 0 or drafted.budget <= levels or len(found) == limit:
             continue
-        literal = LiteralDraft(head, target, drafted.text, mistake, first)
+        literal = literal_draft(head, target, drafted.text, mistake, first)
         ranked = None if rank is None else rank(drafted)
         tokens, parents, scores = literal.dynamic(drafted.tree.num_nodes, width, levels, ranked)
         if literal.margin < TOLERANCE:

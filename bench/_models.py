@@ -5,8 +5,8 @@ and the layers' outputs are scaled as in a deep residual net. A token's successo
 that order, by a wide margin. Every weight is dense and is read as in a trained model.
 
 A draft follows the target's order except after a set share of the tokens, so that its acceptance is controlled. Or it
-is wrong after chosen tokens (see `wrong_after`), and replays the recorded agreement of a real pair. An EAGLE head has a
-set error rate, too: see `eagle_head`.
+is wrong after chosen tokens (see `wrong_after`), and replays the recorded agreement of a real pair. EAGLE and DFlash
+heads have a set error rate, too: see `eagle_head` and `dflash_head`.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec_triton.heads.checkpoint import Checkpoint
+from specdec_triton.heads.dflash import DFlashModel
 from specdec_triton.heads.eagle import EagleModel
 from specdec_triton.tools import plan
 from specdec_triton.tree import Topology
@@ -26,7 +27,7 @@ SHAPES = {
     "qwen 1.5B": plan.PRESETS["qwen2.5-1.5b"],
     "qwen 0.5B": plan.PRESETS["qwen2.5-0.5b"],
     "tiny": {
-        "num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8,
+        "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": 512,
     },
     "tiny draft": {
@@ -54,10 +55,24 @@ HEADS = {
         "head_dim": 64, "draft_vocab_size": 128,
     },
 }  # fmt: skip
-NUM_TAPS = 3
+# DFlash heads; that of Llama 3.1 8B has the shape of z-lab/Qwen3-8B-DFlash-b16, and Llama's vocabulary
+BLOCKS = {
+    "llama 8B": {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "num_hidden_layers": 5, "block_size": 16,
+    },
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "head_dim": 64, "num_hidden_layers": 2, "block_size": 4,
+    },
+}  # fmt: skip
+NUM_TAPS = {"eagle": 3, "dflash": 5}
 LAYER_STD = 0.02
 OWN_WEIGHT = 2.0  # of the keys of a head: each element has this variance
 FEATURE_SCALE = 0.1  # of a head's feature, relative to the embedding
+KEY_SCALE = 4.0  # weight of the norms of a DFlash head's queries and keys
+KEY_NOISE = 0.05  # of a DFlash head's keys, relative to their bias
+NUM_FREQUENCIES = 8  # by which a DFlash head tells distances apart, the highest ones
 
 
 def successors(vocab_size: int) -> torch.Tensor:
@@ -165,7 +180,7 @@ def eagle_head(shape: str, target: PreTrainedModel, errors: float) -> EagleModel
     states[wrong_share(errors, len(embedding))[before].to(embedding.device)] *= -1  # as in `synthetic`
     ones = embedding.new_ones(hidden)
     tensors = {
-        "fc.weight": normal(hidden, NUM_TAPS * target_size, LAYER_STD),
+        "fc.weight": normal(hidden, NUM_TAPS["eagle"] * target_size, LAYER_STD),
         "midlayer.hidden_norm.weight": FEATURE_SCALE * ones,
         "midlayer.input_layernorm.weight": embedding.new_ones(target_size),
         "midlayer.self_attn.q_proj.weight": keys.unflatten(0, (key_heads, head_dim)).repeat_interleave(groups, 0)
@@ -185,6 +200,105 @@ def eagle_head(shape: str, target: PreTrainedModel, errors: float) -> EagleModel
     checkpoint = Checkpoint(f"a synthetic head of {shape}", sizes | config, tensors)
     last = target.config.num_hidden_layers - 1
     return EagleModel.from_checkpoint(checkpoint, layers=(0, last // 2, last), device=embedding.device)
+
+
+@torch.no_grad()
+def dflash_head(shape: str, target: PreTrainedModel, errors: float) -> DFlashModel:
+    """A DFlash head that follows the target's order except after some tokens, with dense random weights.
+
+    Row i of a block must predict the i-th successor of the root. In the first layer, each query head attends to the
+    row at a distance of its own: the keys have a large bias, and the query of mask tokens is that bias at the distance.
+    The heads of the distance i therefore read the root in row i and in no other. In other rows they read a mask token,
+    whose values are 0, or a context row, whose values are small. Each row thus has another linear map of the root's
+    embedding. The output layer holds, for each token, the sum of the states that predict it, one for each distance.
+    The later layers have small outputs.
+
+    The output layer is the head's own, as large as the target's. The target's could not name the tokens, because the
+    order is random. The launches and the weights that are read are those of a trained head that uses the target's, but
+    for the bias.
+
+    Args:
+        shape: a name in `BLOCKS`.
+        target: a model made by `synthetic`. The head has its device and dtype, and its embedding.
+        errors: the share of tokens, 0 to 1, after which the head continues with a wrong one, at all depths. They are
+            the tokens of `synthetic` with this share.
+    """
+    sizes, embedding = BLOCKS[shape], target.get_input_embeddings().weight
+    hidden, inner, dim = sizes["hidden_size"], sizes["intermediate_size"], sizes["head_dim"]
+    heads, key_heads, drafted = sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["block_size"] - 1
+    device, theta = embedding.device, 10000.0
+    generator = torch.Generator(device).manual_seed(4)
+
+    def normal(rows: int, columns: int, std: float) -> torch.Tensor:
+        return embedding.new_empty(rows, columns).normal_(0.0, std, generator=generator)
+
+    before = successors(len(embedding)).argsort()  # the token whose successor each token is
+    mask_token = int(before[0])  # follows last in the text after the first token
+    mask = torch.nn.functional.rms_norm(embedding[mask_token].float(), (hidden,)).to(embedding.dtype)
+
+    def with_output(weight: torch.Tensor, output: torch.Tensor | float) -> torch.Tensor:
+        """The weight, changed so that it maps `mask` to `output`."""
+        return weight + torch.outer(output - weight @ mask, mask) / hidden
+
+    distances = torch.arange(heads) % drafted + 1  # of each query head
+    bias = embedding.new_zeros(2, dim // 2)
+    bias[0, :NUM_FREQUENCIES] = (dim / NUM_FREQUENCIES) ** 0.5  # of mean square 1
+    angles = distances[:, None] * theta ** (-torch.arange(dim // 2) / (dim // 2))
+    queries = torch.stack((angles.cos(), -angles.sin()), 1).to(bias) * bias[0]  # the bias, turned back
+    values = with_output(normal(key_heads * dim, hidden, hidden**-0.5), 0.0)
+    output = normal(hidden, heads * dim, dim**-0.5)
+    ones, small = embedding.new_ones(hidden), FEATURE_SCALE * LAYER_STD
+    tensors = {
+        "fc.weight": normal(hidden, NUM_TAPS["dflash"] * target.config.hidden_size, LAYER_STD),
+        "hidden_norm.weight": FEATURE_SCALE * ones,
+        "norm.weight": ones,
+    }
+    for layer in range(sizes["num_hidden_layers"]):
+        tensors |= {
+            f"layers.{layer}.{name}": tensor
+            for name, tensor in {
+                "input_layernorm.weight": ones,
+                "post_attention_layernorm.weight": ones,
+                "self_attn.q_proj.weight": normal(heads * dim, hidden, LAYER_STD),
+                "self_attn.k_proj.weight": normal(key_heads * dim, hidden, LAYER_STD),
+                "self_attn.v_proj.weight": normal(key_heads * dim, hidden, LAYER_STD),
+                "self_attn.o_proj.weight": normal(hidden, heads * dim, small),
+                "self_attn.q_norm.weight": embedding.new_ones(dim),
+                "self_attn.k_norm.weight": embedding.new_ones(dim),
+                "mlp.gate_proj.weight": normal(inner, hidden, LAYER_STD),
+                "mlp.up_proj.weight": normal(inner, hidden, LAYER_STD),
+                "mlp.down_proj.weight": normal(hidden, inner, small),
+            }.items()
+        }
+    first = {
+        "q_proj.weight": with_output(normal(heads * dim, hidden, hidden**-0.5), queries.flatten()),
+        "k_proj.weight": normal(key_heads * dim, hidden, KEY_NOISE * hidden**-0.5),
+        "k_proj.bias": bias.flatten().repeat(key_heads),
+        "v_proj.weight": values,
+        "o_proj.weight": output,
+        "q_norm.weight": KEY_SCALE * embedding.new_ones(dim),
+        "k_norm.weight": KEY_SCALE * embedding.new_ones(dim),
+    }
+    tensors |= {f"layers.0.self_attn.{name}": tensor for name, tensor in first.items()}
+    roots = [torch.arange(len(embedding))]  # for each distance, the token so far before each token
+    for _ in range(drafted):
+        roots.append(before[roots[-1]])
+    read = (embedding @ values.T).unflatten(-1, (key_heads, dim)).repeat_interleave(heads // key_heads, 1)
+    read = [read[roots[distance].to(device), head] for head, distance in enumerate(distances.tolist())]
+    states = torch.cat(read, 1) @ output.T
+    states -= torch.outer(states @ mask, mask) / hidden  # the mask token is in every row
+    states[wrong_share(errors, len(embedding))[before].to(device)] *= -1  # as in `synthetic`
+    tensors["lm_head.weight"] = states / hidden**0.5
+    config = sizes | {"model_type": "qwen3", "vocab_size": len(embedding), "rope_theta": theta}
+    config["dflash_config"] = {"mask_token_id": mask_token}
+    checkpoint = Checkpoint(f"a synthetic DFlash head of {shape}", config, tensors)
+    return DFlashModel.from_checkpoint(checkpoint, layers=taps_of(target, NUM_TAPS["dflash"]), device=device)
+
+
+def taps_of(target: PreTrainedModel, count: int) -> tuple[int, ...]:
+    """Layers of the target at equal distances, from the first to the last."""
+    last = target.config.num_hidden_layers - 1
+    return tuple(round(last * tap / (count - 1)) for tap in range(count))
 
 
 def prompts(batch: int, length: int, vocab_size: int, device: torch.device, repeats: bool = False) -> torch.Tensor:

@@ -6,8 +6,9 @@ The target has the shape of Llama 3.1 8B (a tiny one on a CPU) and random weight
 replays the target's text with errors at a set rate: its rows say "controlled acceptance", and its draft costs nothing.
 Acceptance in a short text varies with the errors, so a few seeds are tried, and the one whose acceptance length
 between the two texts below is nearest to the wanted one is kept. The draft model has a set error rate too; its cost is
-real. So has the EAGLE head, which has the shape of a published one; both err at the same tokens. Its chain has the
-acceptance length of the draft model's. In its dynamic tree, no other branch is right if the likeliest path errs.
+real. So have the EAGLE head and the DFlash head, which have the shapes of published ones. They all err at the same
+tokens. The EAGLE head's chain has the acceptance length of the draft model's. In its dynamic tree, and among the
+likeliest nodes of the DFlash head, no other branch is right if the likeliest path errs.
 
 One case replays a real pair: random weights of the pair's sizes, and a draft that is wrong at the tokens at which the
 real one was. In a chain, acceptance depends on nothing else. The text takes the same number of flags from each of
@@ -41,11 +42,12 @@ from typing import NamedTuple
 
 import torch
 from _common import Bench, first_line, named_cases, simulate_graphs
-from _models import SHAPES, eagle_head, error_rate, prompts, spider, synthetic, wrong_after
+from _models import SHAPES, dflash_head, eagle_head, error_rate, prompts, spider, synthetic, wrong_after
 from _rows import CONTROLLED, REPLAYED, RESULTS
 
 import specdec_triton as sdt
 from specdec_triton.engine.generate import WORTH_CAPTURING
+from specdec_triton.heads.dflash import DFlashModel
 from specdec_triton.heads.eagle import EagleModel
 from specdec_triton.options import Options
 from specdec_triton.tools import calibration, profiling
@@ -61,6 +63,7 @@ SEEDS, NEAR = (
 DRAFT_TOKENS = 5
 DRAFT_ERRORS = 0.1
 HEAD_TREE = DynamicTree(60, width=10, depth=6)
+BLOCK_NODES = 64  # the likeliest ones of a DFlash head
 LOOKUP = 10
 PROFILED_TOKENS = 24  # under torch's profiler, which takes long to read
 PROFILED_BATCH = 16  # prompts of larger batches take long
@@ -121,11 +124,16 @@ COMPILED = (*GRAPHS, ("compile", True))
 FUSED, EAGER_LAYERS = (*GRAPHS, ("fuse", True)), (*GRAPHS, ("fuse", False))
 DRAFTED, LOOKED_UP, THEIR_LOOKUP = "ours, draft model", "ours, prompt lookup", "transformers prompt lookup"
 HEADED, HEADED_TREE = "ours, EAGLE head", "ours, EAGLE head, dynamic tree"
+BLOCKS = "ours, DFlash head"
 STATIC = "transformers static cache, compiled"
 COUNTED = (ASSISTED, THEIR_LOOKUP)  # they emit several tokens a forward of the target
 CASES = [
     Case(
-        "drafts", (PLAIN, DRAFTED, HEADED, HEADED_TREE, EAGER, ASSISTED), oracle=((64, 4.5),), options=GRAPHS, turns=2
+        "drafts",
+        (PLAIN, DRAFTED, HEADED, HEADED_TREE, BLOCKS, EAGER, ASSISTED),
+        oracle=((64, 4.5),),
+        options=GRAPHS,
+        turns=2,
     ),
     Case("drafts", (PLAIN, DRAFTED), oracle=((64, 4.5),), options=EAGER_LAYERS, turns=2, seconds=25),
     Case(
@@ -169,7 +177,9 @@ REHEARSED = [
     # these would repeat a part of "drafts"
     if case.name not in ("acceptance", "batch of 64", "nodes") and case.options not in (EAGER_ROUNDS, EAGER_LAYERS)
 ]
-REHEARSED.append(Case("graphs", (PLAIN, DRAFTED, HEADED_TREE), context=12, tokens=(28, 40), turns=1, options=FUSED))
+REHEARSED.append(
+    Case("graphs", (PLAIN, DRAFTED, HEADED_TREE, BLOCKS), context=12, tokens=(28, 40), turns=1, options=FUSED)
+)
 
 
 def fuses(options: tuple[tuple[str, object], ...], device: torch.device) -> bool:
@@ -257,7 +267,7 @@ def _made(names: tuple[str, str], large: bool, device: torch.device, replay: Rep
     return names[0], target, draft
 
 
-def head_bytes(head: EagleModel, forwards: int) -> float:
+def head_bytes(head: EagleModel | DFlashModel, forwards: int) -> float:
     """Bytes of the head's weights that a round of so many forwards reads."""
     once = sum(weight.nbytes for weight in head.fc.parameters())
     return once + forwards * (sum(weight.nbytes for weight in head.parameters()) - once)
@@ -324,6 +334,11 @@ class Setup:
         """An EAGLE head for the target, which errs as the draft does."""
         return eagle_head(self.model, self.target, DRAFT_ERRORS)
 
+    @functools.cached_property
+    def blocks(self) -> DFlashModel:
+        """A DFlash head for the target, which errs as the draft does."""
+        return dflash_head(self.model, self.target, DRAFT_ERRORS)
+
     def way(self, name: str) -> Way:
         drafted = {"nodes": DRAFT_TOKENS + 1, "draft_bytes": DRAFT_TOKENS * shape_of(self.draft).weight_bytes}
         if self.replay:
@@ -338,6 +353,9 @@ class Setup:
             tree = HEAD_TREE if name == HEADED_TREE else Topology.chain(DRAFT_TOKENS)
             drafted |= {"nodes": tree.num_nodes, "draft_bytes": head_bytes(self.head, tree.max_depth)}
             return self.ours(name, sdt.EagleDrafter(self.head, tree=tree), **drafted)
+        if name == BLOCKS:
+            drafted |= {"nodes": BLOCK_NODES, "draft_bytes": head_bytes(self.blocks, 1)}
+            return self.ours(name, sdt.DFlashDrafter(self.blocks, tree=BLOCK_NODES), **drafted)
         if name == LOOKED_UP:
             return self.ours(name, sdt.PromptLookupDrafter(LOOKUP), nodes=LOOKUP + 1)
         if name == EAGER:

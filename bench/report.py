@@ -138,7 +138,7 @@ def generate_table(rows: list[dict]) -> list[str]:
         ),
     }
     note = (
-        "*Controlled acceptance*: an oracle, a draft model or an EAGLE head with a set error rate; the oracle's drafts "
+        "*Controlled acceptance*: an oracle, a draft model or a draft head with a set error rate; the oracle's drafts "
         "take no time. "
         "*Replayed acceptance*: random weights of a real pair's sizes; the draft is wrong at the tokens at which "
         "the real one was. tokens/s exclude the prompt and the set-up."
@@ -266,7 +266,7 @@ def _has_goal_sizes(bench: str, shapes: dict) -> bool:
         llama = all(shapes[name] == size for name, size in LLAMA.items())
         return llama and shapes["context"] in (1024, 8192, 32768) and shapes["N"] in (1, 32, 64, 128)
     if bench == "draft":
-        return shapes["V"] == LARGE and shapes["k"] == 10
+        return shapes["B"] == 1 and ("model" in shapes or (shapes["V"] == LARGE and shapes["k"] == 10))
     if bench == "layers":
         return shapes["model"] == MODEL and shapes["N"] in (1, 64)
     if bench == "compact":

@@ -40,8 +40,8 @@ STEPS = {
     ],
     "second": [
         ("bench_generate", (), 165),
-        ("bench_draft", QUICK, 15),
-        ("bench_tree_attention", (*QUICK, "--compiled"), 75),
+        ("bench_draft", QUICK, 20),
+        ("bench_tree_attention", (*QUICK, "--compiled"), 70),
     ],
 }
 STEPS["rest"] = [*STEPS["first"], *STEPS["second"]]

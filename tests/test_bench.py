@@ -71,8 +71,26 @@ def test_a_wrong_draft_level_has_no_time(tmp_path, monkeypatch, spoiled):
     assert len(honest) == 3 and all(row["p50_us"] > 0 for row in honest)
 
 
+@pytest.mark.parametrize("kind", ["DFlash block", "DFlash tree"])
+def test_a_wrong_draft_of_a_head_has_no_time(tmp_path, monkeypatch, kind):
+    """The root is one row late in the block."""
+    case, folders = bench_draft.HeadCase(kind, 2, 12), [tmp_path / "right", tmp_path / "wrong"]
+    run = bench_draft.DFlashMarginals._run
+
+    def shifted(source, tokens, first, **more):
+        return run(source, tokens, first, **more | {"inputs_embeds": more["inputs_embeds"].roll(1, 1)})
+
+    assert bench(folders[0], name="draft").run(bench_draft.measure, [], [], [case]) == 0
+    monkeypatch.setattr(bench_draft.DFlashMarginals, "_run", shifted)
+    assert bench(folders[1], name="draft").run(bench_draft.measure, [], [], [case]) == 1
+    (right,) = rows(folders[0], bench="draft", provider="reference")
+    wrong = rows(folders[1], bench="draft")
+    assert right["p50_us"] > 0 and len(wrong) == 2
+    assert all("follow" in row["wrong"] and "p50_us" not in row for row in wrong)
+
+
 def test_a_reduced_vocabulary_is_a_share_of_the_whole_one():
-    (scattered,) = [case for case in bench_draft.CASES if case[-1] == "scattered"]
+    (scattered,) = [case for case in bench_draft.CASES if isinstance(case, tuple) and case[-1] == "scattered"]
     assert scattered == (1, 10, 10, 128256, "scattered")
     assert (1, 10, 10, 32000, "dynamic") in bench_draft.CASES  # the scattered case is compared with it
     inputs = bench_draft.make_inputs(*scattered, torch.device("cpu"))
@@ -93,8 +111,8 @@ def test_fused_ops_are_verified_and_timed_against_transformers_code(tmp_path, ki
     run = bench(tmp_path, name="layers")
     assert run.run(bench_layers.measure, [], [], [(kind, "tiny", 3)]) == 0
     found = {row["provider"]: row for row in rows(tmp_path, bench="layers")}
-    # 3 rows of 128 or 256 columns; 8 + 4 + 4 heads of 16, cos and sin, and slots of 8 bytes
-    nbytes = {"rms_norm": 13 * 256, "rms_norm, no residual": 7 * 256, "rotary_and_cache": 3288}
+    # 3 rows of 256 columns; 8 + 4 + 4 heads of 32, cos and sin, and slots of 8 bytes
+    nbytes = {"rms_norm": 13 * 512, "rms_norm, no residual": 7 * 512, "rotary_and_cache": 6552}
     for provider in ("eager", "triton" if torch.cuda.is_available() else "reference"):
         assert found[provider]["p50_us"] > 0 and found[provider]["bytes"] == nbytes.get(kind, 9 * 512)
         assert found[provider]["of_ceiling"] > 0

@@ -9,10 +9,13 @@ import bench_generate
 import bench_round
 import pytest
 import torch
-from _models import eagle_head, prompts, successors, synthetic, wrong_share
+from _models import BLOCKS as BLOCK_SHAPES
+from _models import dflash_head, eagle_head, prompts, successors, synthetic, wrong_share
 from _rows import CONTROLLED, REPLAYED, way_of
+from bench_draft import HeadCase, draft_of
 from bench_generate import (
     ASSISTED,
+    BLOCKS,
     COMPILED,
     DRAFTED,
     EAGER_LAYERS,
@@ -175,19 +178,22 @@ def test_every_prompt_of_a_trace_counts_alike():
         bench_generate.flags_of(replay._replace(tokens=(32, 500)))
 
 
-def test_an_eagle_head_has_the_acceptance_that_was_set(tmp_path):
-    """The errors are those of the draft model. In the dynamic tree, only the likeliest path can be right."""
-    case = Case("drafts", (DRAFTED, HEADED, HEADED_TREE), context=12, tokens=(10, 100), turns=1)
+def test_heads_have_the_acceptance_that_was_set(tmp_path):
+    """The errors are those of the draft model. In the dynamic tree and among the likeliest nodes, only the likeliest
+    path can be right."""
+    case = Case("drafts", (DRAFTED, HEADED, HEADED_TREE, BLOCKS), context=12, tokens=(10, 100), turns=1)
     assert bench(tmp_path, name="generate").run(bench_generate.measure, [], [], [case]) == 0
     found = {row["provider"]: row for row in rows(tmp_path, bench="generate", inputs=CONTROLLED)}
-    assert {provider: row["shapes"]["N"] for provider, row in found.items()} == {DRAFTED: 6, HEADED: 6, HEADED_TREE: 60}
+    nodes = {DRAFTED: 6, HEADED: 6, HEADED_TREE: 60, BLOCKS: 64}
+    assert {provider: row["shapes"]["N"] for provider, row in found.items()} == nodes
     assert all(row["draft_errors"] == 0.1 and row["identical"] and row["eta"] > 0 for row in found.values())
     wrong, text = wrong_share(0.1, 512), prompts(1, 12 + 100, 512, torch.device("cpu"))[0]
     flags = [int(not wrong[token]) for token in text[11:-1]]
-    chain, deeper = (acceptance_length(flags, 10, depth) for depth in (5, HEAD_TREE.depth))
-    assert 1 < chain < deeper < 6  # else this test could not distinguish the rows
+    block, chain, deeper = (acceptance_length(flags, 10, depth) for depth in (3, 5, HEAD_TREE.depth))
+    assert 1 < block < chain < deeper < 6  # else this test could not distinguish the rows
     assert found[DRAFTED]["acceptance_length"] == found[HEADED]["acceptance_length"] == round(chain, 3)
     assert found[HEADED_TREE]["acceptance_length"] == round(deeper, 3)
+    assert found[BLOCKS]["acceptance_length"] == round(block, 3)
     nbytes = {
         provider: row["eta"] * row["round_ms"] / 1e3 * CEILINGS["read_bytes_s"] for provider, row in found.items()
     }
@@ -216,9 +222,38 @@ def test_an_eagle_head_errs_at_the_set_tokens_only(dtype):
     assert all((weight != 0).all() for weight in head.parameters())  # dense
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("context", [1, 40])
+def test_a_dflash_head_errs_at_the_set_tokens_only(dtype, context):
+    """Row i of a block predicts the i-th successor of the root by itself, whatever the context is."""
+    target = synthetic("tiny", dtype, torch.device("cpu"))
+    head, wrong = dflash_head("tiny", target, 0.25), wrong_share(0.25, 512)
+    draft = draft_of(HeadCase("DFlash block", 512, context), target, head, "reference")
+    roots = draft.session.context.root
+    assert len(roots.unique()) == 512
+    with torch.no_grad():
+        logits = draft.source.logits(head.num_drafted)
+    kept, token = roots != head.mask_token_id, roots
+    for best in logits.argmax(-1).unbind(1):
+        right, token = ~wrong[token], successors(512)[token]
+        assert torch.equal((best == token)[kept], right[kept])
+    dense = [weight for name, weight in head.named_parameters() if not name.endswith("bias")]
+    assert all((weight != 0).float().mean() > 0.999 for weight in dense)  # few are rounded to 0
+
+
+def test_a_block_is_as_large_as_published_ones():
+    """z-lab's files for Qwen3-8B have 2.1 GB in bf16."""
+    sizes = BLOCK_SHAPES["llama 8B"]
+    hidden, heads, keys = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    layer = 2 * hidden * (heads + keys) * sizes["head_dim"] + 3 * hidden * sizes["intermediate_size"]
+    assert round(2 * (sizes["num_hidden_layers"] * layer + 5 * hidden * hidden) / 1e9, 1) == 2.1
+    assert (sizes["block_size"], sizes["num_hidden_layers"]) == (16, 5)
+
+
 def test_a_head_is_read_at_each_level_but_for_its_first_layer():
     head = eagle_head("tiny", synthetic("tiny", torch.float32, torch.device("cpu")), 0.0)
-    fc, attention, mlp, output, norms = 384 * 128, (256 + 2 * 128) * 256 + 256 * 128, 3 * 256 * 128, 128 * 128, 4 * 128
+    fc, attention, mlp = 3 * 256 * 128, (256 + 2 * 128) * (256 + 128) + 256 * 128, 3 * 256 * 128
+    output, norms = 128 * 128, 256 + 3 * 128
     assert bench_generate.head_bytes(head, 5) == 4 * (fc + 5 * (attention + mlp + output + norms))
 
 

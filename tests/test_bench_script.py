@@ -24,6 +24,7 @@ from specdec_triton.tools import cli, models
 ROOT = Path(__file__).resolve().parent.parent
 
 FIRST = ("correct", "calls", "tree_attention", "accept", "accept_sample", "compact", "layers", "round")
+HEADS = ("EAGLE head", "EAGLE head, dynamic tree", "DFlash head")
 SECOND = ("generate", "draft", "tree_attention compiled")
 # the first part loses its GPU twice, the second one fails
 STAND_IN = """#!/bin/bash
@@ -126,12 +127,15 @@ def test_a_rehearsal_runs_every_step_and_lists_what_is_absent(tmp_path, in_this_
         assert {"flex_attention", "flashinfer", "liger", "transformers static cache, compiled"} <= set(absent)
         assert {row["provider"] for row in rows if "untimed" in row} == {"triton"}
     measured = {(row["bench"], row["provider"]) for row in rows if "p50_us" in row or "p50_tokens_s" in row}
-    for provider in ("plain", "oracle", "draft model", "prompt lookup", "EAGLE head", "EAGLE head, dynamic tree"):
+    for provider in ("plain", "oracle", "draft model", "prompt lookup", *HEADS):
         assert ("generate", f"ours, {provider}") in measured
+    drafted = {row["shapes"].get("kind"): row["shapes"] for row in rows if row["bench"] == "draft"}
+    assert drafted["DFlash block"]["D"] == 3 and drafted["DFlash tree"]["N"] == 64
     for provider in ("eager", "assisted", "prompt lookup"):
         assert ("generate", f"transformers {provider}") in measured
     fused = {row["provider"]: row for row in rows if row["bench"] == "generate" and "fused" in row}
     assert fused["ours, EAGLE head, dynamic tree"]["shapes"]["N"] == 60
+    assert fused["ours, DFlash head"]["shapes"]["N"] == 64
     for name in ("generate", "round"):
         assert any(row["bench"] == name and way_of(row["shapes"]) == "fused" and "fused" in row for row in rows)
     text = (tmp_path / "report.md").read_text()

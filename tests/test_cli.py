@@ -163,6 +163,8 @@ def test_a_tokenizer_without_a_chat_template_takes_the_bare_text():
         [],
         ["generate", "--model", "m"],
         ["generate", "--model", "m", "--prompt", "p", "--draft", "d", "--plain"],
+        ["generate", "--model", "m", "--prompt", "p", "--draft", "d", "--mtp"],
+        ["prove", "--model", "m", "--draft", "d", "--mtp"],
         ["generate", "--model", "m", "--prompt", "p", "--prompt-lookup", "0"],
         ["demo", "--max-new-tokens", "-1"],
         ["demo", "--dtype", "int8"],
@@ -541,6 +543,81 @@ def test_generate_drafts_with_a_trained_head(target, medusa, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out == plain_text(target, "hello") + "\n"
         assert f"draft: {head} (a trained head, {kind})" in err and "draft tokens accepted" in err
+
+
+@pytest.fixture(scope="module")
+def with_mtp(tmp_path_factory):
+    """A target that favours a few tokens, so that random MTP layers draft some of its tokens."""
+    folder = tiny.save(tmp_path_factory.mktemp("models") / "target")
+    checkpoints.favouring(tiny.model()).save_pretrained(folder)
+    tiny.add_mtp_layer(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def dflash(tmp_path_factory):
+    """A function that writes a random DFlash head for a model to a folder."""
+
+    def write(model):
+        folder, hidden = tmp_path_factory.mktemp("dflash"), model.config.hidden_size
+        config = {
+            "model_type": "qwen3", "hidden_size": hidden, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": model.config.vocab_size,
+            "block_size": 4, "dflash_config": {"mask_token_id": 1, "target_layer_ids": [0]},
+        }  # fmt: skip
+        sizes = {
+            "fc": (hidden, hidden), "hidden_norm": (hidden,), "norm": (hidden,),
+            "layers.0.input_layernorm": (hidden,), "layers.0.post_attention_layernorm": (hidden,),
+            "layers.0.self_attn.q_proj": (32, hidden), "layers.0.self_attn.k_proj": (16, hidden),
+            "layers.0.self_attn.v_proj": (16, hidden), "layers.0.self_attn.o_proj": (hidden, 32),
+            "layers.0.self_attn.q_norm": (16,), "layers.0.self_attn.k_norm": (16,),
+            "layers.0.mlp.gate_proj": (32, hidden), "layers.0.mlp.up_proj": (32, hidden),
+            "layers.0.mlp.down_proj": (hidden, 32),
+        }  # fmt: skip
+        random = torch.Generator().manual_seed(0)
+        tensors = {f"{name}.weight": torch.randn(size, generator=random) / 4 for name, size in sizes.items()}
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    return write
+
+
+def test_generate_drafts_blocks(target, dflash, capsys):
+    head = dflash(tiny.model())
+    for tree, drafted in (("12", 11), ("chain:3", 3)):
+        assert generate("--model", target, "--prompt", "hello", "--draft", head, "--tree", tree) == 0
+        out, err = capsys.readouterr()
+        assert out == plain_text(target, "hello") + "\n"
+        assert f"draft: {head} (a trained head, DFlashModel)" in err
+        rounds, most = re.search(r"(\d+) rounds.* of (\d+) draft tokens", err).groups()
+        assert 0 < int(most) <= drafted * int(rounds)
+
+
+def test_generate_drafts_with_mtp_layers(with_mtp, capsys):
+    assert generate("--model", with_mtp, "--prompt", "hello", "--mtp", "--tree", "chain:2", "--batch", "2") == 0
+    out, err = capsys.readouterr()
+    assert out.count(plain_text(with_mtp, "hello")) == 2
+    assert f"draft: the MTP layers of {with_mtp} (1)" in err and "draft tokens accepted" in err
+
+
+def test_prove_and_profile_draft_with_blocks_and_mtp_layers(target, with_mtp, dflash, capsys):
+    prove = ["prove", "--rule", "multi_round", "--samples", "400", "--temperature", "4"]
+    for more in (["--draft", dflash(models.tiny())], ["--mtp", "--model", with_mtp, "--prompt", "ab"]):
+        assert cli.main([*prove, *more]) == 0
+        assert re.search(r"^multi_round .* agrees$", capsys.readouterr().out, re.MULTILINE)
+    for more in (["--draft", dflash(tiny.model()), "--model", target], ["--mtp", "--model", with_mtp]):
+        assert cli.main(["profile", "--prompt", "hello", "--max-new-tokens", "6", "--json", *more]) == 0
+        stages = json.loads(capsys.readouterr().out)["stages"]
+        assert stages["draft"]["us"] > 0 and stages["verify"]["bytes"] > 0
+
+
+def test_mtp_layers_must_be_there(target, capsys):
+    assert generate("--model", target, "--prompt", "hello", "--mtp") == 2
+    err = capsys.readouterr().err
+    assert "specdec-triton generate: MtpModel: " in err and target in err
+    assert cli.main(["prove", "--mtp"]) == 2
+    assert "--mtp must come with --model: the default target has no MTP layers" in capsys.readouterr().err
 
 
 def test_prove_and_profile_draft_with_a_trained_head(target, medusa, tmp_path, capsys):

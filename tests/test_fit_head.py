@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoints
+import specdec_triton as sdt
 import tiny
 from families import build
 from specdec_triton.heads.checkpoint import Checkpoint, read_checkpoint
+from specdec_triton.heads.dflash import DFlashModel
 from specdec_triton.heads.eagle import EagleModel
 from specdec_triton.tools import cli, fit_head, models
 from specdec_triton.tools.fit_head import Convention, Fit, Measured
@@ -103,6 +105,54 @@ def write_head(folder, meaning, trained_base=5000.0, attends=False, silent=False
     return folder
 
 
+def write_block_head(folder, meaning):
+    """A DFlash head whose first draft token is right at most places, if its layer ids mean `meaning`.
+
+    All its weights are random, except the output layer, which is fitted to the target's own text.
+    """
+    hidden, vocab, random = 256, len(tiny.TOKENS), torch.Generator().manual_seed(0)
+    sizes = {
+        "fc": (hidden, HIDDEN), "embed_tokens": (vocab, hidden), "layers.0.mlp.down_proj": (hidden, 8),
+        **{f"layers.0.mlp.{part}_proj": (8, hidden) for part in ("gate", "up")},
+        **{f"layers.0.self_attn.{part}_proj": (hidden, hidden) for part in "qkvo"},
+    }  # fmt: skip
+    tensors = {f"{name}.weight": torch.randn(size, generator=random) / size[1] ** 0.5 for name, size in sizes.items()}
+    norms = {f"layers.0.{name}": hidden for name in ("input_layernorm", "post_attention_layernorm")}
+    norms |= {"hidden_norm": hidden, "norm": hidden} | {f"layers.0.self_attn.{part}_norm": 32 for part in "qk"}
+    tensors |= {f"{name}.weight": torch.ones(size) for name, size in norms.items()}
+    tensors["lm_head.weight"] = torch.zeros(vocab, hidden)
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": hidden,
+        "target_hidden_size": TARGET_HIDDEN,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 32,
+        "rope_theta": 5000.0,
+        "vocab_size": vocab,
+        "block_size": 4,
+        "dflash_config": {"mask_token_id": 1, "target_layer_ids": list(IDS)},
+    }
+    head = DFlashModel.from_checkpoint(Checkpoint("a head", config, dict(tensors)), layer_meaning=meaning)
+    states = []
+    head.lm_head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0][:, 0]))
+    prompts = fit_head.windows(tiny.tokenizer(), TEXT, PLACES, CONTEXT)
+    # no draft is accepted, so each round is that of one token of the text
+    custom = sdt.SpeculativeGenerate(drafter=sdt.DFlashDrafter(head, num_tokens=1))
+    text = tiny.model(layers=LAYERS).generate(
+        prompts, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=10_000, custom_generate=custom
+    )
+    wanted = torch.nn.functional.one_hot(text[:, CONTEXT + 1 :], vocab).float().transpose(0, 1)[: len(states)]
+    assert len(wanted) == len(states) >= NEW_TOKENS - 2
+    solution = torch.linalg.lstsq(torch.cat(states), wanted.flatten(0, 1)).solution
+    tensors["lm_head.weight"] = solution.T.contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def fitted(target, head, **options):
     return fit_head.fit(target, tiny.tokenizer(), head, TEXT, **{"places": PLACES, "context": CONTEXT, **options})
 
@@ -120,6 +170,20 @@ def test_the_meaning_of_layer_ids_is_found(target, tmp_path, meaning):
         assert first > 0.7 if convention.layer_meaning == meaning else first < 0.4
         # this head does not attend
         assert (measured.accepted == found.found[Convention(convention.layer_meaning, 5000.0)].accepted).all()
+
+
+def test_the_conventions_of_a_block_head_are_found(target, tmp_path):
+    found = fitted(target, write_block_head(tmp_path, "input"))
+    assert list(found.found) == [
+        Convention(each, base) for each in ("output", "input") for base in (5000.0, 10000.0, 1000000.0)
+    ]
+    assert found.is_decided and found.arguments == {"layer_meaning": "input"}
+    for convention, measured in found.found.items():
+        assert measured.accepted.shape[1] == 3  # the tokens of a block
+        right = convention == Convention("input", 5000.0)
+        assert (measured.by_position[0] > 0.7) == right, convention
+    use = "Use DFlashDrafter.from_pretrained('owner/head', target, layer_meaning='input')."
+    assert found.findings("owner/head")[-1] == use
 
 
 @pytest.mark.parametrize("base", [pytest.param(5000.0, marks=pytest.mark.slow), 1000000.0])
@@ -187,7 +251,8 @@ def test_the_conventions_that_a_head_may_have(tmp_path, layout, config, meanings
     model = build("llama", num_hidden_layers=8, rope_parameters={"rope_type": "default", "rope_theta": 70.0})
     checkpoint = read_checkpoint(checkpoints.write_head(tmp_path, model, layout).folder)
     checkpoint = replace(checkpoint, config=checkpoint.config | config)
-    assert fit_head.conventions(checkpoint, model) == [Convention(each, base) for each in meanings for base in bases]
+    layout = fit_head.layout_of_kind("eagle3", checkpoint)
+    assert fit_head.conventions(layout, model) == [Convention(each, base) for each in meanings for base in bases]
 
 
 def test_places_are_spread_over_the_text():
@@ -253,11 +318,11 @@ def test_the_command_measures_medusas_heads(target, folder, tmp_path, capsys):
 
 def test_other_heads_are_refused_by_name(folder, tmp_path, capsys):
     (tmp_path / "head").mkdir()
-    save_file(
-        {"fc.weight": torch.ones(1), "hidden_norm.weight": torch.ones(1)}, tmp_path / "head" / "model.safetensors"
-    )
+    save_file({"hydra_lm_head.weight": torch.ones(1)}, tmp_path / "head" / "model.safetensors")
     assert run(folder, tmp_path / "head", tmp_path=tmp_path) == 2
-    assert "must hold an EAGLE head, got dflash" in capsys.readouterr().err
+    assert "the draft head must be EAGLE-1, EAGLE-2, EAGLE-3, P-EAGLE, DFlash or Medusa, got Hydra" in (
+        capsys.readouterr().err
+    )
     assert run(folder, folder, tmp_path=tmp_path) == 2
     assert f"{folder} must hold a draft head, got tensors of another model" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -53,6 +54,26 @@ def save(folder, seed: int = 0, layers: int = 2):
     model(seed, layers).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def add_mtp_layer(folder, noise: float = 1.0, seed: int = 0) -> None:
+    """Add an MTP layer, with DeepSeek's names of tensors, to the Llama in a folder. Its first layer keeps the embedding
+    of the token and adds noise of this size; its block is that of the target's first layer."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    layers = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers."))
+    layer, norm = f"model.layers.{layers}.", tensors["model.norm.weight"]
+    block = {name: each for name, each in tensors.items() if name.startswith("model.layers.0.")}
+    added = {layer + name.split(".", 3)[3]: each.clone() for name, each in block.items()}
+    random = torch.Generator().manual_seed(seed)
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        added[f"{layer}{name}.weight"] = (1 + 0.3 * torch.randn(norm.shape, generator=random)).to(norm.dtype)
+    eh_proj = (
+        torch.eye(len(norm), 2 * len(norm))
+        + noise * torch.randn(len(norm), 2 * len(norm), generator=random) / len(norm) ** 0.5
+    )
+    eh_proj = eh_proj.to(norm.dtype)
+    save_file(tensors | added | {f"{layer}eh_proj.weight": eh_proj}, file, metadata={"format": "pt"})
 
 
 def save_gguf(file, source: LlamaForCausalLM, without: str | None = None) -> None:

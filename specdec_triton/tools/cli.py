@@ -23,6 +23,7 @@ from ..drafters.heads import drafter_of, is_head, read_head
 from ..engine.graph_runner import LAG, MAX_SHAPES, cannot_capture
 from ..forward.checks import check_supported, graph_hazard
 from ..forward.fusion import fuse
+from ..heads.mtp import MtpModel
 from ..ops.rules import CHAIN_RULES, LOSSY_RULES, RULES
 from . import command_options, fit_head, inspection, models, plan, profiling, prompts
 from .calibration import calibrate
@@ -91,18 +92,27 @@ def _load(role: str, name: str, dtype: str, device: torch.device, more: str = ""
     return model.to(device), tokenizer
 
 
-def _draft(name: str, target, dtype: str, device: torch.device):
-    """The model or trained head that drafts for `target`. A line on standard error names it."""
-    if not is_head(name):
-        return _load("draft", name, dtype, device)[0]
-    head = read_head(name, target)
-    _say(f"draft: {name} (a trained head, {type(head).__name__})")
+def _draft(args: argparse.Namespace, target, dtype: str, device: torch.device):
+    """The model, trained head or MTP layers that draft for `target`; None if the options name none. A line on standard
+    error names it."""
+    if args.mtp:
+        layers = MtpModel.from_target(target)
+        _say(f"draft: the MTP layers of {layers.source} ({layers.num_layers})")
+        return layers
+    if not args.draft:
+        return None
+    if not is_head(args.draft):
+        return _load("draft", args.draft, dtype, device)[0]
+    head = read_head(args.draft, target)
+    _say(f"draft: {args.draft} (a trained head, {type(head).__name__})")
     return head
 
 
 def _drafter(draft, tree=None) -> sdt.Drafter:
-    """The drafter that runs a model or head, in its own shape by default."""
-    return sdt.ModelDrafter(draft, tree=tree) if isinstance(draft, GenerationMixin) else drafter_of(draft, tree)
+    """The drafter that runs a model, head or MTP layers, in its own shape by default."""
+    if isinstance(draft, GenerationMixin):
+        return sdt.ModelDrafter(draft, tree=tree)
+    return sdt.MTPDrafter(draft, tree=tree) if isinstance(draft, MtpModel) else drafter_of(draft, tree)
 
 
 def _prompt(text: str) -> str:
@@ -143,8 +153,9 @@ def _generate(args: argparse.Namespace) -> int:
     device = models.default_device()
     dtype, prompt = _dtype(args, device), _prompt(args.prompt)
     model, tokenizer = _load("model", args.model, dtype, device, f", {dtype}, {device}")
-    if args.draft:
-        patch_options["drafter"] = _drafter(_draft(args.draft, model, dtype, device))
+    draft = _draft(args, model, dtype, device)
+    if draft is not None:
+        patch_options["drafter"] = _drafter(draft)
     if args.plain:
         speculation = nullcontext()
         if args.seed is not None:
@@ -183,6 +194,8 @@ def _without_padding(model, emitted: torch.Tensor) -> list[list[int]]:
 
 def _prove(args: argparse.Namespace) -> int:
     device = models.default_device()
+    if args.mtp and not args.model:
+        raise ValueError("--mtp must come with --model: the default target has no MTP layers")
     if args.model:
         model, tokenizer = _load("target", args.model, args.dtype, device)
         input_ids = tokenizer(_prompt(args.prompt), return_tensors="pt")["input_ids"].to(device)
@@ -190,9 +203,8 @@ def _prove(args: argparse.Namespace) -> int:
         model, input_ids = models.tiny().to(device), torch.tensor([[3, 4, 5, 3]], device=device)
         _say("target: a tiny random Llama (no --model)")
     layers = max(model.config.get_text_config().num_hidden_layers // 2, 1)
-    if args.draft:
-        draft = _draft(args.draft, model, args.dtype, device)
-    else:
+    draft = _draft(args, model, args.dtype, device)
+    if draft is None:
         _say(f"draft: the first {layers} layers of the target (no --draft)")
     options = {name: getattr(args, name) for name in command_options.FILTERS}
     exact = exact_distribution(model, input_ids, args.tokens, **options)
@@ -203,7 +215,7 @@ def _prove(args: argparse.Namespace) -> int:
             tree = args.tree
             if isinstance(tree, int):
                 tree = sdt.Topology.chain(tree - 1) if rule in CHAIN_RULES else _bushy(tree)
-            drafter = _drafter(draft, tree) if args.draft else sdt.EarlyExitDrafter(layers, tree=tree)
+            drafter = sdt.EarlyExitDrafter(layers, tree=tree) if draft is None else _drafter(draft, tree)
             found.append(
                 prove(
                     model, drafter, rule, input_ids, tokens=args.tokens, samples=args.samples, rows=PROOF_ROWS,
@@ -281,9 +293,8 @@ def _profile(args: argparse.Namespace) -> int:
     dtype = _dtype(args, device)
     name = models.find_default_model(args.model, dtype)
     model, tokenizer = _load("model", name, dtype, device, f", {dtype}, {device}")
-    draft = None
-    if args.draft:
-        draft = _draft(args.draft, model, dtype, device)
+    draft = _draft(args, model, dtype, device)
+    if draft is not None:
         patch_options["drafter"] = _drafter(draft)
     elif args.assistant_early_exit:
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -527,11 +538,14 @@ COMMANDS = {
     "prove": (
         _prove, "sample with speculation and compare the counts with the exact distribution",
         Group([
+            option("--draft", f"the draft model ({command_options.MODEL}), or {command_options.HEAD} (default: the "
+                   "target's first half)"),
+            command_options.MTP,
+        ], exclusive=True),
+        Group([
             option("--rule", "acceptance rule, or all of them; typical is lossy and must fail", choices=[*RULES, "all"],
                    default="coupled"),
             option("--model", f"the target (default: a tiny random one): {command_options.MODEL}"),
-            option("--draft", f"the draft model ({command_options.MODEL}), or {command_options.HEAD} (default: the "
-                   "target's first half)"),
             option("--prompt", "the text that is continued", default="The quick brown"),
             option("--tree", "a number of nodes, root included, two children each (a chain for rules that take no "
                    "other); or chain:N for N draft tokens in a row", type=command_options.drafting_tree, default=5),
@@ -571,7 +585,7 @@ COMMANDS = {
         *command_options.decoding(seed="0, so that the call can be repeated"),
     ),
     "fit-head": (
-        _fit_head, "find the layers and the rope base that an EAGLE head was trained with, by its acceptance",
+        _fit_head, "find the layers and the rope base that an EAGLE or DFlash head was trained with, by its acceptance",
         Group([
             option("model", f"the model that the head was trained for: {command_options.MODEL}", metavar="MODEL"),
             option("head", "hub name or local folder of the head", metavar="HEAD"),

@@ -13,11 +13,18 @@ from ..ops.rules import RULES
 from . import models, plan
 
 MODEL = "hub name, local folder or .gguf file"
-HEAD = "a trained head for the model, EAGLE or Medusa (hub name or local folder)"
+HEAD = "a trained head for the model: EAGLE, DFlash or Medusa (hub name or local folder)"
 PROMPT_LOOKUP = 10
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 Option = tuple[str, dict[str, Any]]  # arguments of `add_argument`
+MTP: Option = (
+    "--mtp",
+    {
+        "help": "draft with the layers for multi-token prediction (MTP) in the model's own checkpoint",
+        "action": "store_true",
+    },
+)
 
 
 class Group(NamedTuple):
@@ -171,6 +178,7 @@ def drafting(*more: Option) -> Group:
     return Group(
         [
             option("--draft", f"a smaller model that drafts ({MODEL}), or {HEAD}", metavar="MODEL"),
+            MTP,
             option(
                 "--prompt-lookup",
                 "draft up to N tokens that followed the same words earlier in the text (the default drafter; "
@@ -252,8 +260,8 @@ def generate_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def assistance(args: argparse.Namespace) -> dict[str, int]:
-    """The argument of `generate` that asks for drafts, unless a draft model makes them."""
-    if args.draft:
+    """The argument of `generate` that asks for drafts, unless a drafter of its own makes them."""
+    if args.draft or args.mtp:
         return {}
     if args.assistant_early_exit:
         return {"assistant_early_exit": args.assistant_early_exit}

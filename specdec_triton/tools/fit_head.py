@@ -1,4 +1,4 @@
-"""Finds the conventions that an EAGLE head was trained with, by the acceptance of its drafts.
+"""Finds the conventions that an EAGLE or DFlash head was trained with, by the acceptance of its drafts.
 
 A checkpoint does not say whether the numbers of the target's layers mean their inputs or their outputs, and some
 checkpoints state no rope base, or another than that of their training. A wrong convention never changes a text. It
@@ -22,14 +22,17 @@ from transformers import PreTrainedModel
 
 import specdec_triton as sdt
 
-from ..drafters import Drafter, EagleDrafter, MedusaDrafter
+from ..drafters import Drafter, MedusaDrafter
+from ..drafters.heads import drafter_of
 from ..heads.checkpoint import Checkpoint, kind_of, read_checkpoint, rope_options
+from ..heads.dflash import DFlashModel
+from ..heads.dflash_layouts import DFlashLayout, dflash_layout_of
 from ..heads.eagle import EagleModel
-from ..heads.layouts import layout_of
+from ..heads.layouts import Layout, layout_of
 from ..heads.medusa import MedusaHeads
 from ..heads.reader import DEFAULT_ROPE_THETA
 
-DEPTH = 5  # tokens of a chain, at most as many as Medusa has heads
+DEPTH = 5  # tokens of a chain, at most as many as a head predicts at once
 NEW_TOKENS = 24  # tokens that are decoded at each place
 PLACES, CONTEXT = 16, 512
 LEAST_TEXT = 32  # tokens
@@ -40,7 +43,7 @@ STANDARD_ERRORS = 3.0
 
 
 class Convention(NamedTuple):
-    """A way to read a checkpoint: arguments of `EagleDrafter.from_pretrained`, None for those that do not matter."""
+    """A way to read a checkpoint: arguments of `from_pretrained`, None for those that do not matter."""
 
     layer_meaning: str | None = None
     rope_theta: float | None = None
@@ -122,7 +125,7 @@ class Fit:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """The arguments of `EagleDrafter.from_pretrained` that `convention` needs."""
+        """The arguments of `from_pretrained` that `convention` needs."""
         pairs = zip(Convention._fields, self.convention, self.default, strict=True)
         return {name: value for name, value, usual in pairs if value != usual}
 
@@ -161,11 +164,13 @@ class Fit:
             lines.append(f"Its rope base is {chosen.rope_theta:.10g}.")
         else:
             lines.append(f"No rope base is clearly better than {chosen.rope_theta:.10g}.")
+        drafter = "DFlashDrafter" if self.kind == "dflash" else "EagleDrafter"
+        call = f"Use {drafter}.from_pretrained({head!r}, target"
         if self.arguments:
             given = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
-            lines.append(f"Use EagleDrafter.from_pretrained({head!r}, target, {given}).")
+            lines.append(f"{call}, {given}).")
         else:
-            lines.append(f"Use EagleDrafter.from_pretrained({head!r}, target), without other arguments.")
+            lines.append(f"{call}), without other arguments.")
         return lines
 
     def report(self) -> dict:
@@ -228,11 +233,14 @@ def fit(
         depth = min(heads.num_heads, DEPTH)
         found[Convention()] = measure(target, MedusaDrafter(heads, sdt.Topology.chain(depth)), depth, prompts)
     else:
-        layer_ids = layout_of(checkpoint).layer_ids
-        for each in conventions(checkpoint, target):
+        layout = layout_of_kind(kind, checkpoint)
+        layer_ids = layout.layer_ids
+        for each in conventions(layout, target):
             progress(f"measuring {label(each, layer_ids)}")
-            model = EagleModel.from_checkpoint(checkpoint, **each._asdict(), **options)
-            found[each] = measure(target, EagleDrafter(model, num_tokens=DEPTH), DEPTH, prompts)
+            of_kind = DFlashModel if kind == "dflash" else EagleModel
+            model = of_kind.from_checkpoint(checkpoint, **each._asdict(), **options)
+            depth = min(DEPTH, model.num_drafted or DEPTH)
+            found[each] = measure(target, drafter_of(model, sdt.Topology.chain(depth)), depth, prompts)
     return Fit(kind, layer_ids, found, *prompts.shape)
 
 
@@ -249,9 +257,13 @@ def windows(tokenizer, text: str, places: int, context: int) -> torch.Tensor:
     return torch.tensor([before + tokens[end - context : end] for end in ends])
 
 
-def conventions(checkpoint: Checkpoint, target: PreTrainedModel) -> list[Convention]:
-    """All conventions that an EAGLE head may have for this target, that of a call without arguments first."""
-    layout = layout_of(checkpoint)
+def layout_of_kind(kind: str, checkpoint: Checkpoint) -> Layout | DFlashLayout:
+    """The layout of a head of EAGLE or DFlash; `kind` is that of `kind_of`."""
+    return dflash_layout_of(checkpoint) if kind == "dflash" else layout_of(checkpoint)
+
+
+def conventions(layout: Layout | DFlashLayout, target: PreTrainedModel) -> list[Convention]:
+    """All conventions that a head may have for this target, that of a call without arguments first."""
     of_target = rope_options(config := target.config.get_text_config(decoder=True).to_dict())
     bases = [
         layout.config.rope_parameters["rope_theta"],

@@ -2,7 +2,7 @@
 
     python bench/bench_correct.py [--cases NAME,NAME] [--out FOLDER] [--budget SECONDS] [--rehearse]
 
-1. tests: a selection of the kernels' tests, in a separate process that runs at the same time.
+1. tests: a selection of the tests of kernels and of captured drafts, in a separate process that runs at the same time.
 2. attention: tree attention at real sizes, captured once and replayed with other lengths, against the reference.
 3. text: captured and uncaptured rounds and transformers' own `generate`, greedy and with every rule, in fp32. In bf16 a
    token may differ if the target's logits are near-ties (see bench_generate).
@@ -50,6 +50,7 @@ KERNELS = (
     "tree_attention",
 )
 TESTS = [*(f"tests/test_kernel_{name}.py" for name in KERNELS), "tests/test_library.py", "tests/test_families.py"]
+TESTS.append("tests/test_captured_drafts.py")
 PROCESSES, TESTS_SECONDS = 14, 120
 SUMMARY = re.compile(r"\d+ (passed|failed|errors?|tests? collected)|\d+/\d+ tests collected")
 TOKENS = 48

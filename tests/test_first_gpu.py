@@ -17,7 +17,7 @@ from specdec_triton import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {op: importlib.import_module(f"test_kernel_{op}") for op in sorted(ops.OPS)}
-MODULES["library"] = importlib.import_module("test_library")
+MODULES |= {name: importlib.import_module(f"test_{name}") for name in ("library", "captured_drafts")}
 CHOSEN = {"test_on_gpu", "test_real_sizes"}  # tests with a selection of cells; of other tests all cells run
 DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 

@@ -222,7 +222,8 @@ class DFlashMarginals(BlockMarginals):
         embeds = model.embedded(context.target.model, block)
         more = {"features": self._features, "inputs_embeds": embeds}
         states = self._run(self._tokens, self._first(), **more).last_hidden_state
-        return head_logits(model, context.target.model, states, context.vocab_size)[:, :depth]
+        head = self._runner.fused.model if self._runner.fused else model
+        return head_logits(head, context.target.model, states, context.vocab_size)[:, :depth]
 
     def observe(self, accepted):
         """Keep the features of the verified root and of the accepted nodes."""

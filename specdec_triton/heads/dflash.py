@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -25,7 +26,6 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
-    eager_attention_forward,
     rotate_half,
 )
 
@@ -37,8 +37,32 @@ from .reader import Meaning, check_choices, check_tensors, load_model, match_bia
 from .target import check_fit, named_taps, num_layers
 
 
-class BlockAttention(Qwen3Attention):
-    """Attention of the block's rows to the text and to the block.
+class PartialRotaryAttention(Qwen3Attention):
+    """Attention of Qwen 3 whose rotary embedding changes only the first elements of each head, as in MiMo."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The update of rows [B, N, H]. Arguments are those of `Qwen3Attention`, with fewer cosines and sines."""
+        heads = *hidden_states.shape[:-1], -1, self.head_dim
+        cache, count = kwargs.pop(CACHE), hidden_states.shape[1]
+        queries = _rotated(self.q_norm(self.q_proj(hidden_states).view(heads)), position_embeddings)
+        keys, values = write(self, hidden_states, position_embeddings, cache)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        options = {"scaling": self.scaling, "sliding_window": self.sliding_window, **kwargs}
+        attended, _ = attend(self, queries, keys, values, attention_mask, **options)
+        return self.o_proj(attended.view(len(attended), count, -1)), None
+
+
+class BlockLayer(nn.Module):
+    """A decoder layer over the rows of a block. The context rows do not pass its norms.
+
+    The attention is that of Qwen 3 over context rows and block, so that it runs fused. The results at context rows,
+    which are few, are dropped.
 
     Args:
         layout: the head.
@@ -46,80 +70,48 @@ class BlockAttention(Qwen3Attention):
     """
 
     def __init__(self, layout: DFlashLayout, layer_idx: int):
-        super().__init__(layout.config, layer_idx)
-        self.sliding_window, self.is_causal = layout.windows[layer_idx], False
-        self.value_scale = layout.value_scale
-        sinks = nn.Parameter(torch.empty(layout.config.num_attention_heads)) if layout.has_sinks else None
-        self.register_parameter("attention_sink_bias", sinks)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor | None,
-        features: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
-        """The update [B, n, H] of the block's rows.
-
-        Args:
-            hidden_states: [B, n, H]. The block's rows, normed; None only writes keys and values of the context.
-            features: [B, R, H]. The context rows.
-            position_embeddings: cosines and sines [B, R + n, D], of the context rows and then those of the block. D is
-                at most the size of a head.
-            attention_mask: see `DFlashModel.forward`.
-            kwargs: the cache.
-        """
-        rows = features if hidden_states is None else torch.cat((features, hidden_states), dim=1)
-        cos, sin = (each[:, None] for each in position_embeddings)
-        keys = _rotated(self.k_norm(self.heads(self.k_proj(rows))).transpose(1, 2), cos, sin)
-        values = self.heads(self.v_proj(rows)).transpose(1, 2)
-        if self.value_scale != 1:
-            values = values * self.value_scale
-        keys, values = kwargs[CACHE].update(keys, values, self.layer_idx)
-        if hidden_states is None:
-            return None
-        queries = self.q_norm(self.heads(self.q_proj(hidden_states))).transpose(1, 2)
-        count = hidden_states.shape[1]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, _ = attend(
-            self,
-            _rotated(queries, cos[:, :, -count:], sin[:, :, -count:]),
-            keys,
-            values,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            s_aux=self.attention_sink_bias,
-        )
-        return self.o_proj(attended.flatten(2))
-
-    def heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """[B, N, C] -> [B, N, number of heads, size of a head]."""
-        return projected.unflatten(-1, (-1, self.head_dim))
-
-
-class BlockLayer(nn.Module):
-    """A decoder layer over the rows of a block. The context rows do not pass its norms.
-
-    Args: see `BlockAttention`.
-    """
-
-    def __init__(self, layout: DFlashLayout, layer_idx: int):
         super().__init__()
         config = layout.config
-        self.self_attn = BlockAttention(layout, layer_idx)
+        is_partial = layout.rotary_size < config.head_dim
+        self.self_attn = (PartialRotaryAttention if is_partial else Qwen3Attention)(config, layer_idx)
+        self.self_attn.sliding_window, self.value_scale = layout.windows[layer_idx], layout.value_scale
+        sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if layout.has_sinks else None
+        self.self_attn.register_parameter("attention_sink_bias", sinks)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, stream: torch.Tensor | None, features: torch.Tensor, **arguments: Any) -> torch.Tensor | None:
-        """The residual stream [B, n, H] of the block's rows after the layer. `arguments` are those of the attention."""
-        if stream is None:
-            return self.self_attn(None, features, **arguments)
-        stream = stream + self.self_attn(self.input_layernorm(stream), features, **arguments)
+    def forward(self, stream: torch.Tensor, features: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """The residual stream after the layer.
+
+        Args:
+            stream: [B, n, H]. The residual stream of the block's rows.
+            features: [B, R, H]. The context rows.
+            arguments: those of the attention. The cosines and sines [B, R + n, D] are those of the context rows and
+                then of the block.
+
+        Returns:
+            [B, n, H].
+        """
+        rows = torch.cat((features, self.input_layernorm(stream)), dim=1)
+        if (sinks := self.self_attn.attention_sink_bias) is not None:
+            arguments["s_aux"] = sinks
+        update = self.self_attn(hidden_states=rows, **arguments)[0][:, features.shape[1] :]
+        if self.value_scale != 1:  # the attention is linear in the values, and its output has no bias
+            update = update * self.value_scale
+        stream = stream + update
         return stream + self.mlp(self.post_attention_layernorm(stream))
+
+
+def write(
+    attention: Qwen3Attention, rows: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: Cache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write keys and values of rows [B, N, H] to a cache. Cosines and sines are [B, N, D]. Returns the keys and values
+    that the layer sees."""
+    heads = *rows.shape[:-1], -1, attention.head_dim
+    keys = _rotated(attention.k_norm(attention.k_proj(rows).view(heads)), position_embeddings)
+    values = attention.v_proj(rows).view(heads).transpose(1, 2)
+    return cache.update(keys, values, attention.layer_idx)
 
 
 class DFlashModel(PreTrainedModel):
@@ -299,21 +291,24 @@ class DFlashModel(PreTrainedModel):
         Raises:
             ValueError: a block has no packed tree.
         """
+        cache, position_embeddings = kwargs[CACHE], self.rotary_emb(features, position_ids)
+        if inputs_embeds is None:
+            for layer in self.layers:
+                write(layer.self_attn, features, position_embeddings, cache)
+            return BaseModelOutputWithPast(last_hidden_state=None, **{CACHE: cache})
+        if attention_mask is None or attention_mask.dim() != 4 or attention_mask.dtype != torch.int64:
+            got = None if attention_mask is None else f"{attention_mask.dtype} {list(attention_mask.shape)}"
+            raise ValueError(
+                "DFlashModel: attention_mask must be a packed tree, torch.int64 [B, 1, T, W + 3], for a block, got "
+                f"{got}"
+            )
         masks = {False: attention_mask}
-        if inputs_embeds is not None:
-            if attention_mask is None or attention_mask.dim() != 4 or attention_mask.dtype != torch.int64:
-                got = None if attention_mask is None else f"{attention_mask.dtype} {list(attention_mask.shape)}"
-                raise ValueError(
-                    "DFlashModel: attention_mask must be a packed tree, torch.int64 [B, 1, T, W + 3], for a block, got "
-                    f"{got}"
-                )
-            if any(self.causal):
-                masks[True] = _without_later_nodes(attention_mask)
-        arguments = {"position_embeddings": self.rotary_emb(features, position_ids), CACHE: kwargs[CACHE]}
-        stream = inputs_embeds
+        if any(self.causal):
+            masks[True] = _without_later_nodes(attention_mask)
+        stream, arguments = inputs_embeds, {"position_embeddings": position_embeddings, CACHE: cache}
         for layer, causal in zip(self.layers, self.causal, strict=True):
-            stream = layer(stream, features, attention_mask=masks.get(causal), **arguments)
-        return BaseModelOutputWithPast(last_hidden_state=stream, **{CACHE: kwargs[CACHE]})
+            stream = layer(stream, features, attention_mask=masks[causal], **arguments)
+        return BaseModelOutputWithPast(last_hidden_state=stream, **{CACHE: cache})
 
     def logits_input(self, states: torch.Tensor) -> torch.Tensor:
         """The input of the output layer: the normed states [B, num_drafted, H] of the rows that predict the next token,
@@ -325,10 +320,11 @@ class DFlashModel(PreTrainedModel):
         return self.final_norm(states[:, self._first :])
 
 
-def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The rotary embedding of the first D elements of queries or keys [B, heads, N, C], by cosines and sines
-    [B, 1, N, D]."""
-    turned, rest = heads.tensor_split((cos.shape[-1],), dim=-1)
+def _rotated(heads: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The rotary embedding of the first D elements of queries or keys [B, N, heads, C], by cosines and sines [B, N, D].
+    Returns [B, heads, N, C]."""
+    cos, sin = (each[:, None] for each in position_embeddings)
+    turned, rest = heads.transpose(1, 2).tensor_split((cos.shape[-1],), dim=-1)
     turned = turned * cos + rotate_half(turned) * sin
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 

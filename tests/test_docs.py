@@ -10,7 +10,9 @@ import tokenize
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import save_file
 
 import specdec_triton as sdt
 import tiny
@@ -67,13 +69,16 @@ def test_the_readme_is_short():
 @pytest.fixture
 def tiny_checkpoints(monkeypatch, tmp_path):
     """`from_pretrained` of the auto classes gives tiny models; the larger name's target is of another seed. The hub has
-    a tiny head."""
+    a tiny head, and the models' folder an MTP layer."""
     write_head(tmp_path / "head", tiny.model(), "eagle1")
+    (tmp_path / "model").mkdir()
+    save_file(mtp_tensors(tiny.model()), tmp_path / "model" / "model.safetensors")
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **options: tmp_path / "head")
 
     def model(name, **options):
         made = tiny.model(seed=int("0.5B" in name))
         made.generation_config.pad_token_id = tiny.END_ID
+        made.config.name_or_path = str(tmp_path / "model")
         return made
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", staticmethod(model))
@@ -84,6 +89,15 @@ def tiny_checkpoints(monkeypatch, tmp_path):
         return made
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", staticmethod(tokenizer))
+
+
+def mtp_tensors(model):
+    """An MTP layer in Qwen's layout, with the model's first layer as its block."""
+    size, block = model.config.hidden_size, model.model.layers[0].state_dict()
+    norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    tensors = {f"mtp.{name}.weight": torch.ones(size) for name in norms}
+    tensors["mtp.fc.weight"] = torch.eye(size, 2 * size)
+    return tensors | {f"mtp.layers.0.{name}": tensor for name, tensor in block.items()}
 
 
 def quickstart_names():

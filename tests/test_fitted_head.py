@@ -1,7 +1,6 @@
 """A head that is fitted to a target is accepted, and is accepted less if it is read wrongly.
 
-The text is a Markov chain of order `LAG`, so a head must find the token at that distance, which takes correct
-positions. No published weights are needed.
+The text is a Markov chain, see `markov`. No published weights are needed.
 """
 
 from dataclasses import replace
@@ -14,65 +13,16 @@ from torch.nn.functional import cross_entropy
 import specdec_triton as sdt
 from checkpoints import Layout, write_head, write_tensors
 from families import FAMILIES, NEVER
+from markov import LAG, LENGTH, MarkovTexts, fit, fit_target, rows_seen
 from specdec_triton.heads.checkpoint import read_checkpoint
 from specdec_triton.heads.eagle import EagleModel
 
-LAG, NOISE = 4, 0.1  # the order of the chain, and the share of its tokens that are random
-LENGTH, LEVELS = 60, 3  # of texts, and levels of drafts for which the head is fitted
-STEPS, RATE = 300, 6e-3
+LEVELS = 3  # of drafts for which the head is fitted
 LAYOUT = Layout(writer="speculators", ids=(0, 1, 3), states=(0, 1, 3), draft_vocab=20, rope_theta=20.0)
 # The acceptance length of chains of 4 tokens is 4.9 with the fitted head, and at most 3.8 with a mistake.
 FLOOR = 4.4
 
 pytestmark = pytest.mark.slow
-
-
-class MarkovTexts:
-    """Texts over an alphabet: each token is a function of the token at distance `LAG`, except for noise."""
-
-    def __init__(self, alphabet: torch.Tensor):
-        self.alphabet, self.random = alphabet, torch.Generator().manual_seed(0)
-        self.following = torch.randperm(len(alphabet), generator=self.random)
-
-    def draw(self, batch: int, length: int) -> torch.Tensor:
-        """[batch, length] int64."""
-        texts = torch.randint(len(self.alphabet), (batch, length), generator=self.random)
-        for column in range(LAG, length):
-            kept = torch.rand(batch, generator=self.random) < NOISE
-            texts[:, column] = texts[:, column].where(kept, self.following[texts[:, column - LAG]])
-        return self.alphabet[texts]
-
-
-def fit(parameters, loss_of_step):
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss_of_step().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-
-
-def fit_target(target, texts: MarkovTexts) -> None:
-    def loss():
-        tokens = texts.draw(12, LENGTH)
-        logits = target(tokens).logits[:, LAG - 1 : -1]
-        return cross_entropy(logits.flatten(0, 1), tokens[:, LAG:].flatten())
-
-    fit(target.parameters(), loss)
-    target.requires_grad_(False).eval()
-
-
-def rows_seen(levels: int, count: int) -> torch.Tensor:
-    """Mask [1, 1, levels * count, levels * count] for `count` rows of verified tokens and as many of each level of
-    drafts. The row of position i at level k sees the verified rows up to i - k, and the drafted rows after it."""
-    level, position = torch.arange(levels * count).div(count, rounding_mode="floor"), torch.arange(count).repeat(levels)
-    verified = position - level
-    seen = (level == 0) & (position <= verified[:, None])
-    seen |= (level <= level[:, None]) & (verified == verified[:, None])
-    return torch.zeros(seen.shape).masked_fill(~seen, -1e9)[None, None]
 
 
 def fit_head(model: EagleModel, target, texts: MarkovTexts) -> None:

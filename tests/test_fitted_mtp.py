@@ -1,7 +1,7 @@
 """An MTP layer that is fitted to a target is accepted at every depth to which it is recycled, and is accepted less if
 it is read wrongly.
 
-The text is the Markov chain of `test_fitted_head`. No published weights are needed.
+The text is a Markov chain, see `markov`. No published weights are needed.
 """
 
 import pytest
@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 
 import specdec_triton as sdt
 from families import NEVER
+from markov import LAG, LENGTH, MarkovTexts, fit, fit_target, rows_seen
 from mtp_checkpoints import MtpLayers, random_mtp, write_layers
 from specdec_triton.heads.mtp import MtpModel
-from test_fitted_head import LAG, LENGTH, MarkovTexts, fit, fit_target, rows_seen
 
 HIDDEN_SCALE = 3.0  # of the projection before the fit: without it, the layer uses the embeddings alone
 LEVELS = 3  # of drafts for which the layer is fitted

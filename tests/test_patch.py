@@ -200,15 +200,13 @@ def test_assistant_model_may_be_a_head_or_a_drafter(model, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["Gemma4AssistantForCausalLM", "MuseGlimmerAssistantModel"])
-def test_assistants_of_other_kinds_are_refused_by_name(name, model):
+def test_assistants_of_other_kinds_are_no_draft_models(name):
     """They read keys or hidden states of their target."""
     kind = getattr(transformers, name)
     assistant = kind.__new__(kind)
     vars(assistant)["config"] = SimpleNamespace(model_type=kind.config_class.model_type)
     with pytest.raises(ValueError, match=f"ModelDrafter: model must draft from tokens alone, got {name}"):
         sdt.ModelDrafter(assistant)
-    with sdt.patched(model), pytest.raises(ValueError, match=f"got {name}"):
-        model.generate(**prompt(), **OPTIONS, assistant_model=assistant)
 
 
 @pytest.mark.parametrize(

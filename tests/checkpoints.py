@@ -34,7 +34,7 @@ class Layout:
     """A published form of checkpoint, with one choice of its options.
 
     Attributes:
-        kind: "eagle3", or "eagle" for EAGLE-1 and EAGLE-2.
+        kind: "eagle3", "eagle" for EAGLE-1 and EAGLE-2, or "dflash".
         writer: whose code writes such checkpoints; decides the form of config.json.
         names: (beginning of a name in `Head.tensors`, its beginning in the file), the first that matches.
         ids: ids of the target's layers in config.json; None leaves them out.
@@ -248,12 +248,15 @@ def favouring(target, factor: float = 4.0):
 def write_head(folder: Path, target, layout: str | Layout, seed: int = 0) -> Head:
     """Write a random head for `target` in a layout, or in the layout `LAYOUTS[layout]`."""
     layout = LAYOUTS[layout] if isinstance(layout, str) else layout
-    return write_tensors(folder, target, layout, _random_tensors(layout, target.config, seed))
+    return write_tensors(folder, target, layout, random_tensors(layout, target.config, seed))
 
 
-def write_tensors(folder: Path, target, layout: Layout, tensors: dict[str, torch.Tensor]) -> Head:
-    """Write a head that consists of `tensors`, which are named as in `Head`."""
-    config = _config(layout, target.config)
+def write_tensors(
+    folder: Path, target, layout: Layout, tensors: dict[str, torch.Tensor], config: dict | None = None
+) -> Head:
+    """Write a head that consists of `tensors`, which are named as in `Head`. `config` is its config.json; None: that of
+    an EAGLE head."""
+    config = config or _config(layout, target.config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     named = {_renamed(name, layout.names): tensor for name, tensor in tensors.items()}
@@ -266,7 +269,8 @@ def write_tensors(folder: Path, target, layout: Layout, tensors: dict[str, torch
     return Head(layout, folder, tensors, layout.rope_theta or 10000.0, layer["rms_norm_eps"], head_dim)
 
 
-def _random_tensors(layout: Layout, target, seed: int) -> dict[str, torch.Tensor]:
+def random_tensors(layout: Layout, target, seed: int) -> dict[str, torch.Tensor]:
+    """Tensors named as in `Head`, for a target of the config `target`."""
     random = torch.Generator().manual_seed(seed)
     hidden, vocab = layout.hidden or target.hidden_size, target.vocab_size
     heads, kv_heads, head_dim = layout.heads
@@ -276,7 +280,7 @@ def _random_tensors(layout: Layout, target, seed: int) -> dict[str, torch.Tensor
 
     def linear(name: str, outputs: int, inputs: int, bias: bool = False) -> None:
         # EAGLE-1's output goes to the target's head without a norm, and must be small there
-        size = 0.3 if not eagle3 and name.endswith(("fc", "o_proj", "down_proj")) else 1.5
+        size = 0.3 if layout.kind == "eagle" and name.endswith(("fc", "o_proj", "down_proj")) else 1.5
         tensors[f"{name}.weight"] = torch.randn(outputs, inputs, generator=random) * size / inputs**0.5
         if bias:
             tensors[f"{name}.bias"] = torch.randn(outputs, generator=random) * 0.5
@@ -301,13 +305,14 @@ def _random_tensors(layout: Layout, target, seed: int) -> dict[str, torch.Tensor
             norm(f"{at}.input_layernorm", hidden)
         if eagle3 and first:
             norm(f"{at}.hidden_norm", hidden)
-    linear("fc", hidden, target.hidden_size * len(layout.states) if eagle3 else 2 * hidden, "fc" in layout.biases)
+    of_states = 2 * hidden if layout.kind == "eagle" else target.hidden_size * len(layout.states)
+    linear("fc", hidden, of_states, "fc" in layout.biases)
     if "fc_norm" in layout.norms:
         for tap in range(len(layout.states)):
             norm(f"fc_norm.{tap}", target.hidden_size)
     if "input_norm" in layout.norms:
         norm("input_norm", target.hidden_size * len(layout.states))
-    for name in ("embedding_layernorm", "hidden_states_layernorm"):
+    for name in ("embedding_layernorm", "hidden_states_layernorm", "hidden_norm"):
         if name in layout.norms:
             norm(name, hidden)
     if eagle3 or "norm" in layout.norms:
@@ -337,8 +342,8 @@ def _renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def _config(layout: Layout, target) -> dict:
-    """config.json of a head."""
+def layer_config(layout: Layout, target) -> dict:
+    """The part of config.json that describes the layers."""
     hidden = layout.hidden or target.hidden_size
     heads, kv_heads, head_dim = layout.heads
     layer: dict[str, Any] = {
@@ -359,7 +364,7 @@ def _config(layout: Layout, target) -> dict:
     if layout.windows:
         types = ["sliding_attention" if window else "full_attention" for window in layout.windows]
         layer |= {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": types}
-    if "qkv" in layout.biases and layout.kind == "eagle3":
+    if "qkv" in layout.biases and layout.kind != "eagle":
         layer["attention_bias"] = True
     if layout.writer == "speculators":  # as transformers 5 writes it
         rope = {"rope_type": "default", **(layout.rope_scaling or {})}
@@ -370,29 +375,39 @@ def _config(layout: Layout, target) -> dict:
             layer["rope_theta"] = layout.rope_theta
         if layout.writer == "specforge" and layout.rope_scaling:  # its exports write both forms
             layer["rope_parameters"] = {**layout.rope_scaling, "rope_theta": layout.rope_theta}
+    return layer
+
+
+def speculators_config(layout: Layout, target, named: str, architecture: str) -> dict:
+    """What config.json of every kind of head has in speculators' form."""
+    proposal = {"proposal_type": "greedy", "speculative_tokens": 3}
+    return {
+        "architectures": [architecture],
+        "speculators_model_type": named,
+        "transformer_layer_config": layer_config(layout, target),
+        "speculators_config": {
+            "algorithm": named,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": "tiny", "architectures": target.architectures},
+        },
+    }
+
+
+def _config(layout: Layout, target) -> dict:
+    """config.json of an EAGLE head."""
     ids = {} if layout.ids is None else {"eagle_aux_hidden_state_layer_ids": list(layout.ids)}
     if layout.writer == "speculators":
         named = "eagle3" if layout.kind == "eagle3" else "eagle"
-        proposal = {"proposal_type": "greedy", "speculative_tokens": 3}
-        config = {
-            "architectures": ["Eagle3Speculator" if named == "eagle3" else "EagleSpeculator"],
-            "speculators_model_type": named,
-            "transformer_layer_config": layer,
-            "speculators_config": {
-                "algorithm": named,
-                "default_proposal_method": "greedy",
-                "proposal_methods": [proposal],
-                "verifier": {"name_or_path": "tiny", "architectures": target.architectures},
-            },
-            **ids,
-        }
+        architecture = "Eagle3Speculator" if named == "eagle3" else "EagleSpeculator"
+        config = speculators_config(layout, target, named, architecture) | ids
         if layout.kind == "eagle3":
             flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
             config |= dict.fromkeys(flags, False) | {"draft_vocab_size": layout.draft_vocab or target.vocab_size}
             config["target_hidden_size"] = None
         return config | layout.flags
     architecture = "LlamaForCausalLMEagle3" if layout.kind == "eagle3" else "LlamaForCausalLM"
-    config = {**layer, "architectures": [architecture], **layout.flags}
+    config = {**layer_config(layout, target), "architectures": [architecture], **layout.flags}
     if ids:
         config["eagle_config"] = ids
     if layout.draft_vocab is not None:

@@ -295,7 +295,10 @@ class LiteralDraft(DraftedTrees):
         normed = "norm.weight" in self.weights
         if normed != (self.mistake == "other norm before the head"):
             output = rms_norm(output, self.weights.get("norm.weight", torch.ones(())), self.head.eps)
-        logits = linear(output, self.weights["lm_head.weight"])
+        return self._named(linear(output, self.weights["lm_head.weight"]))
+
+    def _named(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [DV] of the head's vocabulary as logits [V]; -inf outside it."""
         if "d2t" not in self.head.tensors:
             return logits
         tokens = self.head.tensors["d2t"]

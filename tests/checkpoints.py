@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from families import build
+
 # The text of `favouring` consists mostly of these tokens, so that a random draft is sometimes right. The last of them
 # is in no reduced vocabulary.
 FAVOURED = (5, 17, 29, 41, 47, 58)
@@ -26,6 +28,12 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 12,
+}
+# options of the targets of 8 layers
+TARGETS = {
+    "llama": {"rope_theta": 90000.0},
+    "qwen3": {"rope_theta": 90000.0},
+    "gemma3": {},
 }
 
 
@@ -243,6 +251,11 @@ def favouring(target, factor: float = 4.0):
     with torch.no_grad():
         target.get_output_embeddings().weight[list(FAVOURED)] *= factor
     return target
+
+
+def target_of(family: str = "llama", seed: int = 1, **options):
+    """A target of 8 layers, whose text consists mostly of few tokens, so that random drafts are accepted at times."""
+    return favouring(build(family, seed, num_hidden_layers=8, **{**TARGETS[family], **options}))
 
 
 def write_head(folder: Path, target, layout: str | Layout, seed: int = 0) -> Head:

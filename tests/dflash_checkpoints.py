@@ -11,8 +11,6 @@ from typing import Any
 
 from checkpoints import LLAMA3, WINDOW, Head, Layout, layer_config, random_tensors, speculators_config, write_tensors
 
-MASK = 60  # the mask token
-
 
 @dataclass(frozen=True, kw_only=True)
 class DFlashLayout(Layout):
@@ -21,6 +19,7 @@ class DFlashLayout(Layout):
     Attributes:
         writer: "z-lab", "muse" or "speculators".
         block_size: number of rows of a block.
+        mask: the mask token.
         from_anchor: True if row i of a block predicts the token after it; else the token at it, for i >= 1.
         causal: for each layer, True if rows of a block see no later row of it.
         section: further entries of "dflash_config" in config.json.
@@ -40,6 +39,7 @@ class DFlashLayout(Layout):
     own: tuple[str, ...] = ()
     norms: tuple[str, ...] = ("input_layernorm", "hidden_norm", "norm")
     block_size: int = 5
+    mask: int = 60
     from_anchor: bool = False
     causal: tuple[bool, ...] = (False, False)
     section: dict[str, Any] | None = None
@@ -107,14 +107,14 @@ def dflash_config(layout: DFlashLayout, target) -> dict:
             "aux_hidden_state_layer_ids": list(layout.ids),
             "block_size": layout.block_size,
             "draft_vocab_size": layout.draft_vocab or target.vocab_size,
-            "mask_token_id": MASK,
+            "mask_token_id": layout.mask,
             "sample_from_anchor": False,
             "sliding_window_non_causal": False,
             "target_hidden_size": None,
         }
         return config | layout.flags
     config = layer_config(layout, target)
-    section: dict[str, Any] = {"mask_token_id": MASK}
+    section: dict[str, Any] = {"mask_token_id": layout.mask}
     if layout.ids is not None:
         section["target_layer_ids"] = list(layout.ids)
     if layout.writer == "muse":

@@ -16,7 +16,6 @@ import torch
 from torch.nn.functional import linear, silu
 
 from checkpoints import Head
-from dflash_checkpoints import MASK
 from literal_eagle import LiteralDraft, rotated
 
 # Names of deliberate mistakes. The code that uses a name makes the mistake.
@@ -89,7 +88,8 @@ class LiteralBlock(LiteralDraft):
         layout, mistake = self.head.layout, self.mistake
         if mistake == "no context of the last token":
             context = context[:-1]
-        tokens = [MASK if mistake == "mask token in place of the root" else root] + [MASK] * (layout.block_size - 1)
+        tokens = [layout.mask if mistake == "mask token in place of the root" else root]
+        tokens += [layout.mask] * (layout.block_size - 1)
         before = list(range(self.first, self.first + len(context)))
         begin = position - (mistake == "block one position early")
         own = list(range(begin, begin + len(tokens)))
@@ -202,6 +202,6 @@ class LiteralBlock(LiteralDraft):
                 for token in candidates[len(path)]:
                     if own[token] > -math.inf:
                         heapq.heappush(queue, (above - own[token], (*path, token)))
-        if queue and found:
+        if queue and self.mistake != "own score":  # with it, paths are not found in the order of their probabilities
             self.margin = min(self.margin, queue[0][0] + min(found.values()))
         return found

@@ -15,8 +15,8 @@ import torch
 from transformers import DynamicCache
 
 import specdec_triton as sdt
-from checkpoints import FAVOURED, LAYOUTS, favouring, write_head
-from families import NEVER, VOCAB, build, prompt
+from checkpoints import FAVOURED, LAYOUTS, target_of, write_head
+from families import NEVER, VOCAB, prompt
 from helpers import accept_more, accepted, capture_here
 from literal_eagle import MISTAKES, LiteralDraft
 from specdec_triton import _patch
@@ -37,16 +37,6 @@ SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
 # The drafter computes in fp32, the literal statement in fp64. Drafts in which two scores differ by less than TOLERANCE
 # are not compared, and scores of the others may differ by ERROR.
 TOLERANCE, ERROR = 5e-4, 2e-3
-TARGETS = {
-    "llama": {"rope_theta": 90000.0},
-    "qwen3": {"rope_theta": 90000.0},
-    "gemma3": {},
-}
-
-
-def target_of(family="llama", seed=1):
-    """A target of 8 layers, whose text consists mostly of few tokens, so that random drafts are accepted at times."""
-    return favouring(build(family, seed, num_hidden_layers=8, **TARGETS[family]))
 
 
 class Drafted(NamedTuple):

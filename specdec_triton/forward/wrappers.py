@@ -55,6 +55,7 @@ def output_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     logits = model.get_output_embeddings()(states)
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    logits = logits * (getattr(config, "output_multiplier", None) or 1.0)  # Muse Glimmer
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -8,7 +8,6 @@ import copy
 import gc
 import weakref
 from functools import cache
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from checkpoints import FAVOURED, LAYOUTS, target_of, write_head
 from families import NEVER, VOCAB, prompt
 from helpers import accept_more, accepted, capture_here
 from literal_eagle import MISTAKES, LiteralDraft
+from recorded_drafts import TOLERANCE, agreements, record
 from specdec_triton import _patch
 from specdec_triton.drafters.eagle import DEFAULT_TREE, default_tree
 from specdec_triton.forward import runner
@@ -26,7 +26,6 @@ from specdec_triton.heads.medusa import MedusaHeads
 from specdec_triton.ops.filters import Filters, filtered_log_probs
 from specdec_triton.ops.noise import COUPLED, gumbel, row_seeds
 from specdec_triton.tools.host_sync import count_forwards, count_host_reads
-from specdec_triton.tree import DraftTree
 
 TREE = sdt.DynamicTree(16, width=4, depth=4)
 DEEP = sdt.DynamicTree(30, width=4, depth=7)
@@ -34,92 +33,6 @@ FIXED = sdt.Topology.from_widths([3, 2, 1, 1])
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": NEVER}
 LONG = {**GREEDY, "max_new_tokens": 36}
 SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
-# The drafter computes in fp32, the literal statement in fp64. Drafts in which two scores differ by less than TOLERANCE
-# are not compared, and scores of the others may differ by ERROR.
-TOLERANCE, ERROR = 5e-4, 2e-3
-
-
-class Drafted(NamedTuple):
-    """The draft for one row in one round.
-
-    Attributes:
-        row: the row.
-        text: its tokens without padding, the root included.
-        budget: the number of tokens that it may still emit.
-        tree: the trees of the round.
-        scores: [B, N] scores of the nodes of a dynamic tree, else None.
-    """
-
-    row: int
-    text: list[int]
-    budget: int
-    tree: DraftTree
-    scores: torch.Tensor | None
-
-
-def record(monkeypatch, drafter):
-    """A list to which each later draft of the drafter appends a `Drafted` for each unfinished row."""
-    drafts, scores = [], []
-    start, likeliest = type(drafter).start, DraftTree.likeliest
-
-    def choosing(tokens, parents, given, *rest):
-        tree, kept = likeliest(tokens, parents, given, *rest)
-        scores.append(given.gather(1, kept))
-        return tree, kept
-
-    def starting(self, context, *args):
-        session = start(self, context, *args)
-        draft = session.draft
-
-        def drafting():
-            scores.clear()
-            tree = draft()
-            for row, budget in enumerate(context.host_budget.tolist()):
-                text = context.tokens[row, context.start[row] : context.length[row] + 1].tolist()
-                if budget:
-                    drafts.append(Drafted(row, text, budget, tree.clone(), scores[0].clone() if scores else None))
-            return tree
-
-        session.draft = drafting
-        return session
-
-    monkeypatch.setattr(DraftTree, "likeliest", staticmethod(choosing))
-    monkeypatch.setattr(type(drafter), "start", starting)
-    return drafts
-
-
-def agreements(
-    drafts, head, target, mistake="", width=TREE.width, rank=None, first=0, limit=24, literal_draft=LiteralDraft
-):
-    """For each draft, whether it is the one of the literal statement. Left out are drafts deeper than the rest of the
-    text, and those that a rounding error could have changed.
-
-    Args:
-        drafts: see `record`.
-        head, target, mistake, first: see `LiteralDraft`.
-        width: of the dynamic tree.
-        rank: a function that makes `rank` of `LiteralDraft.dynamic` from a draft; None for log-probabilities.
-        limit: at most so many drafts are compared.
-        literal_draft: the literal statement; `head` is its first argument.
-    """
-    found, close = [], 0
-    for drafted in drafts:
-        row, levels = drafted.row, drafted.tree.max_depth
-        if levels == 0 or drafted.budget <= levels or len(found) == limit:
-            continue
-        literal = literal_draft(head, target, drafted.text, mistake, first)
-        ranked = None if rank is None else rank(drafted)
-        tokens, parents, scores = literal.dynamic(drafted.tree.num_nodes, width, levels, ranked)
-        if literal.margin < TOLERANCE:
-            close += 1
-            continue
-        found.append(
-            drafted.tree.tokens[row].tolist() == tokens
-            and drafted.tree.parents[row].tolist() == parents
-            and torch.allclose(drafted.scores[row].double(), torch.tensor(scores).double(), rtol=0, atol=ERROR)
-        )
-    assert close <= 2 * len(found), f"{close} of {close + len(found)} drafts had nodes of equal scores"
-    return found
 
 
 def drafts_of(folder, target, layout, head_seed=0, inputs=None, tree=TREE, options=GREEDY, more=False, **settings):

@@ -22,12 +22,12 @@ from families import NEVER, VOCAB, build, prompt
 from helpers import accept_more, accepted, capture_here
 from literal_mtp import MISTAKES, LiteralDraft
 from mtp_checkpoints import DEEPSEEK, MTP_FAMILIES, write_mtp
+from recorded_drafts import TOLERANCE, agreements, record
 from specdec_triton.forward import runner
 from specdec_triton.heads.mtp import MtpModel
 from specdec_triton.ops.filters import Filters, filtered_log_probs
 from specdec_triton.ops.noise import COUPLED, gumbel, row_seeds
 from specdec_triton.tools.host_sync import count_forwards, count_host_reads
-from test_eagle import TOLERANCE, agreements, record
 
 TREE = sdt.DynamicTree(16, width=4, depth=4)
 DEEP = sdt.DynamicTree(30, width=4, depth=7)

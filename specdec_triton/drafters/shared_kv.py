@@ -223,7 +223,7 @@ class SharedKVForwards(DraftForwards):
 
 def shared_layers(config: PreTrainedConfig) -> dict[str, int]:
     """For each type of layers, the last layer of a model with this config that computes keys and values of its own."""
-    own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
+    own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
     return {kind: layer for layer, kind in enumerate(config.layer_types[:own])}
 
 
@@ -294,11 +294,12 @@ class _LikelyTokens(nn.Module):
     def __init__(self, embedder: nn.Module):
         super().__init__()
         self.centroids, self.count = embedder.centroids, embedder.centroid_intermediate_top_k
-        self.register_buffer("tokens", embedder.token_ordering.long().view(embedder.num_centroids, -1))
+        # a view, because captured rounds of later calls read it
+        self.register_buffer("tokens", embedder.token_ordering.view(embedder.num_centroids, -1))
 
     def forward(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Logits [B, n, V] after states [B, n, H], by a language head [V, H]."""
-        tokens = self.tokens[self.centroids(states).topk(self.count).indices].flatten(2)
+        tokens = self.tokens[self.centroids(states).topk(self.count).indices].flatten(2).long()
         logits = (weight[tokens] @ states[..., None]).squeeze(-1)
         everywhere = logits.new_full((*states.shape[:2], len(weight)), float("-inf"))
         return everywhere.scatter(-1, tokens, logits)

@@ -98,14 +98,13 @@ class LiteralModel:
     def __init__(self, model, mask: int, text: list[int], count: int, mistake: str = ""):
         assert mistake in ("", *MISTAKES), mistake
         tokens, positions, root = placed(text, mask - (mistake == "another mask token"), count, mistake)
-        seen = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-        if mistake == "mask rows see each other":
-            seen[root:, root:] = True
+        named = {}
+        if mistake:
+            seen = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+            seen[root:, root:] |= torch.tensor(mistake == "mask rows see each other")
+            mask_of_scores = torch.zeros(seen.shape).double().masked_fill(~seen, float("-inf"))
+            named = {"position_ids": torch.tensor([positions]), "attention_mask": mask_of_scores[None, None]}
         with torch.no_grad():
-            logits = model(
-                torch.tensor([tokens]),
-                position_ids=torch.tensor([positions]),
-                attention_mask=torch.zeros(seen.shape).double().masked_fill(~seen, float("-inf"))[None, None],
-            ).logits[0]
+            logits = model(torch.tensor([tokens]), **named).logits[0]
         first = root - (mistake == "other row")
         self.marginals = logits[first : first + count]

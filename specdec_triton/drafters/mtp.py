@@ -228,9 +228,10 @@ class MtpForwards(HeadForwards):
         context, rows = self.context, len(self._rows)
         self._base = (context.length - self._column - self._count).clamp(min=self._older) - self._older
         own, seen, _ = self._constants
-        # rows before the first token of a sequence are seen by no other row
+        # rows before the first token of a sequence are seen by no other row, and by no node
         empty = seen[(self._start - self._base).clamp(0, rows)][:, None]
-        self._text_bits = seen[1:] & ~empty | own
+        self._seen = seen[1:] & ~empty
+        self._text_bits = self._seen | own
         self._text = self._features
         batch = len(self._base)
         # of the root and the nodes: bits of the nodes that each sees. Of the nodes: tokens, parents and depths
@@ -261,7 +262,7 @@ class MtpForwards(HeadForwards):
         root = (self._count - 1 + self._older - layer)[:, None]
         depth = torch.cat([self._rows.expand(batch, -1), root + self._depth], 1)
         words = -(-depth.shape[1] // WORD_BITS)
-        of_root = self._text_bits.gather(1, root[..., None].expand(-1, -1, self._text_bits.shape[-1]))
+        of_root = self._seen.gather(1, root[..., None].expand(-1, -1, self._seen.shape[-1]))
         ancestors = torch.cat([self._text_bits, self._bits[:, 1:] | of_root], 1)[..., :words].contiguous()
         more = {"inputs_embeds": embedded(self._model, context.target.model, tokens), "features": features}
         states = self._runner.run(tokens, depth, ancestors, self._base, layer=layer, **more).last_hidden_state

@@ -66,7 +66,7 @@ UNSUPPORTED = {
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
 # types of attention of the MTP layers if the config does not name them; full attention in all other families
-ATTENTION = {"mimo_v2_flash": SLIDING}
+ATTENTION = {"mimo_v2_flash": SLIDING, "mellum": SLIDING}
 # MiMo-V2 trains every layer on the target's states, not on those of the layer before; vLLM, too, runs the first alone
 FIRST_ALONE = ("mimo_v2_flash",)
 

@@ -135,14 +135,14 @@ def _tiles_kernel(
             inverse, _ = load_inverse_temperature(temperature_ptr, batch)
             key, relative = tile_scores(scores, inverse, first_id, BLOCK_V)
             tl.store(statistics.keys + place, key)
+            if LOG_PROBS == "plain":
+                tl.store(statistics.sums + place, tl.sum(tl.exp(relative), 0))
             # the merge does not use the noise of rows whose temperature is 0
             if NOISE == "coupled":
                 scores = relative + shared
             elif NOISE != "none":
                 scores = relative + _group_noise(noise, batch, group, depth, first_id, NOISE, BLOCK_V)
-            if LOG_PROBS == "plain":
-                tl.store(statistics.sums + place, tl.sum(tl.exp(relative), 0))
-            elif LOG_PROBS == "noisy":
+            if LOG_PROBS == "noisy":
                 # noise is below 24, so there is no overflow
                 tl.store(statistics.sums + place, tl.sum(tl.exp(scores), 0))
         keys = _keys_of(scores, ids, V)

@@ -331,6 +331,7 @@ def changed(name, change):
             changed("model.layers.3.eh_proj.weight", lambda weight: weight[:, :40].clone()),
             r"must have eh_proj\.weight of layer 0 \[32, 64\], got \[32, 40\]",
         ),
+        (without("model.layers.3.mlp.experts.2.up_proj.weight"), r"must have "),
         (
             lambda tensors: tensors.update({"model.layers.3.mlp.extra.weight": torch.ones(2)}),
             r"must have no other tensors, got mlp\.extra\.weight of layer 0",
@@ -341,7 +342,7 @@ def changed(name, change):
         ),
         (dict.clear, r"must have MTP layers, got none in .* of type deepseek_v3"),
     ],
-    ids=["enorm", "norm", "block", "shape", "unknown", "quantized", "none"],
+    ids=["enorm", "norm", "block", "shape", "expert", "unknown", "quantized", "none"],
 )
 def test_other_tensors_are_refused(tmp_path, edit, message):
     folder = saved(tmp_path, edit=edit)

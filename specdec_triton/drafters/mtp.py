@@ -10,6 +10,7 @@ accepted in their place.
 Letters: B sequences, N drafted nodes so far, R rows of text, W words of bits, H hidden size, K MTP layers.
 """
 
+from functools import lru_cache
 from os import PathLike
 
 import torch
@@ -186,12 +187,8 @@ class MtpForwards(HeadForwards):
         self._older = model.num_layers - 1
         super().__init__(model, context, prompt, most_nodes, max_depth + self._older)
         self._start = context.buffers.put("draft.start", prompt.start)
-        rows = len(self._rows)
-        own = bits_of_nodes(rows + most_nodes).to(context.start.device)
-        seen = own[:rows].cumsum(0)  # sums of different bits are their unions
-        # [R, W] the bit of each row of the text, [R + 1, W] the bits of the first 0 to R rows, [nodes, W] of each node
-        self._constants = own[:rows], torch.cat([torch.zeros_like(own[:1]), seen]), own[rows:]
-        context.buffers.keep(self._constants)
+        self._words = _words_of(len(self._rows), most_nodes, context.start.device)
+        context.buffers.keep(self._words)  # captured rounds read them
 
     @property
     def weights(self):
@@ -216,7 +213,7 @@ class MtpForwards(HeadForwards):
         self._above, level = self._bits.shape[1], self._level + 1
         words = self._bits.gather(1, parents[..., None].expand(-1, -1, self._bits.shape[-1]))
         made = self._tokens.shape[1]
-        own = self._constants[2][made : made + tokens.shape[1]]
+        own = self._words[2][made : made + tokens.shape[1]]
         self._bits = torch.cat([self._bits, words | own], 1)
         self._tokens, self._parents = torch.cat([self._tokens, tokens], 1), torch.cat([self._parents, parents], 1)
         self._depth = torch.cat([self._depth, torch.full_like(tokens, level)], 1)
@@ -227,7 +224,7 @@ class MtpForwards(HeadForwards):
         """Prepare the rows of the text. Returns the root's tokens [B, 1]."""
         context, rows = self.context, len(self._rows)
         self._base = (context.length - self._column - self._count).clamp(min=self._older) - self._older
-        own, seen, _ = self._constants
+        own, seen, _ = self._words
         # rows before the first token of a sequence are seen by no other row, and by no node
         empty = seen[(self._start - self._base).clamp(0, rows)][:, None]
         self._seen = seen[1:] & ~empty
@@ -276,3 +273,13 @@ class MtpForwards(HeadForwards):
         kept = self._features.gather(1, older.expand(-1, -1, self._features.shape[-1]))
         super().observe(accepted, slots)
         self._features.copy_(torch.cat([kept, self._features[:, : -self._older]], 1))
+
+
+@lru_cache(maxsize=64)
+def _words_of(rows: int, nodes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words of bits, int64, for a tree of R = `rows` rows of text and then `nodes` nodes: [R, W] the bit of each row,
+    [R + 1, W] the bits of the first 0 to R rows, and [nodes, W] the bit of each node."""
+    own = bits_of_nodes(rows + nodes)
+    seen = own[:rows].cumsum(0)  # sums of different bits are their unions
+    words = own[:rows], torch.cat([torch.zeros_like(own[:1]), seen]), own[rows:]
+    return words[0].to(device), words[1].to(device), words[2].to(device)

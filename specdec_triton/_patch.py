@@ -30,12 +30,11 @@ from .drafters import (
     DFlashDrafter,
     Drafter,
     EarlyExitDrafter,
-    ModelDrafter,
     MTPDrafter,
     NoDrafter,
     PromptLookupDrafter,
 )
-from .drafters.heads import drafter_of_assistant, load_head, reads_target
+from .drafters.heads import drafter_of_assistant, load_head
 from .engine.call import Call
 from .engine.generate import Generation
 from .engine.graph_runner import cannot_capture
@@ -62,7 +61,7 @@ class _Drafters:
 
     Attributes:
         by_name: heads by folder or hub name. `None` is the name of the MTP layers in the model's own checkpoint.
-        by_model: drafters with a model that the caller gave. They must not refer to that object.
+        by_model: drafters that share the parameters of a model of the caller, and do not refer to that object.
     """
 
     by_name: dict[str | None, Drafter] = field(default_factory=dict)
@@ -545,13 +544,8 @@ def _drafter_of(
         if name not in kept:
             kept[name] = load_head(name, model)
         drafter = kept[name]
-    elif reads_target(assistant):
-        of_models = _drafters.setdefault(model, _Drafters()).by_model
-        if assistant not in of_models:
-            of_models[assistant] = drafter_of_assistant(assistant)
-        drafter = of_models[assistant]
     else:
-        drafter = ModelDrafter(assistant)
+        drafter = drafter_of_assistant(assistant, _drafters.setdefault(model, _Drafters()).by_model)
     if kind == "dflash" and not isinstance(drafter, DFlashDrafter):
         raise ValueError(
             f'generate: assistant_model must be a DFlash model with speculation_type="dflash", got '

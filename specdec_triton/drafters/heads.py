@@ -1,7 +1,7 @@
 """Tells the name of a trained draft head from that of a model, and loads the head. Creates the drafters of heads."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from os import PathLike
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .base import Drafter
 from .dflash import DFlashDrafter
 from .eagle import EagleDrafter
 from .medusa import MedusaDrafter
-from .model import SHARED_KV_ASSISTANTS
+from .model import SHARED_KV_ASSISTANTS, ModelDrafter
 from .shared_kv import Gemma4AssistantDrafter
 
 Head = EagleModel | DFlashModel | MedusaHeads
@@ -85,17 +85,24 @@ def drafter_of(head: Head, tree: Topology | DynamicTree | int | None = None) -> 
     return DFlashDrafter(head, tree=tree) if isinstance(head, DFlashModel) else EagleDrafter(head, tree=tree)
 
 
-def reads_target(model: object) -> bool:
-    """True if this is a model of transformers that drafts from hidden states or keys of its target, and is
-    supported."""
-    return getattr(getattr(model, "config", None), "model_type", None) in (MUSE, *SHARED_KV_ASSISTANTS)
+def drafter_of_assistant(
+    model: PreTrainedModel, kept: MutableMapping[PreTrainedModel, Drafter]
+) -> DFlashDrafter | Gemma4AssistantDrafter | ModelDrafter:
+    """The drafter that runs a model of transformers: a DFlash head, a Gemma 4 assistant, or a draft model.
 
-
-def drafter_of_assistant(model: PreTrainedModel) -> Drafter:
-    """The drafter that runs a model for which `reads_target` is true. It shares the model's parameters."""
-    if model.config.model_type in SHARED_KV_ASSISTANTS:
+    Args:
+        model: the model.
+        kept: gets the drafter of a DFlash head, which is made once. It shares the parameters of the model, and does not
+            refer to the model.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in SHARED_KV_ASSISTANTS:
         return Gemma4AssistantDrafter(model)
-    return DFlashDrafter(DFlashModel.from_assistant(model))
+    if kind != MUSE:
+        return ModelDrafter(model)
+    if model not in kept:
+        kept[model] = DFlashDrafter(DFlashModel.from_assistant(model))
+    return kept[model]
 
 
 def _in_folder(folder: Path) -> tuple[list[str], dict]:

@@ -125,7 +125,7 @@ class _Reader(HeadReader):
             mask_token_id=self.mask_token(("mask_token_id",)),
             first_predicts=first_predicts,
             has_sinks=self.has_sinks(),
-            value_scale=float(self.flag("attention_value_scale", 1.0)),
+            value_scale=self.value_scale(),
             rotary_size=int(config.head_dim * self.rotary_share()),
         )
 
@@ -171,6 +171,12 @@ class _Reader(HeadReader):
         if given is not None:
             return (bool(given),) * count
         return tuple(each == "sliding_attention" for each in types or [""] * count)
+
+    def value_scale(self) -> float:
+        scale = float(self.flag("attention_value_scale", 1.0))
+        if scale != 1 and "layers.0.self_attn.o_proj.bias" in self.tensors:  # it is applied after the projection
+            raise self.error(f"attention_value_scale must be 1 if o_proj has a bias, got {scale}")
+        return scale
 
     def has_sinks(self) -> bool:
         given = any(name.endswith(".attention_sink_bias") for name in self.tensors)

@@ -4,6 +4,7 @@ almost nothing.
 A launch that is added to a step fails these tests, which show its name.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import specdec_triton as sdt
 from checkpoints import write_head
+from dflash_checkpoints import DFLASH_LAYOUTS, write_dflash
 from families import NEVER, VOCAB, build, perturbed, prompt
 from helpers import HostDrafter, Launches, capture_here, launches_by_step
 from specdec_triton import ops
@@ -139,6 +141,19 @@ def test_the_likeliest_nodes_of_medusas_heads(rule, monkeypatch):
     arguments = {**prompt(), **(SAMPLED if rule == "coupled" else {})}
     found = rounds_of(sdt.MedusaDrafter(heads, tree=20), arguments, rule=rule)[1]["draft"]
     assert found.count("_best_first_tree_kernel") == 1 and len(found) == 10
+
+
+def test_a_block_of_a_dflash_head(monkeypatch, tmp_path):
+    """16 launches for each layer and 29 for the rest of the draft, and 2 for each token of a chain."""
+    capture_here(monkeypatch, 1)
+    target = build("llama", num_hidden_layers=8)
+    for layers in (1, 2):
+        layout = replace(DFLASH_LAYOUTS["z-lab"], num_layers=layers, causal=(False,) * layers)
+        write_dflash(tmp_path, target, layout)
+        for shape, more in (({"tree": 20}, 0), ({"num_tokens": 3}, 6)):
+            drafter = sdt.DFlashDrafter.from_pretrained(tmp_path, target, **shape)
+            draft = rounds_of(drafter, prompt(), target.config.num_hidden_layers, fuse=True)[1]["draft"]
+            assert len(draft) == 29 + 16 * layers + more, draft
 
 
 def test_steps_after_a_draft_of_the_host():

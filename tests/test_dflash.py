@@ -26,6 +26,7 @@ from specdec_triton import _patch
 from specdec_triton.drafters.dflash import DFlashMarginals
 from specdec_triton.drafters.marginals import NODES, WIDTH
 from specdec_triton.forward import runner
+from specdec_triton.forward.versions import CACHE
 from specdec_triton.heads.checkpoint import read_checkpoint
 from specdec_triton.heads.dflash import DFlashModel
 from specdec_triton.ops.filters import Filters, filtered_log_probs
@@ -187,7 +188,7 @@ def test_the_literal_statement_is_transformers_assistant(length, tmp_path):
         outputs = assistant(
             noise_embeds=target.get_input_embeddings()(torch.tensor([block])),
             context_hidden_states=torch.cat([states[layer + 1] for layer in head.layout.ids], -1),
-            past_key_values=cached,
+            **{CACHE: cached},
         )
         logits = target.get_output_embeddings()(outputs.last_hidden_state[0, 1:])
     literal = LiteralBlock(head, target, text[0].tolist())

@@ -265,8 +265,8 @@ def test_another_checkpoint(deepseek):
 
 
 def test_a_quantized_target_has_plain_layers(deepseek):
-    """The layers are built from a config without quantization, in the dtype that the target computes in. The bias of a
-    router stays in fp32, as in the target."""
+    """The layers are built from a config without quantization, in the dtype that the target computes in. The
+    target's choice of what stays in fp32 holds for them, too."""
     target = loaded(deepseek).to(torch.bfloat16)
     target.config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
     model = MtpModel.from_target(target)
@@ -274,7 +274,8 @@ def test_a_quantized_target_has_plain_layers(deepseek):
     kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
     assert kinds == {nn.Linear} and model.dtype == torch.bfloat16
     others = {name for name, tensor in model.state_dict().items() if tensor.dtype != torch.bfloat16}
-    assert others == {f"layers.{layer}.block.mlp.gate.e_score_correction_bias" for layer in range(2)}
+    kept = target._keep_in_fp32_modules_strict  # transformers 5.24 also keeps the router's weights
+    assert others == {name for name in model.state_dict() if any(part in name for part in kept)} != set()
 
 
 def test_the_embedding_is_the_targets_without_a_norm_inside(deepseek):

@@ -61,7 +61,18 @@ def record(monkeypatch, drafter):
     return drafts
 
 
-def agreements(drafts, head, target, mistake="", width=4, rank=None, first=0, limit=24, literal_draft=LiteralDraft):
+def agreements(
+    drafts,
+    head,
+    target,
+    mistake="",
+    width=4,
+    rank=None,
+    first=0,
+    limit=24,
+    literal_draft=LiteralDraft,
+    error=ERROR,
+):
     """For each draft, whether it is the one of the literal statement. Left out are drafts deeper than the rest of the
     text, and those that a rounding error could have changed.
 
@@ -72,6 +83,7 @@ def agreements(drafts, head, target, mistake="", width=4, rank=None, first=0, li
         rank: a function that makes `rank` of `LiteralDraft.dynamic` from a draft; None for log-probabilities.
         limit: at most so many drafts are compared.
         literal_draft: the literal statement; `head` is its first argument.
+        error: the largest difference between scores.
     """
     found, close = [], 0
     for drafted in drafts:
@@ -87,7 +99,7 @@ def agreements(drafts, head, target, mistake="", width=4, rank=None, first=0, li
         found.append(
             drafted.tree.tokens[row].tolist() == tokens
             and drafted.tree.parents[row].tolist() == parents
-            and torch.allclose(drafted.scores[row].double(), torch.tensor(scores).double(), rtol=0, atol=ERROR)
+            and torch.allclose(drafted.scores[row].double(), torch.tensor(scores).double(), rtol=0, atol=error)
         )
     assert close <= 2 * len(found), f"{close} of {close + len(found)} drafts had nodes of equal scores"
     return found

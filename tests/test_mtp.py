@@ -121,10 +121,12 @@ def test_drafts_equal_the_literal_statement(family, recorded):
 @pytest.mark.parametrize("seed", range(2, 4))
 @pytest.mark.parametrize("family", SERVED)
 def test_more_seeds_and_deeper_trees(family, seed, written):
+    """A layer that is recycled seven times amplifies rounding errors. In the literal statement, changes of the weights
+    by 3e-7 change scores by up to 9e-3 (mimo_v2_flash)."""
     checkpoint = written(family, 1, seed)
     options = {**GREEDY, "max_new_tokens": 60}
     drafts, _, judge = drafts_of(checkpoint, options=options, more=True, tree=DEEP)
-    found = same_trees(drafts, checkpoint, judge, width=DEEP.width, limit=30)
+    found = same_trees(drafts, checkpoint, judge, width=DEEP.width, limit=30, error=0.1)
     assert len(found) >= 12 and all(found)
     counts = accepted(drafts)
     assert sum(0 < count < DEEP.depth for count in counts) >= 5 and max(counts) > 2

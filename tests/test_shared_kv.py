@@ -495,6 +495,17 @@ def test_assistant_model_of_a_call():
 
 
 @needs_assistant
+@pytest.mark.parametrize("tree", [sdt.Topology.from_widths([3, 30]), pytest.param(80, marks=pytest.mark.slow)])
+def test_trees_of_more_than_64_nodes(tree):
+    """Levels of fewer nodes have fewer words of bits."""
+    target, drafter = target_of(), Gemma4AssistantDrafter(assistant_of(), tree=tree)
+    plain = target.generate(**prompt(), **GREEDY)
+    with sdt.patched(target, drafter=drafter):
+        assert torch.equal(target.generate(**prompt(), **GREEDY), plain)
+    assert sdt.stats(target).accepted
+
+
+@needs_assistant
 def test_a_unified_assistant():
     target = target_of()
     assistant = assistant_of(family="Gemma4Unified")

@@ -32,7 +32,7 @@ from ..forward.preparation import NextStep
 from ..forward.runner import TreeRunner
 from ..forward.wrappers import num_weights, unwrap
 from ..ops.reference import Acceptance
-from ..tree import DynamicTree, Topology, bits_of_nodes
+from ..tree import WORD_BITS, DynamicTree, Topology, bits_of_nodes
 from .base import DraftContext, Drafter, topology_of
 from .dynamic import DynamicSession
 from .forwards import DraftForwards
@@ -205,10 +205,11 @@ class SharedKVForwards(DraftForwards):
     def _run(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Logits [B, n, V] at n nodes with these tokens [B, n] and states [B, n, Ht] of their parents."""
         context, cache, count = self.context, self._runner.cache, tokens.shape[1]
+        words = -(-count // WORD_BITS)
         outputs = self._runner.run(
             tokens,
             self._depth[:, :count],
-            self._ancestors[:, :count],
+            self._ancestors[:, :count, :words].contiguous(),
             context.length,
             inputs_embeds=torch.cat((context.target.model.get_input_embeddings()(tokens), states), -1),
             shared_kv_states={kind: cache.planes(layer) for kind, layer in self._sources.items()},

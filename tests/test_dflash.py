@@ -630,6 +630,23 @@ def test_forwards_and_host_reads_of_a_round(tree, monkeypatch, tmp_path):
     assert many - few > 5 and many_reads - few_reads <= many - few
 
 
+@pytest.mark.parametrize("layout", ["z-lab", "speculators, from the anchor"])
+def test_only_the_depths_of_the_tree_have_logits(layout, monkeypatch, tmp_path):
+    target, rows, forward = target_of(), [], DFlashModel.logits_input
+    write_dflash(tmp_path, target, layout)
+    drafter = sdt.DFlashDrafter.from_pretrained(tmp_path, target, num_tokens=2)
+    assert drafter.model.num_drafted > 2
+
+    def counting(self, states):
+        rows.append(forward(self, states).shape[1])
+        return forward(self, states)
+
+    monkeypatch.setattr(DFlashModel, "logits_input", counting)
+    with sdt.patched(target, drafter=drafter):
+        target.generate(**prompt(), **GREEDY)
+    assert set(rows[:10]) == {2}
+
+
 @pytest.mark.slow
 def test_later_turns_of_a_conversation_replay_graphs(monkeypatch, tmp_path):
     """The draft sees only the columns that a turn runs; their number is not part of the graphs. Nothing accumulates."""

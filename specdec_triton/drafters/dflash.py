@@ -221,9 +221,10 @@ class DFlashMarginals(BlockMarginals):
         block[:, 0] = context.root
         embeds = model.embedded(context.target.model, block)
         more = {"features": self._features, "inputs_embeds": embeds}
-        states = self._run(self._tokens, self._first(), **more).last_hidden_state
+        rows = depth + model.block_size - model.num_drafted  # those that predict deeper tokens have no logits
+        states = self._run(self._tokens, self._first(), **more).last_hidden_state[:, :rows]
         head = self._runner.fused.model if self._runner.fused else model
-        return head_logits(head, context.target.model, states, context.vocab_size)[:, :depth]
+        return head_logits(head, context.target.model, states, context.vocab_size)
 
     def observe(self, accepted):
         """Keep the features of the verified root and of the accepted nodes."""

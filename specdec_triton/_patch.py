@@ -547,9 +547,10 @@ def _drafter_of(
     else:
         drafter = drafter_of_assistant(assistant, _drafters.setdefault(model, _Drafters()).by_model)
     if kind == "dflash" and not isinstance(drafter, DFlashDrafter):
+        got = assistant if isinstance(assistant, (str, os.PathLike)) else type(assistant).__name__
         raise ValueError(
-            f'generate: assistant_model must be a DFlash model with speculation_type="dflash", got '
-            f"{type(assistant).__name__}"
+            f'generate: assistant_model must be a DFlash model with speculation_type="dflash", got {got}, which '
+            f"{type(drafter).__name__} runs"
         )
     return drafter
 

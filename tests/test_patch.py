@@ -188,6 +188,8 @@ def test_assistant_model_may_be_a_head_or_a_drafter(model, tmp_path, monkeypatch
             assert torch.equal(model.generate(**prompt(), **OPTIONS, assistant_model=assistant), plain)
             assert sdt.stats(model).drafted > 0
         assert len(loaded) == 1
+        with pytest.raises(ValueError, match=f"must be a DFlash model .*, got {tmp_path}, which EagleDrafter runs"):
+            model.generate(**prompt(), **OPTIONS, assistant_model=tmp_path, speculation_type="dflash")
         drafter = sdt.EagleDrafter.from_pretrained(tmp_path, model, num_tokens=2)
         with pytest.raises(ValueError, match="got EagleModel, which reads hidden states .* EagleDrafter"):
             model.generate(**prompt(), **OPTIONS, assistant_model=drafter.model)

@@ -14,14 +14,15 @@ import copyreg
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -60,11 +61,11 @@ class _Drafters:
     """The drafters that calls of a patched model asked for by arguments of `generate`, kept for later calls.
 
     Attributes:
-        by_name: heads by folder or hub name. `None` is the name of the MTP layers in the model's own checkpoint.
+        by_name: heads by folder or hub name, with the dtype and device of the model for which they were loaded.
         by_model: drafters that share the parameters of a model of the caller, and do not refer to that object.
     """
 
-    by_name: dict[str | None, Drafter] = field(default_factory=dict)
+    by_name: dict[str | None, tuple[tuple[torch.dtype, torch.device], Drafter]] = field(default_factory=dict)
     by_model: WeakKeyDictionary[PreTrainedModel, Drafter] = field(default_factory=WeakKeyDictionary)
 
 
@@ -445,7 +446,7 @@ class SpeculativeModel(GenerationMixin):
         for name in ("inputs_tensor", "assistant_tokenizer"):
             model_kwargs.pop(name, None)
         if generation_config.use_mtp:
-            drafter = _mtp_drafter(self)
+            drafter = _kept(self, None, partial(MTPDrafter.from_target, self))
         elif assistant_model is not None:
             drafter = _drafter_of(self, assistant_model, generation_config.speculation_type)
         elif generation_config.assistant_early_exit is not None:
@@ -539,11 +540,8 @@ def _drafter_of(
     if isinstance(assistant, Drafter):
         drafter = assistant
     elif isinstance(assistant, (str, os.PathLike)):
-        kept = _drafters.setdefault(model, _Drafters()).by_name
         name = os.fspath(assistant)
-        if name not in kept:
-            kept[name] = load_head(name, model)
-        drafter = kept[name]
+        drafter = _kept(model, name, partial(load_head, name, model))
     else:
         drafter = drafter_of_assistant(assistant, _drafters.setdefault(model, _Drafters()).by_model)
     if kind == "dflash" and not isinstance(drafter, DFlashDrafter):
@@ -555,12 +553,13 @@ def _drafter_of(
     return drafter
 
 
-def _mtp_drafter(model: PreTrainedModel) -> Drafter:
-    """The drafter that `use_mtp` asks for. The MTP layers are loaded once for each patched model."""
-    kept = _drafters.setdefault(model, _Drafters()).by_name
-    if None not in kept:
-        kept[None] = MTPDrafter.from_target(model)
-    return kept[None]
+def _kept(model: PreTrainedModel, name: str | None, load: Callable[[], Drafter]) -> Drafter:
+    """The drafter of this name, loaded once for each patched model, and again after a change of its dtype or device.
+    `None` names the MTP layers in the model's own checkpoint."""
+    kept, form = _drafters.setdefault(model, _Drafters()).by_name, (model.dtype, model.device)
+    if name not in kept or kept[name][0] != form:
+        kept[name] = form, load()
+    return kept[name][1]
 
 
 def _speculate(

@@ -552,6 +552,7 @@ def test_weights_are_read_once_in_ten_calls(reads, written):
 
 
 def test_layers_are_dropped_by_unpatch(monkeypatch, written):
+    """After a change of the target's dtype, they are read again."""
     target, made = written("mimo").target(), []
     from_target = MtpModel.from_target.__func__
 
@@ -565,8 +566,12 @@ def test_layers_are_dropped_by_unpatch(monkeypatch, written):
         target.generate(**prompt(), **GREEDY, use_mtp=True)
         gc.collect()
         assert len(made) == 1 and made[0]() is not None
+        target.to(torch.bfloat16)
+        target.generate(**prompt(), **GREEDY, use_mtp=True)
+        gc.collect()
+        assert len(made) == 2 and made[0]() is None and made[1]().dtype == torch.bfloat16
     gc.collect()
-    assert made[0]() is None
+    assert made[1]() is None
 
 
 @pytest.mark.parametrize(

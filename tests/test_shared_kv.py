@@ -495,6 +495,17 @@ def test_assistant_model_of_a_call():
 
 
 @needs_assistant
+def test_a_patched_model_does_not_keep_the_assistants_of_calls():
+    target, assistant = target_of(), assistant_of()
+    with sdt.patched(target):
+        target.generate(**prompt(), **GREEDY, assistant_model=assistant)
+        alive = weakref.ref(assistant)
+        del assistant
+        gc.collect()
+        assert alive() is None
+
+
+@needs_assistant
 @pytest.mark.parametrize("tree", [sdt.Topology.from_widths([3, 30]), pytest.param(80, marks=pytest.mark.slow)])
 def test_trees_of_more_than_64_nodes(tree):
     """Levels of fewer nodes have fewer words of bits."""

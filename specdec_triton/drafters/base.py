@@ -267,8 +267,8 @@ def check_static(owner: str, tree: Topology | DynamicTree | int | None) -> None:
     """
     if isinstance(tree, DynamicTree):
         raise ValueError(
-            f"{owner}: tree must not be a DynamicTree, which needs draft probabilities (ModelDrafter and "
-            f"EarlyExitDrafter have them), got {tree}"
+            f"{owner}: tree must not be a DynamicTree, which needs draft probabilities (draft models "
+            f"and trained heads have them), got {tree}"
         )
 
 

@@ -1,8 +1,8 @@
 """Random tiny DFlash heads, written as checkpoints in the published layouts.
 
 Names, shapes and configs are those of z-lab/dflash and its published heads, of Muse Glimmer's assistant in
-transformers, and of vllm-project/speculators. vLLM reads all of them; where a writer leaves a choice open, its reading
-holds. See `checkpoints` for the letters and for the weights.
+transformers, and of vllm-project/speculators. vLLM reads all of them. If a writer leaves a choice open, vLLM's
+reading holds. See `checkpoints` for the letters and for the weights.
 """
 
 from dataclasses import dataclass

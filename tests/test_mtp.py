@@ -502,7 +502,7 @@ def test_layers_of_another_model_are_refused(written):
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("family", [slow_unless(family == "deepseek_v3", family) for family in SERVED])
 def test_use_mtp(family, num_layers, written):
-    """transformers' own argument on a patched model, also where transformers refuses it: in batches, and for families
+    """transformers' own argument on a patched model, also if transformers refuses it: in batches, and for families
     whose MTP layers it does not know."""
     if num_layers > MTP_FAMILIES[family].most_layers:
         pytest.skip("published checkpoints have one layer")
@@ -634,7 +634,7 @@ def test_captured_rounds_draft_the_same(family, num_layers, tree, options, lag, 
             assert torch.equal(target.generate(**prompt(), **options), text)
             stats = sdt.stats(target)
             assert stats.replayed > 5 and (stats.captured, stats.reused) == ((0, 2) if call else (2, 0))
-            # the last drafts differ, because captured rounds also draft what can no longer be emitted
+            # the last drafts differ, because captured rounds also draft tokens that can no longer be emitted
             assert stats.accepted_by_position[:2] == pytest.approx(eager.accepted_by_position[:2], abs=1)
 
 

@@ -1,4 +1,4 @@
-"""MTP layers of a target's own checkpoint: which tensors are theirs, what is read, and what is refused."""
+"""MTP layers of a target's own checkpoint: their tensors, the reads of files, and refusals."""
 
 import json
 
@@ -266,7 +266,7 @@ def test_another_checkpoint(deepseek):
 
 def test_a_quantized_target_has_plain_layers(deepseek):
     """The layers are built from a config without quantization, in the dtype that the target computes in. The
-    target's choice of what stays in fp32 holds for them, too."""
+    target's list of modules that stay in fp32 holds for them, too."""
     target = loaded(deepseek).to(torch.bfloat16)
     target.config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
     model = MtpModel.from_target(target)

@@ -362,7 +362,7 @@ def test_captured_rounds_draft_the_same(kind, tree, options, lag, monkeypatch, t
             assert torch.equal(target.generate(**prompt(), **options), text)
             stats = sdt.stats(target)
             assert stats.replayed > 5 and (stats.captured, stats.reused) == ((0, 2) if call else (2, 0))
-            # the last drafts differ, because captured rounds also draft what can no longer be emitted
+            # the last drafts differ, because captured rounds also draft tokens that can no longer be emitted
             assert stats.accepted_by_position[:2] == pytest.approx(eager.accepted_by_position[:2], abs=1)
 
 

@@ -569,7 +569,7 @@ def test_captured_rounds_draft_the_same(tree, options, monkeypatch):
             assert torch.equal(target.generate(**prompt(), **options), text)
             stats = sdt.stats(target)
             assert stats.replayed > 5 and (stats.captured, stats.reused) == ((0, 2) if call else (2, 0))
-            # the last drafts differ, because captured rounds also draft what can no longer be emitted
+            # the last drafts differ, because captured rounds also draft tokens that can no longer be emitted
             assert stats.accepted_by_position[:2] == pytest.approx(eager.accepted_by_position[:2], abs=1)
     assert read[0] and read[0] == read[1]
 
@@ -681,7 +681,7 @@ def test_what_this_version_builds(tmp_path):
 
 @pytest.mark.parametrize("name", ["Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"])
 def test_other_drafters_refuse_an_assistant(name):
-    """By name; the message says what drafts with it, and which versions of transformers can build one."""
+    """By name; the message names the drafter for it, and the versions of transformers that can build one."""
     kind = getattr(transformers, name)
     assistant = kind.__new__(kind)
     vars(assistant)["config"] = SimpleNamespace(model_type=kind.config_class.model_type)

@@ -232,7 +232,7 @@ def _check_target(assistant: PreTrainedModel, target: PreTrainedModel) -> None:
     """Refuse a target whose hidden states or keys an assistant cannot read.
 
     Raises:
-        ValueError: the message names what differs.
+        ValueError: the message names the values that differ.
     """
     own, config = assistant.config.get_text_config(), target.config.get_text_config(decoder=True)
     sources = shared_layers(config) if getattr(config, "layer_types", None) else {}

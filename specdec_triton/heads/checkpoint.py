@@ -41,7 +41,7 @@ UNSUPPORTED_TYPES = {"dspark": "DSpark", "dflash2": "DFlash 2", "domino": "Domin
 # `model_type` of transformers' assistants that read the target's states -> the kind
 UNSUPPORTED_ASSISTANTS = dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "a Gemma 4 assistant")
 MUSE = "muse_glimmer_assistant"  # transformers' `model_type` of the DFlash heads of Muse Glimmer
-# kinds that a head's name does not load -> what loads them
+# kinds that a head's name does not load -> the way to load them
 INSTEAD = {
     "a Gemma 4 assistant": "load it with Gemma4AssistantDrafter.from_pretrained",
     "MTP": "load the layers for multi-token prediction with MTPDrafter.from_target",

@@ -445,7 +445,7 @@ def reads(monkeypatch):
             return self.opened.get_slice(name)
 
     for module in list(sys.modules.values()):
-        if getattr(module, "safe_open", None) is safe_open:
+        if vars(module).get("safe_open") is safe_open:  # getattr would import lazy modules
             monkeypatch.setattr(module, "safe_open", Counted)
     return found
 

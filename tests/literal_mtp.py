@@ -138,7 +138,7 @@ class LiteralDraft(DraftedTrees):
         return 0 if self.mistake == "first layer for all levels" else len(path) % len(self.layers)
 
     def _fed_back(self, path: tuple[int, ...]) -> torch.Tensor:
-        """What a recycled layer gets in place of the target's hidden state, [H]."""
+        """The input [H] of a recycled layer in place of the target's hidden state."""
         if self.mistake == "target's states for drafted tokens":
             return self.features[-1]
         return self.normed(0, self.rows(path)[-1])

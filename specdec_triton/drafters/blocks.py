@@ -106,6 +106,12 @@ class BlockMarginals(Marginals):
             "draft",
         )
 
+    def _take(self, prompt: Any) -> None:
+        """Continue from the cache of a prompt's reader, which then drops it, because it was copied."""
+        columns = int(self.context.host_length[0]) - prompt.first
+        self._runner.take_cache(prompt.cache, self.context.cache_capacity(self._room), columns)
+        prompt.cache = None
+
     @property
     def slots(self):
         return self._runner.cache.slots

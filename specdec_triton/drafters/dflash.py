@@ -12,14 +12,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..forward.checks import graph_hazard
 from ..forward.versions import CACHE
-from ..forward.wrappers import unwrap
-from ..heads.checkpoint import read_checkpoint
 from ..heads.dflash import DFlashModel
 from ..ops.rules import CHAIN_RULES
 from ..tree import DynamicTree, Topology
 from .base import DraftContext, Drafter
 from .blocks import BlockMarginals
-from .head_forwards import accepted_features, head_logits, head_weights
+from .head_forwards import accepted_features, head_logits, head_weights, load_model, num_known
 from .marginals import Shape, check_marginal_tree, check_marginals, default_nodes, shape_of, start_session
 from .model import check_shape
 
@@ -104,17 +102,8 @@ class DFlashDrafter(Drafter):
             ValueError: there is no such checkpoint, it is malformed or of a kind that is not supported, or it does not
                 fit the target.
         """
-        if target is not None:
-            target = unwrap(target, "DFlashDrafter.from_pretrained")
-            dtype, device = dtype or target.dtype, device or target.device
-        model = DFlashModel.from_checkpoint(
-            read_checkpoint(name_or_path),
-            rope_theta=rope_theta,
-            layers=layers,
-            layer_meaning=layer_meaning,
-            dtype=dtype,
-            device=device,
-        )
+        conventions = {"rope_theta": rope_theta, "layers": layers, "layer_meaning": layer_meaning}
+        model, target = load_model(DFlashModel, name_or_path, target, dtype, device, **conventions)
         drafter = cls(model, num_tokens, tree, replacement)
         if target is not None:
             drafter.check(target)
@@ -123,9 +112,8 @@ class DFlashDrafter(Drafter):
     def check(self, model, rule=None, tree=None):
         self.model.check_target(model)
         check_marginal_tree("DFlashDrafter", tree, self.model.num_drafted)
-        known, vocab_size = self.model.target_ids, model.config.get_text_config().vocab_size
-        num_known = vocab_size if known is None else len(known)
-        check_marginals(self, self._shape(tree, rule), rule, num_known, "the size of the draft's vocabulary")
+        limit = "the size of the draft's vocabulary"
+        check_marginals(self, self._shape(tree, rule), rule, num_known(self.model, model), limit)
 
     def _shape(self, tree: Shape | None, rule: str | None, batch: int = 1) -> Shape:
         default: Shape = default_nodes(batch)
@@ -200,10 +188,7 @@ class DFlashMarginals(BlockMarginals):
             count=0,
         )
         self.num_known = None if model.target_ids is None else len(model.target_ids)
-        self._runner.take_cache(
-            prompt.cache, context.cache_capacity(self._room), int(context.host_length[0]) - prompt.first
-        )
-        prompt.cache = None  # it was copied
+        self._take(prompt)
         self._features = context.buffers.put("draft.features", prompt.feature.repeat(1, rows, 1))
         masks = torch.full((len(context.start), rows + block), model.mask_token_id, device=context.start.device)
         self._tokens = context.buffers.put("draft.block", masks)  # of text rows, which are not read, and the block

@@ -8,14 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..forward.checks import graph_hazard
-from ..forward.wrappers import unwrap
-from ..heads.checkpoint import read_checkpoint
 from ..heads.eagle import EagleModel
 from ..ops.rules import CHAIN_RULES
 from ..tree import DynamicTree, Topology
 from .base import DraftContext, Drafter, most_nodes_each, topology_of
-from .dynamic import DynamicSession
-from .head_forwards import HeadForwards, PromptRows
+from .head_forwards import PromptRows, load_model, num_known, start_head_session
 from .level_session import LevelSession
 from .marginals import MarginalSession, Shape, default_nodes, start_session
 from .model import check_drafted, check_shape
@@ -109,17 +106,8 @@ class EagleDrafter(Drafter):
             ValueError: there is no such checkpoint, it is malformed or of a kind that is not supported, or it does not
                 fit the target.
         """
-        if target is not None:
-            target = unwrap(target, "EagleDrafter.from_pretrained")
-            dtype, device = dtype or target.dtype, device or target.device
-        model = EagleModel.from_checkpoint(
-            read_checkpoint(name_or_path),
-            rope_theta=rope_theta,
-            layers=layers,
-            layer_meaning=layer_meaning,
-            dtype=dtype,
-            device=device,
-        )
+        conventions = {"rope_theta": rope_theta, "layers": layers, "layer_meaning": layer_meaning}
+        model, target = load_model(EagleModel, name_or_path, target, dtype, device, **conventions)
         drafter = cls(model, num_tokens, tree, replacement)
         if target is not None:
             drafter.check(target)
@@ -127,8 +115,7 @@ class EagleDrafter(Drafter):
 
     def check(self, model, rule=None, tree=None):
         self.model.check_target(model)
-        known, limit = self.model.target_ids, "the size of the head's vocabulary"
-        vocab_size = model.config.get_text_config().vocab_size if known is None else len(known)
+        limit, vocab_size = "the size of the head's vocabulary", num_known(self.model, model)
         if self.model.num_drafted:
             check_parallel(self, tree, rule, self.model.num_drafted, vocab_size, limit)
         else:
@@ -155,12 +142,7 @@ class EagleDrafter(Drafter):
         if self.model.num_drafted:
             return self._start_parallel(context, tree, self.model.num_drafted)
         shape = self._shape(tree, context.rule, len(context.start))
-        dynamic = isinstance(shape, DynamicTree)
-        nodes = shape.num_expanded if dynamic else shape.num_nodes
-        forwards = HeadForwards(self.model, context, context.prompt_reader, nodes, shape.max_depth)
-        if dynamic:
-            return DynamicSession(forwards, context, shape)
-        return LevelSession(forwards, context, shape, self.replacement)
+        return start_head_session(self, context, shape)
 
     def _start_parallel(
         self, context: DraftContext, tree: Shape | None, trained: int

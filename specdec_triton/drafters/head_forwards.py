@@ -8,18 +8,23 @@ are dropped, and the rows of the accepted tokens are computed from the target's 
 Letters: B sequences, N tree nodes, R rows, D edges on the longest path, V vocabulary, H hidden size of the head.
 """
 
+from typing import Any
+
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from ..forward.runner import TreeRunner
 from ..forward.versions import CACHE
-from ..forward.wrappers import num_weights, output_logits
+from ..forward.wrappers import num_weights, output_logits, unwrap
+from ..heads.checkpoint import read_checkpoint
 from ..heads.eagle import EagleModel
 from ..ops.reference import Acceptance
-from ..tree import Topology, topology_tensors, with_rows
-from .base import DraftContext
+from ..tree import DynamicTree, Topology, topology_tensors, with_rows
+from .base import DraftContext, Drafter
+from .dynamic import DynamicSession
 from .forwards import DraftForwards
+from .level_session import LevelSession
 
 
 class PromptRows:
@@ -166,6 +171,45 @@ class HeadForwards(DraftForwards):
         features = accepted_features(self._model, self.context.states, accepted)
         self._features[:, : features.shape[1]] = features
         self._count.copy_(accepted.length + 1)
+
+
+def load_model(
+    kind: type[Any],
+    name_or_path: str,
+    target: PreTrainedModel | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    **conventions: Any,
+) -> tuple[Any, PreTrainedModel | None]:
+    """Load a head, and unwrap its target.
+
+    Args:
+        kind: the class of the head.
+        name_or_path: a local folder, or a name on the hub.
+        target: the model that the head drafts for, or None.
+        dtype, device: of the head; the target's if they are None.
+        conventions: further arguments of `from_checkpoint`.
+    """
+    if target is not None:
+        target = unwrap(target, f"{kind.__name__.removesuffix('Model')}Drafter.from_pretrained")
+        dtype, device = dtype or target.dtype, device or target.device
+    return kind.from_checkpoint(read_checkpoint(name_or_path), dtype=dtype, device=device, **conventions), target
+
+
+def num_known(model: PreTrainedModel, target: PreTrainedModel) -> int:
+    """Number of tokens that a head can name."""
+    return target.config.get_text_config().vocab_size if model.target_ids is None else len(model.target_ids)
+
+
+def start_head_session(
+    drafter: Drafter, context: DraftContext, shape: Topology | DynamicTree, kind: type[HeadForwards] = HeadForwards
+) -> LevelSession:
+    """Start the session in which `drafter.model` drafts a shape with forwards of a class."""
+    nodes = shape.num_expanded if isinstance(shape, DynamicTree) else shape.num_nodes
+    forwards = kind(drafter.model, context, context.prompt_reader, nodes, shape.max_depth)
+    if isinstance(shape, DynamicTree):
+        return DynamicSession(forwards, context, shape)
+    return LevelSession(forwards, context, shape, drafter.replacement)
 
 
 def embedded(model: EagleModel, target: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,7 @@ from ..heads.mtp import MtpModel
 from ..ops.reference import Acceptance
 from ..tree import WORD_BITS, DynamicTree, Topology, bits_of_nodes
 from .base import DraftContext, Drafter, topology_of
-from .dynamic import DynamicSession
-from .head_forwards import HeadForwards, PromptRows, embedded
-from .level_session import LevelSession
+from .head_forwards import HeadForwards, PromptRows, embedded, start_head_session
 from .model import check_drafted, check_shape
 
 DEFAULT_TOKENS = 3  # of a chain that a single layer drafts
@@ -122,19 +120,9 @@ class MTPDrafter(Drafter):
 
     def start(self, context, tree=None):
         shape, layers = self._shape(tree, context.rule), self.model.num_layers
-        dynamic = isinstance(shape, DynamicTree)
-        if layers > 1 and not dynamic:
+        if layers > 1 and isinstance(shape, Topology):
             shape = shape.limited(layers)  # the largest tree of `tree="auto"`
-        forwards = (HeadForwards if layers == 1 else MtpForwards)(
-            self.model,
-            context,
-            context.prompt_reader,
-            shape.num_expanded if dynamic else shape.num_nodes,
-            shape.max_depth,
-        )
-        if dynamic:
-            return DynamicSession(forwards, context, shape)
-        return LevelSession(forwards, context, shape, self.replacement)
+        return start_head_session(self, context, shape, HeadForwards if layers == 1 else MtpForwards)
 
 
 class MtpPromptRows(PromptRows):

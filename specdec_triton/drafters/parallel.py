@@ -82,9 +82,7 @@ class HeadMarginals(BlockMarginals):
             count=1,
         )
         self.num_known = None if model.target_ids is None else len(model.target_ids)
-        columns = int(context.host_length[0]) - prompt.first
-        self._runner.take_cache(prompt.cache, context.cache_capacity(self._room), columns)
-        prompt.cache = None  # it was copied
+        self._take(prompt)
         features = model.mask_feature.repeat(batch, self._rows + block, 1)
         features[:, :1] = prompt.last
         self._features = context.buffers.put("draft.features", features)  # of all rows; the first are those of the text

@@ -146,7 +146,7 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _read(file: Path) -> Any:
-    """What a file holds: tensors by their names, if it is well-formed."""
+    """The tensors of a file by their names, if the file is well-formed."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

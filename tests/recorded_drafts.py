@@ -30,34 +30,44 @@ class Drafted(NamedTuple):
     scores: torch.Tensor | None
 
 
-def record(monkeypatch, drafter):
-    """A list to which each later draft of the drafter appends a `Drafted` for each unfinished row."""
-    drafts, scores = [], []
-    start, likeliest = type(drafter).start, DraftTree.likeliest
-
-    def choosing(tokens, parents, given, *rest):
-        tree, kept = likeliest(tokens, parents, given, *rest)
-        scores.append(given.gather(1, kept))
-        return tree, kept
+def watch(monkeypatch, drafter, before, after):
+    """Each later draft of the drafter calls `before()`, and then `after(row, text, budget, tree)` for each unfinished
+    row. The arguments are those of `Drafted`."""
+    start = type(drafter).start
 
     def starting(self, context, *args):
         session = start(self, context, *args)
         draft = session.draft
 
         def drafting():
-            scores.clear()
+            before()
             tree = draft()
             for row, budget in enumerate(context.host_budget.tolist()):
                 text = context.tokens[row, context.start[row] : context.length[row] + 1].tolist()
                 if budget:
-                    drafts.append(Drafted(row, text, budget, tree.clone(), scores[0].clone() if scores else None))
+                    after(row, text, budget, tree.clone())
             return tree
 
         session.draft = drafting
         return session
 
-    monkeypatch.setattr(DraftTree, "likeliest", staticmethod(choosing))
     monkeypatch.setattr(type(drafter), "start", starting)
+
+
+def record(monkeypatch, drafter):
+    """A list to which each later draft of the drafter appends a `Drafted` for each unfinished row."""
+    drafts, scores, likeliest = [], [], DraftTree.likeliest
+
+    def choosing(tokens, parents, given, *rest):
+        tree, kept = likeliest(tokens, parents, given, *rest)
+        scores.append(given.gather(1, kept))
+        return tree, kept
+
+    def after(*drafted):
+        drafts.append(Drafted(*drafted, scores[0].clone() if scores else None))
+
+    monkeypatch.setattr(DraftTree, "likeliest", staticmethod(choosing))
+    watch(monkeypatch, drafter, scores.clear, after)
     return drafts
 
 

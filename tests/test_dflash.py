@@ -22,6 +22,7 @@ from dflash_checkpoints import DFLASH_LAYOUTS, write_dflash
 from families import NEVER, VOCAB, build, enlarge_weights, prompt
 from helpers import accept_more, accepted, capture_here
 from literal_dflash import MISTAKES, LiteralBlock
+from recorded_drafts import watch
 from specdec_triton import _patch
 from specdec_triton.drafters.dflash import DFlashMarginals
 from specdec_triton.drafters.marginals import NODES, WIDTH
@@ -65,32 +66,17 @@ class Drafted(NamedTuple):
 
 def record(monkeypatch, drafter):
     """A list to which each later draft of the drafter appends a `Drafted` for each unfinished row."""
-    drafts, blocks = [], []
-    start, logits = type(drafter).start, DFlashMarginals.logits
+    drafts, blocks, logits = [], [], DFlashMarginals.logits
 
     def predicting(self, depth):
         blocks.append(logits(self, depth).clone())
         return blocks[-1]
 
-    def starting(self, context, *args):
-        session = start(self, context, *args)
-        draft = session.draft
-
-        def drafting():
-            blocks.clear()
-            tree = draft()
-            for row, budget in enumerate(context.host_budget.tolist()):
-                text = context.tokens[row, context.start[row] : context.length[row] + 1].tolist()
-                if budget:
-                    log_probs = blocks[0][row].double().log_softmax(-1) if blocks else None
-                    drafts.append(Drafted(row, text, budget, tree.clone(), log_probs))
-            return tree
-
-        session.draft = drafting
-        return session
+    def after(row, *drafted):
+        drafts.append(Drafted(row, *drafted, blocks[0][row].double().log_softmax(-1) if blocks else None))
 
     monkeypatch.setattr(DFlashMarginals, "logits", predicting)
-    monkeypatch.setattr(type(drafter), "start", starting)
+    watch(monkeypatch, drafter, blocks.clear, after)
     return drafts
 
 

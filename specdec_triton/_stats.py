@@ -33,6 +33,7 @@ class Stats:
         fused: number of the target's modules that ran in fewer kernels, by class; see `Options.fuse`.
         not_fused: class of a module that could not -> the reason.
         lag: number of rounds by which the host reads reports late.
+        why_no_lag: the reason why the host reads each report before the next round, or None.
         auto: with `tree="auto"`, the choices that were made; see `AdaptiveTree.summary`.
     """
 
@@ -53,6 +54,7 @@ class Stats:
     fused: dict[str, int] = field(default_factory=dict)
     not_fused: dict[str, str] = field(default_factory=dict)
     lag: int = 0
+    why_no_lag: str | None = None
     auto: dict[str, Any] | None = None
 
     def __repr__(self) -> str:

@@ -165,8 +165,15 @@ class DraftSession(ABC):
         """
 
 
+    def finish(self) -> None:  # noqa: B027, most have no use for it
+        """Called once after the last round of a call, unless the call ends with an exception. `context.host_tokens` and
+        `context.host_length` then hold the whole texts. It is not called if the prompt's forward emits the only token,
+        or in `warmup`."""
+
+
 class Drafter(ABC):
-    """Base class of drafters; see the module.
+    """Base class of drafters; see the module. A drafter outlives calls. It may keep what a session leaves with it in
+    `DraftSession.finish`; calls of several threads may run at the same time.
 
     Attributes:
         resizable: True if its sessions draft the tree that `prepare` asks for. `tree="auto"` requires it.

@@ -175,6 +175,12 @@ class Call:
         """True if everything between two forwards is computed on the device."""
         return not self.processors or self.over_nodes
 
+    def why_host_processes(self) -> str | None:
+        """The reason why the host must process scores in each round, or None."""
+        if self.on_device:
+            return None
+        return f"{', '.join(type(each).__name__ for each in self.processors)} in logits_processor runs on the host"
+
     def why_eager(self) -> str | None:
         """The reason why rounds cannot be captured as CUDA graphs, or None.
 
@@ -184,8 +190,7 @@ class Call:
         if self.options.cuda_graphs is False:
             return "cuda_graphs=False"
         why = cannot_capture(self.device) or graph_hazard(self.model) or self.drafter.graph_hazard()
-        if not why and not self.on_device:
-            why = f"{', '.join(type(each).__name__ for each in self.processors)} in logits_processor runs on the host"
+        why = why or self.why_host_processes()
         if why and self.options.cuda_graphs is True:
             raise ValueError(f'generate: cuda_graphs must be "auto" or False in such a call, got True: {why}')
         return why

@@ -66,7 +66,9 @@ class Generation:
             keep=call.keep,
         )
         # processors that run on the host need each report before the next round
-        self.reports = Reports(call.device, LAG.get(call.device.type, 0) if call.on_device else 0)
+        lag = LAG.get(call.device.type, 0)
+        self.stats.why_no_lag = call.why_host_processes() or (None if lag else f"tensors on {call.device.type}")
+        self.reports = Reports(call.device, lag if call.on_device else 0)
         room = min(call.max_length, prompt_length + FIRST_RESERVE)
         self.workspace = self.workspaces.take(call, room, NODES_RESERVE, self.reports.lag)
         self.graph_runner, self.buffers = self.workspace.graph_runner, self.workspace.buffers
@@ -134,6 +136,7 @@ class Generation:
                     self.step()
                 if len(self.reports) > self.reports.lag or self.context.host_budget.max() <= len(self.reports):
                     self.read()
+            self.finish_session()
             self.finish_stats()
             if self.call.streamer is not None:
                 self.call.streamer.end()
@@ -185,6 +188,7 @@ class Generation:
         self.drafts_on_device = self.session.on_device and self.session.trusted
         if not self.drafts_on_device:
             self.reports.lag = 0  # the draft may depend on the last report
+            self.stats.why_no_lag = f"{type(self.call.drafter).__name__} drafts on the host"
         # a draft of the host is not part of a graph
         self.reusable = self.reusable and (self.session.reusable or not self.drafts_on_device)
         self.context.unread_tokens = self.reports.lag * (self.session.max_depth + 1)
@@ -318,6 +322,12 @@ class Generation:
         self.controller.record(
             verified, paths, [drafted[row] > 0 for row in live], spent, built=self.context.fixed_shapes
         )
+
+    @records_time("draft")
+    def finish_session(self) -> None:
+        if self.session is not None and not endless.get():
+            self.context.host_length[:] = self.output.length  # a criterion may have cut a row
+            self.session.finish()
 
     def finish_stats(self) -> None:
         stats, runner = self.stats, self.graph_runner

@@ -11,6 +11,7 @@ from families import NEVER, build, prompt
 from helpers import context
 from simulated_graph import Record
 from specdec_triton.drafters import prompt_lookup
+from specdec_triton.drafters import timed as timing
 from specdec_triton.drafters.prompt_lookup import _matches
 from specdec_triton.ops.reference import Acceptance
 from specdec_triton.tools.host_sync import count_host_reads
@@ -194,7 +195,8 @@ def timed(rows, times=STEEP, rule="greedy", **options):
     now = context(rows, budget=400, max_length=400)
     now.target, now.rule = SimpleNamespace(model=torch.nn.Module(), cache=None), rule
     session = sdt.PromptLookupDrafter(**options).start(now)
-    session.times = times
+    if session.drafter.adaptive:
+        session.times.costs = times
     return now, session
 
 
@@ -216,9 +218,9 @@ def test_a_draft_must_pay_by_the_times_of_a_forward():
         (LONG, STEEP, 12),
         (LONG, sdt.Costs(verify=((1, 1.0), (12, 12.0))), 1),
         (LONG, sdt.Costs(verify=((1, 1.0), (4, 1.0), (12, 10.0))), 4),  # as long as pays
-        # 5.2 tokens are expected, which is 1.15 times as many per second as plain steps, or 1.05 times
-        (LONG, sdt.Costs(verify=((1, 1.0), (4, 4.5), (12, 4.5))), 12),
-        (LONG, sdt.Costs(verify=((1, 1.0), (4, 4.95), (12, 4.95))), 1),
+        # 7.04 tokens are expected, which is 1.15 times as many per second as plain steps, or 1.05 times
+        (LONG, sdt.Costs(verify=((1, 1.0), (4, 6.12), (12, 6.12))), 12),
+        (LONG, sdt.Costs(verify=((1, 1.0), (4, 6.7), (12, 6.7))), 1),
         ([1, 2, 3], FLAT, 1),
     ):
         _, session = timed([rows], times)
@@ -236,7 +238,7 @@ def test_auto_trees_decide_alone():
         assert session.draft().num_nodes == 1
         for depth in (1, 2):
             session.prepare(sdt.Topology.chain(depth))
-            assert session.draft().num_nodes == 4 and session._drafted[0] == depth
+            assert session.draft().depth.amax() == depth
         session.prepare()
         assert session.draft().num_nodes == 1
 
@@ -251,12 +253,16 @@ def test_acceptance_is_learned_from_the_rounds():
         emit(now, LONG[-10:])
     assert widths[0] == 12 and widths[-1] == 1
     now, session = timed([[*LONG, *LONG]])
-    before = session._acceptance[0].copy()
+    before = session.chances.now.copy()
     tree = session.draft()
     emit(now, tree.tokens[0, 1:5].tolist() + [99])  # four tokens are accepted, the fifth is rejected
     session.draft()
-    grown = session._acceptance[0, -1] > before[-1]
-    assert grown[:4].all() and not grown[4:].any() and (session._acceptance[0, :-1] == before[:-1]).all()
+    place = timing.class_of(10)
+    rate = first = before[0, place]
+    for hit in (1, 1, 1, 1, 0):  # each token is compared with the chance that the draft gave it
+        rate += timing.LEARNING * (hit - first)
+    assert session.chances.now[0, place] == pytest.approx(rate) != first
+    assert np.count_nonzero(session.chances.now != before) == 1
 
 
 def test_a_draft_of_one_row_must_pay_for_all_rows():
@@ -272,8 +278,8 @@ def test_a_draft_of_one_row_must_pay_for_all_rows():
 
 def test_times_are_learned_from_rounds_and_kept_for_later_calls(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(prompt_lookup.time, "perf_counter", lambda: clock.now)
-    now, session = timed([LONG], OnlineCosts(prompt_lookup.CPU_TIMES))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    now, session = timed([LONG], OnlineCosts(timing.CPU_TIMES))
     widths = []
     for number in range(9):
         for new in (lambda tree, number=number: [*tree.tokens[0, 1:].tolist(), 100 + number], lambda _: LONG[-10:]):
@@ -284,12 +290,12 @@ def test_times_are_learned_from_rounds_and_kept_for_later_calls(monkeypatch):
             clock.now += 1000.0  # other steps are not timed
             emit(now, new(tree))
     assert widths[0] == 12 and widths[-2] == 1  # twenty times the time does not pay
-    assert session.times.costs.verify_seconds(1) == 3.0
+    assert session.times.costs.costs.verify_seconds(1) == 3.0
     later = sdt.PromptLookupDrafter().start(now)
-    assert later.times.costs.verify_seconds(12) / later.times.costs.verify_seconds(1) > 4
+    assert later.times.costs.costs.verify_seconds(12) / later.times.costs.costs.verify_seconds(1) > 4
     other = SimpleNamespace(model=torch.nn.Module(), cache=None)
     now.target = other
-    assert sdt.PromptLookupDrafter().start(now).times.costs == prompt_lookup.CPU_TIMES
+    assert sdt.PromptLookupDrafter().start(now).times.costs.costs == timing.CPU_TIMES
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block", "multi_round", "traversal", "typical", "coupled", "greedy"])
@@ -308,6 +314,6 @@ def test_the_text_does_not_depend_on_the_times(times, sampled, monkeypatch):
     baseline = sdt.SpeculativeGenerate(seed=3)
     plain = model.generate(**prompt(), **options, custom_generate=baseline)
     monkeypatch.setattr(prompt_lookup._TimedLookupSession, "observe", lambda *_: None)
-    monkeypatch.setattr(prompt_lookup, "CPU_TIMES", times)
+    monkeypatch.setattr(timing, "CPU_TIMES", times)
     with sdt.patched(model, drafter=sdt.PromptLookupDrafter(4), seed=3):
         assert torch.equal(model.generate(**prompt(), **options), plain)

@@ -5,9 +5,7 @@ lookup decoding (Saxena 2023), as in transformers' `prompt_lookup_num_tokens`. H
 branches of one tree.
 """
 
-import time
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,30 +13,15 @@ import torch
 from .. import ops
 from ..ops.reference import Acceptance, longest_matches, update_estimates
 from ..tree import DraftTree, Topology
-from ..tree_choice.costs import Costs, OnlineCosts
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_static
+from .timed import MATCH_CLASSES, PAYS, Chances, Proposal, RoundTimes, may_use_times, padded_width, tree_of
 
-# The number of nodes is padded to a multiple of this. On CPUs a matrix product over 2, 3 or 11 rows takes longer than
-# one over 4 or 12, and fewer widths mean fewer compiled graphs.
-NODE_BUCKET = 4
 # With `adaptive`, each row estimates the number of accepted tokens for each length of the match. The estimate for a
 # match of m tokens starts at m * FIRST_WORTH. Nothing is drafted if it is below PAYS, because the longer forward would
 # then cost more than it gains. LEARNING is the weight of the latest round in the estimate. If nothing was drafted, the
 # estimate moves by the share DRIFT towards its start, so that drafts are tried again later.
-FIRST_WORTH, PAYS = 0.8, 0.75
+FIRST_WORTH = 0.8
 LEARNING, DRIFT = 0.2, 0.02
-# On a CPU, a forward takes longer with more rows, and the decision uses measured times. Each row then estimates, for
-# each class of matches, the probability that at least d draft tokens are accepted. The classes are matches of at least
-# so many tokens. The estimate for a class of m tokens starts at that of a geometric distribution with the mean
-# m * FIRST_MEAN. A draft must be expected to emit MARGIN times as many tokens per second as a plain step. Chosen by
-# simulation: the recorded greedy texts of SmolLM2-135M on 17 prompts, with the times of `CPU_TIMES`.
-MATCH_CLASSES = np.array([1, 2, 3, 4, 6, 10])
-FIRST_MEAN, MARGIN = 0.5, 1.1
-# Time of a forward by its rows, until it is measured. From SmolLM2-135M in fp32 on 1 and 2 cores of an x86_64: 4 rows
-# took 1.7 to 2.2 times as long as one row, 12 rows 2.2 to 2.3 times.
-CPU_TIMES = Costs(verify=((1, 1.0), (4, 2.0), (12, 2.25)))
-# model -> (batch, capacity, ...) -> the latest times; a call continues with those of earlier calls
-_known_times: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class PromptLookupDrafter(Drafter):
@@ -87,12 +70,6 @@ class PromptLookupDrafter(Drafter):
         return session(self, context, 1 + self.num_tokens * self.branches if tree is None else tree)
 
 
-def may_use_times(context: DraftContext) -> bool:
-    """True if drafts may depend on measured times: the rule gives the same text for any draft, and host times are those
-    of the forwards."""
-    return context.rule in ("greedy", "coupled") and context.start.device.type == "cpu" and context.target is not None
-
-
 class _Session(DraftSession):
     """Base class of both sessions; it determines the shape of the tree."""
 
@@ -115,11 +92,6 @@ class _Session(DraftSession):
         return padded_width(min(self._most, 1 + self._depth * self.drafter.branches))
 
 
-def padded_width(nodes: int) -> int:
-    """`nodes` rounded up to a multiple of `NODE_BUCKET`; a tree of the root alone is not padded."""
-    return nodes if nodes == 1 else -(-nodes // NODE_BUCKET) * NODE_BUCKET
-
-
 class _Match(NamedTuple):
     """A row's text, and the earlier occurrences of its last tokens."""
 
@@ -139,29 +111,22 @@ class _LookupSession(_Session):
         self._first_worth = np.arange(1, drafter.max_ngram + 1, dtype=np.float32) * np.float32(FIRST_WORTH)
         self._worth = np.tile(self._first_worth, (batch, 1))  # estimated accepted tokens, by length of the match
         self._matched = np.zeros(batch, dtype=np.int64)  # length of the row's last match, 0 for none
-        self._drafted = np.zeros(batch, dtype=np.int64)  # depth of the row's last draft
+        self._drafted = np.zeros(batch, dtype=bool)  # whether the row's last tree had draft tokens
         self._length = context.host_length.copy()
 
     def draft(self) -> DraftTree:
         context = self.context
-        device = context.tokens.device
         if self.drafter.adaptive:
             # tokens accepted since the last draft; -1 if no round has ended since
             self._learn(context.host_length - self._length - 1)
         self._length = context.host_length.copy()
         matches = [self._match(row) for row in range(len(context.host_length))]
         self._matched[:] = [match.length if match.depth else 0 for match in matches]
-        self._drafted[:] = self._depths(matches)
-        rows = [self._tree(match, depth) for match, depth in zip(matches, self._drafted.tolist(), strict=True)]
-        width = max(len(tokens) for tokens, _ in rows)
-        if width == 1:
+        proposals = self._proposals(matches)
+        self._drafted[:] = [len(proposal.tokens) > 1 for proposal in proposals]
+        if not self._drafted.any():
             return DraftTree.root_only(context.root[:, None])
-        depth, width = min(self.max_depth, width - 1), padded_width(width)
-        chains = all(parents == list(range(-1, len(parents) - 1)) for _, parents in rows)
-        tokens = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows], device=device)
-        parents = [parents + [-1] * (width - len(parents)) for _, parents in rows]
-        parents = torch.tensor(parents, dtype=torch.int32, device=device)
-        return DraftTree.from_parents(tokens, parents, depth, is_chain=chains)
+        return tree_of(proposals, self.max_depth, context.tokens.device)
 
     def _match(self, row: int) -> _Match:
         context = self.context
@@ -179,24 +144,24 @@ class _LookupSession(_Session):
         worth, first = self._worth[places], self._first_worth[places[1]]
         learnt = worth + np.float32(LEARNING) * (accepted[rows].astype(np.float32) - worth)
         drifted = worth + np.float32(DRIFT) * (first - worth)
-        self._worth[places] = np.where(self._drafted[rows] > 0, learnt, drifted)
+        self._worth[places] = np.where(self._drafted[rows], learnt, drifted)
 
-    def _depths(self, matches: list[_Match]) -> list[int]:
-        """The depth of each row's draft, 0 for no draft."""
+    def _proposals(self, matches: list[_Match]) -> list[Proposal]:
+        """The draft of each row."""
         return [
-            0
-            if not match.length or self.drafter.adaptive and self._worth[row, match.length - 1] < PAYS
-            else match.depth
+            self._proposal(row, match)
+            if match.length and (not self.drafter.adaptive or self._worth[row, match.length - 1] >= PAYS)
+            else Proposal.nothing(int(match.text[-1]))
             for row, match in enumerate(matches)
         ]
 
-    def _tree(self, match: _Match, depth: int) -> tuple[list[int], list[int]]:
-        """Tokens and parents of one row's tree: a trie of the continuations, cut at the largest number of nodes."""
+    def _proposal(self, row: int, match: _Match) -> Proposal:
+        """A trie of the continuations, cut at the largest number of nodes. All tokens have the chance 1."""
         text = match.text
         tokens, parents, children = [int(text[-1])], [-1], {}
-        for end in match.ends if depth else ():
+        for end in match.ends if match.depth else ():
             node = 0
-            for token in text[end + 1 : end + 1 + depth].tolist():
+            for token in text[end + 1 : end + 1 + match.depth].tolist():
                 if (node, token) not in children:
                     if len(tokens) == self._most:
                         break
@@ -204,33 +169,20 @@ class _LookupSession(_Session):
                     tokens.append(token)
                     parents.append(node)
                 node = children[node, token]
-        return tokens, parents
+        return Proposal(tokens, parents, [1.0] * len(tokens), match.length)
 
 
 class _TimedLookupSession(_LookupSession):
-    """Lookup on the host that chooses the depth of its drafts by the times of earlier rounds.
+    """Lookup on the host that chooses the length of its drafts by the times of earlier rounds, see `timed`.
 
-    The times of the verify forwards are learned from the rounds themselves, which costs no forward. `times` may be set
-    to a `Costs`; nothing is then measured. If `tree="auto"` asks for a depth, the threshold of `_LookupSession` applies
-    instead, because the depth was chosen by times already.
+    If `tree="auto"` asks for a depth, the threshold of `_LookupSession` applies instead, because the depth was chosen
+    by times already.
     """
 
     def __init__(self, drafter: PromptLookupDrafter, context: DraftContext, max_nodes: int):
         super().__init__(drafter, context, max_nodes)
-        batch, target = len(self._start), context.target
-        mean = MATCH_CLASSES[:, None] * FIRST_MEAN
-        self._first = (mean / (1 + mean)) ** np.arange(1, drafter.num_tokens + 1)
-        # [B, classes, num_tokens]: the probability that at least this many draft tokens are accepted
-        self._acceptance = np.tile(self._first, (batch, 1, 1))
-        self._class = np.zeros(batch, dtype=np.int64)  # of the row's last match
-        self._known = _known_times.setdefault(target.model, {})
-        # times grow with the text
-        capacity = 0 if target.cache is None else target.cache.capacity.bit_length()
-        dtype = target.cache and target.cache.storage.dtype
-        self._call = batch, capacity, dtype, context.impl, context.compiled, context.fused
-        self.times: Costs | OnlineCosts = OnlineCosts(self._known.get(self._call, CPU_TIMES))
-        self._asked = False
-        self._timed: tuple[int, float] | None = None  # nodes of the last tree, and the time at which it was drafted
+        self.chances, self.times = Chances(len(self._start)), RoundTimes(context)
+        self._asked, self._proposed = False, []
 
     def prepare(self, tree=None):
         self._asked = tree is not None
@@ -238,59 +190,39 @@ class _TimedLookupSession(_LookupSession):
 
     def draft(self) -> DraftTree:
         tree = super().draft()
-        self._timed = tree.num_nodes, time.perf_counter()
+        self.times.drafted(tree.num_nodes)
         return tree
 
     def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
-        if self._timed and isinstance(self.times, OnlineCosts):
-            nodes, begin = self._timed
-            self.times.record(nodes, 0, max(time.perf_counter() - begin, 1e-9))
-        self._timed = None
+        self.times.verified()
 
     def _learn(self, accepted: np.ndarray) -> None:
         super()._learn(accepted)
-        for row in np.flatnonzero((self._matched > 0) & (accepted >= 0)):
-            place, drafted = (row, self._class[row]), self._drafted[row]
-            acceptance = self._acceptance[place]
-            if drafted:
-                # if all tokens were accepted, nothing is known about later ones
-                seen = slice(drafted if accepted[row] >= drafted else None)
-                hits = np.arange(len(acceptance)) < accepted[row]
-                acceptance[seen] += LEARNING * (hits - acceptance)[seen]
-                self._acceptance[place] = np.minimum.accumulate(acceptance)
-            else:
-                acceptance += DRIFT * (self._first[place[1]] - acceptance)
+        for row, proposal in enumerate(self._proposed):
+            end = int(self.context.host_length[row]) + 1
+            self.chances.learn(row, proposal, self.context.host_tokens[row, end - 1 - accepted[row] : end].tolist())
 
-    def _depths(self, matches: list[_Match]) -> list[int]:
+    def _proposals(self, matches: list[_Match]) -> list[Proposal]:
         if self._asked:
-            return super()._depths(matches)
-        expected = np.zeros((len(matches), self._depth + 1))  # tokens emitted by each row, by depth of the draft
-        for row, match in enumerate(matches):
-            live = self.context.host_budget[row] > 0
-            expected[row, :] = live
-            if live and match.length and match.depth:
-                self._class[row] = _class_of(match)
-                gains = self._acceptance[row, self._class[row], : match.depth].cumsum()
-                expected[row, 1:] += np.pad(gains, (0, self._depth - match.depth), mode="edge")
-        total = expected.sum(0)
-        if total[-1] == total[0]:
-            return [0] * len(matches)
-        widths = [padded_width(min(self._most, 1 + depth * self.drafter.branches)) for depth in range(self._depth + 1)]
-        times = self.times.costs if isinstance(self.times, OnlineCosts) else self.times
-        self._known[self._call] = times
-        rates = total / [times.round_seconds(width, 0) for width in widths]
-        best = int(rates.argmax())
-        if rates[best] < MARGIN * rates[0]:
-            best = 0
-        return [min(best, match.depth) if match.length else 0 for match in matches]
+            return super()._proposals(matches)
+        self._proposed = [self._proposal(row, match) for row, match in enumerate(matches)]
+        nodes = self.times.best(self._proposed, (self.context.host_budget > 0).tolist())
+        return [proposal.first(nodes) for proposal in self._proposed]
+
+    def _proposal(self, row: int, match: _Match) -> Proposal:
+        proposal = super()._proposal(row, match)._replace(matched=_matched(match))
+        return self.chances.applied(row, proposal)
 
 
-def _class_of(match: _Match) -> int:
-    """Index in `MATCH_CLASSES`. The best occurrence is compared beyond the longest n-gram of the lookup."""
-    text, (end, *_), length = match.text, match.ends, match.length
-    while length < min(MATCH_CLASSES[-1], end + 1) and text[end - length] == text[len(text) - 1 - length]:
+def _matched(match: _Match) -> int:
+    """Number of tokens that the best occurrence has in common with the text, beyond the longest n-gram of the lookup.
+    It is compared up to the largest class of `MATCH_CLASSES`."""
+    text, length = match.text, match.length
+    while 0 < length < min(MATCH_CLASSES[-1], match.ends[0] + 1):
+        if text[match.ends[0] - length] != text[len(text) - 1 - length]:
+            break
         length += 1
-    return int(np.searchsorted(MATCH_CLASSES, length, side="right")) - 1
+    return length
 
 
 class _DeviceLookupSession(_Session):

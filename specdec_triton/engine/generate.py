@@ -136,10 +136,10 @@ class Generation:
                     self.step()
                 if len(self.reports) > self.reports.lag or self.context.host_budget.max() <= len(self.reports):
                     self.read()
-            self.finish_session()
             self.finish_stats()
             if self.call.streamer is not None:
                 self.call.streamer.end()
+            self.finish_session()
             result = self.result()
         except BaseException:
             if self.call.device.type == "cuda":
@@ -326,7 +326,8 @@ class Generation:
     @records_time("draft")
     def finish_session(self) -> None:
         if self.session is not None and not endless.get():
-            self.context.host_length[:] = self.output.length  # a criterion may have cut a row
+            # a criterion may have ended a row, or the call, before the last tokens of a round
+            self.context.host_length[:] = np.minimum(self.output.length, self.output.column - 1)
             self.session.finish()
 
     def finish_stats(self) -> None:

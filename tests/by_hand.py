@@ -1,4 +1,4 @@
-"""The ops in plain Python, one row and one token at a time, and random cases of filters."""
+"""The ops and the search in texts in plain Python, one token at a time, and random cases of filters."""
 
 import itertools
 import math
@@ -279,3 +279,13 @@ def draw_filters(draw, palette):
         "top_p": draw(st.just(1.0) | st.floats(0, 0.999)),
         "min_p": draw(st.sampled_from([0.0, 1e-6, 0.1, 0.7, 1.0])),
     }
+
+
+def followers(texts, sequence):
+    """{token: number of places of the texts at which it follows `sequence`}, in ascending order."""
+    counts, length = {}, len(sequence)
+    for text in texts:
+        for end in range(length, len(text)):
+            if text[end - length : end] == sequence:
+                counts[text[end]] = counts.get(text[end], 0) + 1
+    return dict(sorted(counts.items()))

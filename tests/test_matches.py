@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from by_hand import followers
 from specdec_triton.drafters import matches
 from specdec_triton.drafters.matches import LARGEST_ID, ScannedText, SuffixArray, joined
 
@@ -41,18 +42,8 @@ def cases(draw, max_texts=4):
     return texts, sequence
 
 
-def brute_force(texts, sequence):
-    """{token: number of places at which it follows `sequence`}, in ascending order."""
-    counts, length = {}, len(sequence)
-    for each in texts:
-        for end in range(length, len(each)):
-            if each[end - length : end] == sequence:
-                counts[each[end]] = counts.get(each[end], 0) + 1
-    return dict(sorted(counts.items()))
-
-
 def check(found, texts, sequence, depth):
-    counts = brute_force(texts, sequence)
+    counts = followers(texts, sequence)
     assert found.count == sum(counts.values())
     for least in (1, 2, 3, 7):
         tokens = found.next_tokens(least)
@@ -62,10 +53,12 @@ def check(found, texts, sequence, depth):
 
 
 def check_search(source, texts, sequence):
-    lengths = [n for n in range(1, len(sequence) + 1) if brute_force(texts, sequence[-n:])]
+    lengths = [n for n in range(1, len(sequence) + 1) if followers(texts, sequence[-n:])]
     tokens = np.array(sequence)
     longest = source.longest(tokens)
     assert longest == max(lengths, default=0)
+    for least in range(len(sequence) + 2):
+        assert source.longest(tokens, least) == (longest if longest >= least else 0)
     for length in {longest, len(sequence), 1} - {0}:
         check(source.find(tokens[-length:]), texts, sequence[-length:], 2)
 
@@ -73,7 +66,7 @@ def check_search(source, texts, sequence):
 @pytest.mark.parametrize("limits", LIMITS)
 @given(case=cases())
 @settings(max_examples=60, deadline=None)
-def test_an_index_equals_brute_force(limits, case):
+def test_an_index_equals_followers(limits, case):
     texts, sequence = case
     with mock.patch.multiple(matches, **limits):
         index = SuffixArray(texts)
@@ -84,7 +77,7 @@ def test_an_index_equals_brute_force(limits, case):
 @pytest.mark.parametrize("limits", LIMITS)
 @given(case=cases())
 @settings(max_examples=60, deadline=None)
-def test_a_scan_equals_brute_force(limits, case):
+def test_a_scan_equals_followers(limits, case):
     texts, sequence = case
     with mock.patch.multiple(matches, **limits):
         check_search(ScannedText(np.array(texts[0], dtype=np.int64)), texts[:1], sequence)
@@ -117,11 +110,13 @@ def test_sequences_beyond_the_sorted_length_are_found():
             check(source.find(np.array(shared[-length:])), texts, shared[-length:], 0)
             check(source.find(np.array(shared[:length])), texts, shared[:length], 0)
             for tail in ([1, *shared[-length:]], [3, *shared[:length]]):
-                lengths = [n for n in range(1, len(tail) + 1) if brute_force(texts, tail[-n:])]
-                assert source.longest(np.array(tail)) == max(lengths)
+                lengths = [n for n in range(1, len(tail) + 1) if followers(texts, tail[-n:])]
+                for least in (1, 127, 128, 129, 250):
+                    longest = max(length for length in [0, *lengths] if length >= least or not length)
+                    assert source.longest(np.array(tail), least) == longest
         found = source.find(np.array(shared[:1]))
         for end, token in enumerate(shared[1:], start=1):
-            assert found.next_tokens() == brute_force(texts, shared[:end])
+            assert found.next_tokens() == followers(texts, shared[:end])
             found = found.after(token)
         assert found.next_tokens() == {1: 1, 2: 2} and found.after(2).next_tokens() == {4: 1}
 

@@ -17,6 +17,7 @@ import numpy as np
 SORTED = 128  # positions are sorted by so many tokens; a power of two
 SEPARATOR = -1  # between texts: as four unsigned bytes, it sorts after all tokens
 SEPARATOR_BYTES = b"\xff" * 4
+END = np.array([SEPARATOR], dtype=np.int32)
 LARGEST_ID = 2**31 - 2
 # A text is compared as a whole, instead of place by place, while more than one of so many places match.
 DENSE = 16
@@ -46,8 +47,11 @@ class Texts(ABC):
     """Texts that can be searched."""
 
     @abstractmethod
-    def longest(self, tail: np.ndarray) -> int:
-        """How many of the last tokens of `tail` [L] occur together, followed by another token; 0 for none."""
+    def longest(self, tail: np.ndarray, least: int = 1) -> int:
+        """How many of the last tokens of `tail` [L] occur together, followed by another token; 0 if fewer than `least`.
+
+        An index answers much faster if there are fewer than `least`.
+        """
 
     @abstractmethod
     def find(self, tokens: np.ndarray) -> Matches:
@@ -107,11 +111,11 @@ class ScannedText(Texts):
         # The last search: its tokens and its result. `find` often follows `longest` with the same tokens.
         self._last: tuple[list[int], np.ndarray, int] = [], NOTHING._places, 0
 
-    def longest(self, tail: np.ndarray) -> int:
+    def longest(self, tail: np.ndarray, least: int = 1) -> int:
         tokens = tail.tolist()
         ends, length = self._search(tail, tokens)
         self._last = tokens, ends, length
-        return length
+        return length if length >= least else 0
 
     def find(self, tokens: np.ndarray) -> Matches:
         wanted = tokens.tolist()
@@ -185,10 +189,11 @@ class SuffixArray(Texts):
         self._set(text, _sorted_positions(text))
 
     @classmethod
-    def of(cls, text: np.ndarray, positions: np.ndarray) -> "SuffixArray":
-        """The index with these `text` and `positions`, which are not checked."""
+    def of(cls, text: np.ndarray, positions: np.ndarray | None = None) -> "SuffixArray":
+        """The index of texts that are joined, [n] int32; `positions` are those of an earlier index of it. Neither is
+        checked."""
         index = cls.__new__(cls)
-        index._set(text, positions)
+        index._set(text, _sorted_positions(text) if positions is None else positions)
         return index
 
     def _set(self, text: np.ndarray, positions: np.ndarray) -> None:
@@ -203,20 +208,19 @@ class SuffixArray(Texts):
     def __reduce__(self):
         return SuffixArray.of, (self.text, self.positions)
 
-    def longest(self, tail: np.ndarray) -> int:
-        # An end of a sequence that occurs occurs too. The longest one is found by bisection.
+    def longest(self, tail: np.ndarray, least: int = 1) -> int:
+        # If a sequence occurs, so do its ends: lengths are tried with growing steps, then by bisection.
         pattern = tail.astype(">i4").tobytes()
-        size = min(len(tail), SORTED - 1)
-        known, limit = 0, size
-        while known < limit:
-            length = (known + limit + 1) // 2
+        known, missing, step = min(max(least, 1), SORTED - 1) - 1, min(len(tail), SORTED - 1) + 1, 1
+        while missing - known > 1:
+            length = known + min(step, (missing - known) // 2)
             if self._occurs(pattern[len(pattern) - 4 * length :]):
-                known = length
+                known, step = length, 2 * step
             else:
-                limit = length - 1
-        while known >= SORTED - 1 and known < len(tail) and self.find(tail[len(tail) - known - 1 :]).count:
+                missing = length
+        while SORTED - 1 <= known < len(tail) and self.find(tail[len(tail) - known - 1 :]).count:
             known += 1
-        return known
+        return known if known >= least else 0
 
     def find(self, tokens: np.ndarray) -> Matches:
         first = tokens[: SORTED - 1]
@@ -302,27 +306,38 @@ class _Range(Matches):
         return index._matches(low, bisect_left(index._view, True, low, self._high, key=is_beyond), depth + 1)
 
 
+def token_ids(name: str, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    """One text [L] int32.
+
+    Raises:
+        ValueError: `name` must be a sequence of integers 0 <= id < 2^31 - 1.
+    """
+    text = np.asarray(tokens)
+    if not text.size and text.ndim == 1:
+        return text.astype(np.int32)
+    if text.ndim != 1 or text.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be a sequence of token ids, got {text.dtype} {list(text.shape)}")
+    low, high = text.min(), text.max()
+    if low < 0 or high > LARGEST_ID:
+        raise ValueError(f"{name} must have token ids from 0 to 2**31 - 2, got {low if low < 0 else high}")
+    return text.astype(np.int32)
+
+
 def joined(texts: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
     """Texts, each followed by `SEPARATOR`, [n] int32. Empty texts are left out.
 
     Raises:
         ValueError: as for `SuffixArray`.
     """
-    parts = []
+    parts = [np.empty(0, dtype=np.int32)]
     for number, each in enumerate(texts):
-        text = np.asarray(each)
-        if not text.size:
-            continue
-        if text.ndim != 1 or text.dtype.kind not in "iu":
-            raise ValueError(f"texts[{number}] must be a sequence of token ids, got {text.dtype} {list(text.shape)}")
-        if text.min() < 0 or text.max() > LARGEST_ID:
-            wrong = text.min() if text.min() < 0 else text.max()
-            raise ValueError(f"texts[{number}] must have token ids from 0 to 2**31 - 2, got {wrong}")
-        parts += [text.astype(np.int32), [SEPARATOR]]
+        text = token_ids(f"SuffixArray: texts[{number}]", each)
+        if len(text):
+            parts += [text, END]
     length = sum(map(len, parts))
     if length >= 2**31:
-        raise ValueError(f"texts must have less than 2**31 tokens, got {length}")
-    return np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, dtype=np.int32)
+        raise ValueError(f"SuffixArray: texts must have fewer than 2**31 tokens, got {length}")
+    return np.concatenate(parts)
 
 
 def _sorted_positions(text: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from .drafters import (
     NoDrafter,
     OracleDrafter,
     PromptLookupDrafter,
+    SuffixDrafter,
 )
 from .forward.cache import TreeCache
 from .ops.filters import Filters
@@ -47,6 +48,7 @@ __all__ = [
     "Options",
     "OracleDrafter",
     "PromptLookupDrafter",
+    "SuffixDrafter",
     "SpeculativeGenerate",
     "Stats",
     "Topology",

@@ -10,6 +10,7 @@ from .mtp import MTPDrafter
 from .oracle import OracleDrafter
 from .prompt_lookup import PromptLookupDrafter
 from .shared_kv import Gemma4AssistantDrafter
+from .suffix import SuffixDrafter
 
 __all__ = [
     "DFlashDrafter",
@@ -25,4 +26,5 @@ __all__ = [
     "NoDrafter",
     "OracleDrafter",
     "PromptLookupDrafter",
+    "SuffixDrafter",
 ]

@@ -164,7 +164,6 @@ class DraftSession(ABC):
                 row was finished.
         """
 
-
     def finish(self) -> None:  # noqa: B027, most have no use for it
         """Called once after the last round of a call, unless the call ends with an exception. `context.host_tokens` and
         `context.host_length` then hold the whole texts. It is not called if the prompt's forward emits the only token,

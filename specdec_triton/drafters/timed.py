@@ -24,7 +24,7 @@ NODE_BUCKET = 4
 # counted in greedy texts of SmolLM2-135M-Instruct (31 prompts, 3,600 tokens): of the positions whose longest match in
 # the text so far is in the class, the next token followed one of the matches at so many.
 MATCH_CLASSES = np.array([1, 2, 3, 4, 6, 10, 16, 32])
-FIRST_CHANCES = np.array([0.35, 0.5, 0.65, 0.7, 0.85, 0.9, 0.94, 0.97])
+FIRST_CHANCES = (0.35, 0.5, 0.65, 0.7, 0.85, 0.9, 0.94, 0.97)
 # LEARNING is the weight of the latest token in an estimate. A draft must be expected to emit MARGIN times as many
 # tokens per second as a plain step. Both were chosen by replaying these texts with the times of `CPU_TIMES`; the
 # results hardly depend on them.
@@ -110,12 +110,16 @@ class Chances:
     """The chance that a copied token is right, by the number of tokens that are known to agree before it. Each row of a
     call learns its own.
 
+    Args:
+        batch: number of rows.
+        first: the first estimate for each class of matches.
+
     Attributes:
         now: [B, C]. The estimates.
     """
 
-    def __init__(self, batch: int):
-        self.now = np.tile(FIRST_CHANCES, (batch, 1))
+    def __init__(self, batch: int, first: Sequence[float] = FIRST_CHANCES):
+        self.now = np.tile(first, (batch, 1))
 
     def of(self, row: int, matched: int) -> float:
         """The chance of a token after `matched` >= 1 tokens that agree."""

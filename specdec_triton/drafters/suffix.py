@@ -11,14 +11,17 @@ Source: SuffixDecoding (Oliaro et al. 2024, arXiv 2411.04975). A corpus instead 
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from os import PathLike
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from ..ops.reference import Acceptance
 from ..ops.rules import CHAIN_RULES
 from ..tree import DraftTree, Topology
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_static, most_nodes_each
+from .corpus import corpus_of
 from .history import History
 from .matches import Matches, ScannedText, Texts
 from .timed import PAYS, Chances, Proposal, RoundTimes, may_use_times, tree_of, width_of
@@ -36,6 +39,9 @@ class SuffixDrafter(Drafter):
 
     A drafter outlives calls: at the end of each call it keeps the outputs, with the last tokens of the prompt. Calls of
     several threads and models with one tokenizer may use the same drafter.
+
+    Under sampling rules other than "coupled", give each call another seed, or none. Kept outputs of a call with the
+    same seed depend on the random numbers that verify their drafts, and the texts of the two calls are not independent.
 
     Args:
         num_tokens: largest depth of a draft, at most 64.
@@ -81,7 +87,26 @@ class SuffixDrafter(Drafter):
         self.history = History(history_tokens)
 
     @classmethod
-    def load(cls, file: str | PathLike, **options) -> "SuffixDrafter":
+    def from_texts(
+        cls, tokenizer: PreTrainedTokenizerBase, files: str | Path | Iterable[str | Path], **options
+    ) -> "SuffixDrafter":
+        """A drafter with a corpus.
+
+        Args:
+            tokenizer: the target's.
+            files: paths of text files, or of .jsonl files with one text in each line, see `corpus.read_texts`.
+            options: arguments of the drafter.
+
+        Raises:
+            ValueError: a file is malformed; the message names it.
+            OSError: a file cannot be read.
+        """
+        drafter = cls(**options)
+        drafter.history = corpus_of(tokenizer, files, drafter.history_tokens)
+        return drafter
+
+    @classmethod
+    def load(cls, file: str | Path, **options) -> "SuffixDrafter":
         """A drafter with the texts that `save` wrote. `options` are arguments of the drafter.
 
         Raises:
@@ -91,7 +116,7 @@ class SuffixDrafter(Drafter):
         drafter.history = History.load(file, drafter.history_tokens)
         return drafter
 
-    def save(self, file: str | PathLike) -> None:
+    def save(self, file: str | Path) -> None:
         """Write the earlier outputs and the corpus to a file."""
         self.history.save(file)
 

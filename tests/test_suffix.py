@@ -7,7 +7,7 @@ import torch
 
 import specdec_triton as sdt
 from families import NEVER, build, prompt
-from helpers import context
+from helpers import capture_here, context
 from specdec_triton.drafters import suffix
 from specdec_triton.drafters.timed import FIRST_CHANCES
 from specdec_triton.tree_choice.costs import Costs
@@ -200,3 +200,17 @@ def test_an_output_is_kept_with_the_end_of_the_prompt():
     for text in texts:
         found = [source.find(text[:-1].numpy()) for source in drafter.history.sources()]
         assert [each.next_tokens() for each in found if each.count] == [{int(text[-1]): 1}]
+
+
+def test_verification_is_captured_and_reused_by_later_calls(monkeypatch):
+    capture_here(monkeypatch, 1)
+    model, inputs = build("llama"), prompt(batch=2)
+    options = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": NEVER}
+    plain, seen = model.generate(**inputs, **options), []
+    with sdt.patched(model, drafter=sdt.SuffixDrafter(tokens_per_match=0.2, adaptive=False)):
+        for _ in range(4):
+            assert torch.equal(model.generate(**inputs, **options), plain)
+            seen.append(sdt.stats(model))
+    assert all(stats.lag == 0 and stats.why_no_lag == "SuffixDrafter drafts on the host" for stats in seen)
+    assert seen[0].captured > 0 and all(stats.reused > 0 and stats.accepted > 0 for stats in seen[1:])
+    assert seen[-1].captured == 0

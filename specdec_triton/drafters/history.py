@@ -82,6 +82,14 @@ class History:
         self._segment = SEGMENT if max_tokens <= SEGMENT else min(SEGMENT, max_tokens // SEGMENTS)
         self._state = _State()
 
+    # Defined, although they are `object`'s, so that a fingerprint of a drafter holds the history and not its contents:
+    # captured rounds do not depend on the texts.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
     def add(self, tokens: np.ndarray | Sequence[int]) -> None:
         """Keep one output [L]. If it is longer than `max_tokens`, its last `max_tokens` tokens are kept.
 

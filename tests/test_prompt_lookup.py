@@ -218,9 +218,9 @@ def test_a_draft_must_pay_by_the_times_of_a_forward():
         (LONG, STEEP, 12),
         (LONG, sdt.Costs(verify=((1, 1.0), (12, 12.0))), 1),
         (LONG, sdt.Costs(verify=((1, 1.0), (4, 1.0), (12, 10.0))), 4),  # as long as pays
-        # 7.04 tokens are expected, which is 1.15 times as many per second as plain steps, or 1.05 times
-        (LONG, sdt.Costs(verify=((1, 1.0), (4, 6.12), (12, 6.12))), 12),
-        (LONG, sdt.Costs(verify=((1, 1.0), (4, 6.7), (12, 6.7))), 1),
+        # 6.44 tokens are expected, which is 1.15 times as many per second as plain steps, or 1.05 times
+        (LONG, sdt.Costs(verify=((1, 1.0), (4, 5.6), (12, 5.6))), 12),
+        (LONG, sdt.Costs(verify=((1, 1.0), (4, 6.13), (12, 6.13))), 1),
         ([1, 2, 3], FLAT, 1),
     ):
         _, session = timed([rows], times)

@@ -54,6 +54,7 @@ def path(proposal, node):
     ("options", "paths"),
     [
         ({"num_tokens": 1}, {(8,), (1,)}),
+        ({"num_tokens": 1, "tokens_per_match": float("inf")}, {(8,), (1,)}),
         ({"num_tokens": 9, "tokens_per_match": 0.4}, {(8,), (1,)}),  # at most 1.2 tokens after a match of three
         ({"num_tokens": 9, "tokens_per_match": 0.67, "min_prob": 0.5}, {(8,)}),
         ({"num_tokens": 2, "min_prob": 0.34}, {(8,)}),
@@ -86,6 +87,11 @@ def test_a_kept_text_is_drafted_if_it_agrees_for_longer():
     assert proposal.tokens[1:] == [2, 1] and proposal.chances[1:] == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_tokens_that_the_target_lacks_are_not_drafted():
+    (proposal,) = start(rows=[[90, 91]], kept=[[90, 91, 100, 5], [90, 91, 99, 100]]).propose()
+    assert proposal.tokens == [91, 99]
+
+
 def test_rows_are_drafted_alone_and_padded():
     session = start([TEXT, [1, 2, 3], TEXT[:8]], num_tokens=2)
     session.prepare()
@@ -101,7 +107,7 @@ def test_estimates_follow_the_rounds_also_without_a_draft():
     now, before = session.context, session.chances[0].now.copy()
     session.draft()
     for number in range(60):  # after each 1 comes another token than before
-        now.host_tokens[0, now.host_length[0] + 1 :][:2] = 100 + number, 1
+        now.host_tokens[0, now.host_length[0] + 1 :][:2] = 40 + number, 1
         now.host_length = now.host_length + 2
         session.draft()
     learned = session.chances[0].now[0]

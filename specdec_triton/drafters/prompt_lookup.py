@@ -14,13 +14,13 @@ from .. import ops
 from ..ops.reference import Acceptance, longest_matches, update_estimates
 from ..tree import DraftTree, Topology
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_static
-from .timed import MATCH_CLASSES, PAYS, Chances, Proposal, RoundTimes, may_use_times, padded_width, tree_of
+from .timed import MATCH_CLASSES, Chances, Proposal, RoundTimes, may_use_times, padded_width, tree_of
 
 # With `adaptive`, each row estimates the number of accepted tokens for each length of the match. The estimate for a
 # match of m tokens starts at m * FIRST_WORTH. Nothing is drafted if it is below PAYS, because the longer forward would
 # then cost more than it gains. LEARNING is the weight of the latest round in the estimate. If nothing was drafted, the
 # estimate moves by the share DRIFT towards its start, so that drafts are tried again later.
-FIRST_WORTH = 0.8
+FIRST_WORTH, PAYS = 0.8, 0.75
 LEARNING, DRIFT = 0.2, 0.02
 
 

@@ -20,11 +20,11 @@ from .base import DraftContext
 # The number of nodes is padded to a multiple of this. On CPUs a matrix product over 2, 3 or 11 rows takes longer than
 # one over 4 or 12, and fewer widths mean fewer compiled graphs.
 NODE_BUCKET = 4
-# The classes are matches of at least so many tokens, and the first estimates of `Chances` for them. The estimates follow
-# counts in greedy texts of SmolLM2-135M-Instruct (64 prompts, 7,668 tokens), and are lower for short matches: a wrong
-# draft at the beginning of a short text is not earned back. LEARNING is the weight of the latest token in an estimate.
-# A draft must be expected to emit MARGIN times as many tokens per second as a plain step. All were chosen by replaying
-# these texts with the times of `CPU_TIMES`; the results hardly depend on LEARNING and MARGIN.
+# The classes are matches of at least so many tokens, and the first estimates of `Chances` for them. The estimates
+# follow counts in greedy texts of SmolLM2-135M-Instruct (64 prompts, 7,668 tokens), and are lower for short matches: a
+# wrong draft at the beginning of a short text is not earned back. LEARNING is the weight of the latest token in an
+# estimate. A draft must be expected to emit MARGIN times as many tokens per second as a plain step. All were chosen by
+# replaying these texts with the times of `CPU_TIMES`; the results hardly depend on LEARNING and MARGIN.
 MATCH_CLASSES = np.array([1, 2, 3, 4, 6, 10, 16, 32])
 FIRST_CHANCES = (0.25, 0.45, 0.6, 0.7, 0.82, 0.88, 0.92, 0.97)
 LEARNING, MARGIN = 0.1, 1.1

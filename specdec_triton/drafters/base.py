@@ -57,6 +57,8 @@ class DraftContext:
         states: [B, N, Ht] for each of the drafter's taps. The target's hidden states at the nodes of the verified tree;
             they are set before `observe`.
         position: [B] int64 on the device. Position of each root: the number of real tokens before it.
+        verified_depth: depth of the deepest node of another drafter that may be verified in place of a session's draft,
+            see `ForwardsSession`; 0 if there is no other. A drafter that combines others sets it before it starts them.
     """
 
     tokens: torch.Tensor
@@ -80,6 +82,7 @@ class DraftContext:
     buffers: Buffers = field(default_factory=Buffers)
     prompt_reader: Read | None = None
     states: tuple[torch.Tensor, ...] = ()
+    verified_depth: int = 0
     position: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:

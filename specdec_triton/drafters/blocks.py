@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from ..forward.runner import TreeRunner
 from ..tree import Topology, bits_of_nodes, topology_tensors, with_rows
 from .base import DraftContext
+from .forwards import TextRows
 from .marginals import Marginals
 
 
@@ -63,7 +64,7 @@ class BlockMarginals(Marginals):
         model: the model that drafts, on the target's device.
         context: the call's sequences.
         max_depth: number of depths that a round predicts.
-        num_text: R, one more than the depth of the deepest node that is verified.
+        deepest: depth of the deepest node that is drafted. R is `TextRows.count`.
         num_block: n.
         causal: True if a block row does not see later block rows.
         first_column: the column of the cache's first slot.
@@ -77,7 +78,7 @@ class BlockMarginals(Marginals):
         model: PreTrainedModel,
         context: DraftContext,
         max_depth: int,
-        num_text: int,
+        deepest: int,
         num_block: int,
         causal: bool,
         first_column: int,
@@ -87,12 +88,11 @@ class BlockMarginals(Marginals):
     ):
         self._model, self.context, self.max_depth = model, context, max_depth
         buffers, device = context.buffers, start.device
-        self._room = num_text + num_block  # cache slots that a round needs after the root's column
+        self._text_rows, self._num_block, self._causal = TextRows(context, deepest), num_block, causal
+        self._room = self._text_rows.most + num_block  # cache slots that a round needs after the root's column
         self._first_column = buffers.put("draft.column", torch.tensor(first_column, device=device))
-        self._layout = layout_of(num_text, num_block, causal, device)
-        self._chain = topology_tensors(Topology.chain(num_text - 1), device)
-        buffers.keep(self._layout, self._chain)  # captured rounds read them
         self._start = buffers.put("draft.start", start)
+        buffers.keep(self._layout, self._chain)  # captured rounds read them
         self._count = buffers.put("draft.count", torch.full_like(start, count))
         self._runner = TreeRunner(
             model,
@@ -116,7 +116,16 @@ class BlockMarginals(Marginals):
     def slots(self):
         return self._runner.cache.slots
 
+    @property
+    def _layout(self) -> BlockLayout:
+        return layout_of(self._text_rows.count, self._num_block, self._causal, self._start.device)
+
+    @property
+    def _chain(self) -> tuple[torch.Tensor, ...]:
+        return topology_tensors(Topology.chain(self._text_rows.count - 1), self._start.device)
+
     def follow(self, levels):
+        self._text_rows.follow()
         self._runner.cache.reserve(self.context.longest + self._room)
 
     def _first(self) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..ops.rules import CHAIN_RULES
 from ..tree import DynamicTree, Topology
 from .base import DraftContext, Drafter
 from .blocks import BlockMarginals
-from .head_forwards import accepted_features, head_logits, head_weights, load_model, num_known
+from .head_forwards import accepted_features, head_logits, head_weights, leading, load_model, num_known
 from .marginals import Shape, check_marginal_tree, check_marginals, default_nodes, shape_of, start_session
 from .model import check_shape
 
@@ -170,16 +170,16 @@ class DFlashMarginals(BlockMarginals):
         model: the draft.
         context: the call's sequences.
         prompt: the keys and values of the prompt.
-        deepest: depth of the deepest node that is verified.
+        deepest: depth of the deepest node that is drafted.
     """
 
     def __init__(self, model: DFlashModel, context: DraftContext, prompt: PromptContext, deepest: int):
-        rows, block = deepest + 1, model.block_size
+        block = model.block_size
         super().__init__(
             model,
             context,
             max_depth=model.num_drafted,
-            num_text=rows,
+            deepest=deepest,
             num_block=block,
             causal=False,
             first_column=prompt.first,
@@ -189,6 +189,7 @@ class DFlashMarginals(BlockMarginals):
         )
         self.num_known = None if model.target_ids is None else len(model.target_ids)
         self._take(prompt)
+        rows = self._text_rows.most
         self._features = context.buffers.put("draft.features", prompt.feature.repeat(1, rows, 1))
         masks = torch.full((len(context.start), rows + block), model.mask_token_id, device=context.start.device)
         self._tokens = context.buffers.put("draft.block", masks)  # of text rows, which are not read, and the block
@@ -198,16 +199,18 @@ class DFlashMarginals(BlockMarginals):
         return head_weights(self._model, self.context.target.model)
 
     def skip(self):
-        self._run_text(self._tokens[:, : self._features.shape[1]], self._first(), features=self._features)
+        count = self._text_rows.count
+        self._run_text(self._tokens[:, :count], self._first(), features=leading(self._features, count))
 
     def logits(self, depth):
-        context, model = self.context, self._model
+        context, model, count = self.context, self._model, self._text_rows.count
         block = self._tokens[:, self._features.shape[1] :]
         block[:, 0] = context.root
         embeds = model.embedded(context.target.model, block)
-        more = {"features": self._features, "inputs_embeds": embeds}
+        more = {"features": leading(self._features, count), "inputs_embeds": embeds}
         rows = depth + model.block_size - model.num_drafted  # those that predict deeper tokens have no logits
-        states = self._run(self._tokens, self._first(), **more).last_hidden_state[:, :rows]
+        tokens = self._tokens[:, -count - block.shape[1] :]
+        states = self._run(tokens, self._first(), **more).last_hidden_state[:, :rows]
         head = self._runner.fused.model if self._runner.fused else model
         return head_logits(head, context.target.model, states, context.vocab_size)
 

@@ -15,7 +15,7 @@ from ..ops.reference import Acceptance
 from ..tree import DraftTree, DynamicTree, Topology, bits_of_nodes, topology_tensors, with_children, with_rows
 from .base import DraftContext
 from .candidates import ranked
-from .forwards import DraftForwards
+from .forwards import DraftForwards, slots_of
 from .level_session import LevelSession
 
 
@@ -37,7 +37,9 @@ class DynamicSession(LevelSession):
         slots = torch.full((len(context.start), tree.num_nodes), -1, device=context.start.device)
         self._slots = context.buffers.put("draft.slots", slots)
 
-    def prepare(self, tree: Topology | DynamicTree | None = None):
+    draws = False
+
+    def prepare(self, tree: Topology | DynamicTree | None = None, rows=None):
         """A requested `tree` limits the number of nodes kept and the number of levels."""
         wanted, context = self.topology, self.context
         self._kept, self._levels = wanted.num_nodes, wanted.max_depth
@@ -45,9 +47,11 @@ class DynamicSession(LevelSession):
             self._kept, self._levels = min(self._kept, tree.num_nodes), min(self._levels, tree.max_depth)
         if not context.fixed_shapes:
             self._levels = min(self._levels, context.useful_depth)
+        if rows is not None and not rows.any():
+            self._levels = 0
         self._kept = min(self._kept, wanted.num_candidates(self._levels))
         self.num_forwards += self._levels
-        self._forwards.follow(self._levels)
+        self._forwards.follow(self._levels, rows)
         return self._levels, self._kept, self._forwards.slots
 
     def draft(self) -> DraftTree:
@@ -90,8 +94,8 @@ class DynamicSession(LevelSession):
         self._slots[:, : self._kept].copy_(of_candidates.gather(1, nodes))
         return replace(tree, has_nan=torch.cat(flags, 1).any(1))
 
-    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
-        self._forwards.observe(accepted, self._slots if tree.max_depth else None)
+    def observe(self, tree: DraftTree, accepted: Acceptance, rows: torch.Tensor | None = None) -> None:
+        self._forwards.observe(accepted, slots_of(self._slots if self._levels else None, tree, rows))
 
 
 @lru_cache(maxsize=64)

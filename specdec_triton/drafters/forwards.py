@@ -5,15 +5,19 @@ Letters: B sequences, N tree nodes, V vocabulary of the draft, W words of ancest
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 
+import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..forward.runner import TreeRunner
 from ..forward.wrappers import embedded_tokens, num_weights
 from ..ops.reference import Acceptance
-from ..tree import Topology, topology_tensors, with_rows
-from .base import DraftContext
+from ..tree import DraftTree, Topology, topology_tensors, with_rows
+from .base import DraftContext, DraftSession
+from .length import in_steps
 
 # Each round begins with two tokens: the root is never in the draft's cache, and the last accepted token may be missing.
 CATCH_UP = 2
@@ -45,9 +49,9 @@ class DraftForwards(ABC):
         """Number of weights that a forward reads."""
 
     @abstractmethod
-    def follow(self, levels: int) -> None:
+    def follow(self, levels: int, rows: np.ndarray | None = None) -> None:
         """Prepare a round of at most this number of levels on the host. If it is 0, the round runs `advance`, not
-        `begin`."""
+        `begin`. `rows`: see `ForwardsSession.prepare`."""
 
     @abstractmethod
     def advance(self) -> torch.Tensor:
@@ -106,11 +110,12 @@ class ModelForwards(DraftForwards):
         self._runner = TreeRunner(
             model, context.start, last, context.impl, fixed, context.compiled, context.fused, buffers, "draft"
         )
-        self._behind = 0  # rounds since the draft model last ran
         if shares_cache:
             self._runner.cache = context.target.cache
         else:
             run_prompt(self._runner, context, self._room, self._known)
+        # the first forward of a round runs the root, and the token before it
+        self._missing = MissingColumns(self._runner, context, self._known, ahead=1)
 
     @property
     def slots(self):
@@ -120,24 +125,11 @@ class ModelForwards(DraftForwards):
     def weights(self):
         return num_weights(self._runner.model)
 
-    def follow(self, levels):
-        """Reserve cache slots for the round. If it drafts, first run the tokens of earlier rounds that did not."""
+    def follow(self, levels, rows=None):
+        """Reserve cache slots for the round. If it drafts, first run the tokens that were emitted without the model."""
         self._runner.cache.reserve(self.context.longest + self._room)
-        if not levels:
-            self._behind += 1
-        elif self._behind:
-            self._catch_up(self._behind)
-            self._behind = 0
-
-    def _catch_up(self, rounds: int) -> None:
-        """Run the tokens of the last `rounds` rounds, which drafted nothing: each emitted one token per unfinished
-        row."""
-        context = self.context
-        if self._shares_cache:
-            return
-        # a finished row emitted fewer tokens, so this goes back too far; its first token is the limit
-        first = torch.maximum(context.length - (self.num_first - 1) - rounds, context.start)
-        run_columns(self._runner, context, first, rounds, self._known)
+        if not self._shares_cache:
+            self._missing.follow(levels > 0, rows)
 
     def advance(self):
         return self.context.root[:, None]  # later rounds catch up, see `follow`
@@ -159,6 +151,116 @@ class ModelForwards(DraftForwards):
         path = slots.expand(len(accepted.path), -1).gather(1, accepted.path.clamp(min=0).long())
         path = torch.where(accepted.path >= 0, path, -1).int()
         self._runner.cache.compact(self.context.length, path, self.context.impl)
+
+
+class MissingColumns:
+    """Runs the columns of the text that a draft model has not run: tokens of rounds in which it drafted nothing, and
+    accepted tokens of other drafters.
+
+    Args:
+        runner: runs the draft model. Its cache holds the prompt.
+        context: the call's sequences.
+        known: see `known_tokens`.
+        ahead: number of columns, counted from the root's, that a round of the model runs.
+    """
+
+    def __init__(self, runner: TreeRunner, context: DraftContext, known: int | None, ahead: int):
+        self._runner, self._context, self._known, self._ahead = runner, context, known, ahead
+        # [B] number of columns that the model has run; a lower bound if reports are read late
+        self._run = context.host_length.copy()
+        # [B] True if the model's own draft was verified last; its next round then runs all columns that it lacks
+        self._follows = np.ones(len(self._run), dtype=bool)
+
+    def follow(self, drafts: bool, rows: np.ndarray | None = None) -> None:
+        """Prepare a round on the host. If the model drafts, first run the columns that it lacks before the last
+        accepted token. `rows`: see `ForwardsSession.prepare`."""
+        if not drafts:
+            self._follows = np.zeros_like(self._follows)
+            return
+        context = self._context
+        lacking = context.host_length + context.unread_tokens - 1 - self._run
+        count = int(lacking[~self._follows & (context.host_budget > 0)].max(initial=0))
+        if count:
+            # in other rows this goes back too far; the first token is the limit
+            first = torch.maximum(context.length - 1 - count, context.start)
+            run_columns(self._runner, context, first, count, self._known)
+        self._run = context.host_length + self._ahead
+        self._follows = np.ones_like(self._follows) if rows is None else rows
+
+
+class TextRows:
+    """The number of rows of the text in a head's forward: those of the root and of the tokens that were accepted last.
+
+    It is constant if all drafts are the head's own. A round after a longer path of another drafter has more rows. The
+    host then knows the length of the path, because it reads each report before the next round.
+
+    Args:
+        context: the call's sequences.
+        max_depth: largest depth of a node of the head's own drafts.
+        older: number of older columns whose rows are computed again.
+
+    Attributes:
+        count: the number in the present round.
+        most: the largest number.
+    """
+
+    def __init__(self, context: DraftContext, max_depth: int, older: int = 0):
+        self._context, self._length, self._older = context, context.host_length.copy(), older
+        self.count = self._own = max_depth + 1 + older
+        self.most = max(max_depth, context.verified_depth) + 1 + older
+
+    def follow(self) -> None:
+        """Update `count` for the next round."""
+        if self.most == self._own:
+            return
+        length = self._context.host_length
+        needed = int((length - self._length).max()) + self._older
+        self.count = self._own if needed <= self._own else in_steps(needed, self.most)
+        self._length = length.copy()
+
+
+class ForwardsSession(DraftSession):
+    """A session that runs forwards of a draft, and can follow the text while rows verify the drafts of another drafter.
+
+    Attributes:
+        draws: True if tokens are drawn from the draft's probabilities.
+    """
+
+    draws = False
+
+    @abstractmethod
+    def prepare(self, tree: Topology | None = None, rows: np.ndarray | None = None) -> Hashable:
+        """See `DraftSession.prepare`.
+
+        Args:
+            tree: the shape that `tree="auto"` asks for, or None.
+            rows: [B] bool on the host. True for rows whose draft will be verified; None for all. If there is no such
+                row, `draft` drafts nothing. It must be called nevertheless.
+        """
+
+    @abstractmethod
+    def observe(self, tree: DraftTree, accepted: Acceptance, rows: torch.Tensor | None = None) -> None:
+        """See `DraftSession.observe`.
+
+        Args:
+            tree: the verified tree.
+            accepted: the accepted path.
+            rows: [B] bool on the device, as in `prepare`. Nodes of other rows are those of another drafter.
+        """
+
+
+def slots_of(slots: torch.Tensor | None, tree: DraftTree, rows: torch.Tensor | None) -> torch.Tensor | None:
+    """The argument `slots` of `DraftForwards.observe` if the draft was verified in `rows` alone: [B, N] int64.
+
+    Args:
+        slots: [n] or [B, n] int64. Slots of the draft's own nodes; None if they are in their final slots.
+        tree: the verified tree of N nodes.
+        rows: [B] bool; None for all.
+    """
+    if slots is None or rows is None:
+        return slots
+    slots = pad(slots[..., : tree.num_nodes], (0, max(tree.num_nodes - slots.shape[-1], 0)), value=-1)
+    return torch.where(rows[:, None], slots, -1)
 
 
 def last_position(model: PreTrainedModel, context: DraftContext) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..ops.reference import Acceptance
 from ..tree import DynamicTree, Topology, topology_tensors, with_rows
 from .base import DraftContext, Drafter
 from .dynamic import DynamicSession
-from .forwards import DraftForwards
+from .forwards import DraftForwards, TextRows
 from .level_session import LevelSession
 
 
@@ -87,16 +87,26 @@ class HeadForwards(DraftForwards):
         context: the call's sequences.
         prompt: the rows of the prompt.
         most_nodes: largest number of nodes that a round forwards after the root.
-        max_depth: largest depth of a node that is verified.
+        max_depth: largest depth of a node that is drafted.
+        older: see `TextRows`.
     """
 
     num_first = 1
 
-    def __init__(self, model: EagleModel, context: DraftContext, prompt: PromptRows, most_nodes: int, max_depth: int):
+    def __init__(
+        self,
+        model: EagleModel,
+        context: DraftContext,
+        prompt: PromptRows,
+        most_nodes: int,
+        max_depth: int,
+        older: int = 0,
+    ):
         self._model, self.context = model, context
         buffers, batch, device = context.buffers, len(context.start), context.start.device
         self._column = buffers.put("draft.column", torch.tensor(prompt.first, device=device))
-        rows = max_depth + 1  # the root and the accepted tokens
+        self._text_rows = TextRows(context, max_depth, older)
+        rows = self._text_rows.most
         self._room = rows + most_nodes
         last = context.max_length - 1
         start = buffers.put("draft.start", prompt.start)
@@ -106,7 +116,6 @@ class HeadForwards(DraftForwards):
         columns = int(context.host_length[0]) - prompt.first
         self._runner.take_cache(prompt.cache, context.cache_capacity(self._room), columns)
         prompt.cache = None  # it was copied
-        self._chain = topology_tensors(Topology.chain(rows - 1), device)
         buffers.keep(self._chain)  # captured rounds read it
         self._rows = buffers.put("draft.places", torch.arange(rows, device=device))
         features = prompt.last.new_zeros(batch, rows, prompt.last.shape[-1])
@@ -122,18 +131,23 @@ class HeadForwards(DraftForwards):
     def weights(self):
         return head_weights(self._model, self.context.target.model)
 
-    def follow(self, levels):
+    def follow(self, levels, rows=None):
+        self._text_rows.follow()
         self._runner.cache.reserve(self.context.longest + self._room)
+
+    @property
+    def _chain(self) -> tuple[torch.Tensor, ...]:
+        return topology_tensors(Topology.chain(self._text_rows.count - 1), self._rows.device)
 
     def advance(self):
         """Compute the rows of the root and of the tokens accepted last. Later rows of `_features` are padding: their
         keys and values are overwritten."""
-        context = self.context
+        context, count = self.context, self._text_rows.count
         first = (context.length - self._column - self._count).clamp(min=0)
-        columns = (first[:, None] + self._rows + self._column + 1).clamp(max=context.tokens.shape[1] - 1)
+        columns = (first[:, None] + self._rows[:count] + self._column + 1).clamp(max=context.tokens.shape[1] - 1)
         tokens = context.tokens.gather(1, columns)
         _, depth, ancestors = with_rows(len(tokens), self._chain)
-        states = self._run(tokens, self._features, depth, ancestors, first)
+        states = self._run(tokens, leading(self._features, count), depth, ancestors, first)
         last = (self._count - 1)[:, None, None].expand(-1, 1, states.shape[-1])
         self._states = states.gather(1, last)
         self._first = first + self._count - 1  # the root's slot
@@ -241,6 +255,11 @@ def head_weights(model: EagleModel, target: PreTrainedModel) -> int:
     if model.lm_head is None:
         own += num_weights(target.get_output_embeddings())
     return own
+
+
+def leading(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` of R rows [B, R, ...]."""
+    return rows if rows.shape[1] == count else rows[:, :count].contiguous()
 
 
 def accepted_features(model: EagleModel, states: tuple[torch.Tensor, ...], accepted: Acceptance) -> torch.Tensor:

@@ -102,13 +102,19 @@ class ChainLength:
         self._guess = np.full(batch, float(FIRST_GUESS)) if guesses else None
         self._rounds: deque[np.ndarray] = deque()  # limits of the rounds whose reports the host has not read
 
-    def next_round(self) -> int:
-        """Set `limit` for the next round. Returns the number of levels that the round may take."""
+    def next_round(self, rows: np.ndarray | None = None) -> int:
+        """Set `limit` for the next round. Returns the number of levels that the round may take.
+
+        Args:
+            rows: [B] bool. Rows that draft; None for all.
+        """
         context, limit = self._context, self._bound
         if self._guess is not None:
             limit = np.minimum(limit, 2 ** np.round(np.log2(self._guess)).astype(np.int64))
         if not context.fixed_shapes:
             limit = np.minimum(limit, context.host_budget - 1).clip(0)
+        if rows is not None:
+            limit = np.where(rows, limit, 0)
         if not self._rounds or (limit != self._rounds[-1]).any():
             on_host = torch.from_numpy(limit)
             if self.limit.is_cuda:

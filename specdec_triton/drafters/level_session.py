@@ -8,13 +8,13 @@ from ..forward.wrappers import num_weights
 from ..ops.reference import Acceptance
 from ..ops.rules import WEIGHING_RULES
 from ..tree import DraftTree, Topology, topology_tensors, with_rows
-from .base import DraftContext, DraftSession
-from .forwards import DraftForwards
+from .base import DraftContext
+from .forwards import DraftForwards, ForwardsSession, slots_of
 from .length import ChainLength, in_steps
 from .levels import Plan, plan_of
 
 
-class LevelSession(DraftSession):
+class LevelSession(ForwardsSession):
     """Drafts a topology level by level.
 
     Args:
@@ -59,19 +59,23 @@ class LevelSession(DraftSession):
     def level_cost_ratio(self) -> float:
         return self._forwards.weights / num_weights(self.context.target.model)
 
-    def prepare(self, tree=None):
+    @property
+    def draws(self) -> bool:
+        return self._sampling != "none"
+
+    def prepare(self, tree=None, rows=None):
         context, topology = self.context, self.topology if tree is None else tree
         self._stops = self._length if tree is None else None
         if self._stops is not None:
-            self._levels = self._stops.next_round()
+            self._levels = self._stops.next_round(rows)
             topology = Topology.chain(in_steps(self._levels, self._stops.longest))
         else:
             depth = self.max_depth if context.fixed_shapes else min(self.max_depth, context.useful_depth)
-            topology = topology.limited(depth)
+            topology = topology.limited(depth if rows is None or rows.any() else 0)
             self._levels = topology.max_depth
         if self.on_device:
             self.num_forwards += self._levels  # counted here, because `draft` does not run if the round is replayed
-        self._forwards.follow(self._levels)
+        self._forwards.follow(self._levels, rows)
         if topology not in self._plans:
             device = context.length.device
             self._plans[topology] = plan_of(topology, self._forwards.num_first, self._sampling, device)
@@ -145,6 +149,6 @@ class LevelSession(DraftSession):
         if self._length is not None:
             self._length.observe_on_host(drafted, emitted)
 
-    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
-        in_place = tree.is_chain or tree.max_depth == 0
-        self._forwards.observe(accepted, None if in_place else self._plans[self._drafted].slots)
+    def observe(self, tree: DraftTree, accepted: Acceptance, rows: torch.Tensor | None = None) -> None:
+        slots = None if self._drafted.is_chain else self._plans[self._drafted].slots
+        self._forwards.observe(accepted, slots_of(slots, tree, rows))

@@ -11,15 +11,16 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..ops.reference import Acceptance
 from ..ops.rules import CHAIN_RULES
 from ..tree import DraftTree, DynamicTree, Topology
-from .base import DraftContext, Drafter, DraftSession, check_children, check_rule, check_tree, most_nodes_each
+from .base import DraftContext, Drafter, check_children, check_rule, check_tree, most_nodes_each
 from .candidates import ranked
 from .dynamic import DynamicSession
-from .forwards import DraftForwards
+from .forwards import DraftForwards, ForwardsSession
 from .level_session import LevelSession
 
 NODES, WIDTH = 64, 10  # nodes of the default tree, and tokens of each depth among which a tree of likely nodes chooses
@@ -141,7 +142,7 @@ class MarginalForwards(DraftForwards):
     def weights(self):
         return self._source.weights // self._source.max_depth
 
-    def follow(self, levels):
+    def follow(self, levels, rows=None):
         self._levels = levels
         self._source.follow(levels)
 
@@ -169,7 +170,7 @@ class _Round(NamedTuple):
     slots: int
 
 
-class MarginalSession(DraftSession):
+class MarginalSession(ForwardsSession):
     """Drafts the likeliest nodes, among the `WIDTH` best tokens of each depth. Tokens are ranked by their probability
     after filters, see `candidates`; none is sampled.
 
@@ -189,9 +190,11 @@ class MarginalSession(DraftSession):
         depths = torch.arange(1, source.max_depth + 1, device=context.start.device)
         self._depths = context.buffers.put("draft.depths", depths)
 
-    def prepare(self, tree: Topology | None = None):
+    def prepare(self, tree: Topology | None = None, rows: np.ndarray | None = None):
         context = self.context
         depth = self.max_depth if context.fixed_shapes else min(self.max_depth, context.useful_depth)
+        if rows is not None and not rows.any():
+            depth = 0
         self._source.follow(depth)
         self._round = _Round(min(self.max_nodes, most_nodes(self._width, depth)), depth, self._source.slots)
         return self._round
@@ -206,7 +209,7 @@ class MarginalSession(DraftSession):
         tree = DraftTree.best_first(context.root, tokens, log_probs, num_nodes, context.impl)
         return replace(tree, has_nan=has_nan.any(1))
 
-    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
+    def observe(self, tree: DraftTree, accepted: Acceptance, rows: torch.Tensor | None = None) -> None:
         self._source.observe(accepted)
 
 

@@ -24,7 +24,7 @@ from ..heads.mtp import MtpModel
 from ..ops.reference import Acceptance
 from ..tree import WORD_BITS, DynamicTree, Topology, bits_of_nodes
 from .base import DraftContext, Drafter, topology_of
-from .head_forwards import HeadForwards, PromptRows, embedded, start_head_session
+from .head_forwards import HeadForwards, PromptRows, embedded, leading, start_head_session
 from .model import check_drafted, check_shape
 
 DEFAULT_TOKENS = 3  # of a chain that a single layer drafts
@@ -173,17 +173,21 @@ class MtpForwards(HeadForwards):
 
     def __init__(self, model: MtpModel, context: DraftContext, prompt: MtpPromptRows, most_nodes: int, max_depth: int):
         self._older = model.num_layers - 1
-        super().__init__(model, context, prompt, most_nodes, max_depth + self._older)
+        super().__init__(model, context, prompt, most_nodes, max_depth, self._older)
         self._start = context.buffers.put("draft.start", prompt.start)
-        self._words = _words_of(len(self._rows), most_nodes, context.start.device)
+        self._most_nodes = most_nodes
         context.buffers.keep(self._words)  # captured rounds read them
+
+    @property
+    def _words(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return _words_of(self._text_rows.count, self._most_nodes, self._rows.device)
 
     @property
     def weights(self):
         return super().weights - num_weights(self._model.layers) * self._older // self._model.num_layers
 
-    def follow(self, levels):
-        super().follow(levels)
+    def follow(self, levels, rows=None):
+        super().follow(levels, rows)
         self._levels = levels
 
     def advance(self):
@@ -210,14 +214,14 @@ class MtpForwards(HeadForwards):
 
     def _begin(self) -> torch.Tensor:
         """Prepare the rows of the text. Returns the root's tokens [B, 1]."""
-        context, rows = self.context, len(self._rows)
+        context, rows = self.context, self._text_rows.count
         self._base = (context.length - self._column - self._count).clamp(min=self._older) - self._older
         own, seen, _ = self._words
         # rows before the first token of a sequence are seen by no other row, and by no node
         empty = seen[(self._start - self._base).clamp(0, rows)][:, None]
         self._seen = seen[1:] & ~empty
         self._text_bits = self._seen | own
-        self._text = self._features
+        self._text = leading(self._features, rows)
         batch = len(self._base)
         # of the root and the nodes: bits of the nodes that each sees. Of the nodes: tokens, parents and depths
         self._bits = seen.new_zeros(batch, 1, seen.shape[-1])
@@ -237,15 +241,15 @@ class MtpForwards(HeadForwards):
     def _run_layer(self, layer: int) -> None:
         """Compute the outputs of a layer: `_text` [B, R, H] of the rows of the text, and `_states` [B, 1 + N, H] of the
         root and the nodes."""
-        context, rows, batch = self.context, len(self._rows), len(self._base)
-        columns = self._base[:, None] + self._rows + self._column + 1 + layer
+        context, rows, batch = self.context, self._text_rows.count, len(self._base)
+        columns = self._base[:, None] + self._rows[:rows] + self._column + 1 + layer
         tokens = context.tokens.gather(1, columns.clamp(0, context.tokens.shape[1] - 1))
         tokens, features = torch.cat([tokens, self._tokens], 1), self._text
         if self._tokens.shape[1]:
             parents = self._parents[..., None].expand(-1, -1, features.shape[-1])
             features = torch.cat([features, self._states.gather(1, parents)], 1)
         root = (self._count - 1 + self._older - layer)[:, None]
-        depth = torch.cat([self._rows.expand(batch, -1), root + self._depth], 1)
+        depth = torch.cat([self._rows[:rows].expand(batch, -1), root + self._depth], 1)
         words = -(-depth.shape[1] // WORD_BITS)
         of_root = self._seen.gather(1, root[..., None].expand(-1, -1, self._seen.shape[-1]))
         ancestors = torch.cat([self._text_bits, self._bits[:, 1:] | of_root], 1)[..., :words].contiguous()

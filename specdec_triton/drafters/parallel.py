@@ -19,7 +19,7 @@ from ..ops.rules import CHAIN_RULES
 from ..tree import DynamicTree, Topology
 from .base import DraftContext, Drafter
 from .blocks import BlockMarginals
-from .forwards import as_known, known_tokens, last_position, run_columns, run_prompt
+from .forwards import MissingColumns, as_known, known_tokens, last_position, run_prompt
 from .head_forwards import PromptRows, accepted_features, embedded, head_logits, head_weights
 from .marginals import Shape, check_marginal_tree, check_marginals, shape_of
 
@@ -68,12 +68,12 @@ class HeadMarginals(BlockMarginals):
     """
 
     def __init__(self, model: EagleModel, context: DraftContext, prompt: PromptRows, depths: int):
-        self._rows, block, batch = depths + 1, depths - 1, len(context.start)
+        block, batch = depths - 1, len(context.start)
         super().__init__(
             model,
             context,
             max_depth=depths,
-            num_text=self._rows,
+            deepest=depths,
             num_block=block,
             causal=True,
             first_column=prompt.first,
@@ -83,7 +83,7 @@ class HeadMarginals(BlockMarginals):
         )
         self.num_known = None if model.target_ids is None else len(model.target_ids)
         self._take(prompt)
-        features = model.mask_feature.repeat(batch, self._rows + block, 1)
+        features = model.mask_feature.repeat(batch, self._text_rows.most + block, 1)
         features[:, :1] = prompt.last
         self._features = context.buffers.put("draft.features", features)  # of all rows; the first are those of the text
         masks = torch.full((batch, block), model.mask_token_id, device=context.start.device)
@@ -103,14 +103,17 @@ class HeadMarginals(BlockMarginals):
         tokens = torch.cat([self._text_tokens(first, 1), self._masks], 1)
         states = self._run(tokens, first, **self._inputs(tokens)).last_hidden_state
         root = (self._count - 1)[:, None, None].expand(-1, 1, states.shape[-1])
-        states = torch.cat([states.gather(1, root), states[:, self._rows :]], 1)[:, :depth]
+        states = torch.cat([states.gather(1, root), states[:, self._text_rows.count :]], 1)[:, :depth]
         head = self._runner.fused.model if self._runner.fused else self._model
         return head_logits(head, self.context.target.model, states, self.context.vocab_size)
 
     def _inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Arguments of the head for its first rows, those of tokens [B, N]."""
+        """Arguments of the head for the rows of the text, and as many rows of the block as tokens [B, N] has."""
         embeds = embedded(self._model, self.context.target.model, tokens)
-        return {"inputs_embeds": embeds, "features": self._features[:, : tokens.shape[1]]}
+        count, most, features = self._text_rows.count, self._text_rows.most, self._features
+        if count < most:
+            features = torch.cat([features[:, :count], features[:, most:]], 1)
+        return {"inputs_embeds": embeds, "features": features[:, : tokens.shape[1]]}
 
     def observe(self, accepted):
         """Keep the features of the verified root and of the accepted nodes."""
@@ -131,12 +134,11 @@ class ModelMarginals(BlockMarginals):
     """
 
     def __init__(self, model: PreTrainedModel, context: DraftContext, mask_token_id: int, depths: int):
-        self._num_text = depths + 1
         super().__init__(
             model,
             context,
             max_depth=depths,
-            num_text=self._num_text,
+            deepest=depths,
             num_block=depths,
             causal=True,
             first_column=0,
@@ -146,10 +148,11 @@ class ModelMarginals(BlockMarginals):
         )
         self._known = known_tokens(model, context)
         run_prompt(self._runner, context, self._room, self._known)
+        # text rows end before the root, whose row in the block is not kept
+        self._missing = MissingColumns(self._runner, context, self._known, ahead=0)
         masks = torch.full((len(context.start), depths - 1), mask_token_id, device=context.start.device)
         self._masks = context.buffers.put("draft.masks", masks)
         self._keep = {"logits_to_keep": depths} if model._supports_logits_to_keep() else {}
-        self._behind = 0  # rounds since the model last ran
 
     @property
     def weights(self):
@@ -159,14 +162,7 @@ class ModelMarginals(BlockMarginals):
         """Reserve cache slots for the round. If it drafts, first run the tokens of earlier rounds that did not, and the
         tokens that were accepted before them."""
         super().follow(levels)
-        if not levels:
-            self._behind += 1
-        elif self._behind:
-            # the last of them is the text row of this round
-            count = self._num_text + self._behind - 1
-            first = torch.maximum(self.context.length - 1 - count, self.context.start)
-            run_columns(self._runner, self.context, first, count, self._known)
-            self._behind = 0
+        self._missing.follow(levels > 0)
 
     def logits(self, depth):
         first = self._first()

@@ -187,7 +187,7 @@ class SharedKVForwards(DraftForwards):
             unread += num_weights(model.model.embed_tokens)
         return num_weights(model) - unread
 
-    def follow(self, levels):
+    def follow(self, levels, rows=None):
         """The cache must have a slot for each node, although none is written."""
         self._runner.cache.reserve(self.context.longest + self._depth.shape[1])
 

@@ -1,0 +1,152 @@
+"""Suffix decoding with a fallback: a draft model or a trained head drafts for the sequences that have no good match.
+
+Source: the hybrid mode of SuffixDecoding (Oliaro et al. 2024, arXiv 2411.04975).
+
+Letters: B sequences, N tree nodes.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from ..ops.reference import Acceptance
+from ..tree import WORD_BITS, DraftTree, DynamicTree, Topology, bits_of_nodes
+from .base import DraftContext, Drafter, DraftSession
+from .forwards import ForwardsSession
+
+
+class FallbackSession(DraftSession):
+    """Suffix trees for the sequences that have a good match, and another drafter's draft for the others.
+
+    A sequence takes its suffix tree if the expected number of accepted tokens is at least `below`. The host decides
+    before anything is drafted. If no sequence needs the fallback, its draft does not run. A head then only processes
+    the tokens that were accepted last. A draft model does nothing, and runs the tokens that it lacks before its next
+    draft.
+
+    If the fallback ranks its tokens, each sequence is decided alone, and one `DraftTree` holds both kinds of trees. If
+    it draws them from its probabilities, all sequences take the same kind, because a `DraftTree` is drawn as a whole
+    or not at all. They take their suffix trees if the mean expectation is at least `below`.
+
+    Why this is lossless: the decision depends only on tokens that were emitted in earlier rounds. Given those, each
+    rule keeps the target's distribution for either kind of draft, and the noise of the round is independent of the
+    decision. A decision that depends on the tokens which the fallback draws in the same round would bias the text.
+
+    Args:
+        suffix: the `SuffixSession`.
+        fallback: the other drafter.
+        below: see above.
+        context: the call's sequences.
+        tree: the shape that the fallback drafts, see `Drafter.start`.
+
+    Raises:
+        ValueError: the fallback cannot follow a text whose drafts are another drafter's.
+    """
+
+    trusted = reusable = True
+
+    def __init__(
+        self,
+        suffix: Any,
+        fallback: Drafter,
+        below: float,
+        context: DraftContext,
+        tree: Topology | DynamicTree | int | None = None,
+    ):
+        context.verified_depth = suffix.max_depth
+        session = fallback.start(context, tree)
+        if not isinstance(session, ForwardsSession):
+            raise ValueError(
+                "SuffixDrafter: fallback must be a drafter that runs a model or a trained head, got "
+                f"{type(fallback).__name__}"
+            )
+        self._suffix, self._fallback, self._below, self.context = suffix, session, below, context
+        self.max_nodes = max(suffix.max_nodes, session.max_nodes)
+        self.max_depth = max(suffix.max_depth, session.max_depth)
+
+    def prepare(self, tree=None):
+        """Decide which rows take the fallback's draft, and prepare it."""
+        self._suffix.prepare()
+        self._proposals = self._suffix.cut(self._suffix.propose())
+        self._rows = self._rows_of_fallback()
+        return self._fallback.prepare(tree, self._rows)
+
+    def _rows_of_fallback(self) -> np.ndarray:
+        """[B] bool: True for the rows that take the fallback's draft."""
+        expected = np.array([proposal.expected for proposal in self._proposals])
+        live = self.context.host_budget > 1  # other rows emit no draft token
+        if not live.any():
+            return live
+        rows = live & ((expected[live].mean() if self._fallback.draws else expected) < self._below)
+        return np.ones_like(rows) if rows[live].all() else rows
+
+    def draft(self) -> DraftTree:
+        tree, self._mask = self._fallback.draft(), None
+        if not self._rows.all():
+            taken = [
+                proposal.first(1) if falls_back else proposal
+                for proposal, falls_back in zip(self._proposals, self._rows.tolist(), strict=True)
+            ]
+            copied = self._suffix.tree_of(taken)
+            if self._rows.any():
+                self._mask = torch.from_numpy(self._rows).to(copied.tokens.device)
+                tree = merged(tree, copied, self._mask)
+            else:
+                tree = copied
+        if self._suffix.times is not None:
+            self._suffix.times.drafted(tree.num_nodes)
+        return tree
+
+    def observe(self, tree: DraftTree, accepted: Acceptance) -> None:
+        self._suffix.observe(tree, accepted)
+        self._fallback.observe(tree, accepted, self._mask)
+
+    def observe_on_host(self, drafted, emitted):
+        """The fallback does not learn from rows that verified another draft: to it, they are as finished rows."""
+        self._suffix.observe_on_host(drafted, emitted)
+        own = [count * falls_back for count, falls_back in zip(emitted, self._rows.tolist(), strict=True)]
+        self._fallback.observe_on_host(drafted, own)
+
+    def finish(self):
+        self._suffix.finish()
+        self._fallback.finish()
+
+
+def merged(one: DraftTree, other: DraftTree, rows: torch.Tensor) -> DraftTree:
+    """The trees of `one` in `rows` [B] bool, and those of `other` in all other rows. Neither may be drawn."""
+    width = max(one.num_nodes, other.num_nodes)
+    one, other = padded(one, width), padded(other, width)
+    chosen = rows[:, None]
+    return DraftTree(
+        tokens=torch.where(chosen, one.tokens, other.tokens),
+        parents=torch.where(chosen, one.parents, other.parents),
+        depth=torch.where(chosen, one.depth, other.depth),
+        ancestors=torch.where(chosen[..., None], one.ancestors, other.ancestors),
+        max_depth=max(one.max_depth, other.max_depth),
+        is_chain=one.is_chain and other.is_chain,
+        has_nan=None if one.has_nan is None else one.has_nan & rows,
+    )
+
+
+def padded(tree: DraftTree, num_nodes: int) -> DraftTree:
+    """The tree with padding up to this number of nodes. Flags and draft probabilities are not kept."""
+    batch, own = tree.tokens.shape
+    more, words = num_nodes - own, -(-num_nodes // WORD_BITS)
+    bits = _bits(num_nodes, tree.tokens.device)[own:].expand(batch, -1, -1)
+    ancestors = pad(tree.ancestors, (0, words - tree.ancestors.shape[2]))
+    return DraftTree(
+        tokens=pad(tree.tokens, (0, more)),
+        parents=pad(tree.parents, (0, more), value=-1),
+        depth=pad(tree.depth, (0, more)),
+        ancestors=torch.cat([ancestors, bits], 1),
+        max_depth=tree.max_depth,
+        is_chain=tree.is_chain,
+        has_nan=tree.has_nan,
+    )
+
+
+@lru_cache(maxsize=64)
+def _bits(num_nodes: int, device: torch.device) -> torch.Tensor:
+    return bits_of_nodes(num_nodes).to(device)

@@ -116,8 +116,8 @@ class HeadForwards(DraftForwards):
         columns = int(context.host_length[0]) - prompt.first
         self._runner.take_cache(prompt.cache, context.cache_capacity(self._room), columns)
         prompt.cache = None  # it was copied
-        buffers.keep(self._chain)  # captured rounds read it
         self._rows = buffers.put("draft.places", torch.arange(rows, device=device))
+        buffers.keep(self._chain)  # captured rounds read it
         features = prompt.last.new_zeros(batch, rows, prompt.last.shape[-1])
         features[:, : prompt.last.shape[1]] = prompt.last
         self._features = buffers.put("draft.features", features)  # of the columns verified last

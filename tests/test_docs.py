@@ -67,6 +67,16 @@ def test_the_readme_is_short():
 
 
 @pytest.fixture
+def in_checkout(monkeypatch, tmp_path):
+    """The current folder has links to all files of the checkout. Files that are written to it are elsewhere."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        (folder / path.name).symlink_to(path)
+    monkeypatch.chdir(folder)
+
+
+@pytest.fixture
 def tiny_checkpoints(monkeypatch, tmp_path):
     """`from_pretrained` of the auto classes gives tiny models; the larger name's target is of another seed. The hub has
     a tiny head, and the models' folder an MTP layer."""
@@ -112,7 +122,7 @@ WITH_SNIPPETS = [page for page in PAGES if any(kind == "python" for kind, _ in C
 
 
 @named(WITH_SNIPPETS)
-def test_snippets_run(page, tiny_checkpoints, capsys):
+def test_snippets_run(page, tiny_checkpoints, in_checkout, capsys):
     """One after the other, in one namespace."""
     names = quickstart_names()
     for kind, text in CODE.findall(page.read_text()):
@@ -123,14 +133,14 @@ def test_snippets_run(page, tiny_checkpoints, capsys):
 
 
 @named(GUIDES)
-def test_commands_parse(page, tmp_path):
-    """Each `specdec-triton` line is one that the command line takes."""
-    given = tmp_path / "text.txt"  # in place of a file of the reader's
-    given.touch()
+def test_commands_parse(page, in_checkout):
+    """Each `specdec-triton` line is one that the command line takes, if the reader's files are there."""
+    for name in ("conversation.txt", "utils.py", "answers.jsonl", "code.corpus"):
+        Path(name).touch()
     for kind, text in CODE.findall(page.read_text()):
         for line in text.splitlines() if kind != "python" else ():
             if line.startswith("specdec-triton "):
-                arguments = shlex.split(line.replace("conversation.txt", str(given)), comments=True)[1:]
+                arguments = shlex.split(line, comments=True)[1:]
                 parsed = cli._parser().parse_args(arguments)
                 assert callable(parsed.run), line
 

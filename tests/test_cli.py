@@ -128,6 +128,52 @@ def test_generate_hands_the_draft_model_to_the_engine(target, draft, engine, cap
     assert "draft: draft (folder" in capsys.readouterr().err
 
 
+def test_generate_drafts_from_a_corpus_of_files(target, engine, tmp_path, capsys):
+    texts, lines, out = tmp_path / "a.py", tmp_path / "b.jsonl", tmp_path / "texts.corpus"
+    texts.write_text("hello ab hello")
+    lines.write_text('{"text": "xyx"}\n{"messages": [{"role": "user", "content": "hi"}]}\n')
+    build = ["corpus", "build", "--tokenizer", target, "--out", str(out)]
+    assert cli.main([*build, str(texts), str(lines)]) == 0
+    tokens = 13 + 2 + 4
+    report = re.escape(f"{out}: {tokens} tokens of 3 texts in ") + r"\d+\.\d s, (\d\.\d) bytes a token\n"
+    assert float(re.fullmatch(report, capsys.readouterr().out)[1]) == pytest.approx(8 + 4 * 3 / tokens, abs=0.06)
+
+    assert generate("--model", target, "--prompt", "hello", "--corpus", str(out)) == 0
+    drafter = engine.options[0]["drafter"]
+    assert isinstance(drafter, sdt.SuffixDrafter) and drafter.history.num_tokens == tokens
+    assert f"draft: {out} (a corpus of {tokens} tokens)" in capsys.readouterr().err
+    assert generate("--model", target, "--prompt", "hello", "--suffix") == 0
+    drafter = engine.options[1]["drafter"]
+    assert isinstance(drafter, sdt.SuffixDrafter) and drafter.history.num_tokens == 0
+    # one drafter makes the drafts, and a repeated call of `profile` does not find the answer of the first
+    assert [call["prompt_lookup_num_tokens"] for call in engine.calls] == [None, None]
+    assert drafter.history.max_tokens == 0
+
+
+def test_a_malformed_corpus_or_text_is_one_line_that_names_the_file(target, tmp_path, capsys):
+    broken = tmp_path / "b.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": 3}\n')
+    build = ["corpus", "build", "--tokenizer", target, "--out", str(tmp_path / "out")]
+    assert cli.main([*build, str(broken)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"specdec-triton corpus: read_texts: {broken}:2 must have strings in 'text', got int"
+    assert cli.main([*build[:3], "./nowhere", *build[4:], str(broken)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("specdec-triton corpus: load: wanted a model folder, a .gguf file or a hub name, got")
+    assert generate("--model", target, "--prompt", "p", "--corpus", str(broken)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"specdec-triton generate: History.load: {broken} must be a file of History.save")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_of_a_gguf_file_is_read_without_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "converted_folder", lambda *args: pytest.fail("the model was converted"))
+    file = tmp_path / "tiny.gguf"
+    tiny.save_gguf(file, tiny.model(layers=1))
+    text = "hello ab"
+    assert models.load_tokenizer(file).encode(text) == tiny.tokenizer().encode(text)
+
+
 def test_generate_passes_its_options_on(target, engine, monkeypatch):
     monkeypatch.setattr(sdt, "stats", lambda model: sdt.Stats("block"))
     sampling = ["--temperature", "0.7", "--top-p", "0.9", "--top-k", "7", "--min-p", "0.1", "--seed", "5"]
@@ -164,7 +210,11 @@ def test_a_tokenizer_without_a_chat_template_takes_the_bare_text():
         ["generate", "--model", "m"],
         ["generate", "--model", "m", "--prompt", "p", "--draft", "d", "--plain"],
         ["generate", "--model", "m", "--prompt", "p", "--draft", "d", "--mtp"],
+        ["generate", "--model", "m", "--prompt", "p", "--draft", "d", "--suffix"],
+        ["generate", "--model", "m", "--prompt", "p", "--suffix", "--corpus", __file__],
         ["prove", "--model", "m", "--draft", "d", "--mtp"],
+        ["corpus", "--tokenizer", "m", "--out", "o", __file__],
+        ["corpus", "build", "--tokenizer", "m", "--out", "o"],
         ["generate", "--model", "m", "--prompt", "p", "--prompt-lookup", "0"],
         ["demo", "--max-new-tokens", "-1"],
         ["demo", "--dtype", "int8"],
@@ -402,9 +452,10 @@ def test_real_engine_demo(target, short, capsys):
     assert capsys.readouterr().out.count("identical: specdec_triton") == 2
 
 
-@pytest.mark.parametrize("way", ["--prompt-lookup", "--draft"])
+@pytest.mark.parametrize("way", ["--prompt-lookup", "--draft", "--suffix"])
 def test_real_engine_generate(target, draft, capsys, way):
-    assert generate("--model", target, "--prompt", "hello hello", way, {"--draft": draft}.get(way, "4")) == 0
+    value = {"--draft": [draft], "--prompt-lookup": ["4"], "--suffix": []}[way]
+    assert generate("--model", target, "--prompt", "hello hello", way, *value) == 0
     out, err = capsys.readouterr()
     assert out == plain_text(target, "hello hello") + "\n"
     assert "acceptance length" in err and "rule greedy (lossless)" in err

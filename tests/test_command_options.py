@@ -17,6 +17,7 @@ REQUIRED = {
     "plan": ["--target", "smollm2-135m", "--draft", "none", "--device", "h100", "--acceptance", "0.8"],
     "models": [],
     "bench": ["kernels"],
+    "corpus": ["build", "--tokenizer", "m", "--out", "o", __file__],
 }
 DECODING = {
     "--top-p": ("2", "must be a number above 0 and at most 1, got '2'"),
@@ -49,6 +50,8 @@ REFUSED += [
     ("models", "--json", "no/such/rows.json", "must be a file in a folder that exists, got"),
     ("models", "--page", ".", "must be a file in a folder that exists, got '.'"),
     ("profile", "--out", "no/such/folder", "must be a folder, or a new one in a folder that exists, got"),
+    ("generate", "--corpus", "no/such/file", "must be a file, got 'no/such/file'"),
+    ("corpus", "--out", "no/such/file", "must be a file in a folder that exists, got 'no/such/file'"),
     ("bench", "--out", __file__, "must be a folder, or a new one in a folder that exists, got"),
 ]
 
@@ -105,6 +108,8 @@ def test_options_become_those_of_patch_and_of_generate(args, patch, generate):
         (["--tree", "auto"], {"prompt_lookup_num_tokens": 10}),
         (["--assistant-early-exit", "2"], {"assistant_early_exit": 2}),
         (["--draft", "d"], {}),
+        (["--suffix"], {}),
+        (["--corpus", __file__], {}),
     ],
 )
 def test_drafts_come_from_prompt_lookup_unless_asked_otherwise(args, assistance):

@@ -1,4 +1,4 @@
-"""The command `specdec-triton`: demo, generate, prove, bench, profile, fit-head, inspect, plan, models,
+"""The command `specdec-triton`: demo, generate, prove, bench, profile, fit-head, corpus, inspect, plan, models,
 doctor."""
 
 import argparse
@@ -18,6 +18,7 @@ from transformers import GenerationMixin, TextStreamer
 import specdec_triton as sdt
 
 from .. import ops
+from ..drafters.corpus import corpus_of
 from ..drafters.early_exit import with_layers
 from ..drafters.heads import drafter_of, is_head, read_head
 from ..engine.graph_runner import LAG, MAX_SHAPES, cannot_capture
@@ -115,6 +116,15 @@ def _drafter(draft, tree=None) -> sdt.Drafter:
     return sdt.MTPDrafter(draft, tree=tree) if isinstance(draft, MtpModel) else drafter_of(draft, tree)
 
 
+def _suffix_drafter(args: argparse.Namespace) -> sdt.SuffixDrafter | None:
+    """The drafter of --suffix or --corpus. It keeps no outputs, so that a repeated call drafts the same."""
+    if args.corpus:
+        drafter = sdt.SuffixDrafter.load(args.corpus, history_tokens=0)
+        _say(f"draft: {args.corpus} (a corpus of {drafter.history.num_tokens:,} tokens)")
+        return drafter
+    return sdt.SuffixDrafter(history_tokens=0) if args.suffix else None
+
+
 def _prompt(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
 
@@ -154,8 +164,8 @@ def _generate(args: argparse.Namespace) -> int:
     dtype, prompt = _dtype(args, device), _prompt(args.prompt)
     model, tokenizer = _load("model", args.model, dtype, device, f", {dtype}, {device}")
     draft = _draft(args, model, dtype, device)
-    if draft is not None:
-        patch_options["drafter"] = _drafter(draft)
+    if drafter := _suffix_drafter(args) if draft is None else _drafter(draft):
+        patch_options["drafter"] = drafter
     if args.plain:
         speculation = nullcontext()
         if args.seed is not None:
@@ -294,8 +304,8 @@ def _profile(args: argparse.Namespace) -> int:
     name = models.find_default_model(args.model, dtype)
     model, tokenizer = _load("model", name, dtype, device, f", {dtype}, {device}")
     draft = _draft(args, model, dtype, device)
-    if draft is not None:
-        patch_options["drafter"] = _drafter(draft)
+    if drafter := _suffix_drafter(args) if draft is None else _drafter(draft):
+        patch_options["drafter"] = drafter
     elif args.assistant_early_exit:
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         if args.assistant_early_exit >= layers:
@@ -427,6 +437,18 @@ def _fit_head(args: argparse.Namespace) -> int:
     found = fit_head.fit(model, tokenizer, args.head, text, args.places, args.context, _say)
     print(json.dumps(found.report()) if args.json else "\n".join(found.lines(args.head)))
     return int(not found.is_decided)
+
+
+def _corpus(args: argparse.Namespace) -> int:
+    tokenizer = models.load_tokenizer(args.tokenizer)
+    start = time.perf_counter()
+    found = corpus_of(tokenizer, args.files)
+    found.save(args.out)
+    print(
+        f"{args.out}: {found.num_tokens:,} tokens of {found.num_texts:,} texts in "
+        f"{time.perf_counter() - start:.1f} s, {found.nbytes / found.num_tokens:.1f} bytes a token"
+    )
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -595,6 +617,17 @@ COMMANDS = {
             count("--context", fit_head.CONTEXT, "tokens before each place, at most", least=2),
             command_options.dtype("auto", "of the weights; auto: bfloat16 on a GPU, float32 without one"),
             _json(),
+        ]),
+    ),
+    "corpus": (
+        _corpus, "make a corpus of texts that answers are likely to repeat, for --corpus",
+        Group([
+            option("action", "build: tokenize and index the files", choices=["build"]),
+            option("files", "text files, and .jsonl files with one text a line, in the field text, prompt and "
+                   "completion, or messages", nargs="+", type=command_options.input_file, metavar="FILE"),
+            option("--tokenizer", f"of the model that will decode: {command_options.MODEL}",
+                   required=True, metavar="MODEL"),
+            option("--out", "the file of the corpus", type=command_options.output_file, required=True, metavar="FILE"),
         ]),
     ),
     "doctor": (

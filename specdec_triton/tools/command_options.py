@@ -191,6 +191,15 @@ def drafting(*more: Option) -> Group:
                 "(facebook/layerskip-llama3.2-1B): other models accept next to none of these drafts",
                 type=at_least(1), metavar="N",
             ),
+            option(
+                "--suffix",
+                "draft the tokens that most often followed the same words earlier in the text, as a tree",
+                action="store_true",
+            ),
+            option(
+                "--corpus", "like --suffix, and look the words up in a corpus, too: a file of `corpus build`",
+                type=input_file, metavar="FILE",
+            ),
             *more,
         ],
         "drafting", "One of these at a time.", exclusive=True,
@@ -261,7 +270,7 @@ def generate_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def assistance(args: argparse.Namespace) -> dict[str, int]:
     """The argument of `generate` that asks for drafts, unless a drafter of its own makes them."""
-    if args.draft or args.mtp:
+    if args.draft or args.mtp or args.suffix or args.corpus:
         return {}
     if args.assistant_early_exit:
         return {"assistant_early_exit": args.assistant_early_exit}

@@ -64,12 +64,20 @@ def load(
         check_folder(path)
         report(f"loading {path.name}")
         return *_load_folder(path, dtype), f"{path.name} (folder {path})"
-    if _looks_like_path(str(name_or_path)):
-        raise FileNotFoundError(
-            f"load: wanted a model folder, a .gguf file or a hub name, got {str(name_or_path)!r}: nothing there"
-        )
+    _check_name(str(name_or_path))
     report(f"loading {name_or_path} from the hub")
     return *_load_from_hub(str(name_or_path), dtype), f"{name_or_path} (from the hub)"
+
+
+def load_tokenizer(name_or_path: str | os.PathLike):
+    """Load the tokenizer of a model alone. For the argument and the errors, see `load`."""
+    path = Path(name_or_path).expanduser()
+    source, more = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    if not path.exists():
+        _check_name(str(name_or_path))
+        source = name_or_path
+    with reading(f"the tokenizer in {name_or_path}"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
 
 
 def tiny() -> PreTrainedModel:
@@ -254,9 +262,10 @@ def _load_from_hub(name: str, dtype: torch.dtype):
         ) from cause
 
 
-def _looks_like_path(name: str) -> bool:
-    # a hub name is "name" or "owner/name"
-    return name.endswith(".gguf") or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
+def _check_name(name: str) -> None:
+    """FileNotFoundError if `name`, which is no file or folder, cannot be a name on the hub: "name" or "owner/name"."""
+    if name.endswith(".gguf") or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
+        raise FileNotFoundError(f"load: wanted a model folder, a .gguf file or a hub name, got {name!r}: nothing there")
 
 
 def _packaged_gguf(package: str) -> Path | None:

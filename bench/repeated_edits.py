@@ -75,15 +75,15 @@ def _edits(task: str, language: str, text: str, edits: list[tuple[str, str, str]
     return prompts
 
 
+_INDEX = "- The documentation has a new index.\n"
 _REQUESTS = {
     "notes": [
         f"{_NOTES}\nRewrite these release notes as a friendly e-mail to customers. Explain each item in two sentences.",
-        f"{_NOTES}\nRewrite these release notes as a friendly e-mail to customers of version 2.1. Explain each item in "
-        "two sentences.",
-        f"{_NOTES}- The documentation has a new index.\n\nRewrite these release notes as a friendly e-mail to customers "
-        "of version 2.1. Explain each item in two sentences.",
-        f"{_NOTES}- The documentation has a new index.\n\nRewrite these release notes as a formal e-mail to customers "
-        "of version 2.1. Explain each item in two sentences.",
+        *(
+            f"{notes}\nRewrite these release notes as a {tone} e-mail to customers of version 2.1. "
+            "Explain each item in two sentences."
+            for notes, tone in ((_NOTES, "friendly"), (_NOTES + _INDEX, "friendly"), (_NOTES + _INDEX, "formal"))
+        ),
     ],
     "queue": [
         f"{_QUEUE}.",

@@ -284,7 +284,7 @@ class DraftTree:
     @classmethod
     def root_only(cls, tokens: torch.Tensor) -> "DraftTree":
         """The last emitted tokens [B, 1] as a tree without draft tokens. Verifying it is a plain decoding step."""
-        return cls.from_topology(_ROOT, tokens)
+        return cls(tokens, *_root_tensors(len(tokens), tokens.device), max_depth=0, is_chain=True)
 
     @classmethod
     def best_first(
@@ -478,6 +478,13 @@ def topology_tensors(topology: Topology, device: torch.device) -> tuple[torch.Te
     parents = torch.tensor([topology.parents], dtype=torch.int32)
     member = ancestor_matrix(parents)
     return parents.to(device), (member.sum(-1) - 1).to(device), pack_bits(member).to(device)
+
+
+@lru_cache(maxsize=256)
+def _root_tensors(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """parents, depth and ancestors of `batch` trees of a root alone. They are cached: callers must not write to them."""
+    _, depth, ancestors = topology_tensors(_ROOT, device)
+    return _parents_of(_ROOT, batch, device), *with_rows(batch, (depth, ancestors))
 
 
 @lru_cache(maxsize=256)

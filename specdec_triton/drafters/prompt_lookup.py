@@ -197,7 +197,8 @@ class _TimedLookupSession(_LookupSession):
         self.times.verified()
 
     def _learn(self, accepted: np.ndarray) -> None:
-        super()._learn(accepted)
+        if self._asked:
+            return super()._learn(accepted)
         for row, proposal in enumerate(self._proposed):
             end = int(self.context.host_length[row]) + 1
             self.chances.learn(row, proposal, self.context.host_tokens[row, end - 1 - accepted[row] : end].tolist())
@@ -299,11 +300,12 @@ def _matches(text: np.ndarray, max_ngram: int, count: int) -> tuple[list[int], i
         The end positions of at most `count` matches, longest first, then earliest; and the length of the longest match,
         0 if there is none.
     """
-    matched = np.zeros(len(text) - 1, dtype=np.int64)
-    running = np.ones(len(text) - 1, dtype=bool)
-    for back in range(min(max_ngram, len(text) - 1)):
-        running[back:] &= text[: len(text) - 1 - back] == text[-1 - back]
-        running[:back] = False
+    last = len(text) - 1
+    ends = np.flatnonzero(text[:last] == text[last])
+    if not len(ends):
+        return [], 0
+    running, matched = np.ones(len(ends), dtype=bool), np.ones(len(ends), dtype=np.int64)
+    for back in range(1, min(max_ngram, last)):
+        running &= (ends >= back) & (text[ends - back] == text[last - back])
         matched += running
-    ends = np.flatnonzero(matched)
-    return ends[np.argsort(-matched[ends], kind="stable")][:count].tolist(), int(matched.max(initial=0))
+    return ends[np.argsort(-matched, kind="stable")][:count].tolist(), int(matched.max())

@@ -78,7 +78,7 @@ class Generation:
         start, last = put("start", call.start), call.max_length - 1 - call.start
         taps = call.drafter.taps(call.model)
         self.runner = TreeRunner(call.model, start, last, impl, fixed, compiled, fused, self.buffers, taps=taps)
-        self.stopped = np.zeros(batch, dtype=bool)  # rows that a criterion has stopped
+        self.stopped: set[int] = set()  # rows that a criterion has stopped
         self.controller: AdaptiveTree | None = None
         filters = [
             each if each is None else put(f"filter {name}", each) for name, each in enumerate(call.filters.tensors)
@@ -132,7 +132,7 @@ class Generation:
                 self.start_controller()
             while not self.output.done:
                 # no new round if the rounds in flight emit all remaining tokens in any case
-                if self.context.host_budget.max() > len(self.reports) or not self.reports:
+                if not self.reports or self.context.host_budget.max() > len(self.reports):
                     self.step()
                 if len(self.reports) > self.reports.lag or self.context.host_budget.max() <= len(self.reports):
                     self.read()
@@ -200,11 +200,12 @@ class Generation:
 
     def step(self) -> None:
         """Prepare and run a round, as CUDA graphs if possible. Its report is read later."""
-        before = dict(self.stats.seconds)
+        before = dict(self.stats.seconds) if self.controller else {}
         asked = self.controller.choose() if self.controller else None
         if asked and not self.context.fixed_shapes:
             asked = asked.limited(self.context.useful_depth)
-        self.graph_runner.worthwhile = self.context.host_budget.max() >= WORTH_CAPTURING
+        if self.graph_runner.why_eager is None:
+            self.graph_runner.worthwhile = self.context.host_budget.max() >= WORTH_CAPTURING
         self.prepare_finished_rows()  # may advance finished rows
         shape, run = self.prepare(asked), self.graph_runner.run
         if self.drafts_on_device:
@@ -217,9 +218,11 @@ class Generation:
             self.session.observe(tree, accepted)
             report = run("emit", shape, lambda: self.round.emit(tree, accepted))
         self.stats.rounds += 1
-        seconds = self.stats.seconds
-        spent = {name: seconds.get(name, 0.0) - before.get(name, 0.0) for name in ("draft", "verify")}
-        verified = asked and asked.limited(tree.max_depth)
+        verified, spent = None, {}
+        if asked:
+            seconds = self.stats.seconds
+            spent = {name: seconds.get(name, 0.0) - before.get(name, 0.0) for name in ("draft", "verify")}
+            verified = asked.limited(tree.max_depth)
         self.reports.put(report, kept, (self.stats.rounds, verified, spent))
 
     @records_time("draft")
@@ -241,6 +244,8 @@ class Generation:
     def at_fixed_addresses(self, tree: DraftTree) -> tuple[Hashable, DraftTree]:
         """The shape key of a tree that was drafted on the host, and the tree, copied to the tensors that captured
         graphs read."""
+        if self.graph_runner.why_eager is not None:
+            return None, tree
         shape = tree.shape, self.runner.cache.slots
         if not self.graph_runner.captures("verify", shape):
             return shape, tree
@@ -270,21 +275,21 @@ class Generation:
     ) -> None:
         context, batch = self.context, len(report)
         counts, drafted, budget, has_nan, draft_nan = ([row[field] for row in report] for field in range(-5, 0))
-        # a row that a criterion stopped may have emitted tokens before the device had its new budget
-        counts, budget, has_nan, draft_nan = (
-            [0 if stopped else number for number, stopped in zip(numbers, self.stopped, strict=True)]
-            for numbers in (counts, budget, has_nan, draft_nan)
-        )
-        op = "accept_greedy" if self.call.rule == "greedy" else "accept_sample"
-        for source, rows in (
-            (f"{op}: logits of {type(self.call.model).__name__}", has_nan),
-            (f"{type(self.call.drafter).__name__}: the draft's logits", draft_nan),
-        ):
-            if any(rows):
-                raise RuntimeError(
-                    f"{source} must be finite numbers, got NaN or inf in row {rows.index(True)} of {batch} in round "
-                    f"{number}"
-                )
+        if self.stopped:
+            # a row that a criterion stopped may have emitted tokens before the device had its new budget
+            counts, budget, has_nan, draft_nan = (
+                [0 if row in self.stopped else number for row, number in enumerate(numbers)]
+                for numbers in (counts, budget, has_nan, draft_nan)
+            )
+        if any(has_nan) or any(draft_nan):
+            op = "accept_greedy" if self.call.rule == "greedy" else "accept_sample"
+            source, rows = f"{op}: logits of {type(self.call.model).__name__}", has_nan
+            if not any(has_nan):
+                source, rows = f"{type(self.call.drafter).__name__}: the draft's logits", draft_nan
+            raise RuntimeError(
+                f"{source} must be finite numbers, got NaN or inf in row {rows.index(True)} of {batch} in round "
+                f"{number}"
+            )
         self.stats.emitted += sum(counts)
         if number:
             self.stats.add_round(counts, drafted)
@@ -297,7 +302,7 @@ class Generation:
         else:
             stopped = self.output.append(report, counts, kept, self.scores.after_end)
         if stopped:
-            self.stopped[stopped] = True
+            self.stopped.update(stopped)
             context.host_budget[stopped] = 0
             self.round.budget[stopped] = 0
         if number:

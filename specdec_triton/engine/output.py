@@ -88,14 +88,15 @@ class Output:
             Rows that a criterion has stopped in this call. They must emit no more tokens.
         """
         for row, count in enumerate(counts):
-            first = self.length[row] + 1
+            if not count:
+                continue
+            first = int(self.length[row]) + 1
             self.tokens[row, first : first + count] = tokens[row][:count]
-            self.length[row] += count
-            if count:
-                self.ended[row] = tokens[row][count - 1] in self.eos_ids or self.length[row] + 1 == self.max_length
-                self.keep([row], {name: scores[:, :count] for name, scores in kept.items()})
+            self.length[row] = last = first + count - 1
+            self.ended[row] = tokens[row][count - 1] in self.eos_ids or last + 1 == self.max_length
+            self.keep([row], {name: scores[:, :count] for name, scores in kept.items()})
         stopped = []
-        while not self.done and np.all(self.ended | (self.length >= self.column)):
+        while not self.done and (self.ended | (self.length >= self.column)).all():
             stopped += self._finish_column(more)
         if self.done:
             self._keep_columns(more)
@@ -108,17 +109,19 @@ class Output:
                 self._kept[name][row] += scores[row].clone().unbind()  # a view would keep all scores alive
 
     def _finish_column(self, more: More | None) -> list[int]:
-        column, before = self.column, self.unfinished.copy()
+        column = self.column
         self.column += 1
         at_end = column + 1 == self.max_length
         ended = (self.length == column) & self.ended
-        flagged = np.zeros_like(ended)
+        stopped = []
         if self.criteria:
             self._keep_columns(more)
             with self._aside():
                 flagged = self.criteria(self._columns(), self.columns_kept.get("scores")).cpu().numpy()
-        self.unfinished &= ~(ended | flagged)
-        stopped = [] if self.pad_id is None else np.flatnonzero(before & flagged & ~ended).tolist()
+            if self.pad_id is not None:
+                stopped = np.flatnonzero(self.unfinished & flagged & ~ended).tolist()
+            ended |= flagged
+        self.unfinished &= ~ended
         for row in stopped:
             self.length[row], self.ended[row] = column, True
             self.tokens[row, column + 1 :] = self.pad_id

@@ -8,6 +8,8 @@ A plane is [B, S, H, D]. The row of a token is contiguous, so accepting a path m
 in their lengths. Layers with a sliding window keep all tokens; attention applies the window.
 """
 
+from itertools import groupby
+
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -71,8 +73,10 @@ class TreeCache(Cache):
         layers = prefilled.layers
         # layers that use the keys and values of other layers are not initialized and are kept unchanged
         self._own = [index for index, layer in enumerate(layers) if layer.is_initialized]
+        self._place_of = {index: place for place, index in enumerate(self._own)}
         shapes = [layers[index].keys.shape for index in self._own] + [layers[index].values.shape for index in self._own]
         first = layers[self._own[0]].keys
+        self._dtype = first.dtype
         self._shapes = [(shape[1], shape[3]) for shape in shapes]
         self.widths = [heads * dim for heads, dim in self._shapes]
         self._batch = first.shape[0]
@@ -147,13 +151,18 @@ class TreeCache(Cache):
         values of an earlier call, which attention does not see."""
         self.capacity = capacity
         slots = self._batch * capacity
+        # after `place_after`, for each plane the slot to write, and the slots that the layer sees then
+        self._next: list[torch.Tensor] = []
+        self._seen: list[torch.Tensor] = []
         self.storage = self._buffers.zeros(f"{self._name}.cache", slots * sum(self.widths), like)
-        self._planes = [
-            plane.view(self._batch, capacity, *shape).transpose(1, 2)
-            for plane, shape in zip(
-                self.storage.split([slots * width for width in self.widths]), self._shapes, strict=True
-            )
+        # consecutive planes of one shape are a block [n, B, H, S, D]
+        runs = [(shape, len(list(run))) for shape, run in groupby(self._shapes)]
+        parts = self.storage.split([slots * count * shape[0] * shape[1] for shape, count in runs])
+        self._blocks = [
+            part.view(count, self._batch, capacity, *shape).transpose(2, 3)
+            for part, (shape, count) in zip(parts, runs, strict=True)
         ]
+        self._planes = [plane for block in self._blocks for plane in block.unbind()]
 
     def _show(self, slots: int) -> None:
         """Give the model views of the first `slots` slots."""
@@ -178,22 +187,26 @@ class TreeCache(Cache):
         self.written, self._length = slots, None
 
     def place_after(self, length: int) -> None:
-        """Let the next forward write to slots length, length + 1, ... of every sequence, and behave like an ordinary
-        cache of that length. It is for a plain decoding step, in which each token attends to all slots up to its own.
+        """Let the next forward write one token to slot `length` of every sequence, and behave like an ordinary cache of
+        that length. It is for a plain decoding step, in which the token attends to all slots up to its own.
         """
         self._length = length
+        # the views of all layers at once: separate slices would take longer than the copies of the keys and values
+        self._next = [plane for block in self._blocks for plane in block.narrow(3, length, 1).unbind()]
+        self._seen = [plane for block in self._blocks for plane in block.narrow(3, 0, length + 1).unbind()]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Write keys [B, H, N, D] and values [B, H, N, Dv] to the slots set by `place` or `place_after`. Returns the
         keys and values that the layer is to see."""
-        planes = self.planes(layer_idx, key_states.dtype, value_states.dtype)
         if self._length is not None:
-            end = self._length + key_states.shape[2]
-            keys, values = (plane[:, :, :end] for plane in planes)
-            keys[:, :, self._length :], values[:, :, self._length :] = key_states, value_states
-            return keys, values
+            self._check_dtypes(key_states.dtype, value_states.dtype)
+            key = self._place_of[layer_idx]
+            value = key + len(self._own)
+            self._next[key].copy_(key_states)
+            self._next[value].copy_(value_states)
+            return self._seen[key], self._seen[value]
+        keys, values = planes = self.planes(layer_idx, key_states.dtype, value_states.dtype)
         # with this indexing, Inductor writes the rows in place; with a transposed view it would copy the whole plane
-        keys, values = planes
         keys[self._rows, :, self.written] = key_states.transpose(1, 2)
         values[self._rows, :, self.written] = value_states.transpose(1, 2)
         return planes
@@ -204,13 +217,17 @@ class TreeCache(Cache):
         Raises:
             ValueError: the planes do not have the `dtypes` of new keys and values.
         """
+        self._check_dtypes(*dtypes)
         layer = self.layers[layer_idx]
-        if any(plane.dtype != dtype for plane, dtype in zip((layer.keys, layer.values), dtypes, strict=False)):
-            raise ValueError(
-                f"TreeCache: keys and values must be {layer.keys.dtype}, as the prompt's were, got "
-                f"{' and '.join(map(str, dtypes))}: load the model in one dtype, without mixed precision"
-            )
         return layer.keys, layer.values
+
+    def _check_dtypes(self, *dtypes: torch.dtype) -> None:
+        for dtype in dtypes:
+            if dtype != self._dtype:
+                raise ValueError(
+                    f"TreeCache: keys and values must be {self._dtype}, as the prompt's were, got "
+                    f"{' and '.join(map(str, dtypes))}: load the model in one dtype, without mixed precision"
+                )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if self._length is None:

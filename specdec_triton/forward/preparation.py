@@ -36,8 +36,9 @@ class NextStep:
     token_types: dict[str, torch.Tensor] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
 
-    def positions(self, columns: torch.Tensor) -> torch.Tensor:
-        """Positions of tokens in `columns` [B, N]: [B, N] or [P, B, N] int64."""
+    def positions(self, columns: torch.Tensor | int) -> torch.Tensor:
+        """Positions of tokens in `columns` [B, N], or of one token in each row in the same column: [B, N] or [P, B, N]
+        int64."""
         return columns - self.origin[..., None]
 
 

@@ -248,7 +248,7 @@ class TreeRunner:
         """Run transformers' own decoding step over one token [B, 1] after `length` unpadded tokens. Returns logits
         [B, 1, V]. See `can_decode`."""
         self.cache.place_after(length)
-        arguments = self._arguments_of(tokens, self.step.positions(torch.full_like(tokens, length)))
+        arguments = self._arguments_of(tokens, self.step.positions(length))
         if self._tapped is None:
             return self.model(**arguments).logits
         outputs, self.states = self._tapped(**arguments)

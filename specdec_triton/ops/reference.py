@@ -6,6 +6,7 @@ Hq/Hkv query/key-value heads, S cache slots, D head dim of keys, Dv of values, V
 Arguments are described and checked in `ops` and not checked again here. No function reads a value on the host.
 """
 
+import math
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from .rules import RULES, SampledRound
 
 WORD_BITS = 64
 DRAFT_NOISE = ("none", "coupled", "draft")
+# `first_max` splits the rows of at least so many scores in all into blocks. Larger and smaller blocks are slower.
+MANY_SCORES, SCORES_BLOCK = 100_000, 128
 TREE_FIELDS = 3  # columns of a packed tree after its W ancestor words: depth, start, length
 
 # The masks of the current forward, because all layers with one window or chunk size use the same mask: the arguments of
@@ -231,7 +234,7 @@ def draft_topk(
         scores = log_probs + gumbel(seeds[:, None], positions, 0, COUPLED, vocab)
     else:
         scores = log_probs + gumbel(seeds[:, None], position[:, None], nodes, DRAFT, vocab)
-    best, tokens = scores.max(-1, keepdim=True) if k == 1 else _best(scores, k)
+    best, tokens = (each[..., None] for each in first_max(scores)) if k == 1 else _best(scores, k)
     if noise == "none":
         has_nan = best[..., 0].isnan()
     else:
@@ -258,6 +261,21 @@ def _best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return best, ids.gather(-1, again)
 
 
+def first_max(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest of the scores [..., V] and its index, the lowest one among equal scores: `scores.max(-1)`.
+
+    On a CPU, PyTorch's maximum with an index is not vectorised, but its maximum without one is. The index is therefore
+    looked up only in the first block that has the maximum.
+    """
+    block = math.gcd(scores.shape[-1], SCORES_BLOCK)
+    if scores.numel() < MANY_SCORES or 4 * block < SCORES_BLOCK:
+        return scores.max(-1)
+    blocks = scores.unflatten(-1, (-1, block))
+    best, place = blocks.amax(-1).max(-1)
+    inside = blocks.gather(-2, place[..., None, None].expand(*place.shape, 1, block)).squeeze(-2).argmax(-1)
+    return best, place * block + inside
+
+
 def accept_greedy(
     logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -268,12 +286,12 @@ def accept_greedy(
 ) -> Acceptance:
     """See `ops.accept_greedy`."""
     batch, num_nodes, _ = logits.shape
-    best, target_ids = logits.max(-1)
     live = budget > 0
     if num_nodes == 1:  # the root: there is no path to follow
-        path = torch.full((batch, max_depth), -1, dtype=torch.int32, device=logits.device)
-        next_ids, has_nan = torch.where(live, target_ids[:, 0], -1), live & best[:, 0].isnan()
-        return Acceptance(path, torch.zeros_like(budget), next_ids, has_nan)
+        best, target_ids = first_max(logits[:, 0])
+        next_ids, has_nan = torch.where(live, target_ids, -1), live & best.isnan()
+        return Acceptance(parents[:, 1:], torch.zeros_like(budget), next_ids, has_nan)
+    best, target_ids = first_max(logits)
     nodes = torch.arange(num_nodes, device=logits.device)
     parents = parents.long()
 
@@ -446,25 +464,29 @@ def append_tokens(
     draft_nan: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.append_tokens`."""
-    live = budget > 0
-    count = (accepted_length + 1) * live
-    place = torch.arange(path.shape[1] + 1, device=text.device)
-    root, last = text.gather(1, length[:, None]), next_ids[:, None]
-    drafts = torch.cat([tokens.gather(1, path.clamp(min=0).long()), last], dim=1)
-    emitted = torch.where(place < accepted_length[:, None], drafts, last)
+    live, last = budget > 0, next_ids[:, None]
+    if tokens.shape[1] == 1:  # the root alone: nothing was drafted or accepted, `accepted_length` is 0
+        count, drafted = live.long(), accepted_length
+        emitted, columns = last, (length + count)[:, None]
+    else:
+        count, drafted = (accepted_length + 1) * live, (parents >= 0).sum(1) * live
+        place = torch.arange(path.shape[1] + 1, device=text.device)
+        drafts = torch.cat([tokens.gather(1, path.clamp(min=0).long()), last], dim=1)
+        emitted = torch.where(place < accepted_length[:, None], drafts, last)
+        columns = length[:, None] + torch.minimum(place + 1, count[:, None])
     # places after the last token write that token again, and finished rows write their root again: nothing else changes
-    columns = length[:, None] + torch.minimum(place + 1, count[:, None])
-    text.scatter_(1, columns, torch.where(live[:, None], emitted, root))
+    text.scatter_(1, columns, torch.where(live[:, None], emitted, text.gather(1, length[:, None])))
     length.add_(count)
     position.add_(count)
     budget.sub_(count)
     if eos_ids is not None:
-        budget.masked_fill_((last == eos_ids).any(1) & live, 0)
+        budget.masked_fill_((last == eos_ids).any(1), 0)
 
-    drafted = (parents >= 0).sum(1) * live
     draft_nan = torch.zeros_like(live) if draft_nan is None else live & draft_nan
-    fields = torch.stack([count, drafted, budget, has_nan, draft_nan], dim=1)
-    return torch.cat([emitted, path, fields], dim=1)
+    fields = [count, drafted, budget, has_nan, draft_nan]
+    if tokens.shape[1] == 1:
+        return torch.stack([next_ids, *fields], dim=1)
+    return torch.cat([emitted, path, torch.stack(fields, dim=1)], dim=1)
 
 
 def ngram_lookup(

@@ -1,7 +1,7 @@
-"""The demo's model on its five prompts, greedy: plain `generate`, transformers' prompt lookup, ours, and ours with
-`tree="auto"`; and the loss of `tree="auto"` with a drafter that is never right.
+"""The demo's model on its five prompts, greedy: plain `generate`, transformers' prompt lookup, ours, ours with
+`tree="auto"`, and suffix decoding within the call; and the loss of `tree="auto"` with a drafter that is never right.
 
-    python bench/bench_demo.py [--model MODEL] [--pairs 5] [--out FOLDER]
+    python bench/bench_demo.py [--model MODEL] [--pairs 5] [--cases "chat,code edit"] [--out FOLDER]
 
 All methods take turns, in reverse order every second time. A ratio is the median over these pairs, with the extremes. A
 row whose text differs from plain's has no ratio. "forwards" and "rows" count the target's, without the prompt's.
@@ -10,9 +10,10 @@ row whose text differs from plain's has no ratio. "forwards" and "rows" count th
 import argparse
 import statistics
 import sys
+from typing import NamedTuple
 
 import torch
-from _common import Bench
+from _common import Bench, named_cases
 
 import specdec_triton as sdt
 from specdec_triton.tools import demo, host_sync, models
@@ -23,20 +24,29 @@ from specdec_triton.tools.prompts import PROMPTS
 TOKENS = {"code edit": 256, "no hope": 256}
 FEWER = 64
 HOPELESS = "no hope"  # the chat prompt, with an oracle that is always wrong
-AUTO = 'specdec_triton, tree="auto"'
+AUTO, SUFFIX = 'specdec_triton, tree="auto"', "specdec_triton, suffix"
+
+
+class Case(NamedTuple):
+    """A prompt."""
+
+    name: str
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="hub name, local folder or .gguf file (default: the demo's)")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each method (default %(default)s)")
+    named_cases(parser)
 
 
 def ways_of(prompt: str, text: torch.Tensor) -> dict[str, Way]:
+    """The methods by name, with new drafters: a call of suffix decoding must not know the text of an earlier one."""
     theirs, eager = {name: WAYS[name] for name in (PLAIN, THEIRS)}, {"cuda_graphs": False}  # forwards are counted
     if prompt == HOPELESS:
         hopeless = sdt.OracleDrafter(torch.nn.functional.pad(text, (0, TOKENS[prompt])), 1.0)
         return theirs | {AUTO: Way(eager | {"tree": "auto", "drafter": hopeless}, {})}
-    return theirs | {OURS: Way(eager, LOOKUP), AUTO: Way(eager | {"tree": "auto"}, LOOKUP)}
+    ours = {OURS: Way(eager, LOOKUP), AUTO: Way(eager | {"tree": "auto"}, LOOKUP)}
+    return theirs | ours | {SUFFIX: Way(eager | {"drafter": sdt.SuffixDrafter()}, {})}
 
 
 def main() -> int:
@@ -46,19 +56,20 @@ def main() -> int:
     label = description.partition(" ")[0].partition(".")[0]  # without the format of the file
     model.to(bench.device)
 
-    def measure(bench: Bench, prompt: str) -> None:
+    def measure(bench: Bench, case: Case) -> None:
+        prompt = case.name
         tokens = TOKENS.get(prompt, FEWER)
         inputs = models.encode_chat(tokenizer, PROMPTS["chat" if prompt == HOPELESS else prompt], model.device)
         text = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
         new_tokens = text[0, inputs["input_ids"].shape[1] :].tolist()
-        ways = ways_of(prompt, text)
-        runs = {way: [] for way in ways}
-        for way in in_turn(list(ways), bench.options.pairs):
-            runs[way].append(demo.generate(model, inputs, ways[way], max_new_tokens=tokens))
+        runs = {way: [] for way in ways_of(prompt, text)}
+        for way in in_turn(list(runs), bench.options.pairs):
+            runs[way].append(demo.generate(model, inputs, ways_of(prompt, text)[way], max_new_tokens=tokens))
         for way, done in runs.items():
 
-            def forwards(tokens: int, way: Way = ways[way]) -> int:
-                return demo.generate(model, inputs, way, max_new_tokens=tokens, min_new_tokens=tokens).forwards
+            def forwards(tokens: int, way: str = way) -> int:
+                once = ways_of(prompt, text)[way]
+                return demo.generate(model, inputs, once, max_new_tokens=tokens, min_new_tokens=tokens).forwards
 
             found = {}
             with bench.guarded(found):
@@ -73,8 +84,8 @@ def main() -> int:
             shapes = {"model": label, "prompt": prompt, "new_tokens": len(new_tokens)}
             bench.add(way, shapes, "fp32", found, "the demo's prompts")
 
-    cases = [*PROMPTS, HOPELESS]
-    return bench.run(measure, cases, cases, cases)
+    cases = [Case(name) for name in (*PROMPTS, HOPELESS)]
+    return bench.run(measure, cases, cases, cases, bench.options.cases)
 
 
 if __name__ == "__main__":

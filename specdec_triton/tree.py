@@ -482,7 +482,7 @@ def topology_tensors(topology: Topology, device: torch.device) -> tuple[torch.Te
 
 @lru_cache(maxsize=256)
 def _root_tensors(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """parents, depth and ancestors of `batch` trees of a root alone. They are cached: callers must not write to them."""
+    """parents, depth and ancestors of trees of a root alone. They are cached: callers must not write to them."""
     _, depth, ancestors = topology_tensors(_ROOT, device)
     return _parents_of(_ROOT, batch, device), *with_rows(batch, (depth, ancestors))
 

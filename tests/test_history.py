@@ -6,7 +6,9 @@ import os
 import pickle
 import signal
 import struct
+import sys
 import threading
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -139,9 +141,12 @@ def test_wrong_texts_are_refused():
     assert kept.num_tokens == 0 and kept.sources() == ()
 
 
-def test_ten_threads_lose_nothing(monkeypatch):
+def test_ten_threads_lose_nothing(monkeypatch, request):
     """Threads add and search, while outputs are indexed all the time."""
     monkeypatch.setattr(history, "SEGMENT", 64)
+    interval = sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(interval))
+    sys.setswitchinterval(1e-6)  # so that threads take turns within a call
     kept, errors, start = History(10**6), [], threading.Barrier(10)
 
     def work(number):
@@ -277,10 +282,10 @@ def test_an_empty_history_is_saved_and_loaded(tmp_path):
 
 def test_a_file_is_replaced_as_a_whole(file, monkeypatch):
     before = file.read_bytes()
-    monkeypatch.setattr(history, "save", mock.Mock(side_effect=MemoryError))
-    with pytest.raises(MemoryError):
-        filled().save(file)
-    monkeypatch.undo()
+    for owner, name in ((history, "save"), (Path, "replace")):
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(owner, name, mock.Mock(side_effect=MemoryError))
+            filled().save(file)
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
     History().save(file)
     assert History.load(file).num_tokens == 0 and list(file.parent.iterdir()) == [file]

@@ -66,7 +66,7 @@ def check_search(source, texts, sequence):
 @pytest.mark.parametrize("limits", LIMITS)
 @given(case=cases())
 @settings(max_examples=60, deadline=None)
-def test_an_index_equals_followers(limits, case):
+def test_an_index_equals_brute_force(limits, case):
     texts, sequence = case
     with mock.patch.multiple(matches, **limits):
         index = SuffixArray(texts)
@@ -77,7 +77,7 @@ def test_an_index_equals_followers(limits, case):
 @pytest.mark.parametrize("limits", LIMITS)
 @given(case=cases())
 @settings(max_examples=60, deadline=None)
-def test_a_scan_equals_followers(limits, case):
+def test_a_scan_equals_brute_force(limits, case):
     texts, sequence = case
     with mock.patch.multiple(matches, **limits):
         check_search(ScannedText(np.array(texts[0], dtype=np.int64)), texts[:1], sequence)

@@ -105,15 +105,17 @@ def test_sequences_beyond_the_sorted_length_are_found():
     """Texts that agree in more tokens than are sorted."""
     shared = [5 + token % 7 for token in range(200)]
     texts = [[*shared, 1, 1], [*shared, 2], [3, *shared, 2, 4], shared, [*shared[:150], 9, 9]]
+    sizes = (126, 127, 128, 129, 200)
+    tails = [[1, *shared[-size:]] for size in sizes] + [[3, *shared[:size]] for size in sizes]
+    lengths = [[n for n in range(1, len(tail) + 1) if followers(texts, tail[-n:])] for tail in tails]
     for source in (SuffixArray(texts), ScannedText(joined(texts))):
-        for length in (120, 126, 127, 128, 129, 150, 200):
-            check(source.find(np.array(shared[-length:])), texts, shared[-length:], 0)
-            check(source.find(np.array(shared[:length])), texts, shared[:length], 0)
-            for tail in ([1, *shared[-length:]], [3, *shared[:length]]):
-                lengths = [n for n in range(1, len(tail) + 1) if followers(texts, tail[-n:])]
-                for least in (1, 127, 128, 129, 250):
-                    longest = max(length for length in [0, *lengths] if length >= least or not length)
-                    assert source.longest(np.array(tail), least) == longest
+        for size in sizes:
+            check(source.find(np.array(shared[-size:])), texts, shared[-size:], 0)
+            check(source.find(np.array(shared[:size])), texts, shared[:size], 0)
+        for tail, occurring in zip(tails, lengths, strict=True):
+            for least in (1, 127, 128, 129, 250):
+                longest = max(length for length in [0, *occurring] if length >= least or not length)
+                assert source.longest(np.array(tail), least) == longest
         found = source.find(np.array(shared[:1]))
         for end, token in enumerate(shared[1:], start=1):
             assert found.next_tokens() == followers(texts, shared[:end])

@@ -18,6 +18,7 @@ from helpers import TREES, capture_here, eos_in_mid_row
 from mtp_checkpoints import write_mtp
 from specdec_triton.drafters.base import Drafter, DraftSession
 from specdec_triton.drafters.fallback import FallbackSession
+from specdec_triton.drafters.level_session import LevelSession
 from specdec_triton.heads.checkpoint import Checkpoint
 from specdec_triton.heads.medusa import MedusaHeads
 from specdec_triton.ops.rules import CHAIN_RULES
@@ -133,13 +134,13 @@ class WithFallback(Around):
         session: the last session, an attribute of the class: calls with equal drafters share their graphs.
     """
 
-    def __init__(self, drafter, text, pattern=alternating, branches=True):
+    def __init__(self, drafter, text, pattern=alternating, branches=True, below=1.0):
         super().__init__(drafter)
-        self.text, self.pattern, self.branches = text, pattern, branches
+        self.text, self.pattern, self.branches, self.below = text, pattern, branches, below
 
     def start(self, context, tree=None):
         scripted = Scripted(context, self.text, self.pattern, self.branches)
-        WithFallback.session = FallbackSession(scripted, self.drafter, 1.0, context, tree)
+        WithFallback.session = FallbackSession(scripted, self.drafter, self.below, context, tree)
         return self.session
 
     @property
@@ -437,6 +438,35 @@ def test_captured_rounds(name, made, monkeypatch):
             assert stats.replayed > 2 and bool(stats.reused) == bool(call)
 
 
+@pytest.mark.parametrize(
+    ("draft", "levels", "takes"),
+    [
+        ("right", 4, 3),  # 4 tokens are accepted at most
+        ("wrong", 4, 1),
+        ("right", 1, 1),
+        ("large", 4, 1),  # each of its levels takes as long as a plain step
+    ],
+)
+def test_the_estimated_threshold(draft, levels, takes, monkeypatch):
+    """It is the number of tokens at which both drafts emit equally many per second. Rounds of the fallback come
+    first."""
+    target, model = build("llama", num_hidden_layers=4), build("llama", num_hidden_layers=4)
+    if draft == "wrong":
+        model = build("llama", seed=3)
+    if draft != "large":
+        monkeypatch.setattr(LevelSession, "level_cost_ratio", 0.05)
+    options = {**GREEDY, "max_new_tokens": 120}
+    plain = target.generate(**prompt(1), **options)
+    drafter = sdt.ModelDrafter(model, tree=sdt.Topology.chain(levels))
+    taken = {}
+    for proposed in (1, 2, 3, 4):
+        hybrid = WithFallback(drafter, plain, lambda row, number, most=proposed: most * (number >= 15), True, None)
+        with sdt.patched(target, drafter=hybrid):
+            assert torch.equal(target.generate(**prompt(1), **options), plain)
+        taken[proposed] = len(hybrid.scripted.taken) > 0
+    assert taken == {proposed: proposed >= takes for proposed in taken}
+
+
 # --- distributions
 
 
@@ -492,6 +522,50 @@ def test_a_choice_by_drawn_tokens_is_caught(monkeypatch):
     monkeypatch.setattr(FallbackSession, "draft", choosing)
     found, _ = proof("rejection", in_turn, num_tokens=2)
     assert not found.agrees
+
+
+# --- SuffixDrafter
+
+
+@pytest.mark.parametrize("name", ["EAGLE-3", pytest.param("model, default", marks=pytest.mark.slow)])
+def test_suffix_drafter(name, made):
+    """In a second call, its own output is the match of all rows but the first rounds."""
+    target, fallback, plain = made(name)
+    drafter = sdt.SuffixDrafter(fallback=fallback, adaptive=False)
+    assert not drafter.resizable and drafter.taps(target) == fallback.taps(target)
+    with sdt.patched(target, drafter=drafter):
+        lengths = []
+        for _ in range(2):
+            assert torch.equal(target.generate(**prompt(3), **GREEDY), plain)
+            lengths.append(sdt.stats(target).acceptance_length)
+    assert lengths[0] > 1.2 and lengths[1] > 10
+    assert type(fallback).__name__ in repr(drafter)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fallback": "model"}, "fallback must be another drafter, got str"),
+        ({"fallback": sdt.SuffixDrafter()}, "fallback must be another drafter, got SuffixDrafter"),
+        ({"fallback_below": 0}, "fallback_below must be a number above 0, at most inf, got 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sdt.SuffixDrafter(**options)
+
+
+def test_the_fallback_is_checked(made):
+    """A tree of the call is the fallback's."""
+    target, _, _ = made("model")
+    drafter = sdt.SuffixDrafter(fallback=sdt.EarlyExitDrafter(4, num_tokens=3))
+    for tree in (FIXED, DYNAMIC):
+        with sdt.patched(target, drafter=drafter, tree=tree):
+            assert torch.equal(target.generate(**prompt(3), **GREEDY), made("model")[2])
+    with pytest.raises(ValueError, match="EarlyExitDrafter: rule .rejection. needs a chain"):
+        sdt.patch(target, drafter=drafter, tree=FIXED, rule="rejection")
+    with pytest.raises(ValueError, match="auto"):
+        sdt.patch(target, drafter=drafter, tree="auto")
 
 
 def test_a_fallback_that_copies_is_refused():

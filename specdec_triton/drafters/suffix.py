@@ -22,6 +22,7 @@ from ..ops.rules import CHAIN_RULES
 from ..tree import DraftTree, Topology
 from .base import DraftContext, Drafter, DraftSession, check_rule, check_static, most_nodes_each
 from .corpus import corpus_of
+from .fallback import FallbackSession
 from .history import History
 from .matches import Matches, ScannedText, Texts
 from .timed import Chances, Proposal, RoundTimes, may_use_times, tree_of, width_of
@@ -51,6 +52,11 @@ class SuffixDrafter(Drafter):
         tokens_per_match: a draft after a match of m tokens is at most m times this deep.
         min_prob: tokens whose estimated probability is below this are not drafted.
         history_tokens: number of tokens of earlier outputs that are kept. The first are dropped first. 0 keeps none.
+        fallback: a drafter that runs a model or a trained head. It drafts for a sequence if fewer than `fallback_below`
+            accepted tokens are expected of the texts' draft, see `FallbackSession`. `tree` then sets the shape of its
+            drafts, and a number of nodes limits both kinds of drafts.
+        fallback_below: see `fallback`. None estimates the number at which both kinds of drafts are equally fast, from
+            the sizes of the models and the tokens that the fallback's drafts had accepted.
         adaptive: draft only if it is expected to pay. The estimate of a row follows the drafts that would have been
             right so far. On a CPU, measured times then decide whether a draft is made, and how large it is. Drafts
             therefore differ between runs, but texts do not. False drafts as long as counts allow, as in the paper.
@@ -59,10 +65,8 @@ class SuffixDrafter(Drafter):
         history: the earlier outputs and the corpus.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or `fallback` is not another drafter.
     """
-
-    resizable = True
 
     def __init__(
         self,
@@ -72,14 +76,19 @@ class SuffixDrafter(Drafter):
         min_prob: float = 0.1,
         history_tokens: int = 1_000_000,
         adaptive: bool = True,
+        fallback: Drafter | None = None,
+        fallback_below: float | None = None,
     ):
         if isinstance(history_tokens, bool) or not isinstance(history_tokens, int) or history_tokens < 0:
             raise ValueError(f"SuffixDrafter: history_tokens must be an integer of at least 0, got {history_tokens!r}")
         if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or not 1 <= num_tokens <= MOST_MATCHED:
             raise ValueError(f"SuffixDrafter: num_tokens must be an integer of 1 to {MOST_MATCHED}, got {num_tokens!r}")
+        if fallback is not None and (not isinstance(fallback, Drafter) or isinstance(fallback, SuffixDrafter)):
+            raise ValueError(f"SuffixDrafter: fallback must be another drafter, got {type(fallback).__name__}")
         for name, number, least, most in (
             ("tokens_per_match", tokens_per_match, 0, math.inf),
             ("min_prob", min_prob, 0, 1),
+            ("fallback_below", 1 if fallback_below is None else fallback_below, 0, math.inf),
         ):
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not least < number <= most:
                 raise ValueError(
@@ -87,6 +96,7 @@ class SuffixDrafter(Drafter):
                 )
         self.num_tokens, self.tokens_per_match, self.min_prob = num_tokens, tokens_per_match, min_prob
         self.history_tokens, self.adaptive = history_tokens, adaptive
+        self.fallback, self.fallback_below = fallback, fallback_below
         self.history = History(history_tokens)
 
     @classmethod
@@ -127,7 +137,23 @@ class SuffixDrafter(Drafter):
         """Forget the earlier outputs. The corpus stays."""
         self.history.clear()
 
+    @property
+    def resizable(self) -> bool:
+        return self.fallback is None
+
+    def taps(self, model):
+        return () if self.fallback is None else self.fallback.taps(model)
+
+    def prompt_reader(self, context):
+        return None if self.fallback is None else self.fallback.prompt_reader(context)
+
+    def graph_hazard(self):
+        return None if self.fallback is None else self.fallback.graph_hazard()
+
     def check(self, model, rule=None, tree=None):
+        if self.fallback is not None:
+            self.fallback.check(model, rule, tree)
+            return
         check_static("SuffixDrafter", tree)
         check_rule(self, rule, is_chain=rule in CHAIN_RULES)
         if isinstance(tree, Topology) and not tree.is_chain:
@@ -137,7 +163,10 @@ class SuffixDrafter(Drafter):
             )
 
     def start(self, context, tree=None):
-        return SuffixSession(self, context, tree)
+        if self.fallback is None:
+            return SuffixSession(self, context, tree)
+        suffix = SuffixSession(self, context, tree if isinstance(tree, int) else None)
+        return FallbackSession(suffix, self.fallback, self.fallback_below, context, tree)
 
 
 class SuffixSession(DraftSession):

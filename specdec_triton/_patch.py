@@ -23,7 +23,7 @@ from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 
 from ._stats import Stats
@@ -31,6 +31,7 @@ from .drafters import (
     DFlashDrafter,
     Drafter,
     EarlyExitDrafter,
+    ModelDrafter,
     MTPDrafter,
     NoDrafter,
     PromptLookupDrafter,
@@ -443,12 +444,12 @@ class SpeculativeModel(GenerationMixin):
             return plain(
                 *call, synced_gpus=synced_gpus, streamer=streamer, assistant_model=assistant_model, **model_kwargs
             )
-        for name in ("inputs_tensor", "assistant_tokenizer"):
-            model_kwargs.pop(name, None)
+        model_kwargs.pop("inputs_tensor", None)
+        tokenizers = model_kwargs.get("tokenizer"), model_kwargs.pop("assistant_tokenizer", None)
         if generation_config.use_mtp:
             drafter = _kept(self, None, partial(MTPDrafter.from_target, self))
         elif assistant_model is not None:
-            drafter = _drafter_of(self, assistant_model, generation_config.speculation_type)
+            drafter = _drafter_of(self, assistant_model, generation_config.speculation_type, *tokenizers)
         elif generation_config.assistant_early_exit is not None:
             drafter = EarlyExitDrafter(generation_config.assistant_early_exit)
         else:
@@ -532,16 +533,27 @@ def _is_ours(cls: type) -> bool:
 
 
 def _drafter_of(
-    model: PreTrainedModel, assistant: PreTrainedModel | Drafter | str | os.PathLike, kind: str | None
+    model: PreTrainedModel,
+    assistant: PreTrainedModel | Drafter | str | os.PathLike,
+    kind: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None,
 ) -> Drafter:
     """The drafter that `assistant_model` asks for. `kind` is the call's `speculation_type`. A trained head is loaded
     once for each patched model and name."""
     drafter: Drafter
+    if assistant_tokenizer is not None and isinstance(assistant, (Drafter, str, os.PathLike)):
+        raise ValueError(
+            "generate: assistant_tokenizer must be None unless assistant_model is a draft model, got it with "
+            f"{type(assistant).__name__}: a ModelDrafter takes both tokenizers itself"
+        )
     if isinstance(assistant, Drafter):
         drafter = assistant
     elif isinstance(assistant, (str, os.PathLike)):
         name = os.fspath(assistant)
         drafter = _kept(model, name, partial(load_head, name, model))
+    elif assistant_tokenizer is not None:
+        drafter = ModelDrafter(assistant, tokenizer=tokenizer, assistant_tokenizer=assistant_tokenizer)
     else:
         drafter = drafter_of_assistant(assistant, _drafters.setdefault(model, _Drafters()).by_model)
     if kind == "dflash" and not isinstance(drafter, DFlashDrafter):

@@ -19,8 +19,6 @@ from ..tree import DraftTree, Topology, topology_tensors, with_rows
 from .base import DraftContext, DraftSession
 from .length import in_steps
 
-# Each round begins with two tokens: the root is never in the draft's cache, and the last accepted token may be missing.
-CATCH_UP = 2
 CHUNK = 128  # largest number of tokens per forward while the draft catches up
 
 
@@ -95,17 +93,28 @@ class ModelForwards(DraftForwards):
         most_nodes: largest number of nodes that a round forwards after the root.
         shares_cache: True if the model consists of the target's first layers and uses the target's cache. It then has
             no prompt to run and no tokens to catch up with.
+        most_pieces: largest number of the model's tokens that stand for one of the target's. If it is given, `context`
+            is the text in the model's tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, context: DraftContext, most_nodes: int, shares_cache: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        context: DraftContext,
+        most_nodes: int,
+        shares_cache: bool = False,
+        most_pieces: int | None = None,
+    ):
         self.context, self._shares_cache = context, shares_cache
-        self.num_first = 1 if shares_cache else CATCH_UP
+        # a round begins with the target's own last token, which is never in the draft's cache, and the last accepted
+        # token, which may be missing
+        self.num_first = 1 if shares_cache else (most_pieces or 1) + 1
         self._room = self.num_first + most_nodes  # cache slots that a round needs after the root's column
         columns = torch.arange(self.num_first, device=context.start.device)
         self._columns = context.buffers.put("draft.columns", columns)
         self._path = topology_tensors(Topology.chain(self.num_first - 1), context.start.device)
         context.buffers.keep(self._path)  # captured rounds read it
-        self._known = known_tokens(model, context)
+        self._known = known_tokens(model, context) if most_pieces is None else None
         last, fixed, buffers = last_position(model, context), context.fixed_shapes, context.buffers
         self._runner = TreeRunner(
             model, context.start, last, context.impl, fixed, context.compiled, context.fused, buffers, "draft"
@@ -139,10 +148,14 @@ class ModelForwards(DraftForwards):
         self._first = self.context.length - (self.num_first - 1)
         tokens = self.context.tokens.gather(1, self._first[:, None] + self._columns)
         _, depth, ancestors = with_rows(len(tokens), self._path)
-        logits = self._runner.forward(as_known(tokens, self._known), depth, ancestors, self._first)
+        logits = self._forward(tokens, depth, ancestors)
         return tokens[:, -1:], logits[:, -1:]
 
     def expand(self, tokens, parents, depth, ancestors):
+        return self._forward(tokens, depth, ancestors)
+
+    def _forward(self, tokens: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        """Logits [B, n, V] at tokens [B, n], the last nodes of the tree in the draft's cache."""
         return self._runner.forward(as_known(tokens, self._known), depth, ancestors, self._first)
 
     def observe(self, accepted, slots):

@@ -1,6 +1,6 @@
 """Drafts from a smaller model: a chain, a tree that is expanded level by level, or all levels from one forward."""
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..forward.checks import check_supported, graph_hazard
 from ..forward.wrappers import embedded_tokens, unwrap
@@ -13,6 +13,8 @@ from .length import ChainLength, LengthRule, assistant_rule, assistant_tokens
 from .level_session import LevelSession
 from .marginals import start_session as start_marginal_session
 from .parallel import ModelMarginals, check_parallel, num_depths, parallel_shape
+from .translated import TranslatedForwards
+from .vocabulary import VocabularyMap, have_same_vocabulary, vocabulary_size
 
 # Vocabularies whose sizes differ by at most this share are assumed to belong to one tokenizer with different padding.
 VOCABULARY_PADDING = 0.01
@@ -21,10 +23,11 @@ PARALLEL_TOKENS = 12
 # model types of Gemma 4 assistants, which read their target's keys, and the versions of transformers that build them
 SHARED_KV_ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")
 SHARED_KV_VERSIONS = "5.17 to 5.22 and 5.24, but not 5.23.0"
+SIZE, SHARED = "the size of the vocabulary", "the tokens that both vocabularies have"  # limits of a node's children
 
 
 class ModelDrafter(Drafter):
-    """Drafts with a smaller model that has the target's tokenizer.
+    """Drafts with a smaller model. If it does not have the target's tokenizer, both tokenizers must be given.
 
     The acceptance rule of the call decides how the children of a node are chosen:
 
@@ -58,10 +61,14 @@ class ModelDrafter(Drafter):
             drafted one after another, also by a PARD model. With `parallel`, the default is a chain of
             `num_assistant_tokens` tokens (12 if it is not set), a number of nodes means the likeliest ones, and neither
             schedules nor confidence thresholds apply.
+        tokenizer, assistant_tokenizer: the tokenizers of the target and of `model`, if they differ. Tokens that only
+            the draft has are never drafted, and tokens that only the target has are given to the draft as the tokens of
+            their text, see `VocabularyMap`.
 
     Raises:
-        ValueError: the model is not supported, `num_tokens` and `tree` are both given, a number is out of range, or
-            `parallel` is True and the model's config names no mask token.
+        ValueError: the model is not supported, `num_tokens` and `tree` are both given, a number is out of range,
+            `parallel` is True and the model's config names no mask token, only one tokenizer is given, a tokenizer is
+            not that of its model, or the tokenizers have no token in common.
     """
 
     def __init__(
@@ -72,6 +79,8 @@ class ModelDrafter(Drafter):
         replacement: bool = False,
         confidence_threshold: float | None = None,
         parallel: bool | int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         check_alone(model)
         model = unwrap(model, "ModelDrafter")
@@ -86,20 +95,29 @@ class ModelDrafter(Drafter):
                 "ModelDrafter: confidence_threshold must be None or 0 with parallel, which drafts all tokens at once, "
                 f"got {confidence_threshold}"
             )
+        self._vocabulary = vocabulary_of(model, tokenizer, assistant_tokenizer)
+        if self._mask_token_id is not None and self._vocabulary is not None:
+            raise ValueError("ModelDrafter: tokenizer and assistant_tokenizer must be None with parallel, got both")
 
     def check(self, model, rule=None, tree=None):
         if self.model.device != model.device:
             raise ValueError(f"ModelDrafter: the draft model must be on {model.device}, got {self.model.device}")
         sizes = [each.config.get_text_config().vocab_size for each in (model, self.model)]
+        if self._vocabulary is not None:
+            check_fits("tokenizer", len(self._vocabulary.counts), sizes[0], "target")
+            shared = self._vocabulary.resized(sizes[0], model.device).num_shared
+            draft_shape(self, tree, self.model, rule, shared, SHARED)
+            return
         if abs(sizes[0] - sizes[1]) > VOCABULARY_PADDING * max(sizes):
             raise ValueError(
                 f"ModelDrafter: the draft model must have the target's vocabulary of {sizes[0]} tokens, up to "
-                f"{VOCABULARY_PADDING:.0%} of padding, got {sizes[1]}"
+                f"{VOCABULARY_PADDING:.0%} of padding, got {sizes[1]}: if it has another tokenizer, give tokenizer and "
+                "assistant_tokenizer"
             )
         if self._mask_token_id is None:
             draft_shape(self, tree, self.model, rule, min(sizes))
         else:
-            check_parallel(self, tree, rule, self._parallel_tokens, min(sizes), "the size of the vocabulary")
+            check_parallel(self, tree, rule, self._parallel_tokens, min(sizes), SIZE)
 
     @property
     def _parallel_tokens(self) -> int:
@@ -115,7 +133,8 @@ class ModelDrafter(Drafter):
 
     def start(self, context, tree=None):
         if self._mask_token_id is None:
-            return start_session(self, self.model, context, tree)
+            vocabulary = self._vocabulary and self._vocabulary.resized(context.vocab_size, context.start.device)
+            return start_session(self, self.model, context, tree, vocabulary=vocabulary)
         tokens = self._parallel_tokens
         shape = parallel_shape(self, tree, context.rule, tokens, Topology.chain(tokens))
         source = ModelMarginals(self.model, context, self._mask_token_id, num_depths(self, shape, tokens))
@@ -169,6 +188,42 @@ def mask_token_of(model: PreTrainedModel, parallel: bool | int | None) -> int | 
     return token
 
 
+def vocabulary_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None,
+) -> VocabularyMap | None:
+    """The map between the vocabularies of a target and the draft model `model`; None if they are the same.
+
+    Raises:
+        ValueError: only one tokenizer is given, an argument is not a tokenizer, a tokenizer has more tokens than the
+            model, or the vocabularies have no token in common.
+    """
+    given = {"tokenizer": tokenizer, "assistant_tokenizer": assistant_tokenizer}
+    if tokenizer is None and assistant_tokenizer is None:
+        return None
+    for name, each in given.items():
+        if not isinstance(each, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"ModelDrafter: {name} must be a tokenizer of transformers, together with the other model's, got "
+                f"{'None' if each is None else type(each).__name__}"
+            )
+    size = min(model.config.get_text_config().vocab_size, embedded_tokens(model))
+    check_fits("assistant_tokenizer", vocabulary_size(assistant_tokenizer), size, "draft")
+    if have_same_vocabulary(tokenizer, assistant_tokenizer):
+        return None
+    return VocabularyMap.from_tokenizers(tokenizer, assistant_tokenizer, draft_vocab_size=size)
+
+
+def check_fits(name: str, size: int, known: int, role: str) -> None:
+    """Refuse a tokenizer that is not that of its model, because it has many more tokens."""
+    if size > (1 + VOCABULARY_PADDING) * known:
+        raise ValueError(
+            f"ModelDrafter: {name} must be the tokenizer of the {role} model, which has {known} tokens, got one of "
+            f"{size}"
+        )
+
+
 def check_shape(drafter: Drafter) -> None:
     """Refuse invalid values of a drafter's `num_tokens`, `tree` and `replacement`."""
     name, length = type(drafter).__name__, drafter.num_tokens
@@ -196,7 +251,7 @@ def check_drafted(
     shape: Topology | DynamicTree,
     rule: str | None,
     vocab_size: int,
-    limit: str = "the size of the vocabulary",
+    limit: str = SIZE,
 ) -> None:
     """Refuse a shape that the rule does not accept, or with a node of more children than there are tokens."""
     check_rule(drafter, rule, shape.is_chain, "none" if isinstance(shape, DynamicTree) else "without")
@@ -209,9 +264,11 @@ def draft_shape(
     model: PreTrainedModel,
     rule: str | None,
     vocab_size: int,
+    limit: str = SIZE,
 ) -> Topology | DynamicTree:
     """The shape to draft: `tree` if it is given, else the drafter's tree, else a chain. The length of the chain is the
-    drafter's `num_tokens` or, without it, `num_assistant_tokens` of `model`'s generation config.
+    drafter's `num_tokens` or, without it, `num_assistant_tokens` of `model`'s generation config. `limit`: see
+    `check_children`.
 
     Raises:
         ValueError: the rule does not accept the shape, a confidence threshold is set but the shape is not a chain, or a
@@ -225,7 +282,7 @@ def draft_shape(
             f"{name}: confidence_threshold must be None or 0 with a tree that is not a chain, got "
             f"{drafter.confidence_threshold}: give num_tokens, or no threshold"
         )
-    check_drafted(drafter, shape, rule, vocab_size)
+    check_drafted(drafter, shape, rule, vocab_size, limit)
     return shape
 
 
@@ -245,15 +302,30 @@ def start_session(
     context: DraftContext,
     tree: Topology | DynamicTree | int | None,
     shares_cache: bool = False,
+    vocabulary: VocabularyMap | None = None,
 ) -> LevelSession:
-    """Start the session in which `model` drafts the shape that the call or `drafter` asks for. For `shares_cache` see
-    `ModelForwards`."""
-    shape = draft_shape(drafter, tree, model, context.rule, context.vocab_size)
+    """Start the session in which `model` drafts the shape that the call or `drafter` asks for.
+
+    Args:
+        drafter: the drafter.
+        model: the draft model.
+        context: the call's sequences.
+        tree: see `Drafter.start`.
+        shares_cache: see `ModelForwards`.
+        vocabulary: see `TranslatedForwards`; None if the model has the target's tokenizer.
+    """
+    known, limit = (context.vocab_size, SIZE) if vocabulary is None else (vocabulary.num_shared, SHARED)
+    shape = draft_shape(drafter, tree, model, context.rule, known, limit)
+
+    def forwards(most_nodes: int) -> ModelForwards:
+        if vocabulary is None:
+            return ModelForwards(model, context, most_nodes, shares_cache)
+        return TranslatedForwards(model, context, most_nodes, shape.max_depth, vocabulary)
+
     if isinstance(shape, DynamicTree):
-        return DynamicSession(ModelForwards(model, context, shape.num_expanded, shares_cache), context, shape)
+        return DynamicSession(forwards(shape.num_expanded), context, shape)
     rule = length_rule(drafter, tree, model, shape)
     length = None if rule is None else ChainLength(context, rule)
     if length is not None:
         shape = Topology.chain(length.longest)
-    forwards = ModelForwards(model, context, shape.num_nodes, shares_cache)
-    return LevelSession(forwards, context, shape, drafter.replacement, length)
+    return LevelSession(forwards(shape.num_nodes), context, shape, drafter.replacement, length)

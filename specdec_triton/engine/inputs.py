@@ -55,6 +55,14 @@ def check_call(model: PreTrainedModel, config: GenerationConfig, arguments: dict
                 'generate: speculation_type must be None, or "dflash" with an assistant_model, on a patched model, got '
                 f"{config.speculation_type!r} with {', '.join(asked) or 'no assistance'}"
             )
+    if "assistant_tokenizer" in asked:
+        asked.remove("assistant_tokenizer")  # of the assistant model
+        others = [name for name in ("assistant_model", "tokenizer") if arguments.get(name) is None]
+        if others:
+            raise ValueError(
+                "generate: assistant_tokenizer must come with assistant_model and tokenizer on a patched model, got no "
+                f"{' and no '.join(others)}"
+            )
     unsupported = sorted(set(asked) - set(ASSISTANCE))
     if unsupported:
         raise ValueError(

@@ -72,7 +72,7 @@ def test_space_signs_byte_tokens_and_names_of_special_tokens():
     wanted |= {"<0x0A>": "Ċ", "<0xC3>": "Ã", "<0xA9>": "©", "<0xE4>": "ä"}
     assert images == wanted
     others = {"Ġab": ["▁a", "b"], "Ã©": ["<0xC3>", "<0xA9>"], "Ġä": ["▁", "<0xE4>"], "ĊĊ": ["<0x0A>", "<0x0A>"]}
-    others["<|user|>"] = ["e", "r", "<0x7C>", "<0x3E>"]  # the last pieces
+    others["<|user|>"] = ["r", "<0x7C>", "<0x3E>"]  # the last pieces
     assert pieces == {target: [draft] for draft, target in wanted.items()} | others
 
 
@@ -135,8 +135,8 @@ def test_pieces_spell_the_token(name, swapped):
         if token not in special and own != [draft.eos_token] and len(own) < MOST_PIECES:
             assert spelled(*own) == spelled(token)
             compared += len(own) > 1
-    assert compared >= (0 if swapped else 5)
-    assert not swapped or pieces["deaf"] == ["d", "e", "a", "f"]
+    assert compared >= (0 if swapped else 4)
+    assert not swapped or pieces["deaf"] == [*"deaf"][-MOST_PIECES:]
 
 
 def test_the_last_pieces_are_kept():

@@ -205,7 +205,7 @@ def vocabulary_of(
     for name, each in given.items():
         if not isinstance(each, PreTrainedTokenizerBase):
             raise ValueError(
-                f"ModelDrafter: {name} must be a tokenizer of transformers, together with the other model's, got "
+                f"ModelDrafter: {name} must be a tokenizer of transformers, together with the other's, got "
                 f"{'None' if each is None else type(each).__name__}"
             )
     size = min(model.config.get_text_config().vocab_size, embedded_tokens(model))

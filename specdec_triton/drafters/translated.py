@@ -47,14 +47,14 @@ class DraftText(DraftContext):
         tokens = prompt.new_zeros(len(prompt), most * (context.tokens.shape[1] + 1) + 1)
         self._write(tokens, start - 1, numbers, counts)
         self._seen = buffers.put("draft.seen", torch.full_like(context.length, columns - 1))
-        self._host_seen = np.full(len(prompt), columns - 1)
+        self._host_seen, self._host_length = (np.full(len(prompt), each - 1) for each in (columns, width))
         self._ratio = -(-4 * width // columns)  # 4 times the draft's columns for each of the target's, rounded up
         super().__init__(
             tokens=buffers.put("draft.tokens", tokens),
             start=buffers.put("draft.start", start),
             length=buffers.put("draft.length", torch.full_like(start, width - 1)),
             host_tokens=context.host_tokens,
-            host_length=np.full(len(prompt), width),  # upper bounds
+            host_length=np.full(len(prompt), width),  # as if the first token had one piece; see `read`
             host_budget=context.host_budget,
             max_length=tokens.shape[1] - 1,
             vocab_size=len(vocabulary.image),
@@ -95,18 +95,15 @@ class DraftText(DraftContext):
         self._seen.add_(real.sum(1))
 
     def read(self) -> None:
-        """Count the pieces of the tokens that the host has read."""
+        """Count the pieces of the tokens that the host has read, and bound the number of those that it has not."""
         context = self._sequences
         for row, (seen, length) in enumerate(zip(self._host_seen, context.host_length, strict=True)):
             if length > seen:
                 known = context.host_tokens[row, seen + 1 : length + 1].clip(max=len(self._counts) - 1)
-                self.host_length[row] += self._counts[known].sum()
+                self._host_length[row] += self._counts[known].sum()
                 self._host_seen[row] = length
-
-    @property
-    def longest(self) -> int:
-        unread = self._vocabulary.most_pieces * self._sequences.unread_tokens
-        return min(int(self.host_length.max()) + unread, self.max_length - 1)
+        self.host_length[:] = self._host_length
+        self.unread_tokens = self._vocabulary.most_pieces * context.unread_tokens
 
     def cache_capacity(self, room: int) -> int:
         cache = self.target.cache if self.fixed_shapes else None

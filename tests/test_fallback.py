@@ -25,6 +25,7 @@ from specdec_triton.ops.rules import CHAIN_RULES
 from specdec_triton.tools.check_distribution import prove
 from specdec_triton.tools.host_sync import count_forwards
 from specdec_triton.tree import DraftTree
+from vocabularies import draft_tokenizers, target_tokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": NEVER}
 SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_k": 20}
@@ -245,6 +246,13 @@ def model(**options):
     return lambda target, folder: sdt.ModelDrafter(add_noise(target_of(), 0.2), **options)
 
 
+def translated(pair, **options):
+    """A draft model with another tokenizer."""
+    names = {"tokenizer": target_tokenizer(), "assistant_tokenizer": draft_tokenizers()[pair]}
+    draft = build("llama", 2, vocab_size=len(names["assistant_tokenizer"]))
+    return lambda target, folder: sdt.ModelDrafter(draft, **names, **options)
+
+
 def mtp(family, num_layers, **shape):
     """The checkpoint has a target of its own."""
     return family, num_layers, shape
@@ -256,6 +264,8 @@ FALLBACKS = {
     "model, default": model(),
     "model, tree": model(tree=TREES["skipping"]),
     "model, dynamic": model(tree=DYNAMIC),
+    "model, other tokens": translated("bytes", num_tokens=3),
+    "model, other tokens, tree": translated("sentences", tree=TREES["skipping"]),
     "PARD": model(parallel=60),
     "early exit": lambda target, folder: sdt.EarlyExitDrafter(4, num_tokens=3),
     "skipped layers": lambda target, folder: sdt.EarlyExitDrafter(skip=[2, 5], num_tokens=3),
@@ -268,7 +278,7 @@ FALLBACKS = {
     "MTP": mtp("deepseek_v3", 1, tree=DYNAMIC),
     "MTP, three layers": mtp("mimo", 3),
 }
-SLOW = ("model, dynamic", "skipped layers", "EAGLE-1, chain", "DFlash, tree")
+SLOW = ("model, dynamic", "model, other tokens", "skipped layers", "EAGLE-1, chain", "DFlash, tree")
 
 
 @pytest.fixture(scope="module")

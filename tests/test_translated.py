@@ -156,9 +156,9 @@ def test_the_draft_reads_the_whole_text(pair, shape, monkeypatch):
     accept_more(monkeypatch)
     prepare, rounds = LevelSession.prepare, []
 
-    def sometimes(session, tree=None):
+    def sometimes(session, tree=None, rows=None):
         rounds.append(len(rounds) % 7 in (2, 4, 5))
-        return prepare(session, sdt.Topology.chain(0) if rounds[-1] else tree)
+        return prepare(session, sdt.Topology.chain(0) if rounds[-1] else tree, rows)
 
     monkeypatch.setattr(LevelSession, "prepare", sometimes)
     seen, draft = record_drafts(monkeypatch), build("llama", seed=1, vocab_size=len(draft_tokenizers()[pair]))

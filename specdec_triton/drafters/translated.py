@@ -17,7 +17,8 @@ from .vocabulary import VocabularyMap
 
 class DraftText(DraftContext):
     """The sequences of a call in the draft's tokens. `tokens`, `start` and `length` have the meaning that they have in
-    `DraftContext`, but `length` is only up to date after `follow`. The prompts are padded on the left to one width.
+    `DraftContext`, but the tokens that were emitted last are missing until `append`. The prompts are padded on the left
+    to one width.
 
     Args:
         context: the call's sequences.
@@ -129,16 +130,16 @@ class TranslatedForwards(ModelForwards):
     ):
         self._sequences, self._vocabulary = context, vocabulary
         context.buffers.keep(vocabulary)  # captured rounds read its tables
-        text = DraftText(context, vocabulary, max_depth + 1)
+        text = DraftText(context, vocabulary, max(max_depth, context.verified_depth) + 1)
         super().__init__(model, text, most_nodes, most_pieces=vocabulary.most_pieces)
+        self._skipped = False  # True if the last round of some row verified no draft of the model
 
-    def follow(self, levels):
+    def follow(self, levels, rows=None):
         self.context.read()
-        super().follow(levels)
-
-    def _catch_up(self, rounds):
-        self.context.append()
-        super()._catch_up(rounds * self._vocabulary.most_pieces)
+        if levels and self._skipped:
+            self.context.append()  # the columns that the model lacks are counted from the last
+        self._skipped = not levels or (rows is not None and not rows.all())
+        super().follow(levels, rows)
 
     def advance(self):
         self.context.append()

@@ -7,6 +7,7 @@ Letters: B sequences, C classes of matches.
 
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,8 @@ LEARNING, MARGIN = 0.1, 1.1
 # Time of a forward by its rows, until it is measured. From SmolLM2-135M in fp32 on 1 and 2 cores of an x86_64: 4 rows
 # took 1.7 to 2.2 times as long as one row, 12 rows 2.2 to 2.3 times.
 CPU_TIMES = Costs(verify=((1, 1.0), (4, 2.0), (12, 2.25)))
+# If nothing is drafted, the times are estimated anew after this many rounds. An estimate takes as long as a lookup.
+REFRESH = 8
 # model -> (batch, capacity, ...) -> the latest times; a call continues with those of earlier calls
 _known_times: WeakKeyDictionary = WeakKeyDictionary()
 
@@ -175,6 +178,7 @@ class RoundTimes:
         self._call = len(context.start), capacity, dtype, context.impl, context.compiled, context.fused
         self.costs: Costs | OnlineCosts = OnlineCosts(self._known.get(self._call, CPU_TIMES))
         self._drafted: tuple[int, float] | None = None
+        self._estimated, self._age = CPU_TIMES, REFRESH  # the last estimate, and the number of rounds since
 
     def drafted(self, nodes: int) -> None:
         """Call it when a tree of this number of nodes has been drafted, just before its verification."""
@@ -185,7 +189,17 @@ class RoundTimes:
         if self._drafted and isinstance(self.costs, OnlineCosts):
             nodes, begin = self._drafted
             self.costs.record(nodes, 0, max(time.perf_counter() - begin, 1e-9))
+            self._age += 1 if nodes == 1 else REFRESH
         self._drafted = None
+
+    @property
+    def _times(self) -> Costs:
+        if isinstance(self.costs, Costs):
+            return self.costs
+        if self._age >= REFRESH:
+            self._estimated, self._age = self.costs.costs, 0
+            self._known[self._call] = self._estimated
+        return self._estimated
 
     def best(self, proposals: Sequence[Proposal], live: Sequence[bool]) -> int:
         """The number of nodes, the root included, to which every proposal should be cut.
@@ -202,10 +216,14 @@ class RoundTimes:
         for proposal, is_live in zip(proposals, live, strict=True):
             if is_live:
                 chances = np.cumsum(proposal.chances)
-                emitted += np.pad(chances, (0, widest - len(chances)), mode="edge")
-        times = self.costs.costs if isinstance(self.costs, OnlineCosts) else self.costs
-        self._known[self._call] = times
-        seconds = [times.round_seconds(padded_width(nodes), 0) for nodes in range(1, widest + 1)]
-        rates = emitted / seconds
+                emitted[: len(chances)] += chances
+                emitted[len(chances) :] += chances[-1]
+        rates = emitted / _seconds(self._times, widest)
         best = int(rates.argmax())
         return 1 + best if rates[best] >= MARGIN * rates[0] else 1
+
+
+@lru_cache(maxsize=64)
+def _seconds(times: Costs, widest: int) -> np.ndarray:
+    """[widest]. The seconds of a forward over 1, 2, ... nodes, with their padding."""
+    return np.array([times.round_seconds(padded_width(nodes), 0) for nodes in range(1, widest + 1)])

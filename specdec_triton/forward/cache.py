@@ -140,10 +140,9 @@ class TreeCache(Cache):
                 "precision"
             )
         cache = cls(prefilled, capacity, fixed, buffers, name)
-        for plane, filled in zip(
-            cache._planes, [layer.keys for layer in layers] + [layer.values for layer in layers], strict=True
-        ):
-            plane[:, :, lengths[0] - filled.shape[2] : lengths[0]] = filled
+        filled = [layer.keys for layer in layers] + [layer.values for layer in layers]
+        for plane, part in zip(cache._views(0, lengths[0]), filled, strict=True):
+            plane[:, :, -part.shape[2] :].copy_(part)
         return cache
 
     def _allocate(self, capacity: int, like: torch.Tensor) -> None:
@@ -162,23 +161,26 @@ class TreeCache(Cache):
             part.view(count, self._batch, capacity, *shape).transpose(2, 3)
             for part, (shape, count) in zip(parts, runs, strict=True)
         ]
-        self._planes = [plane for block in self._blocks for plane in block.unbind()]
+
+    def _views(self, first: int, count: int) -> list[torch.Tensor]:
+        """[B, H, count, D] for each plane: slots first, first + 1, ... All are made at once, because slicing the planes
+        one by one takes longer than writing a token's keys and values."""
+        return [plane for block in self._blocks for plane in block.narrow(3, first, count).unbind()]
 
     def _show(self, slots: int) -> None:
         """Give the model views of the first `slots` slots."""
-        self.slots = slots
-        for place, index in enumerate(self._own):
-            keys, values = self._planes[place], self._planes[len(self._own) + place]
-            self.layers[index] = TreeLayer(keys[:, :, :slots], values[:, :, :slots])
+        self.slots, planes = slots, self._views(0, slots)
+        for index, keys, values in zip(self._own, planes, planes[len(self._own) :], strict=False):
+            self.layers[index] = TreeLayer(keys, values)
 
     def reserve(self, slots: int) -> None:
         """Make at least `slots` slots visible to the model. A buffer that is too small is copied to a larger one."""
         slots = in_buckets(slots)
         if slots > self.capacity:
-            old = self._planes
+            old, had = self._blocks, self.capacity
             self._allocate(max(slots, in_buckets(self.capacity * 3 // 2)), self.storage)
-            for new, plane in zip(self._planes, old, strict=True):
-                new[:, :, : plane.shape[2]] = plane
+            for new, block in zip(self._blocks, old, strict=True):
+                new.narrow(3, 0, had).copy_(block)
         if slots > self.slots:
             self._show(self.capacity if self._fixed else slots)
 
@@ -191,9 +193,7 @@ class TreeCache(Cache):
         that length. It is for a plain decoding step, in which the token attends to all slots up to its own.
         """
         self._length = length
-        # the views of all layers at once: separate slices would take longer than the copies of the keys and values
-        self._next = [plane for block in self._blocks for plane in block.narrow(3, length, 1).unbind()]
-        self._seen = [plane for block in self._blocks for plane in block.narrow(3, 0, length + 1).unbind()]
+        self._next, self._seen = self._views(length, 1), self._views(0, length + 1)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Write keys [B, H, N, D] and values [B, H, N, Dv] to the slots set by `place` or `place_after`. Returns the

@@ -284,7 +284,7 @@ class DraftTree:
     @classmethod
     def root_only(cls, tokens: torch.Tensor) -> "DraftTree":
         """The last emitted tokens [B, 1] as a tree without draft tokens. Verifying it is a plain decoding step."""
-        return cls(tokens, *_root_tensors(len(tokens), tokens.device), max_depth=0, is_chain=True)
+        return cls(tokens, *_root_tensors(tokens.shape[0], tokens.device), max_depth=0, is_chain=True)
 
     @classmethod
     def best_first(

@@ -204,7 +204,8 @@ class _TimedLookupSession(_LookupSession):
             self.chances.learn(row, proposal, self.context.host_tokens[row, end - 1 - accepted[row] : end].tolist())
 
     def _proposals(self, matches: list[_Match]) -> list[Proposal]:
-        if self._asked:
+        if self._asked or not any(match.length for match in matches):
+            self._proposed = []
             return super()._proposals(matches)
         self._proposed = [self._proposal(row, match) for row, match in enumerate(matches)]
         nodes = self.times.best(self._proposed, (self.context.host_budget > 0).tolist())

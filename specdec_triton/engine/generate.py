@@ -206,7 +206,8 @@ class Generation:
             asked = asked.limited(self.context.useful_depth)
         if self.graph_runner.why_eager is None:
             self.graph_runner.worthwhile = self.context.host_budget.max() >= WORTH_CAPTURING
-        self.prepare_finished_rows()  # may advance finished rows
+        if self.lockstep:
+            self.prepare_finished_rows()  # may advance finished rows
         shape, run = self.prepare(asked), self.graph_runner.run
         if self.drafts_on_device:
             tree = run("draft", shape, self.round.draft)
@@ -238,8 +239,7 @@ class Generation:
 
     @records_time("accept")
     def prepare_finished_rows(self) -> None:
-        if self.lockstep:
-            self.lockstep.prepare(self.session.max_depth)
+        self.lockstep.prepare(self.session.max_depth)
 
     def at_fixed_addresses(self, tree: DraftTree) -> tuple[Hashable, DraftTree]:
         """The shape key of a tree that was drafted on the host, and the tree, copied to the tensors that captured
@@ -274,7 +274,7 @@ class Generation:
         spent: dict[str, float],
     ) -> None:
         context, batch = self.context, len(report)
-        counts, drafted, budget, has_nan, draft_nan = ([row[field] for row in report] for field in range(-5, 0))
+        counts, drafted, budget, has_nan, draft_nan = map(list, zip(*(row[-5:] for row in report), strict=True))
         if self.stopped:
             # a row that a criterion stopped may have emitted tokens before the device had its new budget
             counts, budget, has_nan, draft_nan = (

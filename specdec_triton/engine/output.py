@@ -94,7 +94,8 @@ class Output:
             self.tokens[row, first : first + count] = tokens[row][:count]
             self.length[row] = last = first + count - 1
             self.ended[row] = tokens[row][count - 1] in self.eos_ids or last + 1 == self.max_length
-            self.keep([row], {name: scores[:, :count] for name, scores in kept.items()})
+            if kept:
+                self.keep([row], {name: scores[:, :count] for name, scores in kept.items()})
         stopped = []
         while not self.done and (self.ended | (self.length >= self.column)).all():
             stopped += self._finish_column(more)

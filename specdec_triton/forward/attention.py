@@ -62,7 +62,8 @@ setattr(PreTrainedConfig, SETTING, property(_get_setting, _set_setting))
 def config_ids(model: PreTrainedModel) -> frozenset[int]:
     """The ids of all config objects, sub-configs included, from which modules of the model read the name of their
     attention function."""
-    pending = [model.config, *(getattr(module, "config", None) for module in model.modules())]
+    # without `getattr`, which takes long for the many modules that have none
+    pending = [model.config, *(vars(module).get("config") for module in model.modules())]
     found = set()
     while pending:
         config = pending.pop()

@@ -39,7 +39,7 @@ class NextStep:
     def positions(self, columns: torch.Tensor | int) -> torch.Tensor:
         """Positions of tokens in `columns` [B, N], or of one token in each row in the same column: [B, N] or [P, B, N]
         int64."""
-        return columns - self.origin[..., None]
+        return torch.rsub(self.origin[..., None], columns)
 
 
 def is_neutral(name: str, value: Any) -> bool:

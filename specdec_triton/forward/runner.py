@@ -5,7 +5,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ class TreeRunner:
         self.last_position = self._buffers.put(f"{name}.last_position", last_position)
         self.cache: TreeCache | None = None
         self.step = NextStep(origin=start)
+        self._configs = config_ids(model)
         self._all_keys = False  # True if the cache keeps all keys although the config has a window
         # some mixture-of-experts models would use the attention mask to compute a training loss
         routers = "output_router_logits" in inspect.signature(model.forward).parameters
@@ -232,10 +233,6 @@ class TreeRunner:
         if self._tapped and self.fused.model is not self.model:
             model = TappedModel(self.fused.model, self.taps)
         self._forward = torch.compile(model, fullgraph=True) if self._compiled else model
-
-    @cached_property
-    def _configs(self) -> frozenset[int]:
-        return config_ids(self.model)
 
     @property
     def can_decode(self) -> bool:

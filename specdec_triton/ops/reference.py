@@ -267,8 +267,8 @@ def first_max(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     On a CPU, PyTorch's maximum with an index is not vectorised, but its maximum without one is. The index is therefore
     looked up only in the first block that has the maximum.
     """
-    block = math.gcd(scores.shape[-1], SCORES_BLOCK)
-    if scores.numel() < MANY_SCORES or 4 * block < SCORES_BLOCK:
+    block = math.gcd(scores.shape[-1], SCORES_BLOCK) if scores.numel() >= MANY_SCORES else 1
+    if 4 * block < SCORES_BLOCK:
         return scores.max(-1)
     blocks = scores.unflatten(-1, (-1, block))
     best, place = blocks.amax(-1).max(-1)

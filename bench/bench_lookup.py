@@ -26,7 +26,7 @@ import specdec_triton as sdt
 from specdec_triton.drafters.timed import CPU_TIMES
 from specdec_triton.tools import models
 
-EDIT_TOKENS = 192  # longest answer to a repeated edit
+EDIT_TOKENS = 128  # longest answer to a repeated edit
 ACROSS = "suffix, across calls"
 COUNTS = ("rounds", "drafted", "accepted", "rows")
 

@@ -53,6 +53,20 @@ def test_counts_of_real_calls(whole):
     assert {file.name for file in folder.iterdir()} == {"out.json", "plain.jsonl"}
 
 
+def test_a_replay_has_the_counts_of_real_calls(whole, tmp_path, target):
+    folder, found = whole
+    texts = bench_lookup.PlainTexts(folder / "plain.jsonl")
+    bench_lookup.run_replay(target, tiny.tokenizer(), PROMPTS, REPORT, tmp_path / "out.json", texts)
+    replayed = json.loads((tmp_path / "out.json").read_text())["summary"]
+    for group in ("one", "two", "all"):
+        real = found["summary"][group]
+        assert real.pop("prompts") == replayed["adaptive=True"][group].pop("prompts")
+        for name, counts in replayed["adaptive=True"][group].items():
+            assert counts == {key: number for key, number in real[name].items() if key != "identical"}
+    drafted = [total["all"][bench_lookup.ACROSS]["drafted"] for total in replayed.values()]
+    assert drafted[0] < drafted[1]  # drafts that do not pay
+
+
 def test_a_run_is_continued_with_the_earlier_outputs_and_plain_texts(whole, tmp_path, target, monkeypatch):
     folder, found = whole
     clock = iter(range(100))

@@ -129,6 +129,16 @@ def summary(rows: list[dict]) -> dict:
     return {name: {"prompts": len(group)} | totals(group) for name, group in groups.items() if group}
 
 
+def table(groups: dict) -> str:
+    """Tokens a round of each group of prompts, and rows a round in parentheses, as a table of Markdown."""
+    names = [name for name in next(iter(groups.values())) if name != "prompts"]
+    lines = [f"| prompts | number | {' | '.join(names)} |", f"| --- |{' ---: |' * (1 + len(names))}"]
+    for group, found in groups.items():
+        cells = (f"{found[name]['tokens_a_round']:.2f} ({found[name]['rows_a_round']:.1f})" for name in names)
+        lines.append(f"| {group} | {found['prompts']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 class PlainTexts:
     """Texts of plain `generate` on one model, kept in a file of JSON lines."""
 
@@ -206,7 +216,9 @@ def main() -> None:
         run_replay(*arguments)
     else:
         run(*arguments, options.seconds)
-    print(json.dumps(json.loads(options.out.read_text())["summary"], indent=1))
+    found = json.loads(options.out.read_text())["summary"]
+    for groups in found.values() if options.replay else [found]:
+        print(table(groups))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import bench_lookup
@@ -93,6 +94,17 @@ def test_rows_of_another_commit_are_measured_again(whole, tmp_path, target):
     texts, other = tmp_path / "plain.jsonl", REPORT | {"commit": "decade"}
     found = measured(target, tmp_path / "out.json", texts, PROMPTS[1:2], report=other)
     assert [row["id"] for row in found["rows"]] == [1] and found["commit"] == "decade"
+
+
+def test_the_page_has_the_tables_of_the_results():
+    """One table of all groups, and one of their sums with `adaptive=False`."""
+    root = Path(__file__).resolve().parent.parent
+    report = json.loads((root / "bench/results/acceptance/lookup-smollm2-135m-replayed.json").read_text())
+    page = (root / "docs/benchmarks.md").read_text()
+    groups, always = report["summary"]["adaptive=True"], report["summary"]["adaptive=False"]
+    sums = {group: always[group] for group in ("repeated edits", "other prompts", "all")}
+    assert bench_lookup.table(groups) in page and bench_lookup.table(sums) in page
+    assert report["commit"] in page and "dirty" not in report["commit"]
 
 
 def test_each_repeated_edit_has_the_file_that_the_edits_before_it_left():

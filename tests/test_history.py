@@ -331,3 +331,23 @@ def test_other_paths_are_refused(tmp_path):
         History.load(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="absent"):
         History().save(tmp_path / "absent" / "file")
+
+
+def test_no_output_is_searched_by_a_call_with_the_seed_of_one(tmp_path):
+    history = History(10)
+    history.add_corpus([[7, 8]])
+    history.add([1, 2, 3], seed=-5)
+    history.add([1, 2, 4], seed=3)
+    history.add([1, 2], seed=2**62)
+    history.save(tmp_path / "kept")
+    for each in (history, pickle.loads(pickle.dumps(history)), History.load(tmp_path / "kept", 10)):
+        (corpus,) = each.sources([9, -5])
+        assert corpus.longest(np.array([7])) == 1
+        assert each.sources([2**62]) == (corpus,)
+        assert len(each.sources([9])) == len(each.sources()) == 2
+    history.add([5, 6, 7], seed=1)  # the first output is dropped
+    history.add([5, 6, 7])  # not sampled; the second output is dropped
+    assert len(history.sources([-5])) == 2 and len(history.sources([2**62])) == len(history.sources([1])) == 1
+    history.clear()
+    history.add([1, 2])
+    assert len(history.sources([1])) == 2

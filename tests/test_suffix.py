@@ -220,3 +220,19 @@ def test_verification_is_captured_and_reused_by_later_calls(monkeypatch):
     assert all(stats.lag == 0 and stats.why_no_lag == "SuffixDrafter drafts on the host" for stats in seen)
     assert seen[0].captured > 0 and all(stats.reused > 0 and stats.accepted > 0 for stats in seen[1:])
     assert seen[-1].captured == 0
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block", "multi_round", "traversal", "typical", "coupled"])
+def test_drafts_do_not_depend_on_the_random_numbers_that_verify_them(rule):
+    drafter, model = sdt.SuffixDrafter(tokens_per_match=9, adaptive=False), build("llama")
+    options = {"do_sample": True, "max_new_tokens": 30, "eos_token_id": NEVER}
+
+    def accepted(seed):
+        with sdt.patched(model, drafter=drafter, rule=rule, seed=seed):
+            model.generate(**prompt(batch=2), **options)
+        return sdt.stats(model).accepted
+
+    own = accepted(1)  # copied from the text of the call
+    again = accepted(1)
+    assert (again > own + 20) if rule == "coupled" else (again == own)
+    assert drafter.history.num_texts == 4

@@ -16,6 +16,7 @@ from .matches import END, ScannedText, SuffixArray, Texts, token_ids
 # Outputs are scanned until there are so many tokens, which then become one index. Building it takes about 40 ms.
 SEGMENT = 65_536
 SEGMENTS = 8  # so many indexes at least, if the bound is above SEGMENT: the oldest one is dropped as a whole
+NO_SEEDS = np.empty(0, dtype=np.int64)
 FORMAT, VERSION = "specdec_triton.history", "1"
 
 # Held while a state is replaced, which takes microseconds. One lock for all histories: a history then has none of its
@@ -33,6 +34,7 @@ class _State(NamedTuple):
     recent: np.ndarray = END[:0]  # [n] int32, later outputs, each followed by a separator
     lengths: tuple[int, ...] = ()  # of the texts in `recent`, with their separators
     removed: int = 0  # number of texts that were ever removed from the front of `recent`
+    seeds: np.ndarray = NO_SEEDS  # [k] int64, of sampled outputs, the oldest first: all that are kept, and maybe more
 
     @property
     def num_outputs(self) -> int:
@@ -54,7 +56,9 @@ class _State(NamedTuple):
         while excess > 0:
             excess -= state.lengths[count] - 1
             count += 1
-        return state.without_recent(count) if count else state
+        state = state.without_recent(count) if count else state
+        texts = len(state.lengths) + sum(each.num_texts for each in state.segments)
+        return state._replace(seeds=state.seeds[max(len(state.seeds) - texts, 0) :])
 
 
 class History:
@@ -90,8 +94,12 @@ class History:
     def __hash__(self) -> int:
         return id(self)
 
-    def add(self, tokens: np.ndarray | Sequence[int]) -> None:
-        """Keep one output [L]. If it is longer than `max_tokens`, its last `max_tokens` tokens are kept.
+    def add(self, tokens: np.ndarray | Sequence[int], seed: int | None = None) -> None:
+        """Keep one output.
+
+        Args:
+            tokens: [L]. If it is longer than `max_tokens`, its last `max_tokens` tokens are kept.
+            seed: the 64-bit seed with which it was sampled, see `sources`; None if it was not sampled.
 
         Raises:
             ValueError: `tokens` is not a sequence of integers 0 <= id < 2^31 - 1.
@@ -103,7 +111,8 @@ class History:
         with _lock:
             before = self._state
             recent = np.concatenate([before.recent, text, END])
-            state = before._replace(recent=recent, lengths=(*before.lengths, len(text) + 1))
+            seeds = before.seeds if seed is None else np.append(before.seeds, np.int64(seed))
+            state = before._replace(recent=recent, lengths=(*before.lengths, len(text) + 1), seeds=seeds)
             state = self._state = state.bounded(self.max_tokens)
         # One thread indexes: the one whose text reaches a multiple of the segment's size. The others do not wait.
         if self.max_tokens > SEGMENT and len(before.recent) // self._segment < len(recent) // self._segment:
@@ -128,10 +137,17 @@ class History:
             with _lock:
                 self._state = self._state._replace(corpora=(*self._state.corpora, corpus))
 
-    def sources(self) -> tuple[Texts, ...]:
+    def sources(self, seeds: Sequence[int] = ()) -> tuple[Texts, ...]:
         """The texts as they are now: first the outputs, from the latest to the oldest ones, then the corpora. Later
-        changes of the history do not change them."""
+        changes of the history do not change them.
+
+        Args:
+            seeds: seeds of a call whose drafts must not depend on its random numbers. If a kept output was sampled with
+                one of them, no output is among the texts.
+        """
         state = self._state
+        if len(seeds) and np.isin(seeds, state.seeds).any():
+            return state.corpora
         recent = (ScannedText(state.recent),) if state.lengths else ()
         return *recent, *reversed(state.segments), *state.corpora
 
@@ -166,7 +182,7 @@ class History:
             OSError: the file cannot be written.
         """
         state = self._state
-        tensors = {"recent": state.recent}
+        tensors = {"recent": state.recent, "seeds": state.seeds}
         for name in ("corpora", "segments"):
             for number, index in enumerate(getattr(state, name)):
                 tensors[f"{name}.{number}.text"] = index.text.astype(np.int32)
@@ -200,7 +216,8 @@ class History:
             while (text := tensors.get(f"{name}.{len(found)}.text")) is not None:
                 found.append(SuffixArray.of(text, tensors[f"{name}.{len(found)}.positions"]))
         lengths = np.diff(np.flatnonzero(recent < 0), prepend=-1).tolist()
-        state = _State(tuple(indexes["corpora"]), tuple(indexes["segments"]), recent, tuple(lengths))
+        corpora, segments = (tuple(found) for found in indexes.values())
+        state = _State(corpora, segments, recent, tuple(lengths), seeds=tensors["seeds"])
         history._state = state.bounded(max_tokens)
         return history
 

@@ -44,8 +44,8 @@ class SuffixDrafter(Drafter):
     A drafter outlives calls: at the end of each call it keeps the outputs, with the last tokens of the prompt. Calls of
     several threads and models with one tokenizer may use the same drafter.
 
-    Under sampling rules other than "coupled", give each call another seed, or none. Kept outputs of a call with the
-    same seed depend on the random numbers that verify their drafts, and the texts of the two calls are not independent.
+    A draft must not depend on the random numbers that verify it. Under sampling rules other than "coupled", a call
+    therefore drafts no kept output if one of them was sampled with a seed of this call.
 
     Args:
         num_tokens: largest depth of a draft, at most 64.
@@ -190,12 +190,15 @@ class SuffixSession(DraftSession):
         self.max_nodes = width_of(self._most, context.fixed_shapes)
         self.max_depth = self._depth = min(drafter.num_tokens, self._most - 1)
         self._asked = False
-        self._start = context.start.tolist()  # the only read from the device, before the first round
+        self._start = context.start.tolist()  # read from the device, as the seeds below, before the first round
         self._first = context.host_length.copy()  # column of the first emitted token
         # of tokens copied from the text itself, and from kept texts
         self.chances = Chances(batch), Chances(batch, KEPT_CHANCES)
         self.times = RoundTimes(context) if drafter.adaptive and may_use_times(context) else None
-        self._kept: tuple[Texts, ...] = drafter.history.sources()
+        self._seeds = None if context.seeds is None else context.seeds.tolist()
+        # the other rules verify drafts by the random numbers by which an output of the same seed was sampled
+        depends = context.rule not in ("greedy", "coupled")
+        self._kept: tuple[Texts, ...] = drafter.history.sources(self._seeds if depends and self._seeds else ())
         self._length = context.host_length.copy()
         self._proposals: list[tuple[Proposal, Chances]] = []
 
@@ -222,9 +225,8 @@ class SuffixSession(DraftSession):
         """Keep the outputs for later calls."""
         texts = self.context.host_tokens
         for row, (start, first) in enumerate(zip(self._start, self._first.tolist(), strict=True)):
-            self.drafter.history.add(
-                texts[row, max(start, first - PROMPT_TAIL) : int(self.context.host_length[row]) + 1]
-            )
+            text = texts[row, max(start, first - PROMPT_TAIL) : int(self.context.host_length[row]) + 1]
+            self.drafter.history.add(text, self._seeds and self._seeds[row])
 
     def propose(self) -> list[Proposal]:
         """The draft of each row, before it is decided whether it pays. Finished rows have none."""
@@ -259,8 +261,10 @@ class SuffixSession(DraftSession):
         if depth < 1:
             return best
         for sources, chances in zip(((ScannedText(text),), self._kept), self.chances, strict=True):
-            lengths = [source.longest(tail) for source in sources]
-            matched = max(lengths, default=0)
+            lengths, matched = [], 0
+            for source in sources:
+                lengths.append(source.longest(tail, max(matched, 1)))
+                matched = max(matched, lengths[-1])
             if not matched:
                 continue
             pairs = zip(sources, lengths, strict=True)

@@ -104,7 +104,7 @@ WARNED = {
 }
 # argument -> why plain decoding does not use it either
 NEUTRAL = {
-    "assistant_lookbehind": "of drafts with another tokenizer, which are refused",
+    "assistant_lookbehind": "of transformers' way to compare texts of two tokenizers",
     "bos_token_id": "the prompt is given",
     "cache_config": "of quantized caches, which are refused",
     "continuous_batching_config": "of generate_batch, which is refused",
@@ -116,7 +116,7 @@ NEUTRAL = {
     "low_memory": "of beam and contrastive search",
     "max_cache_len": "of static caches, which are refused",
     "stop_strings": "needs a tokenizer: test_generate",
-    "target_lookbehind": "of drafts with another tokenizer",
+    "target_lookbehind": "of transformers' way to compare texts of two tokenizers",
     "token_healing": "changes the prompt before decoding begins; needs a tokenizer",
     "transformers_version": "says who wrote the config",
 }

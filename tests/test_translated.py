@@ -17,8 +17,9 @@ from helpers import TREES, accept_more, capture_here, eos_in_mid_row, record_dra
 from specdec_triton.drafters.level_session import LevelSession
 from specdec_triton.drafters.vocabulary import VocabularyMap
 from specdec_triton.forward.runner import TreeRunner
+from specdec_triton.forward.versions import CACHE
 from specdec_triton.tools.host_sync import count_host_reads
-from vocabularies import byte_level, draft_tokenizers, target_tokenizer, texts, twin
+from vocabularies import byte_level, draft_tokenizers, sentences, target_tokenizer, texts, twin
 
 PAIRS = ("bytes", "sentences")
 MIXED = 0.03
@@ -130,10 +131,18 @@ def test_a_node_may_have_as_many_children_as_there_are_shared_tokens():
             sdt.patch(target, drafter=drafter_of(tree=tree))
 
 
-def check_first_level(seen, draft, pair, starts):
+def check_first_level(seen, draft, names, starts, before=()):
     """Assert that the children of each root are the draft's likeliest tokens after the pieces of the whole text, in a
-    plain forward. The keys of accepted tokens are then right, too. Returns the number of roots."""
-    vocabulary = VocabularyMap.from_tokenizers(*tokenizers(pair).values())
+    plain forward. The keys of accepted tokens are then right, too. Returns the number of roots.
+
+    Args:
+        seen: see `record_drafts`.
+        draft: the draft model.
+        names: the tokenizers.
+        starts: the first column of each row's text.
+        before: draft tokens before each text.
+    """
+    vocabulary = VocabularyMap.from_tokenizers(*names.values())
     vocabulary, compared = vocabulary.resized(target_model().config.vocab_size, torch.device("cpu")), 0
     for tokens, lengths, budget, tree in seen:
         for row, start in enumerate(starts):
@@ -142,7 +151,7 @@ def check_first_level(seen, draft, pair, starts):
                 continue
             own = tokens[row, start : lengths[row] + 1]
             pieces = [piece for token in own for piece in vocabulary.pieces[token, : vocabulary.counts[token]].tolist()]
-            logits = draft(torch.tensor([pieces])).logits[0, -1].detach()
+            logits = draft(torch.tensor([[*before, *pieces]])).logits[0, -1].detach()
             wanted = logits[vocabulary.drafted].sort(descending=True).values[: len(children)]
             torch.testing.assert_close(logits[vocabulary.preimage[children]], wanted, rtol=1e-4, atol=1e-4)
             compared += 1
@@ -165,7 +174,7 @@ def test_the_draft_reads_the_whole_text(pair, shape, monkeypatch):
     drafter = sdt.ModelDrafter(draft, tree=TREES[shape], **tokenizers(pair))
     _, stats = speculative(target_model(), drafter, {**prompts(), **GREEDY, "max_new_tokens": 60})
     assert stats.acceptance_length > 1.3 and sum(rounds) > 5
-    assert check_first_level(seen, draft, pair, (3, 3, 0)) > 20
+    assert check_first_level(seen, draft, tokenizers(pair), (3, 3, 0)) > 20
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -178,7 +187,22 @@ def test_prompts_shorter_than_a_token_has_pieces(length, family, monkeypatch):
     inputs["input_ids"][0, -1] = 0 if length == 1 else inputs["input_ids"][0, -1]
     text, _ = speculative(target_model(), drafter, {**inputs, **GREEDY})
     assert torch.equal(text, target_model().generate(**inputs, **GREEDY))
-    assert check_first_level(seen, draft, "bytes", (length - 1, length - 1, 0)) > 20
+    assert check_first_level(seen, draft, tokenizers("bytes"), (length - 1, length - 1, 0)) > 20
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_beginning_of_the_drafts_text(begun, monkeypatch):
+    """The token that the draft's tokenizer puts before each text, unless the prompt begins with it."""
+    names = {"tokenizer": byte_level("ab", first=("<s>",)), "assistant_tokenizer": sentences("ab", begins=True)}
+    draft = build("llama", seed=1, vocab_size=len(names["assistant_tokenizer"]))
+    inputs, seen = texts(3, 9, len(names["tokenizer"]), padding=3), record_drafts(monkeypatch)
+    if begun:
+        inputs["input_ids"][:2, 3] = inputs["input_ids"][2, 0] = 0
+    target = target_model()
+    drafter = sdt.ModelDrafter(draft, tree=TREES["wide"], **names)
+    text, _ = speculative(target, drafter, {**inputs, **GREEDY})
+    assert torch.equal(text, target.generate(**inputs, **GREEDY))
+    assert check_first_level(seen, draft, names, (3, 3, 0), before=() if begun else (1,)) > 20
 
 
 @pytest.mark.parametrize(
@@ -236,12 +260,10 @@ def test_trees_chosen_by_measured_costs():
 def test_a_cache_of_the_caller(shape):
     """Of the first columns. The draft runs the whole prompt."""
     target, inputs = target_model(), prompts(batch=1, padding=0)
-    cache = target(inputs["input_ids"][:, :5], use_cache=True).past_key_values
-    cache._is_user_defined = True
     drafter = drafter_of(tree=SHAPES[shape])
     with torch.no_grad():
         cache = target(inputs["input_ids"][:, :5], use_cache=True).past_key_values
-    text, stats = speculative(target, drafter, {**inputs, **GREEDY, "past_key_values": cache})
+    text, stats = speculative(target, drafter, {**inputs, **GREEDY, CACHE: cache})
     assert torch.equal(text, target.generate(**inputs, **GREEDY)) and stats.acceptance_length > 1.3
 
 

@@ -139,6 +139,13 @@ def test_pieces_spell_the_token(name, swapped):
     assert not swapped or pieces["deaf"] == [*"deaf"][-MOST_PIECES:]
 
 
+def test_the_beginning_of_a_text():
+    target, plain, begins = byte_level("ab"), sentences("ab"), sentences("ab", begins=True)
+    without, having = (VocabularyMap.from_tokenizers(target, draft) for draft in (plain, begins))
+    assert without.beginning == -1 and having.beginning == having.resized(99, CPU).beginning == 1
+    assert torch.equal(having.pieces, without.pieces) and having != without
+
+
 def test_the_last_pieces_are_kept():
     target, draft = byte_level("abcdefgh"), byte_level("bc")
     images, pieces = named(VocabularyMap.from_tokenizers(target, draft), target, draft)

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from families import add_noise, build
@@ -45,9 +45,11 @@ def byte_level(
     return fast(core, (*first, end), eos_token=end)
 
 
-def sentences(*words: str, first: tuple[str, ...] = ("<unk>", "<s>", "</s>")) -> PreTrainedTokenizerFast:
+def sentences(
+    *words: str, first: tuple[str, ...] = ("<unk>", "<s>", "</s>"), begins: bool = False
+) -> PreTrainedTokenizerFast:
     """A tokenizer like those of SentencePiece: ▁ is the space, one is put before each text, and characters without a
-    token are spelled as byte tokens, such as <0x0A>."""
+    token are spelled as byte tokens, such as <0x0A>. With `begins`, it puts <s> before each text."""
     tokens = [*first, *BYTES, "▁", *LETTERS, *("".join(pair) for pair in merged(*words))]
     core = Tokenizer(
         models.BPE(
@@ -61,6 +63,8 @@ def sentences(*words: str, first: tuple[str, ...] = ("<unk>", "<s>", "</s>")) ->
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    if begins:
+        core.post_processor = processors.TemplateProcessing(single=f"{first[1]} $0", special_tokens=[(first[1], 1)])
     return fast(core, first, unk_token=first[0], bos_token=first[1], eos_token=first[2])
 
 

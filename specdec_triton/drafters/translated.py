@@ -39,14 +39,17 @@ class DraftText(DraftContext):
         prompt = context.tokens[:, :columns]
         real = torch.arange(columns, device=device) >= context.start[:, None]
         numbers, counts = self._pieces_of(prompt, real)
-        total = counts.sum(1)
+        first, beginning = numbers[torch.arange(len(prompt), device=device), context.start, 0], vocabulary.beginning
+        begins = (first != beginning).long() * (beginning >= 0)  # 1 for rows that get a beginning before their text
+        total = begins + counts.sum(1)
         width = max(int(total.max()), most)  # a round's first column is at least 0
         start = width - total
         self.is_short = bool((total < most).any())
         buffers.agree("draft.is_short", self.is_short)
         # the last column takes the places that have no piece
         tokens = prompt.new_zeros(len(prompt), most * (context.tokens.shape[1] + 1) + 1)
-        self._write(tokens, start - 1, numbers, counts)
+        tokens.scatter_(1, start[:, None], max(beginning, 0))
+        self._write(tokens, start - 1 + begins, numbers, counts)
         self._seen = buffers.put("draft.seen", torch.full_like(context.length, columns - 1))
         self._host_seen, self._host_length = (np.full(len(prompt), each - 1) for each in (columns, width))
         self._ratio = -(-4 * width // columns)  # 4 times the draft's columns for each of the target's, rounded up

@@ -43,6 +43,7 @@ class VocabularyMap:
             its text. Unused places hold 0.
         counts: [V] int64. Number of pieces of each target token, 1 to L.
         filler: the only piece of target tokens without a text.
+        beginning: the draft token with which the draft's texts begin; -1 if there is none.
         drafted, images: [S] int64. The draft tokens that have an image, in ascending order, and their images.
     """
 
@@ -51,13 +52,14 @@ class VocabularyMap:
     pieces: torch.Tensor
     counts: torch.Tensor
     filler: int
+    beginning: int = -1
     drafted: torch.Tensor = field(init=False)
     images: torch.Tensor = field(init=False)
     _digest: bytes = field(init=False, repr=False)
     _resized: dict = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        tables = hashlib.sha256()
+        tables = hashlib.sha256(repr((self.filler, self.beginning)).encode())
         for table in (self.image, self.preimage, self.pieces, self.counts):
             tables.update(table.cpu().numpy().tobytes())
         object.__setattr__(self, "_digest", tables.digest())
@@ -138,7 +140,8 @@ class VocabularyMap:
                 torch.cat([self.counts, self.counts.new_ones(more)]),
             )
             first, *rest = (table.to(device) for table in tables)
-            self._resized[key] = VocabularyMap(first, *(table[:target_vocab_size] for table in rest), self.filler)
+            kept = (table[:target_vocab_size] for table in rest)
+            self._resized[key] = VocabularyMap(first, *kept, self.filler, self.beginning)
         return self._resized[key]
 
 
@@ -235,7 +238,8 @@ def _map_of(
     places = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     pieces[rows.repeat_interleave(lengths), places] = torch.tensor([*chain.from_iterable(lists)], dtype=torch.int64)
     counts[rows] = lengths
-    return VocabularyMap(image, preimage, pieces, counts, filler)
+    beginning = assistant_tokenizer("")["input_ids"][:1] == [assistant_tokenizer.bos_token_id]
+    return VocabularyMap(image, preimage, pieces, counts, filler, assistant_tokenizer.bos_token_id if beginning else -1)
 
 
 def _spelled(texts: dict[int, bytes], tokenizer: PreTrainedTokenizerBase, draft: _Vocabulary) -> dict[int, list[int]]:

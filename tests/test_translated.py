@@ -15,6 +15,7 @@ import specdec_triton as sdt
 from families import NEVER, build
 from helpers import TREES, accept_more, capture_here, eos_in_mid_row, record_drafts, snapshot, speculative
 from specdec_triton.drafters.level_session import LevelSession
+from specdec_triton.drafters.translated import TranslatedForwards
 from specdec_triton.drafters.vocabulary import VocabularyMap
 from specdec_triton.forward.runner import TreeRunner
 from specdec_triton.forward.versions import CACHE
@@ -158,18 +159,24 @@ def check_first_level(seen, draft, names, starts, before=()):
     return compared
 
 
+def skip_some(monkeypatch):
+    """For the rest of the test, some rounds draft nothing. Returns a list with a bool for each round."""
+    prepare, skipped = LevelSession.prepare, []
+
+    def sometimes(session, tree=None, rows=None):
+        skipped.append(len(skipped) % 7 in (2, 4, 5))
+        return prepare(session, sdt.Topology.chain(0) if skipped[-1] else tree, rows)
+
+    monkeypatch.setattr(LevelSession, "prepare", sometimes)
+    return skipped
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("shape", ["chain", "skipping"])
 def test_the_draft_reads_the_whole_text(pair, shape, monkeypatch):
     """Paths of all lengths are accepted, and some rounds draft nothing."""
     accept_more(monkeypatch)
-    prepare, rounds = LevelSession.prepare, []
-
-    def sometimes(session, tree=None, rows=None):
-        rounds.append(len(rounds) % 7 in (2, 4, 5))
-        return prepare(session, sdt.Topology.chain(0) if rounds[-1] else tree, rows)
-
-    monkeypatch.setattr(LevelSession, "prepare", sometimes)
+    rounds = skip_some(monkeypatch)
     seen, draft = record_drafts(monkeypatch), build("llama", seed=1, vocab_size=len(draft_tokenizers()[pair]))
     drafter = sdt.ModelDrafter(draft, tree=TREES[shape], **tokenizers(pair))
     _, stats = speculative(target_model(), drafter, {**prompts(), **GREEDY, "max_new_tokens": 60})
@@ -206,10 +213,12 @@ def test_the_beginning_of_the_drafts_text(begun, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "shape", [*(pytest.param(shape, marks=pytest.mark.slow) for shape in ("chain", "dynamic")), "wide", None]
+    "shape",
+    [*(pytest.param(shape, marks=pytest.mark.slow) for shape in ("chain", "wide", "dynamic")), "skipping", None],
 )
 def test_captured_rounds(shape, monkeypatch):
-    """Their drafts are those of uncaptured rounds. Later calls replay them, also if the tokenizers were made again."""
+    """Their drafts are those of uncaptured rounds. Later calls replay them, also if the tokenizers were made again. The
+    host knows an upper bound on the length of the draft's text."""
     caches, take = [], TreeRunner.take_cache
 
     def recording(runner, *args):
@@ -220,8 +229,18 @@ def test_captured_rounds(shape, monkeypatch):
         """In columns of the draft's text that all rounds have left behind."""
         return caches[-1].layers[-1].keys[:, :, 12:45].clone()
 
+    def following(forwards, levels, rows=None):
+        follow(forwards, levels, rows)
+        text = forwards.context
+        text.append()
+        assert text.length.max() <= text.longest < text.length.max() + 4 * (text.unread_tokens + 1)
+
+    follow = TranslatedForwards.follow
     capture_here(monkeypatch, 1)
     monkeypatch.setattr(TreeRunner, "take_cache", recording)
+    monkeypatch.setattr(TranslatedForwards, "follow", following)
+    if shape == "skipping":
+        skip_some(monkeypatch)
     target, inputs = target_model(), {**prompts(), **GREEDY, "max_new_tokens": 40}
     drafter = sdt.ModelDrafter(draft_model("bytes"), tree=SHAPES.get(shape), **tokenizers("bytes"))
     text, wanted = speculative(target, drafter, inputs, cuda_graphs=False)

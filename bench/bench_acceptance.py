@@ -4,9 +4,12 @@
 
 Acceptance does not depend on the machine, so a CPU can measure it, and no times are reported. The prompts file has a
 line of JSON for each prompt: id, task, prompt. Finished prompts in `--out` are kept, so a run can be continued.
+`--translate` is for a draft with another tokenizer. It also measures the assisted generation of transformers, in tokens
+per forward of the target; its first forward computes the prompt as well.
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from rich.progress import track
 
 import specdec_triton as sdt
 from specdec_triton.tools import models
+from specdec_triton.tools.host_sync import count_forwards
 
 DRAFTS = {
     "chain of 5": sdt.Topology.chain(5),
@@ -34,14 +38,19 @@ def one_per_task(prompts: list[dict], count: int) -> list[dict]:
     return turns[:count]
 
 
-def measure(target, draft, tokenizer, prompt: str, max_new_tokens: int) -> dict:
-    """Acceptance of each draft on one prompt."""
+def measure(target, draft, tokenizer, prompt: str, max_new_tokens: int, translation: dict) -> dict:
+    """Acceptance of each draft on one prompt.
+
+    Args:
+        translation: the arguments `tokenizer` and `assistant_tokenizer` of `ModelDrafter` and `generate`; empty if the
+            draft has the target's tokenizer.
+    """
     inputs = models.encode_chat(tokenizer, prompt, target.device)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens}
     plain = target.generate(**inputs, **options)
     row = {"new_tokens": plain.shape[1] - inputs["input_ids"].shape[1], "drafts": {}}
     for name, topology in DRAFTS.items():
-        with sdt.patched(target, drafter=sdt.ModelDrafter(draft, tree=topology)):
+        with sdt.patched(target, drafter=sdt.ModelDrafter(draft, tree=topology, **translation)):
             text = target.generate(**inputs, **options)
         stats = sdt.stats(target)
         row["drafts"][name] = {
@@ -49,6 +58,15 @@ def measure(target, draft, tokenizer, prompt: str, max_new_tokens: int) -> dict:
             "rounds": stats.rounds,
             "emitted_in_rounds": stats.accepted + stats.row_rounds,
             "acceptance_length": round(stats.acceptance_length, 3),
+        }
+    if translation:
+        assistant = copy.deepcopy(draft)  # transformers may change it
+        with count_forwards(target) as forwards:
+            text = target.generate(**inputs, **options, assistant_model=assistant, **translation)
+        row["transformers"] = {
+            "identical": torch.equal(text, plain),
+            "forwards": len(forwards),
+            "tokens_per_forward": round((text.shape[1] - inputs["input_ids"].shape[1]) / len(forwards), 3),
         }
     return row
 
@@ -64,6 +82,15 @@ def summary(rows: list[dict]) -> dict:
             "prompts": len(found),
             "acceptance_length": round(
                 sum(each["emitted_in_rounds"] for each in found) / sum(each["rounds"] for each in found), 3
+            ),
+        }
+    assisted = [row for row in rows if "transformers" in row]
+    if assisted:
+        totals["transformers, assisted"] = {
+            "identical": sum(row["transformers"]["identical"] for row in assisted),
+            "prompts": len(assisted),
+            "tokens_per_forward": round(
+                sum(row["new_tokens"] for row in assisted) / sum(row["transformers"]["forwards"] for row in assisted), 3
             ),
         }
     return totals
@@ -83,13 +110,14 @@ def pair_parser(description: str, count: int) -> argparse.ArgumentParser:
 
 
 def loaded(options: argparse.Namespace) -> tuple:
-    """The target, its tokenizer, the draft (None without one), and the report's fields about them."""
+    """The target and the draft, each with its tokenizer (None without a draft), and the report's fields about them."""
+    device = models.default_device()
     target, tokenizer, _ = models.load(options.target, options.dtype)
-    draft = models.load(options.draft, options.dtype)[0].to(models.default_device()) if options.draft else None
+    draft, draft_tokenizer, _ = models.load(options.draft, options.dtype) if options.draft else (None, None, None)
     names = options.names or [options.target, options.draft]
     report = dict(zip(("target", "draft"), filter(None, names), strict=False))
-    report |= {"dtype": options.dtype, "max_new_tokens": options.max_new_tokens}
-    return target.to(models.default_device()), tokenizer, draft, report | provenance(models.default_device())
+    report |= {"dtype": options.dtype, "max_new_tokens": options.max_new_tokens} | provenance(device)
+    return target.to(device), tokenizer, draft if draft is None else draft.to(device), draft_tokenizer, report
 
 
 def read_prompts(options: argparse.Namespace) -> list[dict]:
@@ -107,13 +135,16 @@ def write(file: Path, report: dict) -> None:
 
 
 def main() -> None:
-    options = pair_parser(__doc__, count=12).parse_args()
-    target, tokenizer, draft, report = loaded(options)
+    parser = pair_parser(__doc__, count=12)
+    parser.add_argument("--translate", action="store_true", help="the draft has another tokenizer than the target")
+    options = parser.parse_args()
+    target, tokenizer, draft, draft_tokenizer, report = loaded(options)
+    translation = {"tokenizer": tokenizer, "assistant_tokenizer": draft_tokenizer} if options.translate else {}
     rows = rows_of(options.out)
     done = {row["id"] for row in rows}
     for prompt in track(one_per_task(read_prompts(options), options.count), "prompts"):
         if prompt["id"] not in done:
-            row = measure(target, draft, tokenizer, prompt["prompt"], options.max_new_tokens)
+            row = measure(target, draft, tokenizer, prompt["prompt"], options.max_new_tokens, translation)
             rows.append({"id": prompt["id"], "task": prompt["task"], **row})
             what = {"what": "acceptance of a real pair, greedy, real inputs"}
             write(options.out, what | report | {"summary": summary(rows), "rows": rows})

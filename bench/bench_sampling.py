@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--max-prompt-tokens", type=int, default=160, help="longer prompts are left out")
     parser.add_argument("--flips", action="store_true", help="count tokens that rounding changes")
     options = parser.parse_args()
-    target, tokenizer, draft, report = loaded(options)
+    target, tokenizer, draft, _, report = loaded(options)
     lines = read_prompts(options)
     short = [line for line in lines if len(tokenizer(line["prompt"])["input_ids"]) <= options.max_prompt_tokens]
     inputs = encode(tokenizer, one_per_task(short, options.count), target.device)

@@ -4,8 +4,8 @@ Sources: token-level intersection of two vocabularies (Timor et al. 2025, arXiv 
 
 The text of a token is a string of bytes, or the content of a special token, which is the text of no other token. The
 image of a draft token is the target token of the same text. The pieces of a target token are the draft tokens that
-together have its text. The draft model reads the pieces of all tokens of a text, one after another, and its logits of a
-token are those of the image.
+together have its text. The draft model reads the token with which its texts begin, if there is one, and then the pieces
+of all tokens of a text, one after another. Its logits of a token are those of the image.
 """
 
 from typing import NamedTuple
@@ -87,18 +87,20 @@ class LiteralTranslation(DraftedTrees):
         vocab_size: number of the target's logits.
         text: t_0, ..., t_n, tokens of the target.
         mistake: one of `MISTAKES`, or "" for none.
+        first: the tokens of an empty text of the draft.
     """
 
     mistakes = MISTAKES
 
-    def __init__(self, model, image, pieces, vocab_size: int, text: list[int], mistake: str = ""):
+    def __init__(self, model, image, pieces, vocab_size: int, text: list[int], mistake: str = "", first=()):
         super().__init__(text, mistake)
+        self.first = [] if [*first] == pieces[text[0]][: len(first)] else [*first]
         self.model, self.image, self.pieces, self.vocab_size = model, image, pieces, vocab_size
         self.computed: dict[tuple[int, ...], torch.Tensor] = {}
 
     def read(self, path: tuple[int, ...]) -> tuple[list[int], list[int]]:
         """The draft's tokens of the text and `path`, and their positions."""
-        tokens, positions = [], []
+        tokens, positions = [*self.first], [*range(len(self.first))]
         for number, token in enumerate([*self.text, *path]):
             pieces = list(self.pieces[token])
             if self.mistake == "first piece alone":

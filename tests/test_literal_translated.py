@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import specdec_triton as sdt
@@ -20,7 +20,9 @@ from helpers import accept_more, accepted, capture_here, eos_in_mid_row, snapsho
 from literal_translated import MISTAKES, SIGNS, LiteralTranslation, Special, texts_of
 from recorded_drafts import ERROR, TOLERANCE, record
 from specdec_triton.drafters.level_session import LevelSession
+from specdec_triton.drafters.translated import TranslatedForwards
 from specdec_triton.drafters.vocabulary import VocabularyMap
+from specdec_triton.engine.round import RoundSteps
 from specdec_triton.tools.check_distribution import prove
 from specdec_triton.tools.models import find_default_model
 from specdec_triton.tree import DraftTree
@@ -52,6 +54,14 @@ def trained(text, size, special=(END,), alphabet=ALPHABET):
     )
     core.train_from_iterator([text] * 3, trainer)
     return fast(core, special, eos_token=END if END in special else special[0])
+
+
+def beginning(tokenizer, name):
+    """The tokenizer, changed so that its texts begin with a token."""
+    number = tokenizer.convert_tokens_to_ids(name)
+    processor = processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, number)])
+    tokenizer.backend_tokenizer.post_processor, tokenizer.bos_token = processor, name
+    return tokenizer
 
 
 def with_bytes(text, size, kind="bpe"):
@@ -90,7 +100,7 @@ def tokenizer(name):
         "target": lambda: trained(PROSE, 330, (END, USER)),
         "draft": lambda: trained(CODE, 305, (USER, "<|other|>", END)),
         "other ids": lambda: trained(CODE, 305, (END, USER, "<|other|>", "<|more|>")),
-        "some bytes": lambda: trained(CODE, 310, ("</s>",), known),
+        "some bytes": lambda: beginning(trained(CODE, 310, ("</s>", "<s>"), known), "<s>"),
         "sentencepiece": lambda: with_bytes(PROSE, 60),
         "unigram": lambda: with_bytes(CODE, 60, "unigram"),
     }[name]()
@@ -293,7 +303,8 @@ class Run(NamedTuple):
     def literal(self, text, mistake=""):
         judge = copy.deepcopy(self.pair.draft).double()
         image = {token: target for token, target in enumerate(self.pair.vocabulary.image.tolist()) if target >= 0}
-        return LiteralTranslation(judge, image, self.pair.pieces, len(self.pair.pieces), text, mistake)
+        first = self.pair.tokenizers["assistant_tokenizer"].encode("")
+        return LiteralTranslation(judge, image, self.pair.pieces, len(self.pair.pieces), text, mistake, first)
 
 
 def run(pair, shape, options=GREEDY, inputs=None, more=True, **settings):
@@ -523,6 +534,35 @@ def test_captured_rounds_draft_the_same(shape, lag, tokens, monkeypatch):
             assert torch.equal(text, texts[0]) and stats.replayed > 5 and stats.reused == reused
             # the last drafts differ, because captured rounds also draft tokens that can no longer be emitted
             assert stats.accepted_by_position[:2] == pytest.approx(eager[place][:2], abs=1)
+
+
+@pytest.mark.parametrize("lag", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_the_cache_has_room_for_all_pieces(lag, monkeypatch):
+    """The host knows late how many pieces were emitted. The prompt has one piece a token, the text as many as
+    possible."""
+    follow, found, rooms = TranslatedForwards.follow, pair(), []
+
+    def following(self, levels, *rest):
+        follow(self, levels, *rest)
+        now, counts = self._sequences, found.vocabulary.counts
+        for row, length in enumerate(now.length.tolist()):
+            text = now.tokens[row, now.start[row] : length + 1]
+            rooms.append(self.slots - int(self.context.start[row]) - int(counts[text].sum()) - levels)
+
+    monkeypatch.setattr(TranslatedForwards, "follow", following)
+    verify, many = RoundSteps.verify, int(found.vocabulary.counts.argmax())
+
+    def preferring(self, tree):
+        logits = verify(self, tree).clone()
+        logits[..., many] += 100
+        return logits
+
+    monkeypatch.setattr(RoundSteps, "verify", preferring)
+    capture_here(monkeypatch, lag)
+    single = (found.vocabulary.counts == 1).nonzero()[5:17].view(2, 6)
+    with sdt.patched(found.target, drafter=found.drafter(num_tokens=2)):
+        found.target.generate(single, **{**GREEDY, "max_new_tokens": 48})
+    assert len(rooms) > 60 and min(rooms) >= 0
 
 
 # --- distributions

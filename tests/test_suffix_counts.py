@@ -423,9 +423,9 @@ def record_added(drafter):
     """A list of the texts that are added to the history of the drafter from now on, if they are not empty."""
     added, add = [], drafter.history.add
 
-    def adding(tokens):
+    def adding(tokens, seed=None):
         added.append(list(map(int, tokens)))
-        add(tokens)
+        add(tokens, seed)
 
     drafter.history.add = adding
     return added

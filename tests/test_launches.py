@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import specdec_triton as sdt
 from checkpoints import write_head
@@ -16,8 +17,10 @@ from dflash_checkpoints import DFLASH_LAYOUTS, write_dflash
 from families import NEVER, VOCAB, build, perturbed, prompt
 from helpers import HostDrafter, Launches, capture_here, launches_by_step
 from specdec_triton import ops
+from specdec_triton.drafters import timed
 from specdec_triton.heads.checkpoint import Checkpoint
 from specdec_triton.heads.medusa import MedusaHeads
+from specdec_triton.tools.host_sync import count_host_reads
 
 CHAIN, TREE = {"num_tokens": 5}, {"tree": 16}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 0}
@@ -170,3 +173,37 @@ def test_copies_of_a_launcher_are_counted():
         call = {"max_depth": 2, "budget": tree.tokens[:, 1].contiguous(), "impl": "triton"}
         launches.run(partial(ops.accept_greedy, logits, tree.tokens, parents, **call))
         assert launches.names == ["_argmax_kernel", *copied, "_walk_kernel"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of PyTorch, views included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_round_without_a_draft_takes_no_more_operations_than_a_plain_step(batch, monkeypatch):
+    """On a CPU, each operation takes microseconds, whatever it computes. A round runs the forward of plain `generate`,
+    but a cache with its own memory takes fewer operations in each layer."""
+    layers = 4
+    model, texts = build("llama", num_hidden_layers=layers), prompt(batch=batch, padding=0)
+    monkeypatch.setattr(timed, "FIRST_CHANCES", (0.0,) * len(timed.FIRST_CHANCES))  # lookups, but no drafts
+
+    def a_token(**options):
+        counts = []
+        for tokens in (8, 20):
+            with Operations() as operations, count_host_reads() as reads:
+                model.generate(**texts, do_sample=False, eos_token_id=NEVER, max_new_tokens=tokens, **options)
+            counts.append((operations.count, reads.total))
+        (few, few_reads), (many, many_reads) = counts
+        return (many - few) / 12, (many_reads - few_reads) / 12
+
+    plain, _ = a_token()
+    for drafter in (sdt.NoDrafter(), sdt.PromptLookupDrafter(), sdt.SuffixDrafter(history_tokens=0)):
+        ours, reads = a_token(custom_generate=sdt.SpeculativeGenerate(drafter=drafter))
+        assert sdt.stats(model).drafted == 0 and reads == 1
+        assert ours <= plain + layers, type(drafter).__name__

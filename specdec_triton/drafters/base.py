@@ -92,7 +92,12 @@ class DraftContext:
     @property
     def root(self) -> torch.Tensor:
         """[B] int64. The last emitted tokens."""
-        return self.tokens.gather(1, self.length[:, None]).squeeze(1)
+        return self.roots.squeeze(1)
+
+    @property
+    def roots(self) -> torch.Tensor:
+        """[B, 1] int64. The last emitted tokens, as `DraftTree.root_only` takes them."""
+        return self.tokens.gather(1, self.length[:, None])
 
     @property
     def longest(self) -> int:
@@ -332,4 +337,4 @@ class _NoSession(DraftSession):
         self.context = context
 
     def draft(self) -> DraftTree:
-        return DraftTree.root_only(self.context.root[:, None])
+        return DraftTree.root_only(self.context.roots)

@@ -203,7 +203,7 @@ class MarginalSession(ForwardsSession):
         context, (num_nodes, depth, _) = self.context, self._round
         if not depth:
             self._source.skip()
-            return DraftTree.root_only(context.root[:, None])
+            return DraftTree.root_only(context.roots)
         logits = self._source.logits(depth)[..., : context.vocab_size]
         log_probs, tokens, has_nan = ranked(context, logits, self._width, self._depths[:depth])
         tree = DraftTree.best_first(context.root, tokens, log_probs, num_nodes, context.impl)

@@ -123,9 +123,10 @@ class _LookupSession(_Session):
         matches = [self._match(row) for row in range(len(context.host_length))]
         self._matched[:] = [match.length if match.depth else 0 for match in matches]
         proposals = self._proposals(matches)
-        self._drafted[:] = [len(proposal.tokens) > 1 for proposal in proposals]
-        if not self._drafted.any():
-            return DraftTree.root_only(context.root[:, None])
+        drafted = [len(proposal.tokens) > 1 for proposal in proposals]
+        self._drafted[:] = drafted
+        if not any(drafted):
+            return DraftTree.root_only(context.roots)
         return tree_of(proposals, self.max_depth, context.tokens.device)
 
     def _match(self, row: int) -> _Match:
@@ -247,7 +248,7 @@ class _DeviceLookupSession(_Session):
     def draft(self) -> DraftTree:
         context = self.context
         if self._most == 1:
-            return DraftTree.root_only(context.root[:, None])
+            return DraftTree.root_only(context.roots)
         text, state = context.tokens, (self._worth, self._last_draft)
         threshold = PAYS if self.drafter.adaptive else 0.0
         weights = {"first": FIRST_WORTH, "learning": LEARNING, "drift": DRIFT}

@@ -210,7 +210,7 @@ class SuffixSession(DraftSession):
     def draft(self) -> DraftTree:
         proposals = self.cut(self.propose())
         if all(len(proposal.tokens) == 1 for proposal in proposals):
-            tree = DraftTree.root_only(self.context.root[:, None])
+            tree = DraftTree.root_only(self.context.roots)
         else:
             tree = self.tree_of(proposals)
         if self.times is not None:

@@ -97,7 +97,7 @@ class Output:
             if kept:
                 self.keep([row], {name: scores[:, :count] for name, scores in kept.items()})
         stopped = []
-        while not self.done and (self.ended | (self.length >= self.column)).all():
+        while not self.done and self._column_is_full():
             stopped += self._finish_column(more)
         if self.done:
             self._keep_columns(more)
@@ -108,6 +108,10 @@ class Output:
         for name, scores in kept.items():
             for row in rows:
                 self._kept[name][row] += scores[row].clone().unbind()  # a view would keep all scores alive
+
+    def _column_is_full(self) -> bool:
+        rows = zip(self.ended.tolist(), self.length.tolist(), strict=True)  # lists are faster than small arrays
+        return all(ended or length >= self.column for ended, length in rows)
 
     def _finish_column(self, more: More | None) -> list[int]:
         column = self.column

@@ -286,11 +286,12 @@ def accept_greedy(
 ) -> Acceptance:
     """See `ops.accept_greedy`."""
     batch, num_nodes, _ = logits.shape
-    live = budget > 0
     if num_nodes == 1:  # the root: there is no path to follow
         best, target_ids = first_max(logits[:, 0])
-        next_ids, has_nan = torch.where(live, target_ids, -1), live & best.isnan()
+        finished = budget <= 0
+        next_ids, has_nan = target_ids.masked_fill(finished, -1), best.isnan().masked_fill(finished, False)
         return Acceptance(parents[:, 1:], torch.zeros_like(budget), next_ids, has_nan)
+    live = budget > 0
     best, target_ids = first_max(logits)
     nodes = torch.arange(num_nodes, device=logits.device)
     parents = parents.long()

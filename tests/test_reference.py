@@ -7,6 +7,7 @@ import torch
 
 from by_hand import accept_greedy_by_hand, attention_by_hand
 from specdec_triton import DraftTree, Topology, ops
+from specdec_triton.ops import reference
 
 NAN = float("nan")
 
@@ -323,6 +324,25 @@ def test_tree_inputs_refuses_bad_arguments(changes, message):
     ops.tree_inputs(**arguments)
     with pytest.raises(ValueError, match=f"^tree_inputs: {message}"):
         ops.tree_inputs(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("vocab", [64 * 70, 128 * 33, 32 * 129, 5003])  # blocks of 64, 128 and 32, and no blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_maximum(vocab, dtype, monkeypatch):
+    """In bf16 several of so many scores are equal."""
+    monkeypatch.setattr(reference, "MANY_SCORES", 3 * vocab)
+    scores = torch.randn(1, 7, vocab, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores[0, 1, [40, 300, 301]] = 9.0
+    scores[0, 2, [77, 3000]] = NAN
+    scores[0, 3] = -torch.inf
+    scores[0, 4, 4000:] = torch.inf
+    for given in (scores, scores[:, :2], scores.transpose(1, 2).contiguous().transpose(1, 2)):
+        best, ids = reference.first_max(given)
+        highest = given.amax(-1, keepdim=True)
+        first = (given == highest).logical_or(given.isnan()).int().argmax(-1)
+        assert torch.equal(ids, first)
+        torch.testing.assert_close(best, highest[..., 0], rtol=0, atol=0, equal_nan=True)
+    assert ids[0, 1:5].tolist() == [40, 77, 0, 4000]
 
 
 def test_which_implementation_and_why():

@@ -326,6 +326,16 @@ def test_tree_inputs_refuses_bad_arguments(changes, message):
         ops.tree_inputs(**{**arguments, **changes})
 
 
+def test_a_root_alone():
+    """Rows with a NaN, without one, and the same two finished."""
+    logits = torch.tensor([[[0.0, NAN, 1.0]], [[0.0, 3.0, 1.0]]]).repeat(2, 1, 1)
+    tree, budget = DraftTree.root_only(torch.zeros(4, 1, dtype=torch.int64)), torch.tensor([2, 2, 0, 0])
+    accepted = ops.accept_greedy(logits, tree.tokens, tree.parents, max_depth=0, budget=budget)
+    assert accepted.path.shape == (4, 0) and accepted.path.dtype == torch.int32
+    assert accepted.next_ids[1:].tolist() == [1, -1, -1] and accepted.length.tolist() == [0, 0, 0, 0]
+    assert accepted.has_nan.tolist() == [True, False, False, False]
+
+
 @pytest.mark.parametrize("vocab", [64 * 70, 128 * 33, 32 * 129, 5003])  # blocks of 64, 128 and 32, and no blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_maximum(vocab, dtype, monkeypatch):

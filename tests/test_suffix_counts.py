@@ -199,6 +199,26 @@ def test_proposals_from_a_corpus_and_indexed_outputs(corpus, batches, made):
             assert drafter.history.num_tokens == tokens + sum(map(len, corpus)) and tokens <= most
 
 
+@pytest.mark.parametrize("min_prob", [0.0123, 0.1017])
+def test_trees_of_many_counts(min_prob):
+    """Trees that branch at every level, until the product of the shares is too small or there are as many nodes as
+    fit. The last token has many places, and no token before it is repeated."""
+    random, sizes = np.random.default_rng(0), []
+    for alphabet, length in ((2, 150), (2, 400), (3, 250)):
+        drafter = sdt.SuffixDrafter(9, tokens_per_match=7, min_prob=min_prob, adaptive=False)
+        rows = [random.integers(0, alphabet, length) for _ in range(2)]
+        for row in rows:
+            row[::7] = 9
+        rows = [[*row.tolist(), 8, 9] for row in rows]
+        drafter.history.add(rows[0])
+        session = drafter.start(context(rows, max_length=500))
+        for text, proposal in zip(rows, session.propose(), strict=True):
+            assert proposal.matched == 1 or text is rows[0]
+            assert_proposal(proposal, [[text], [rows[0]]], text, 9, session.max_nodes - 1, drafter)
+            sizes.append(len(proposal.tokens))
+    assert max(sizes) == 64 if min_prob < 0.1 else 8 < max(sizes) < 32, sizes
+
+
 @pytest.mark.parametrize("total", [30, 70, 110])
 def test_a_share_of_exactly_min_prob_is_drafted(total):
     """0.1 * 70 is above 7 in floating point."""
@@ -220,6 +240,13 @@ def test_the_better_of_two_sources_is_copied():
         drafter.history.add([1, 2, 8, 9, 7])
         (proposal,) = drafter.start(context([text])).propose()
         assert (proposal.tokens, proposal.matched) == (tokens, matched)
+
+
+def test_tokens_that_the_target_does_not_have_are_not_drafted():
+    drafter = sdt.SuffixDrafter(4, tokens_per_match=float("inf"), adaptive=False)
+    drafter.history.add_corpus([[8, 9, 100, 1], [8, 9, 99, 2, 3]])
+    (proposal,) = drafter.start(context([[8, 9]], vocab=100)).propose()
+    assert (proposal.tokens, proposal.chances) == ([9, 99, 2, 3], [1, 0.5, 0.5, 0.5])
 
 
 # --- texts of calls

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import bench_lookup
 import pytest
 import repeated_edits
+from replay import replay
 
+import specdec_triton as sdt
 import tiny
 
 MOST = 32
@@ -66,6 +68,12 @@ def test_a_replay_has_the_counts_of_real_calls(whole, tmp_path, target):
             assert counts == {key: number for key, number in real[name].items() if key != "identical"}
     drafted = [total["all"][bench_lookup.ACROSS]["drafted"] for total in replayed.values()]
     assert drafted[0] < drafted[1]  # drafts that do not pay
+
+
+def test_the_last_token_of_a_replayed_text_is_the_targets_own():
+    """As in a call that ends there: its last token counts as emitted, and not as accepted."""
+    lookup = sdt.PromptLookupDrafter(adaptive=False)
+    assert replay(lookup, [1, 2, 3, 1], [2, 3, 1, 2], 20) == {"rounds": 1, "drafted": 3, "accepted": 2}
 
 
 def test_a_run_is_continued_with_the_earlier_outputs_and_plain_texts(whole, tmp_path, target, monkeypatch):

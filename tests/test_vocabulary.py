@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizer
 
-from specdec_triton.drafters.vocabulary import MOST_PIECES, VocabularyMap, have_same_vocabulary, vocabulary_size
+from specdec_triton.drafters.vocabulary import MOST_PIECES, VocabularyMap, have_same_vocabulary
 from vocabularies import LETTERS, SIGNS, byte_level, draft_tokenizers, sentences, target_tokenizer
 
 CPU = torch.device("cpu")
@@ -211,6 +211,9 @@ def test_the_map_is_made_once_and_kept_as_long_as_the_tokenizers():
     target, draft = target_tokenizer(), draft_tokenizers()["bytes"]
     vocabulary = VocabularyMap.from_tokenizers(target, draft)
     assert VocabularyMap.from_tokenizers(target, draft) is vocabulary
+    target.get_vocab = None  # later calls do not read the vocabulary again
+    assert VocabularyMap.from_tokenizers(target, draft) is vocabulary
+    del target.get_vocab
     target.add_tokens(["abab"])
     assert VocabularyMap.from_tokenizers(target, draft) is not vocabulary
     gone = weakref.ref(target), weakref.ref(vocabulary)
@@ -230,7 +233,7 @@ def test_equal_tables_make_equal_maps():
 
 def test_other_numbers_of_tokens():
     target, draft = target_tokenizer(), draft_tokenizers()["bytes"]
-    size, own = vocabulary_size(target), vocabulary_size(draft)
+    size, own = len(target), len(draft)
     vocabulary = VocabularyMap.from_tokenizers(target, draft, draft_vocab_size=own + 7)
     larger = vocabulary.resized(size + 5, CPU)
     assert len(vocabulary.image) == own + 7 and vocabulary.resized(size + 5, CPU) is larger
@@ -262,4 +265,5 @@ def test_no_token_in_common_is_refused():
 
 def test_same_vocabularies():
     assert have_same_vocabulary(target_tokenizer(), target_tokenizer())
-    assert not have_same_vocabulary(target_tokenizer(), byte_level("abc"))
+    one, other = byte_level("ab"), byte_level("ba")
+    assert len(one) == len(other) and not have_same_vocabulary(one, other)

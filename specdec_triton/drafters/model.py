@@ -14,7 +14,7 @@ from .level_session import LevelSession
 from .marginals import start_session as start_marginal_session
 from .parallel import ModelMarginals, check_parallel, num_depths, parallel_shape
 from .translated import TranslatedForwards
-from .vocabulary import VocabularyMap, have_same_vocabulary, vocabulary_size
+from .vocabulary import VocabularyMap, have_same_vocabulary
 
 # Vocabularies whose sizes differ by at most this share are assumed to belong to one tokenizer with different padding.
 VOCABULARY_PADDING = 0.01
@@ -209,7 +209,7 @@ def vocabulary_of(
                 f"{'None' if each is None else type(each).__name__}"
             )
     size = min(model.config.get_text_config().vocab_size, embedded_tokens(model))
-    check_fits("assistant_tokenizer", vocabulary_size(assistant_tokenizer), size, "draft")
+    check_fits("assistant_tokenizer", len(assistant_tokenizer), size, "draft")
     if have_same_vocabulary(tokenizer, assistant_tokenizer):
         return None
     return VocabularyMap.from_tokenizers(tokenizer, assistant_tokenizer, draft_vocab_size=size)

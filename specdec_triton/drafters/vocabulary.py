@@ -6,9 +6,10 @@ no tokenizer runs during a call.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,8 +26,8 @@ PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTES = {chr(byte): chr(byte) for byte in PRINTABLE} | {chr(256 + at): chr(byte) for at, byte in enumerate(OTHERS)}
 
-# tokenizer -> assistant tokenizer -> sizes of the vocabularies -> map
-_maps: WeakKeyDictionary = WeakKeyDictionary()
+# tokenizer -> assistant tokenizer -> sizes of the vocabularies -> map, or True if they are the same
+_found: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,17 +109,8 @@ class VocabularyMap:
         Raises:
             ValueError: the vocabularies have no token in common.
         """
-        sizes = vocabulary_size(tokenizer), vocabulary_size(assistant_tokenizer)
-        key = (*sizes, target_vocab_size, draft_vocab_size)
-        by_sizes = _maps.setdefault(tokenizer, WeakKeyDictionary()).setdefault(assistant_tokenizer, {})
-        if key not in by_sizes:
-            by_sizes[key] = _map_of(
-                tokenizer,
-                assistant_tokenizer,
-                sizes[0] if target_vocab_size is None else target_vocab_size,
-                sizes[1] if draft_vocab_size is None else draft_vocab_size,
-            )
-        return by_sizes[key]
+        sizes = target_vocab_size, draft_vocab_size
+        return _kept(tokenizer, assistant_tokenizer, sizes, lambda: _map_of(tokenizer, assistant_tokenizer, *sizes))
 
     def resized(self, target_vocab_size: int, device: torch.device) -> "VocabularyMap":
         """The map for a target of another number of tokens, with its tables on a device. It is kept.
@@ -145,14 +137,17 @@ class VocabularyMap:
         return self._resized[key]
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id of a tokenizer."""
-    return 1 + max(tokenizer.get_vocab().values(), default=-1)
-
-
 def have_same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """True if two tokenizers have the same tokens with the same ids."""
-    return tokenizer is other or tokenizer.get_vocab() == other.get_vocab()
+    return tokenizer is other or _kept(tokenizer, other, "same", lambda: tokenizer.get_vocab() == other.get_vocab())
+
+
+def _kept(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: Hashable, make: Callable) -> Any:
+    """The result of `make`, kept under this name as long as both tokenizers exist and have as many tokens."""
+    found, key = _found.setdefault(tokenizer, WeakKeyDictionary()).setdefault(other, {}), (len(tokenizer), len(other))
+    if (*key, name) not in found:
+        found[(*key, name)] = make()
+    return found[(*key, name)]
 
 
 class _Vocabulary:
@@ -161,16 +156,18 @@ class _Vocabulary:
     Attributes:
         texts: {id: bytes of the token}.
         by_text: {bytes: id}, the preferred token of each text.
+        size: the size.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int | None):
         added, vocabulary = tokenizer.get_added_vocab(), tokenizer.get_vocab()
+        self.size = 1 + max(vocabulary.values(), default=-1) if size is None else size
         spaces = [sum(token.startswith(sign) for token in vocabulary) for sign in ("Ġ", SPACE)]
         byte_level, table = spaces[0] > spaces[1], str.maketrans(BYTES)
         self.texts: dict[int, bytes] = {}
         byte_tokens = set()
         for token, number in vocabulary.items():
-            if number >= size:
+            if number >= self.size:
                 continue
             if token in added:
                 text = token.encode()
@@ -213,33 +210,37 @@ def _bytes_of(characters: str, token: str) -> bytes:
 
 
 def _map_of(
-    tokenizer: PreTrainedTokenizerBase, assistant_tokenizer: PreTrainedTokenizerBase, target_size: int, draft_size: int
+    tokenizer: PreTrainedTokenizerBase,
+    assistant_tokenizer: PreTrainedTokenizerBase,
+    target_size: int | None,
+    draft_size: int | None,
 ) -> VocabularyMap:
     target, draft = _Vocabulary(tokenizer, target_size), _Vocabulary(assistant_tokenizer, draft_size)
     pairs = {draft.by_text[text]: number for text, number in target.by_text.items() if text in draft.by_text}
     ends = assistant_tokenizer.eos_token_id, tokenizer.eos_token_id
     if ends[0] in draft.texts and ends[1] in target.texts and ends[0] not in pairs and ends[1] not in pairs.values():
         pairs[ends[0]] = ends[1]
-    image, preimage = torch.full((draft_size,), -1), torch.full((target_size,), -1)
+    image, preimage = torch.full((draft.size,), -1), torch.full((target.size,), -1)
     if pairs:
         ours, theirs = torch.tensor(list(pairs.items())).T
         image[ours], preimage[theirs] = theirs, ours
     _check_shared(image)
     fillers = (assistant_tokenizer.unk_token_id, ends[0], 0)
-    filler = next(each for each in fillers if each is not None and each < draft_size)
+    filler = next(each for each in fillers if each is not None and each < draft.size)
     known = set(pairs.values())
     left = {number: text for number, text in target.texts.items() if number not in known}
     spelled = {number: pieces for number, pieces in _spelled(left, assistant_tokenizer, draft).items() if pieces}
     lists = [pieces[-MOST_PIECES:] for pieces in spelled.values()]
     lengths = torch.tensor([1, *map(len, lists)])  # 1, so that there is a maximum
-    pieces, counts = torch.zeros(target_size, int(lengths.max()), dtype=torch.int64), torch.ones(target_size).long()
+    pieces, counts = torch.zeros(target.size, int(lengths.max()), dtype=torch.int64), torch.ones(target.size).long()
     pieces[:, 0] = torch.where(preimage >= 0, preimage, filler)
     rows, lengths = torch.tensor(list(spelled), dtype=torch.int64), lengths[1:]
     places = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     pieces[rows.repeat_interleave(lengths), places] = torch.tensor([*chain.from_iterable(lists)], dtype=torch.int64)
     counts[rows] = lengths
-    beginning = assistant_tokenizer("")["input_ids"][:1] == [assistant_tokenizer.bos_token_id]
-    return VocabularyMap(image, preimage, pieces, counts, filler, assistant_tokenizer.bos_token_id if beginning else -1)
+    begin = assistant_tokenizer.bos_token_id
+    begins = begin in draft.texts and assistant_tokenizer("")["input_ids"][:1] == [begin]
+    return VocabularyMap(image, preimage, pieces, counts, filler, begin if begins else -1)
 
 
 def _spelled(texts: dict[int, bytes], tokenizer: PreTrainedTokenizerBase, draft: _Vocabulary) -> dict[int, list[int]]:

@@ -111,6 +111,15 @@ def test_ends_are_paired_only_if_neither_has_a_match():
         assert images["</s>"] == "</s>" and list(images.values()).count("<|end|>") == 0
 
 
+def test_ordinary_tokens_with_the_name_of_a_special_token():
+    """Vocabularies of Qwen hold an ordinary token </s>, the end of other models' texts."""
+    target, draft = byte_level("ab"), sentences("ab")
+    target.add_tokens(["</s>"])
+    images, pieces = named(VocabularyMap.from_tokenizers(target, draft), target, draft)
+    assert images["</s>"] == "<|end|>" and pieces["<|end|>"] == ["</s>"]
+    assert pieces["</s>"] == ["<0x2F>", "s", "<0x3E>"]
+
+
 @pytest.mark.parametrize("name", ["bytes", "sentences"])
 @pytest.mark.parametrize("swapped", [False, True])
 def test_pieces_spell_the_token(name, swapped):

@@ -95,10 +95,11 @@ class VocabularyMap:
         """The map between the vocabularies of two tokenizers, which may be slow or fast. It is kept as long as both
         tokenizers exist.
 
-        Two tokens match if they stand for the same bytes; special tokens stand for their names. If several tokens of
-        one vocabulary have the same bytes, the one with the lowest id is taken, and the byte tokens of SentencePiece
-        only if there is no other. If the end-of-sequence token of neither tokenizer has a match, the two match each
-        other.
+        Two tokens match if they stand for the same bytes, or if both are special and have the same name. If several
+        tokens of one vocabulary have the same bytes, the one with the lowest id is taken, and the byte tokens of
+        SentencePiece only if there is no other. If the end-of-sequence token of neither tokenizer has a match, the two
+        match each other. If the draft's tokenizer puts its beginning-of-sequence token before each text, the draft's
+        texts begin with it, also if the target's do not.
 
         Args:
             tokenizer: the target's tokenizer.
@@ -154,8 +155,8 @@ class _Vocabulary:
     """The tokens of a tokenizer below a size.
 
     Attributes:
-        texts: {id: bytes of the token}.
-        by_text: {bytes: id}, the preferred token of each text.
+        texts: {id: bytes of the token, or the name of a special token}.
+        by_text: {bytes or name: id}, the preferred token of each text.
         size: the size.
     """
 
@@ -164,12 +165,16 @@ class _Vocabulary:
         self.size = 1 + max(vocabulary.values(), default=-1) if size is None else size
         spaces = [sum(token.startswith(sign) for token in vocabulary) for sign in ("Ġ", SPACE)]
         byte_level, table = spaces[0] > spaces[1], str.maketrans(BYTES)
-        self.texts: dict[int, bytes] = {}
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.texts: dict[int, bytes | str] = {}
+        text: bytes | str
         byte_tokens = set()
         for token, number in vocabulary.items():
             if number >= self.size:
                 continue
-            if token in added:
+            if number in special:
+                text = token
+            elif token in added:
                 text = token.encode()
             elif byte_level:
                 text = _bytes_of(token.translate(table), token)
@@ -179,7 +184,7 @@ class _Vocabulary:
             else:
                 text = token.replace(SPACE, " ").encode()
             self.texts[number] = text
-        self.by_text: dict[bytes, int] = {}
+        self.by_text: dict[bytes | str, int] = {}
         for number in (*sorted(self.texts.keys() - byte_tokens), *sorted(byte_tokens)):
             if self.texts[number]:
                 self.by_text.setdefault(self.texts[number], number)
@@ -197,7 +202,9 @@ class _Vocabulary:
         return found
 
     def spell(self, numbers: Iterable[int]) -> bytes:
-        return b"".join(self.texts.get(number, b"") for number in numbers)
+        """The bytes of tokens. Special ones have none."""
+        texts = (self.texts.get(number) for number in numbers)
+        return b"".join(text for text in texts if isinstance(text, bytes))
 
 
 def _bytes_of(characters: str, token: str) -> bytes:
@@ -243,24 +250,27 @@ def _map_of(
     return VocabularyMap(image, preimage, pieces, counts, filler, begin if begins else -1)
 
 
-def _spelled(texts: dict[int, bytes], tokenizer: PreTrainedTokenizerBase, draft: _Vocabulary) -> dict[int, list[int]]:
+def _spelled(
+    texts: dict[int, bytes | str], tokenizer: PreTrainedTokenizerBase, draft: _Vocabulary
+) -> dict[int, list[int]]:
     """The draft tokens of each text. They are those of the draft's tokenizer if they spell the text exactly, perhaps
     after the space that some tokenizers put before a text, and the longest matches otherwise: of bytes that are no text
     of their own, and if the tokenizer changes the text."""
     found, words = {}, {}
-    for number, text in texts.items():
-        if text in draft.by_text:  # a second target token with this text
-            found[number] = [draft.by_text[text]]
+    for number, named in texts.items():
+        if named in draft.by_text:  # a second target token with this text
+            found[number] = [draft.by_text[named]]
             continue
+        text = named.encode() if isinstance(named, str) else named
         try:
             words[number] = text.decode()
         except UnicodeDecodeError:
             found[number] = draft.longest_matches(text)
     for number, numbers in zip(words, _encoded(tokenizer, list(words.values())), strict=True):
-        if numbers and draft.texts.get(numbers[0]) == b" " and draft.spell(numbers) == b" " + texts[number]:
+        text = words[number].encode()
+        if numbers and draft.texts.get(numbers[0]) == b" " and draft.spell(numbers) == b" " + text:
             numbers = numbers[1:]
-        is_exact = draft.spell(numbers) == texts[number]
-        found[number] = numbers if is_exact else draft.longest_matches(texts[number])
+        found[number] = numbers if draft.spell(numbers) == text else draft.longest_matches(text)
     return found
 
 

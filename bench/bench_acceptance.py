@@ -18,6 +18,7 @@ from _common import provenance
 from rich.progress import track
 
 import specdec_triton as sdt
+from specdec_triton.drafters.vocabulary import VocabularyMap
 from specdec_triton.tools import models
 from specdec_triton.tools.host_sync import count_forwards
 
@@ -69,6 +70,16 @@ def measure(target, draft, tokenizer, prompt: str, max_new_tokens: int, translat
             "tokens_per_forward": round((text.shape[1] - inputs["input_ids"].shape[1]) / len(forwards), 3),
         }
     return row
+
+
+def shared_tokens(translation: dict) -> dict:
+    """The tokens that both vocabularies have, as shares of the draft's and of the target's; empty without a
+    translation."""
+    if not translation:
+        return {}
+    vocabulary = VocabularyMap.from_tokenizers(*translation.values())
+    sizes = {"draft": len(vocabulary.image), "target": len(vocabulary.counts)}
+    return {"shared_tokens": {name: round(vocabulary.num_shared / size, 3) for name, size in sizes.items()}}
 
 
 def summary(rows: list[dict]) -> dict:
@@ -140,6 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     target, tokenizer, draft, draft_tokenizer, report = loaded(options)
     translation = {"tokenizer": tokenizer, "assistant_tokenizer": draft_tokenizer} if options.translate else {}
+    report |= shared_tokens(translation)
     rows = rows_of(options.out)
     done = {row["id"] for row in rows}
     for prompt in track(one_per_task(read_prompts(options), options.count), "prompts"):

@@ -48,6 +48,7 @@ def check(found, texts, sequence, depth):
     for least in (1, 2, 3, 7):
         tokens = found.next_tokens(least)
         assert list(tokens.items()) == [each for each in counts.items() if each[1] >= least]
+    assert [found.count_of(token) for token in range(5)] == [counts.get(token, 0) for token in range(5)]
     for token in range(4) if depth else ():
         check(found.after(token), texts, [*sequence, token], depth - 1)
 

@@ -9,6 +9,7 @@ import specdec_triton as sdt
 from families import NEVER, build, prompt
 from helpers import capture_here, context
 from specdec_triton.drafters import suffix
+from specdec_triton.drafters.matches import SuffixArray
 from specdec_triton.drafters.timed import FIRST_CHANCES
 from specdec_triton.tree_choice.costs import Costs
 
@@ -85,6 +86,26 @@ def test_a_kept_text_is_drafted_if_it_agrees_for_longer():
     session = start(rows=[[90, 91]], kept=[[90, 91, 1], [90, 91, 2, 2], [90, 91, 2, 3], [91, 4]], num_tokens=1)
     (proposal,) = session.propose()
     assert proposal.tokens[1:] == [2, 1] and proposal.chances[1:] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_a_token_that_is_frequent_in_two_texts_together_is_drafted():
+    """Kept texts are in several indexes. 1 follows at 2 of 10 places in each, 2 to 9 at one."""
+    session = start(rows=[[90, 91]], num_tokens=1, min_prob=0.15)
+    texts = [
+        [tok for each in (1, 1, *range(2, 10)) for tok in (90, 91, each + 10 * more * (each > 1))] for more in (0, 1)
+    ]
+    session._kept = SuffixArray([texts[0]]), SuffixArray([texts[1]])
+    (proposal,) = session.propose()
+    assert proposal.tokens[1:] == [1] and proposal.chances[1:] == pytest.approx([4 / 20])
+
+
+def test_a_kept_text_must_match_more_than_the_text_itself():
+    for kept, token in (([9, 6, 7, 50], 8), ([9, 5, 6, 7, 50], 8), ([4, 5, 6, 7, 50], 50)):
+        session = start(kept=[kept], num_tokens=1, adaptive=True)
+        session.chances[1].now[:] = 1.0
+        assert session.propose()[0].tokens[1] == token
+    session = start(rows=[[1, 2]], kept=[[2, 3, 4]], adaptive=True)
+    assert session.propose()[0].tokens == [2]  # one token is too short a match
 
 
 def test_tokens_that_the_target_lacks_are_not_drafted():

@@ -39,6 +39,10 @@ class Matches(ABC):
         """The tokens that follow at `least` places or more, in ascending order, with their numbers of places."""
 
     @abstractmethod
+    def count_of(self, token: int) -> int:
+        """Number of places at which `token` follows."""
+
+    @abstractmethod
     def after(self, token: int) -> "Matches":
         """The places at which the sequence and then `token` occur, and another token of the same text follows."""
 
@@ -83,6 +87,9 @@ class _Places(Matches):
             values, counts = np.unique(tokens, return_counts=True)
             found = list(zip(values.tolist(), counts.tolist(), strict=True))
         return {token: count for token, count in found if count >= least}
+
+    def count_of(self, token: int) -> int:
+        return int(np.count_nonzero(self._text[self._places] == token))
 
     def after(self, token: int) -> Matches:
         text, places = self._text, self._places
@@ -290,6 +297,11 @@ class _Range(Matches):
                 found[token] = high - low
             begin = end
         return found
+
+    def count_of(self, token: int) -> int:
+        view = self._index._view
+        low = bisect_left(view, token, self._low, self._high, key=self._next)
+        return bisect_left(view, token + 1, low, self._high, key=self._next) - low
 
     def after(self, token: int) -> Matches:
         index, depth = self._index, self._depth

@@ -10,9 +10,9 @@ Source: SuffixDecoding (Oliaro et al. 2024, arXiv 2411.04975). A corpus instead 
 
 import heapq
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,9 @@ MOST_MATCHED = 64  # number of tokens that are compared; with `num_tokens` at mo
 # First estimates of `Chances` for kept texts. Short matches with other texts are right less often than matches within a
 # text. Chosen as `FIRST_CHANCES`.
 KEPT_CHANCES = (0.1, 0.2, 0.4, 0.5, 0.7, 0.8, 0.9, 0.95)
+# With estimates, a kept text must match at least so many tokens, and more than the text itself does. Shorter matches
+# seldom pay, and have many places.
+KEPT_MATCHED = 2
 # If times do not decide, a draft pays if so many accepted tokens are expected. On an H200, a round of an 8B target with
 # 64 nodes took 1.26 times as long as a plain step (commit 8c943c0).
 PAYS = 0.3
@@ -260,11 +263,14 @@ class SuffixSession(DraftSession):
         best = Proposal.nothing(int(text[-1])), self.chances[0]
         if depth < 1:
             return best
+        least = 1
         for sources, chances in zip(((ScannedText(text),), self._kept), self.chances, strict=True):
             lengths, matched = [], 0
             for source in sources:
-                lengths.append(source.longest(tail, max(matched, 1)))
+                lengths.append(source.longest(tail, max(matched, least)))
                 matched = max(matched, lengths[-1])
+            if self.drafter.adaptive:
+                least = max(matched + 1, KEPT_MATCHED)
             if not matched:
                 continue
             pairs = zip(sources, lengths, strict=True)
@@ -316,12 +322,13 @@ def next_tokens(places: list[Matches], min_ratio: float, only_best: bool = False
         only_best: True for the most frequent token alone.
     """
     total = sum(each.count for each in places)
-    least = math.ceil(min_ratio * total - 1e-9)  # products of ratios are rounded
+    least = max(math.ceil(min_ratio * total - 1e-9), 1)  # products of ratios are rounded
+    # a token that follows at `least` places follows at so many in some text
+    somewhere = -(-least // len(places))
+    found = [each.next_tokens(somewhere) for each in places]
     if len(places) == 1:
-        counts = places[0].next_tokens(max(least, 1))
+        counts = found[0]
     else:
-        counts = Counter()
-        for each in places:
-            counts.update(each.next_tokens())
+        counts = {token: sum(each.count_of(token) for each in places) for token in dict.fromkeys(chain(*found))}
     ratios = [(token, count / total) for token, count in counts.items() if count >= least]
     return [max(ratios, key=lambda pair: pair[1])] if only_best and ratios else ratios

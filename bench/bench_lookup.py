@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the prompt that runs then")
     parser.add_argument("--edit-tokens", type=int, default=128, help="longest answer to a repeated edit")
     options = parser.parse_args()
-    target, tokenizer, _, report = loaded(options)
+    target, tokenizer, _, _, report = loaded(options)
     report = {"what": "tokens a round of drafts copied from texts, greedy, real inputs"} | report
     report["edit_tokens"] = options.edit_tokens
     prompts = [prompt | {"max_new_tokens": options.edit_tokens} for prompt in PROMPTS]

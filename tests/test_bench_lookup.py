@@ -70,6 +70,24 @@ def test_a_replay_has_the_counts_of_real_calls(whole, tmp_path, target):
     assert drafted[0] < drafted[1]  # drafts that do not pay
 
 
+def test_the_command(whole, tmp_path, capsys, monkeypatch):
+    folder, found = whole
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.json"
+    prompts.write_text("\n".join(json.dumps(prompt) for prompt in PROMPTS[1:]))
+    monkeypatch.setattr(bench_lookup, "PROMPTS", PROMPTS[:1])
+    words = f"{tiny.save(tmp_path / 'model')} --prompts {prompts} --out {out} --plain {folder / 'plain.jsonl'} --replay"
+    monkeypatch.setattr(
+        "sys.argv", ["bench_lookup", *words.split(), f"--max-new-tokens={MOST}", f"--edit-tokens={MOST}"]
+    )
+    bench_lookup.main()
+    report = json.loads(out.read_text())
+    assert report["replayed"] and report["commit"] and report["edit_tokens"] == MOST
+    counts = report["summary"]["adaptive=True"]["all"]
+    assert counts["prompts"] == 3 and bench_lookup.table(report["summary"]["adaptive=True"]) in capsys.readouterr().out
+    name = "suffix, within the call"
+    assert counts[name].items() <= found["summary"]["all"][name].items()
+
+
 def test_the_last_token_of_a_replayed_text_is_the_targets_own():
     """As in a call that ends there: its last token counts as emitted, and not as accepted."""
     lookup = sdt.PromptLookupDrafter(adaptive=False)

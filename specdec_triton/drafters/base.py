@@ -184,9 +184,11 @@ class Drafter(ABC):
 
     Attributes:
         resizable: True if its sessions draft the tree that `prepare` asks for. `tree="auto"` requires it.
+        follows_text: True if its sessions are `ForwardsSession`s, between whose drafts those of another drafter may be
+            verified. A fallback needs it, see `SuffixDrafter`.
     """
 
-    resizable = False
+    resizable = follows_text = False
 
     def __repr__(self) -> str:
         """The arguments that differ from their defaults. Models are shown by class, tensors by shape."""

@@ -48,7 +48,7 @@ class DFlashDrafter(Drafter):
         ValueError: `num_tokens` and `tree` are both given, a value is not valid, or the tree is deeper than a block.
     """
 
-    resizable = True
+    resizable = follows_text = True
 
     def __init__(
         self,

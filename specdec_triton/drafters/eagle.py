@@ -55,7 +55,7 @@ class EagleDrafter(Drafter):
         ValueError: `num_tokens` and `tree` are both given, or a value is not valid.
     """
 
-    resizable = True
+    resizable = follows_text = True
 
     def __init__(
         self,

@@ -40,6 +40,8 @@ class EarlyExitDrafter(Drafter):
             number is out of range.
     """
 
+    follows_text = True
+
     def __init__(
         self,
         num_layers: int | None = None,

@@ -6,7 +6,7 @@ Letters: B sequences, N tree nodes.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,13 +47,10 @@ class FallbackSession(DraftSession):
 
     Args:
         suffix: the `SuffixSession`.
-        fallback: the other drafter.
+        fallback: the other drafter, which `follows_text`.
         below: the threshold, or None for the estimate above.
         context: the call's sequences.
         tree: the shape that the fallback drafts, see `Drafter.start`.
-
-    Raises:
-        ValueError: the fallback cannot follow a text whose drafts are another drafter's.
     """
 
     trusted = reusable = True
@@ -67,12 +64,7 @@ class FallbackSession(DraftSession):
         tree: Topology | DynamicTree | int | None = None,
     ):
         context.verified_depth = suffix.max_depth
-        session = fallback.start(context, tree)
-        if not isinstance(session, ForwardsSession):
-            raise ValueError(
-                "SuffixDrafter: fallback must be a drafter that runs a model or a trained head, got "
-                f"{type(fallback).__name__}"
-            )
+        session = cast(ForwardsSession, fallback.start(context, tree))
         self._suffix, self._fallback, self._below, self.context = suffix, session, below, context
         self._level_cost, self._levels, self._accepted = session.level_cost_ratio, 0, FIRST_ACCEPTED
         self.max_nodes = max(suffix.max_nodes, session.max_nodes)

@@ -34,7 +34,7 @@ class MedusaDrafter(Drafter):
         ValueError: `tree` is none of these, or is deeper than there are heads.
     """
 
-    resizable = True
+    resizable = follows_text = True
 
     def __init__(self, heads: MedusaHeads, tree: Topology | DynamicTree | int | None = None):
         if not isinstance(heads, MedusaHeads):

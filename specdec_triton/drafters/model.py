@@ -71,6 +71,8 @@ class ModelDrafter(Drafter):
             not that of its model, or the tokenizers have no token in common.
     """
 
+    follows_text = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -96,8 +98,13 @@ class ModelDrafter(Drafter):
                 f"got {confidence_threshold}"
             )
         self._vocabulary = vocabulary_of(model, tokenizer, assistant_tokenizer)
+        self._same_tokens = tokenizer is not None and self._vocabulary is None
         if self._mask_token_id is not None and self._vocabulary is not None:
             raise ValueError("ModelDrafter: tokenizer and assistant_tokenizer must be None with parallel, got both")
+
+    def __repr__(self) -> str:
+        shown = super().__repr__()
+        return shown if self._vocabulary is None else f"{shown[:-1]}, shared_tokens={self._vocabulary.num_shared})"
 
     def check(self, model, rule=None, tree=None):
         if self.model.device != model.device:
@@ -108,7 +115,7 @@ class ModelDrafter(Drafter):
             shared = self._vocabulary.resized(sizes[0], model.device).num_shared
             draft_shape(self, tree, self.model, rule, shared, SHARED)
             return
-        if abs(sizes[0] - sizes[1]) > VOCABULARY_PADDING * max(sizes):
+        if not self._same_tokens and abs(sizes[0] - sizes[1]) > VOCABULARY_PADDING * max(sizes):
             raise ValueError(
                 f"ModelDrafter: the draft model must have the target's vocabulary of {sizes[0]} tokens, up to "
                 f"{VOCABULARY_PADDING:.0%} of padding, got {sizes[1]}: if it has another tokenizer, give tokenizer and "

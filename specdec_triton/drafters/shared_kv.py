@@ -62,7 +62,7 @@ class Gemma4AssistantDrafter(Drafter):
         ValueError: the model is not such an assistant, `num_tokens` and `tree` are both given, or a value is not valid.
     """
 
-    resizable = True
+    resizable = follows_text = True
 
     def __init__(
         self,

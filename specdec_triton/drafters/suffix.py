@@ -68,7 +68,7 @@ class SuffixDrafter(Drafter):
         history: the earlier outputs and the corpus.
 
     Raises:
-        ValueError: a number is out of range, or `fallback` is not another drafter.
+        ValueError: a number is out of range, or `fallback` runs no model.
     """
 
     def __init__(
@@ -86,8 +86,11 @@ class SuffixDrafter(Drafter):
             raise ValueError(f"SuffixDrafter: history_tokens must be an integer of at least 0, got {history_tokens!r}")
         if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or not 1 <= num_tokens <= MOST_MATCHED:
             raise ValueError(f"SuffixDrafter: num_tokens must be an integer of 1 to {MOST_MATCHED}, got {num_tokens!r}")
-        if fallback is not None and (not isinstance(fallback, Drafter) or isinstance(fallback, SuffixDrafter)):
-            raise ValueError(f"SuffixDrafter: fallback must be another drafter, got {type(fallback).__name__}")
+        if fallback is not None and not getattr(fallback, "follows_text", False):
+            raise ValueError(
+                "SuffixDrafter: fallback must be a drafter that runs a model or a trained head, got "
+                f"{type(fallback).__name__}"
+            )
         for name, number, least, most in (
             ("tokens_per_match", tokens_per_match, 0, math.inf),
             ("min_prob", min_prob, 0, 1),

@@ -29,6 +29,7 @@ NODE_BUCKET = 4
 MATCH_CLASSES = np.array([1, 2, 3, 4, 6, 10, 16, 32])
 FIRST_CHANCES = (0.25, 0.45, 0.6, 0.7, 0.82, 0.88, 0.92, 0.97)
 LEARNING, MARGIN = 0.1, 1.1
+LEAST_CHANCE = 0.01  # of an estimate, so that it can rise again
 # Time of a forward by its rows, until it is measured. From SmolLM2-135M in fp32 on 1 and 2 cores of an x86_64: 4 rows
 # took 1.7 to 2.2 times as long as one row, 12 rows 2.2 to 2.3 times.
 CPU_TIMES = Costs(verify=((1, 1.0), (4, 2.0), (12, 2.25)))
@@ -145,7 +146,8 @@ class Chances:
                 return
             predicted = sum(proposal.chances[child] for child in children[node].values()) / proposal.chances[node]
             place = row, class_of(proposal.matched + depth)
-            self.now[place] = np.clip(self.now[place] + LEARNING * ((token in children[node]) - predicted), 0.0, 1.0)
+            moved = self.now[place] + LEARNING * ((token in children[node]) - predicted)
+            self.now[place] = min(max(moved, LEAST_CHANCE), 1.0)
             if token not in children[node]:
                 return
             node = children[node][token]

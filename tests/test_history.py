@@ -333,6 +333,22 @@ def test_other_paths_are_refused(tmp_path):
         History().save(tmp_path / "absent" / "file")
 
 
+def test_a_loaded_history_keeps_as_much_as_its_bound_allows(tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "SEGMENT", 64)
+    kept = History(1000)
+    for number in range(120):
+        kept.add([number] * 7, seed=number)
+    assert len(kept._state.segments) > 5
+    kept.save(tmp_path / "kept")
+    for bound, least in ((0, 0), (20, 2), (60, 8), (500, 60)):
+        loaded = History.load(tmp_path / "kept", bound)
+        sources = loaded.sources()
+        found = [number for number in range(120) if any(each.longest(np.array([number])) for each in sources)]
+        assert found == [*range(120 - len(found), 120)] and len(found) >= least
+        assert loaded.num_tokens == 7 * len(found) <= bound
+        assert not loaded.sources([119]) and bool(loaded.sources([1000])) == bool(found)
+
+
 def test_no_output_is_searched_by_a_call_with_the_seed_of_one(tmp_path):
     history = History(10)
     history.add_corpus([[7, 8]])

@@ -202,7 +202,8 @@ class History:
 
         Args:
             path: the file.
-            max_tokens: see `History`. The oldest outputs are dropped if the file has more.
+            max_tokens: see `History`. If the file has more, the oldest outputs are dropped. The others are then indexed
+                anew.
 
         Raises:
             ValueError: the file is of another kind or version, or broken.
@@ -218,7 +219,14 @@ class History:
         lengths = np.diff(np.flatnonzero(recent < 0), prepend=-1).tolist()
         corpora, segments = (tuple(found) for found in indexes.values())
         state = _State(corpora, segments, recent, tuple(lengths), seeds=tensors["seeds"])
-        history._state = state.bounded(max_tokens)
+        if state.num_outputs <= max_tokens:
+            history._state = state
+            return history
+        history._state = _State(corpora)
+        outputs = np.concatenate([*(each.text for each in segments), recent])
+        for text in np.split(outputs, np.flatnonzero(outputs < 0) + 1)[:-1]:
+            history.add(text[:-1])
+        history._state = history._state._replace(seeds=state.seeds)
         return history
 
 

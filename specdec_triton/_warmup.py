@@ -18,7 +18,8 @@ def warmup(model: PreTrainedModel, *, batch: int = 1, length: int = 1024, **opti
 
     It compiles kernels, measures costs for `tree="auto"`, and on a GPU captures the rounds as CUDA graphs. Later calls
     replay these graphs if they have the same batch size and options and texts of a similar length, and if neither the
-    model nor the drafter has changed. `release` frees the memory.
+    model nor the drafter has changed. `release` frees the memory. A drafter that drafts on the host, such as
+    `SuffixDrafter`, may draft other shapes later. Those are captured in later calls.
 
     Args:
         model: a patched model. If its patch has no drafter, `options` must ask for assistance.

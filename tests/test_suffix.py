@@ -11,6 +11,7 @@ from helpers import capture_here, context
 from specdec_triton.drafters import suffix
 from specdec_triton.drafters.matches import SuffixArray
 from specdec_triton.drafters.timed import FIRST_CHANCES
+from specdec_triton.forward.fingerprint import fingerprint
 from specdec_triton.tree_choice.costs import Costs
 
 TEXT = [5, 6, 7, 8, 9, 5, 6, 7, 1, 2, 5, 6, 7, 8, 3, 4, 5, 6, 7]  # "5 6 7" is followed by 8 9, 1 2 and 8 3
@@ -241,6 +242,10 @@ def test_verification_is_captured_and_reused_by_later_calls(monkeypatch):
     assert all(stats.lag == 0 and stats.why_no_lag == "SuffixDrafter drafts on the host" for stats in seen)
     assert seen[0].captured > 0 and all(stats.reused > 0 and stats.accepted > 0 for stats in seen[1:])
     assert seen[-1].captured == 0
+    drafters = [sdt.SuffixDrafter(history_tokens=100) for _ in range(2)]
+    drafters[0].history.add([1, 2])
+    assert fingerprint(*map(vars, drafters[:1])) == fingerprint(*map(vars, drafters[1:]))
+    assert fingerprint(vars(drafters[0])) != fingerprint(vars(sdt.SuffixDrafter(9, history_tokens=100)))
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block", "multi_round", "traversal", "typical", "coupled"])

@@ -53,7 +53,7 @@ class FallbackSession(DraftSession):
         tree: the shape that the fallback drafts, see `Drafter.start`.
     """
 
-    trusted = reusable = True
+    trusted = True
 
     def __init__(
         self,

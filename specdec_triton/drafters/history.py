@@ -70,7 +70,7 @@ class History:
     The last outputs are searched by scanning. Whenever there are 65,536 tokens of them, `add` indexes them, which takes
     about 40 ms (or about 0.6 µs a token, if one output is longer). An index is dropped as a whole, so that at least
     seven eighths of `max_tokens` are kept, unless single outputs are longer than that. A history of at most 65,536
-    tokens is always scanned, and its outputs are dropped one by one.
+    tokens is always scanned, and its outputs are dropped one by one. The indexes are searched one after another.
 
     Args:
         max_tokens: bound on the number of tokens of outputs that are kept. 0 keeps none. Memory is 8 bytes a token.
@@ -79,20 +79,14 @@ class History:
         ValueError: `max_tokens` is not an integer of at least 0.
     """
 
+    in_fingerprint = False  # captured rounds do not depend on the texts, see `forward.fingerprint`
+
     def __init__(self, max_tokens: int = 1_000_000):
         if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 0:
             raise ValueError(f"History: max_tokens must be an integer of at least 0, got {max_tokens!r}")
         self.max_tokens = max_tokens
         self._segment = SEGMENT if max_tokens <= SEGMENT else min(SEGMENT, max_tokens // SEGMENTS)
         self._state = _State()
-
-    # Defined, although they are `object`'s, so that a fingerprint of a drafter holds the history and not its contents:
-    # captured rounds do not depend on the texts.
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
 
     def add(self, tokens: np.ndarray | Sequence[int], seed: int | None = None) -> None:
         """Keep one output.
@@ -128,6 +122,8 @@ class History:
 
     def add_corpus(self, texts: Iterable[Sequence[int] | np.ndarray]) -> None:
         """Index texts that stay, at once. A million tokens take about a second.
+
+        The texts must not have been sampled with seeds of later calls, see `sources`.
 
         Raises:
             ValueError: see `SuffixArray`.

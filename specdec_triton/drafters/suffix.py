@@ -30,7 +30,7 @@ from .timed import Chances, Proposal, RoundTimes, may_use_times, tree_of, width_
 MOST_NODES = 64  # of a draft, the last emitted token included
 MOST_MATCHED = 64  # number of tokens that are compared; with `num_tokens` at most the tokens by which texts are sorted
 # First estimates of `Chances` for kept texts. Short matches with other texts are right less often than matches within a
-# text. Chosen as `FIRST_CHANCES`.
+# text. They were chosen in the same way as `timed.FIRST_CHANCES`. The first is not used, see `KEPT_MATCHED`.
 KEPT_CHANCES = (0.1, 0.2, 0.4, 0.5, 0.7, 0.8, 0.9, 0.95)
 # With estimates, a kept text must match at least so many tokens, and more than the text itself does. Shorter matches
 # seldom pay, and have many places.
@@ -48,7 +48,8 @@ class SuffixDrafter(Drafter):
     several threads and models with one tokenizer may use the same drafter.
 
     A draft must not depend on the random numbers that verify it. Under sampling rules other than "coupled", a call
-    therefore drafts no kept output if one of them was sampled with a seed of this call.
+    therefore drafts no kept output if one of them was sampled with a seed of this call. The texts of a corpus must not
+    be sampled with such a seed either.
 
     Args:
         num_tokens: largest depth of a draft, at most 64.
@@ -288,8 +289,8 @@ class SuffixSession(DraftSession):
     ) -> Proposal:
         """The most likely tokens after the places `found`, best first."""
         tokens, parents, chances = [root], [-1], [1.0]
-        # by chance: minus the chance of a token, the order of discovery, its parent, the token, its share of the places
-        # of the root, its depth, and the places of its parent
+        # tokens that may be added, the likeliest first: minus the chance of the token, a number that breaks ties, the
+        # parent, the token, its share of the places of the root, its depth, and the places of its parent
         heap: list[tuple] = []
         order = 0
 

@@ -188,7 +188,11 @@ class Generation:
         self.drafts_on_device = self.session.on_device and self.session.trusted
         if not self.drafts_on_device:
             self.reports.lag = 0  # the draft may depend on the last report
-            self.stats.why_no_lag = f"{type(self.call.drafter).__name__} drafts on the host"
+            name = type(self.call.drafter).__name__
+            on_device = self.session.on_device
+            self.stats.why_no_lag = (
+                f"trees of {name} are checked on the host" if on_device else f"{name} drafts on the host"
+            )
         # a draft of the host is not part of a graph
         self.reusable = self.reusable and (self.session.reusable or not self.drafts_on_device)
         self.context.unread_tokens = self.reports.lag * (self.session.max_depth + 1)

@@ -138,8 +138,9 @@ def check_drafter(owner: str, model: PreTrainedModel, drafter: Drafter, rule: st
     """
     if tree == "auto" and not drafter.resizable:
         raise ValueError(
-            f'{owner}: drafter must be resizable with tree="auto", got {type(drafter).__name__}: give a tree, or for '
-            "prompt lookup branches=1"
+            f'{owner}: drafter must be resizable with tree="auto", got {type(drafter).__name__}: give a tree '
+            "(resizable are prompt lookup with branches=1, suffix decoding without a fallback, and draft models "
+            "without a confidence threshold)"
         )
     drafter.check(model, rule, None if tree == "auto" else tree)
     taps = drafter.taps(model)

@@ -53,6 +53,8 @@ def _mark(value: Any, seen: dict[int, int], depth: int) -> Hashable:
         return value
     if isinstance(value, torch.Tensor):
         return _tensor(value, seen, depth)
+    if not getattr(type(value), "in_fingerprint", True):
+        return type(value)
     if id(value) in seen:
         return "seen", seen[id(value)]
     if isinstance(value, nn.Module):

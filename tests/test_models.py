@@ -188,4 +188,4 @@ def test_default_model_order(cache, package, tmp_path):
 
 def test_default_model_falls_back_to_the_hub(cache, no_package, monkeypatch):
     assert models.find_default_model() == models.HUB_DEFAULT
-    assert models._looks_like_path(models.HUB_DEFAULT) is False
+    models._check_name(models.HUB_DEFAULT)  # a name, not a path

@@ -370,7 +370,7 @@ def test_the_same_vocabulary_needs_no_translation():
 
 def test_a_drafter_is_shown_copied_and_pickled():
     drafter = drafter_of(num_tokens=3)
-    assert repr(drafter) == "ModelDrafter(model=LlamaForCausalLM, num_tokens=3)"
+    assert repr(drafter) == "ModelDrafter(model=LlamaForCausalLM, num_tokens=3, shared_tokens=32)"
     for copied in (copy.deepcopy(drafter), pickle.loads(pickle.dumps(drafter))):
         text, _ = speculative(target_model(), copied, {**prompts(), **GREEDY})
         assert torch.equal(text, plain())

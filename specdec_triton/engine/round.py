@@ -9,7 +9,6 @@ All data stays on the device. `Generation` prepares a round and reads its report
 Letters: B sequences, N tree nodes, D edges on the longest path, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,15 +78,14 @@ class RoundSteps:
         if self.lockstep:
             return self.lockstep.accept(tree, logits, self.scores.choose, self.scores.kept), {}
         scores, parents = self.scores.process(tree, logits)
+        shape = {"max_depth": tree.max_depth, "budget": self.budget, "eos_ids": context.eos_ids, "impl": context.impl}
         if call.rule == "greedy":
-            greedy = self._unchecked("accept_greedy")
-            accepted = Acceptance(*greedy(scores, tree.tokens, parents, tree.max_depth, self.budget, context.eos_ids))
+            accepted = ops.accept_greedy(scores, tree.tokens, parents, **shape)
         else:
-            shape = {"max_depth": tree.max_depth, "budget": self.budget, "eos_ids": context.eos_ids}
             sampled = {"seeds": context.seeds, "position": context.position, "filters": context.filters}
             drawn = {"sampling": tree.sampling, "draft_logits": tree.draft_logits, "draft_row": tree.draft_row}
-            drawn |= {"draft_filters": tree.draft_filters or Filters(), "rule": call.rule, "impl": context.impl}
-            accepted = ops.accept_sample(scores, tree.tokens, parents, **sampled, **drawn, **shape)
+            drawn["draft_filters"] = tree.draft_filters or Filters()
+            accepted = ops.accept_sample(scores, tree.tokens, parents, rule=call.rule, **sampled, **drawn, **shape)
         return accepted, self.scores.along(accepted.path, scores, logits)
 
     @records_time("compact")
@@ -101,11 +99,15 @@ class RoundSteps:
         """Append the accepted tokens and the target's own token to the text. Returns the report for the host, see
         `ops.append_tokens`."""
         context = self.context
-        state = context.tokens, context.length, context.position, self.budget
-        append = self._unchecked("append_tokens")
-        return append(*state, tree.tokens, tree.parents, *accepted, context.eos_ids, tree.has_nan)
-
-    def _unchecked(self, op: str) -> Callable:
-        """An op without its checks, which take as long as its computation on a CPU: the tensors are those of the call,
-        and those of trees that this package built or checked."""
-        return ops.resolve(op, self.context.impl, self.context.tokens.device)
+        return ops.append_tokens(
+            context.tokens,
+            context.length,
+            context.position,
+            self.budget,
+            tree.tokens,
+            tree.parents,
+            accepted,
+            eos_ids=context.eos_ids,
+            draft_nan=tree.has_nan,
+            impl=context.impl,
+        )

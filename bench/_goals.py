@@ -242,8 +242,8 @@ def of_rounds(quantity: str, bound: float, name: str) -> Check:
     return Check("10", quantity, "<=", bound, field(name, "round", **ROUND), speed=speed)
 
 
-def demo(name: str, **shapes) -> Read:
-    return field(name, "demo", "specdec_triton", **shapes)
+def demo(name: str, provider: str = "specdec_triton", **shapes) -> Read:
+    return field(name, "demo", provider, **shapes)
 
 
 ROUND = {"B": 1, "context": 2048, "cuda_graphs": True, "N": (1, 64)}
@@ -251,6 +251,7 @@ COUPLED = {"B": 1, "N": 64, "V": LARGE, "rule": "coupled", "filters": "temperatu
 APPEND = {"op": "append_tokens", "B": 1, "N": 64}
 SHORT = ((1, 16, 32, 64), (512, 1024))
 SDPA = "sdpa, dense mask"
+SUFFIX = "specdec_triton, suffix"  # the provider of bench_demo
 PLAIN, ORACLE, DRAFTED = "ours, plain", "ours, oracle", "ours, draft model"
 ASSISTED, EAGER = "transformers assisted", "transformers eager"
 GOALS = [
@@ -297,6 +298,8 @@ GOALS = [
     speedup("14", "batch 16, N = 8, acceptance 3: × our graphed decoding", 1.6, ORACLE, PLAIN, B=16),
     speedup("14", "batch 64, N = 4, acceptance 3: × our graphed decoding", 1.4, ORACLE, PLAIN, B=64),
     Check("CPU", "demo model, code edit: × plain generate", ">=", 3.0, demo("ratio_plain", prompt="code edit"), "cpu"),
+    Check("CPU", "the same with suffix decoding", ">=", 3.0, demo("ratio_plain", SUFFIX, prompt="code edit"), "cpu"),
+    Check("CPU", "suffix decoding, chat: × plain", ">=", 1.0, demo("ratio_plain", SUFFIX, prompt="chat"), "cpu"),
     Check(
         "CPU",
         "demo model, the least of five prompts: × transformers' prompt lookup",

@@ -217,7 +217,7 @@ def test_refusals():
     model = build("llama")
     with pytest.raises(ValueError, match='drafter must be resizable with tree="auto", got Host'):
         sdt.patch(model, drafter=HostDrafter(None), tree="auto")
-    with pytest.raises(ValueError, match="got PromptLookupDrafter: give a tree, or for prompt lookup branches=1"):
+    with pytest.raises(ValueError, match="got PromptLookupDrafter: give a tree .resizable are prompt lookup with"):
         sdt.patch(model, drafter=sdt.PromptLookupDrafter(branches=2), tree="auto")
     with pytest.raises(ValueError, match="costs must be a Costs or None, got float"):
         sdt.patch(model, tree="auto", costs=1.0)

@@ -16,7 +16,7 @@ from dflash_checkpoints import write_dflash
 from families import NEVER, VOCAB, add_noise, build, prompt
 from helpers import TREES, capture_here, eos_in_mid_row
 from mtp_checkpoints import write_mtp
-from specdec_triton.drafters.base import Drafter, DraftSession
+from specdec_triton.drafters.base import DelegatingDrafter, DraftSession
 from specdec_triton.drafters.fallback import FallbackSession
 from specdec_triton.drafters.level_session import LevelSession
 from specdec_triton.heads.checkpoint import Checkpoint
@@ -109,26 +109,7 @@ def together(row, number):
     return (0, 5, 11, 0, 0)[number % 5]
 
 
-class Around(Drafter):
-    """Delegates all but `start` to another drafter."""
-
-    def __init__(self, drafter):
-        self.drafter = drafter
-
-    def check(self, model, rule=None, tree=None):
-        self.drafter.check(model, rule, tree)
-
-    def taps(self, model):
-        return self.drafter.taps(model)
-
-    def prompt_reader(self, context):
-        return self.drafter.prompt_reader(context)
-
-    def graph_hazard(self):
-        return self.drafter.graph_hazard()
-
-
-class WithFallback(Around):
+class WithFallback(DelegatingDrafter):
     """Scripted drafts with a fallback. The arguments are those of `Scripted`.
 
     Attributes:
@@ -163,7 +144,7 @@ class Enough(Exception):
     """Ends a call after its first draft."""
 
 
-class Watched(Around):
+class Watched(DelegatingDrafter):
     """Records the drafts of another drafter for unfinished rows. With `once`, a call ends after its first draft."""
 
     def __init__(self, drafter, once=False):

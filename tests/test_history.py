@@ -1,4 +1,4 @@
-"""Texts that outlive calls: what is kept and what is dropped, threads, processes, files."""
+"""Texts that outlive calls: the bound on kept texts, threads, processes, files."""
 
 import copy
 import json

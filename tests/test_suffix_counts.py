@@ -470,7 +470,7 @@ def record_added(drafter):
 
 
 def kept(text, lengths, inputs, repeats=1):
-    """What a call keeps of its `text`: for each row the last prompt tokens, and `lengths[row]` tokens of the output."""
+    """The texts that a call keeps: for each row of `text` the last prompt tokens and `lengths[row]` output tokens."""
     columns = inputs["input_ids"].shape[1]
     starts = (1 - inputs["attention_mask"]).sum(1).repeat_interleave(repeats).tolist()
     return [

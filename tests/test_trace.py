@@ -31,6 +31,12 @@ def decode(target, drafter, batch=2, tokens=60, **options):
     return text, sdt.stats(target)
 
 
+def test_a_traced_drafter_keeps_outputs(pair, tmp_path):
+    suffix = sdt.SuffixDrafter()
+    decode(pair[0], TracingDrafter(suffix, tmp_path / "trace"))
+    assert suffix.history.num_texts == 2
+
+
 def test_a_trace_has_every_round_and_changes_nothing(pair, tmp_path):
     target, draft = pair
     drafter = sdt.ModelDrafter(draft, tree=WIDE)

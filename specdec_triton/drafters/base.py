@@ -179,8 +179,10 @@ class DraftSession(ABC):
 
 
 class Drafter(ABC):
-    """Base class of drafters; see the module. A drafter outlives calls. It may keep what a session leaves with it in
-    `DraftSession.finish`; calls of several threads may run at the same time.
+    """Base class of drafters; see the module.
+
+    A drafter outlives calls. A session may leave data with its drafter in `DraftSession.finish`. Calls of several
+    threads may run at the same time.
 
     Attributes:
         resizable: True if its sessions draft the tree that `prepare` asks for. `tree="auto"` requires it.
@@ -243,6 +245,31 @@ class Drafter(ABC):
         Raises:
             ValueError: this drafter cannot draft such a tree.
         """
+
+
+class DelegatingDrafter(Drafter):
+    """Base class of drafters that wrap another one: all but `start` and `resizable` is the other's.
+
+    Args:
+        drafter: the other drafter.
+    """
+
+    def __init__(self, drafter: Drafter):
+        self.drafter = drafter
+
+    def check(
+        self, model: PreTrainedModel, rule: str | None = None, tree: Topology | DynamicTree | int | None = None
+    ) -> None:
+        self.drafter.check(model, rule, tree)
+
+    def taps(self, model: PreTrainedModel) -> tuple[Tap, ...]:
+        return self.drafter.taps(model)
+
+    def prompt_reader(self, context: DraftContext) -> Read | None:
+        return self.drafter.prompt_reader(context)
+
+    def graph_hazard(self) -> str | None:
+        return self.drafter.graph_hazard()
 
 
 def topology_of(

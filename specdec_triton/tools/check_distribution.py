@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 import specdec_triton as sdt
 
 from ..drafters import Drafter
+from ..drafters.base import DelegatingDrafter
 from ..ops.reference import Acceptance
 from ..tree import DraftTree
 from .goodness_of_fit import LEAST_EXPECTED, Cell, examine, null_bracket
@@ -117,11 +118,11 @@ def prove(
     return Finding(rule, len(index), cell, null, length, emitted - rounds, judged.rejected, agrees)
 
 
-class _JudgedDrafter(Drafter):
+class _JudgedDrafter(DelegatingDrafter):
     """Another drafter, whose rejected drafts are counted on the device, in captured rounds as well."""
 
     def __init__(self, drafter: Drafter):
-        self.drafter = drafter
+        super().__init__(drafter)
         self._counts: list[torch.Tensor] = []  # one for each call
 
     @property
@@ -131,18 +132,6 @@ class _JudgedDrafter(Drafter):
     @property
     def resizable(self):
         return self.drafter.resizable
-
-    def check(self, model, rule=None, tree=None):
-        self.drafter.check(model, rule, tree)
-
-    def taps(self, model):
-        return self.drafter.taps(model)
-
-    def prompt_reader(self, context):
-        return self.drafter.prompt_reader(context)
-
-    def graph_hazard(self):
-        return self.drafter.graph_hazard()
 
     def start(self, context, tree=None):
         session = self.drafter.start(context, tree)

@@ -28,11 +28,12 @@ from pathlib import Path
 import torch
 
 from ..drafters import DraftContext, Drafter, DraftSession
+from ..drafters.base import DelegatingDrafter
 from ..ops.reference import Acceptance
 from ..tree import DraftTree, Topology
 
 
-class TracingDrafter(Drafter):
+class TracingDrafter(DelegatingDrafter):
     """Another drafter, whose rounds are written to a file. Drafts and texts do not change.
 
     Each round reads more tensors on the host and is not captured as a CUDA graph, so its times are not those of an
@@ -49,16 +50,11 @@ class TracingDrafter(Drafter):
     def __init__(self, drafter: Drafter, file: str | os.PathLike):
         if not isinstance(drafter, Drafter):
             raise ValueError(f"TracingDrafter: drafter must be a Drafter, got {type(drafter).__name__}")
-        self.drafter, self.file = drafter, Path(file)
+        super().__init__(drafter)
+        self.file = Path(file)
 
-    def check(self, model, rule=None, tree=None):
-        self.drafter.check(model, rule, tree)
-
-    def taps(self, model):
-        return self.drafter.taps(model)
-
-    def prompt_reader(self, context):
-        return self.drafter.prompt_reader(context)
+    def graph_hazard(self):
+        return None  # its sessions draft eagerly
 
     def start(self, context, tree=None):
         header = {"call": type(self.drafter).__name__, "rule": context.rule, "batch": len(context.host_length)}
@@ -97,6 +93,9 @@ class _TracingSession(DraftSession):
 
     def observe_on_host(self, drafted: list[int], emitted: list[int]) -> None:
         self._session.observe_on_host(drafted, emitted)
+
+    def finish(self) -> None:
+        self._session.finish()
 
     def _rows(self, tree: DraftTree, paths: list, lengths: list, next_ids: list) -> Iterator[dict]:
         tokens, parents, depths = tree.tokens.tolist(), tree.parents.tolist(), tree.depth.tolist()
